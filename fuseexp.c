@@ -1,0 +1,3510 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * fuseexp: shows what is inside a disk image as one plain raw file, through FUSE.
+ *
+ *   worker: read(/dev/fuse clone) -> fop_<op>() -> img_read()/img_write() -> format->map() -> file_pread() -> write(reply)
+ *
+ *    1. Messages                msg_     the only writer of stderr; four levels
+ *    2. Utilities               util_    bytes, numbers, fault injection
+ *    3. Host files              file_    every system call on an image
+ *    4. Raw images              raw_     the driver to copy
+ *    5. Image core              img_     probing, the loops over extents, resizing
+ *    6. Partitions              part_    MBR, GPT, the views
+ *    7. FUSE operations         fop_     request in, reply out; knows no file descriptor of FUSE
+ *    8. Worker loop             loop_    the transport
+ *    9. Sandbox                 box_     what the serving process gives up
+ *   10. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
+ *   11. Life cycle              run_     supervisor and server, the clean-up chain
+ *   12. One-shot commands       cmd_     --umount, --formats, --version
+ *   13. Options                 opt_     one table for getopt, -o and --help
+ *   14. Main
+ *
+ * Processes: the supervisor (this program as started, or its background child) mounts, forks the server, unmounts and
+ * cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker per thread.
+ *
+ * Locks, all in the server:
+ *   image.size_lock   growing and truncating; readers take the atomic size without it
+ *   everything else is immutable once the workers run, or an atomic of its own, or belongs to one worker
+ *
+ * To understand the rest, start reading at main().
+ */
+#include "fuseexp.h"
+
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <fuse_lowlevel.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <libdeflate.h>
+#include <limits.h>
+#include <linux/audit.h>
+#include <linux/capability.h>
+#include <linux/falloc.h>
+#include <linux/filter.h>
+#include <linux/fs.h>
+#include <linux/seccomp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/statfs.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <syslog.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ************************************************************************************************************ *
+ * 1. Messages
+ *
+ * One line each, written with one write(2), control characters made harmless: names come from strangers' disks.
+ *   error  something the user asked for was not done         always
+ *   note   done, but the user should know                    not with -q
+ *   info   what was decided                                  with -v
+ *   debug  every request                                     with -d
+ * ************************************************************************************************************ */
+
+enum msg_level { MSG_ERROR, MSG_NOTE, MSG_INFO, MSG_DEBUG };
+
+static enum msg_level msg_verbosity = MSG_NOTE;
+static bool msg_to_syslog;          /* a supervisor in the background has no stderr any more */
+
+__attribute__((format(printf, 1, 0))) static void msg_put(const char *fmt, va_list ap)
+{
+    char line[1200] = "fuseexp: ";
+    size_t head = strlen(line);
+    int n = vsnprintf(line + head, sizeof(line) - head - 1, fmt, ap);
+    size_t len = n < 0 ? head : head + (size_t)n;
+
+    if (len > sizeof(line) - 2)
+        len = sizeof(line) - 2;
+    for (size_t i = head; i < len; i++)
+        if ((unsigned char)line[i] < ' ' || line[i] == 0x7f)
+            line[i] = '?';
+    line[len] = msg_to_syslog ? 0 : '\n';
+    if (msg_to_syslog)
+        syslog(LOG_DAEMON | LOG_NOTICE, "%s", line + head);
+    else
+        (void)!write(STDERR_FILENO, line, len + 1);
+}
+
+/* Reports an error and returns it, so that it can be reported where it is detected: return msg_err(-EIO, ...). */
+__attribute__((format(printf, 2, 3))) static int msg_err(int ret, const char *fmt, ...)
+{
+    va_list ap;
+
+    va_start(ap, fmt);
+    msg_put(fmt, ap);
+    va_end(ap);
+    return ret;
+}
+
+__attribute__((format(printf, 2, 3))) static void msg_say(enum msg_level level, const char *fmt, ...)
+{
+    va_list ap;
+
+    if (level > msg_verbosity)
+        return;
+    va_start(ap, fmt);
+    msg_put(fmt, ap);
+    va_end(ap);
+}
+
+/* Errors while serving: a damaged disk can fail a million times, so at most ten lines a second, the rest counted. */
+__attribute__((format(printf, 2, 3))) static int msg_serving(int ret, const char *fmt, ...)
+{
+    static _Atomic long second;
+    static _Atomic unsigned lines;
+    struct timespec now;
+    va_list ap;
+    unsigned n;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (atomic_exchange(&second, (long)now.tv_sec) != (long)now.tv_sec) {
+        n = atomic_exchange(&lines, 0);
+        if (n > 10)
+            msg_say(MSG_ERROR, "%u more lines like these were left out", n - 10);
+    }
+    if (atomic_fetch_add(&lines, 1) >= 10)
+        return ret;
+    va_start(ap, fmt);
+    msg_put(fmt, ap);
+    va_end(ap);
+    return ret;
+}
+
+/* ************************************************************************************************************ *
+ * 2. Utilities
+ * ************************************************************************************************************ */
+
+#define ARRAY_LEN(a) (sizeof(a) / sizeof((a)[0]))
+
+static uint64_t util_min(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+static uint16_t util_le16(const uint8_t *p)
+{
+    return (uint16_t)(p[0] | p[1] << 8);
+}
+
+static uint32_t util_le32(const uint8_t *p)
+{
+    return (uint32_t)util_le16(p) | (uint32_t)util_le16(p + 2) << 16;
+}
+
+static uint64_t util_le64(const uint8_t *p)
+{
+    return (uint64_t)util_le32(p) | (uint64_t)util_le32(p + 4) << 32;
+}
+
+/* "4096", "0x1000", "4k", "10G": powers of 1024. False on anything else, on a sign, and past MAX_IMAGE_SIZE. */
+static bool util_parse_size(const char *text, uint64_t *value)
+{
+    static const char units[] = "kMGTPE";
+    unsigned shift = 0;
+    const char *unit;
+    char *end;
+
+    if (!isdigit((unsigned char)*text))
+        return false;
+    errno = 0;
+    *value = strtoull(text, &end, 0);
+    if (errno)
+        return false;
+    if (*end) {
+        unit = strchr(units, *end == 'K' ? 'k' : *end == 'm' ? 'M' : *end == 'g' ? 'G' : *end == 't' ? 'T' : *end);
+        if (!unit || end[1])
+            return false;
+        shift = 10 * ((unsigned)(unit - units) + 1);
+    }
+    if (*value > (uint64_t)MAX_IMAGE_SIZE >> shift)
+        return false;
+    *value <<= shift;
+    return true;
+}
+
+static const char *util_basename(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+
+    return slash ? slash + 1 : path;
+}
+
+/* musl declares the request as int, glibc as unsigned long; the kernel looks at 32 bits. */
+static int util_ioctl(int fd, uint32_t request, void *arg)
+{
+    return ioctl(fd, (int)request, arg);
+}
+
+static void util_close(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+/* Writes a short text to an existing file, such as one of /sys. */
+static int util_write_file(const char *path, const char *text)
+{
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    int ret = 0;
+
+    if (fd < 0)
+        return -errno;
+    if (write(fd, text, strlen(text)) < 0)
+        ret = -errno;
+    close(fd);
+    return ret;
+}
+
+/*
+ * Fault injection, only in builds with FUSEEXP_FAULTS. FUSEEXP_FAIL_AT=n makes the n-th acquisition of the start fail
+ * (counted on through fork; the server counts on its own from there). FUSEEXP_FAIL_OP=name fails each operation of
+ * that name on a host file, with FUSEEXP_FAIL_ERRNO.
+ */
+#ifdef FUSEEXP_FAULTS
+static bool util_fault(const char *what)
+{
+    static int step, fail_at = -1;
+    const char *env = getenv("FUSEEXP_FAIL_AT");
+
+    if (fail_at < 0)
+        fail_at = env ? atoi(env) : 0;
+    if (fail_at == 0 || ++step != fail_at)
+        return false;
+    msg_say(MSG_ERROR, "FAULT %d: %s", step, what);
+    errno = EIO;
+    return true;
+}
+
+static bool util_fault_op(const char *what)
+{
+    const char *env = getenv("FUSEEXP_FAIL_OP"), *err = getenv("FUSEEXP_FAIL_ERRNO");
+
+    if (!env || strcmp(env, what) != 0)
+        return false;
+    errno = err ? atoi(err) : EIO;
+    return true;
+}
+#else
+#define util_fault(what) false
+#define util_fault_op(what) false
+#endif
+
+/* ************************************************************************************************************ *
+ * 3. Host files
+ *
+ * Contract in fuseexp.h. Every system call on an image is made here.
+ * ************************************************************************************************************ */
+
+static int file_size(struct file *f)
+{
+    if (!f->is_blk) {
+        f->size = (uint64_t)f->st.st_size;
+        return 0;
+    }
+    return util_ioctl(f->fd, BLKGETSIZE64, &f->size) < 0 ? -errno : 0;
+}
+
+/* Refuses what is neither a file nor a block device before opening it: opening a pipe or a tape has effects. */
+static int file_open(struct file *f, const char *path, bool writable)
+{
+    int flags = O_CLOEXEC | (writable ? O_RDWR : O_RDONLY);
+    int ret = -EIO;
+
+    f->fd = -1;
+    f->writable = writable;
+    f->path = strdup(path);
+    if (!f->path)
+        return msg_err(-ENOMEM, "%s: out of memory", path);
+    if (util_fault("open") || stat(path, &f->st) < 0)
+        return msg_err(-errno, "%s: %s", path, strerror(errno));
+    if (S_ISDIR(f->st.st_mode))
+        return msg_err(-EISDIR, "%s: is a directory, not a disk image", path);
+    if (!S_ISREG(f->st.st_mode) && !S_ISBLK(f->st.st_mode))
+        return msg_err(-EINVAL, "%s: neither a regular file nor a block device", path);
+    f->is_blk = S_ISBLK(f->st.st_mode);
+    if (f->is_blk && writable)
+        flags |= O_EXCL;
+
+    f->fd = open(path, flags | O_NOATIME);
+    if (f->fd < 0 && errno == EPERM)
+        f->fd = open(path, flags);
+    if (f->fd < 0)
+        return msg_err(-errno, "%s: %s%s", path, strerror(errno),
+                       errno == EBUSY ? " (mounted, or used by another program)" : "");
+    if (fstat(f->fd, &f->st) < 0)
+        return msg_err(-errno, "%s: %s", path, strerror(errno));
+    ret = file_size(f);
+    if (ret)
+        return msg_err(ret, "%s: cannot tell its size: %s", path, strerror(-ret));
+    if (f->size > (uint64_t)MAX_IMAGE_SIZE)
+        return msg_err(-EFBIG, "%s: too large (%" PRIu64 " bytes)", path, f->size);
+    return 0;
+}
+
+static void file_close(struct file *f)
+{
+    util_close(&f->fd);
+    free(f->path);
+    f->path = NULL;
+}
+
+static int file_lock_byte(struct file *f, int byte, int op, short type)
+{
+    struct flock lock = { .l_type = type, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1 };
+
+    if (fcntl(f->fd, op, &lock) < 0)
+        return -errno;
+    return op == F_OFD_GETLK && lock.l_type != F_UNLCK ? -EAGAIN : 0;
+}
+
+/*
+ * QEMU's protocol: first hold our bytes (shared, so this never waits), then look whether anybody holds one that
+ * excludes us. Both sides doing it in this order, at least one of two newcomers sees the other.
+ */
+static int file_lock(struct file *f)
+{
+    static const uint8_t hold_ro[] = { 100, 201, 203 }, probe_ro[] = { 200, 101, 103 };
+    static const uint8_t hold_rw[] = { 100, 101, 103, 201, 203 }, probe_rw[] = { 200, 201, 203, 101, 103 };
+    const uint8_t *hold = f->writable ? hold_rw : hold_ro, *probe = f->writable ? probe_rw : probe_ro;
+    size_t n_hold = f->writable ? sizeof(hold_rw) : sizeof(hold_ro);
+    size_t n_probe = f->writable ? sizeof(probe_rw) : sizeof(probe_ro);
+    int ret = 0;
+
+    for (size_t i = 0; i < n_hold && !ret; i++)
+        ret = util_fault("lock") ? -EIO : file_lock_byte(f, hold[i], F_OFD_SETLK, F_RDLCK);
+    if (ret == -EINVAL || ret == -ENOLCK || ret == -EOPNOTSUPP || ret == -ENOSYS) {
+        msg_say(MSG_NOTE, "%s: this file system has no locks; make sure that nothing else writes to the image", f->path);
+        return 0;
+    }
+    if (ret)
+        return msg_err(ret, "%s: cannot lock: %s", f->path, strerror(-ret));
+    for (size_t i = 0; i < n_probe; i++) {
+        ret = file_lock_byte(f, probe[i], F_OFD_GETLK, F_WRLCK);
+        if (ret == -EAGAIN)
+            return msg_err(ret, "%s: in use by another program%s (lock on byte %d)%s", f->path,
+                           probe[i] / 100 == 1 ? " that writes to it" : "", probe[i],
+                           f->writable ? "" : "; -U reads it all the same");
+        if (ret)
+            return msg_err(ret, "%s: cannot look for locks: %s", f->path, strerror(-ret));
+    }
+    return 0;
+}
+
+static int file_pread(struct file *f, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    ssize_t n;
+
+    for (*done = 0; *done < len; *done += (uint64_t)n) {
+        n = util_fault_op("read") ? -1 : pread(f->fd, (char *)buf + *done, len - *done, (off_t)(offset + *done));
+        if (n < 0 && errno == EINTR)
+            n = 0;
+        else if (n < 0)
+            return msg_serving(-EIO, "%s: read error at %" PRIu64 ": %s", f->path, offset + *done, strerror(errno));
+        else if (n == 0)
+            return msg_serving(-EIO, "%s: ends at or before %" PRIu64 ": it was %" PRIu64 " bytes long when it was opened",
+                               f->path, offset + *done, f->size);
+    }
+    return 0;
+}
+
+static int file_pwrite(struct file *f, const void *buf, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    int ret;
+    ssize_t n;
+
+    for (*done = 0; *done < len; *done += (uint64_t)n) {
+        n = util_fault_op("write") ? -1 : pwrite(f->fd, (const char *)buf + *done, len - *done, (off_t)(offset + *done));
+        if (n < 0 && errno == EINTR) {
+            n = 0;
+        } else if (n <= 0) {
+            ret = n < 0 ? -errno : -EIO;
+            return msg_serving(ret, "%s: write error at %" PRIu64 ": %s", f->path, offset + *done, strerror(-ret));
+        }
+    }
+    return 0;
+}
+
+static int file_sync(struct file *f)
+{
+    int none = 0, ret = atomic_load(&f->latched);
+
+    if (ret)
+        return ret;
+    if (!util_fault_op("sync") && fdatasync(f->fd) == 0)
+        return 0;
+    ret = -errno;
+    atomic_compare_exchange_strong(&f->latched, &none, ret);
+    return msg_serving(ret, "%s: flush failed, what was written before may be lost: %s", f->path, strerror(-ret));
+}
+
+/* mode: the flags of fallocate(2). -EOPNOTSUPP where the host cannot do it. */
+static int file_fallocate(struct file *f, int mode, uint64_t offset, uint64_t len)
+{
+    int ret;
+
+    do
+        ret = util_fault_op("fallocate") || fallocate(f->fd, mode, (off_t)offset, (off_t)len) < 0 ? -errno : 0;
+    while (ret == -EINTR);
+    return ret == -ENOSYS || ret == -ENODEV ? -EOPNOTSUPP : ret;
+}
+
+static int file_write_zeros(struct file *f, uint64_t offset, uint64_t len)
+{
+    static const uint8_t zeros[65536];
+    uint64_t done = 0;
+    int ret = 0;
+
+    for (; len && !ret; offset += done, len -= done)
+        ret = file_pwrite(f, zeros, util_min(len, sizeof(zeros)), offset, &done);
+    return ret;
+}
+
+/* Data or a hole at offset, and for how long (at least 1, at most len)? Where the host cannot tell, it is data. */
+static int file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool *data, uint64_t *extent)
+{
+    off_t at = f->is_blk ? (off_t)offset : lseek(f->fd, (off_t)offset, SEEK_DATA);
+
+    *data = at == (off_t)offset || (at < 0 && errno != ENXIO);
+    *extent = len;
+    if (at > (off_t)offset)
+        *extent = util_min(len, (uint64_t)at - offset);
+    if (*data && !f->is_blk && at >= 0) {
+        at = lseek(f->fd, (off_t)offset, SEEK_HOLE);
+        if (at > (off_t)offset)
+            *extent = util_min(len, (uint64_t)at - offset);
+    }
+    return 0;
+}
+
+/* ************************************************************************************************************ *
+ * 4. Raw images
+ *
+ * No metadata: the bytes of one file or block device, or of several files in a row. The parts of a split image are
+ * numbered (.000 or .001 onwards, any width from two digits) or lettered (.aa onwards, as split(1) names them).
+ * All parts but the last are of one size; a set that was found by name and breaks this has a damaged part.
+ * state: uint64_t start[n_files + 1], where each file begins; only with several files.
+ * ************************************************************************************************************ */
+
+/* Anything can be raw, so it is only what is left when nothing else wants it. */
+static int raw_probe(const struct probe *p)
+{
+    (void)p;
+    return 1;
+}
+
+static bool raw_part(const char *first, unsigned i, char name[PATH_MAX])
+{
+    const char *dot = strrchr(util_basename(first), '.');
+    size_t len = dot ? strlen(dot + 1) : 0;
+    bool digits = dot && strspn(dot + 1, "0123456789") == len;
+    unsigned base = digits ? 10 : 26, value = i + (digits ? (unsigned)strtoul(dot + 1, NULL, 10) : 0);
+
+    if (len < 2 || len > 5 || strlen(first) >= PATH_MAX)
+        return false;
+    if (digits ? value - i > 1 : strspn(dot + 1, "a") != len)
+        return false;
+    strcpy(name, first);
+    for (char *p = name + (dot + 1 - first) + len; len--; value /= base)
+        *--p = (char)((digits ? '0' : 'a') + value % base);
+    return value == 0;
+}
+
+static int raw_check_parts(struct image *im)
+{
+    uint64_t first = im->files[0].size;
+
+    for (unsigned i = 1; im->found_parts && i < im->n_files; i++)
+        if (im->files[i].size > first || (im->files[i].size < first && i + 1 < im->n_files))
+            return msg_err(-EINVAL, "%s: part of %" PRIu64 " bytes among parts of %" PRIu64
+                           ": damaged or incomplete; name all parts to use them as they are",
+                           im->files[i].path, im->files[i].size, first);
+    return 0;
+}
+
+static int raw_open(struct image *im)
+{
+    uint64_t *start, sum = 0;
+    int ret = raw_check_parts(im);
+
+    if (ret)
+        return ret;
+    im->state = start = util_fault("part table") ? NULL : calloc(im->n_files + 1, sizeof(*start));
+    if (!start)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    for (unsigned i = 0; i < im->n_files; i++) {
+        if (im->files[i].size > (uint64_t)MAX_IMAGE_SIZE - sum)
+            return msg_err(-EFBIG, "%s: the parts add up to more than a file can hold", im->files[i].path);
+        start[i] = sum;
+        sum += im->files[i].size;
+    }
+    start[im->n_files] = sum;
+    im->size = sum;
+    return 0;
+}
+
+static int raw_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const uint64_t *start = im->state;
+    unsigned low = 0, high = im->n_files;
+    bool data = true;
+    int ret = 0;
+
+    while (high - low > 1) {
+        unsigned mid = (low + high) / 2;
+        if (start[mid] <= offset)
+            low = mid;
+        else
+            high = mid;
+    }
+    ext->file = &im->files[low];
+    ext->offset = offset - start[low];
+    ext->length = low + 1 < im->n_files ? util_min(length, start[low + 1] - offset) : length;
+    if (exact)
+        ret = file_seek_extent(ext->file, ext->offset, ext->length, &data, &ext->length);
+    ext->kind = data ? EXT_DATA : EXT_ZERO;
+    return ret;
+}
+
+static int raw_resize(struct image *im, uint64_t size)
+{
+    if (im->n_files > 1 || im->files[0].is_blk)
+        return -EOPNOTSUPP;
+    return util_fault_op("truncate") || ftruncate(im->files[0].fd, (off_t)size) < 0 ? -errno : 0;
+}
+
+static void raw_close(struct image *im)
+{
+    free(im->state);
+}
+
+static const struct image_format raw_format = {
+    .name = "raw", .describe = "raw files, split raw files (.000 .001 .aa), block devices", .writes = "in place",
+    .probe = raw_probe, .part = raw_part, .open = raw_open, .map = raw_map, .resize = raw_resize, .close = raw_close,
+};
+
+/* ************************************************************************************************************ *
+ * 5. Image core
+ *
+ * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
+ * ************************************************************************************************************ */
+
+static const struct image_format *const img_formats[] = { &raw_format };
+
+enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
+
+/* Containers that are not read (yet). Shown as raw they would look like a broken disk, so they are refused by name. */
+static const struct {
+    const char *name;
+    uint16_t offset;
+    uint8_t length;
+    bool tail;                      /* offset counts from the start of the last 512 bytes */
+    const char *magic;
+} img_foreign[] = {
+    { "a qcow2 image", 0, 4, false, "QFI\xfb" },
+    { "a QED image", 0, 4, false, "QED\0" },
+    { "a VMDK image", 0, 4, false, "KDMV" },
+    { "a VMDK image (COWD)", 0, 4, false, "COWD" },
+    { "a VMDK image (seSparse)", 0, 8, false, "\xbe\xba\xfe\xca\0\0\0\0" },
+    { "a VMDK descriptor", 0, 21, false, "# Disk DescriptorFile" },
+    { "a VHDX image", 0, 8, false, "vhdxfile" },
+    { "a VHD image", 0, 8, false, "conectix" },
+    { "a VHD image", 0, 8, true, "conectix" },
+    { "a VHD image", 1, 8, true, "conectix" },
+    { "a VDI image", 64, 4, false, "\x7f\x10\xda\xbe" },
+    { "a Parallels image", 0, 16, false, "WithoutFreeSpace" },
+    { "a Parallels image", 0, 16, false, "WithouFreSpacExt" },
+    { "an EWF (E01) image", 0, 8, false, "EVF\t\r\n\xff\0" },
+    { "an EWF logical (L01) image", 0, 8, false, "LVF\t\r\n\xff\0" },
+    { "an EWF2 (Ex01) image", 0, 8, false, "EVF2\r\n\x81\0" },
+    { "an EWF2 logical (Lx01) image", 0, 8, false, "LEF2\r\n\x81\0" },
+    { "an AFF image", 0, 5, false, "AFF10" },
+    { "an AD1 image", 0, 15, false, "ADSEGMENTEDFILE" },
+    { "a Bochs image", 0, 22, false, "Bochs Virtual HD Image" },
+    { "a cloop image", 0, 16, false, "#!/bin/sh\n#V2.0 " },
+    { "an Apple sparse image", 0, 4, false, "sprs" },
+    { "an Apple ASIF image", 0, 4, false, "shdw" },
+    { "an Apple disk image (UDIF)", 0, 4, true, "koly" },
+    { "a gzip-compressed file", 0, 3, false, "\x1f\x8b\x08" },
+    { "an xz-compressed file", 0, 6, false, "\xfd" "7zXZ\0" },
+    { "a zstd-compressed file", 0, 4, false, "\x28\xb5\x2f\xfd" },
+    { "a 7z archive", 0, 6, false, "7z\xbc\xaf\x27\x1c" },
+    { "a zip archive (AFF4 is one)", 0, 4, false, "PK\x03\x04" },
+};
+
+static const char *img_find_foreign(const struct probe *p)
+{
+    for (size_t i = 0; i < ARRAY_LEN(img_foreign); i++) {
+        const uint8_t *bytes = img_foreign[i].tail ? p->tail : p->head;
+        size_t len = img_foreign[i].tail ? p->tail_len : p->head_len;
+        if ((size_t)img_foreign[i].offset + img_foreign[i].length <= len &&
+            memcmp(bytes + img_foreign[i].offset, img_foreign[i].magic, img_foreign[i].length) == 0)
+            return img_foreign[i].name;
+    }
+    return NULL;
+}
+
+/* Sets im->format: the one named, or the most certain. Raw by default is said aloud: it is an assumption. */
+static int img_probe(struct image *im, const char *wanted)
+{
+    uint8_t head[IMG_PROBE_HEAD], tail[IMG_PROBE_TAIL];
+    struct file *first = &im->files[0], *last = &im->files[im->n_files - 1];
+    struct probe p = { head, tail, util_min(first->size, sizeof(head)), util_min(last->size, sizeof(tail)), first->size };
+    const char *foreign;
+    uint64_t done;
+    int best = 0, score;
+
+    for (size_t i = 0; wanted && i < ARRAY_LEN(img_formats); i++)
+        if (strcmp(wanted, img_formats[i]->name) == 0)
+            im->format = img_formats[i];
+    if (wanted)
+        return im->format ? 0 : msg_err(-EINVAL, "unknown format '%s' (see fuseexp --formats)", wanted);
+
+    /* A head that cannot be read must not lead to a guess: on a dying disk it may have been any format. */
+    if (file_pread(first, head, p.head_len, 0, &done) || file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
+        return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it", im->name);
+    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++) {
+        score = img_formats[i]->probe(&p);
+        if (score > best) {
+            best = score;
+            im->format = img_formats[i];
+        }
+    }
+    if (im->format != &raw_format)
+        return 0;
+    foreign = img_find_foreign(&p);
+    if (foreign)
+        return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read; --format raw shows its bytes",
+                       im->name, foreign);
+    if (!first->is_blk)
+        msg_say(MSG_NOTE, "%s: no known format, taken as raw (--format raw says so)", im->name);
+    return 0;
+}
+
+static int img_add_file(struct image *im, const char *path)
+{
+    if (im->n_files == MAX_PARTS)
+        return msg_err(-E2BIG, "%s: more than %d parts", im->name, MAX_PARTS);
+    return file_open(&im->files[im->n_files++], path, im->writable);
+}
+
+/* Opens the parts that follow the first one. A gap in the numbering is a lost part, not the end of the set. */
+static int img_find_parts(struct image *im)
+{
+    enum { GAP = 64 };
+    char name[PATH_MAX], missing[PATH_MAX] = "";
+    int ret;
+
+    if (im->n_files > 1 || im->files[0].is_blk || !im->format->part)
+        return 0;
+    for (unsigned i = 1, gap = 0; gap < GAP && im->format->part(im->name, i, name); i++) {
+        if (access(name, F_OK) < 0) {
+            if (gap++ == 0)
+                strcpy(missing, name);
+            continue;
+        }
+        if (gap)
+            return msg_err(-ENOENT, "%s: missing, though %s is there", missing, util_basename(name));
+        ret = img_add_file(im, name);
+        if (ret)
+            return ret;
+        im->found_parts = true;
+    }
+    if (im->found_parts)
+        msg_say(MSG_INFO, "%s: first of %u parts", im->name, im->n_files);
+    return 0;
+}
+
+static void img_close(struct image *im)
+{
+    if (im->format && im->format->close)
+        im->format->close(im);
+    for (unsigned i = 0; i < im->n_files; i++)
+        file_close(&im->files[i]);
+    if (im->files)
+        pthread_mutex_destroy(&im->size_lock);
+    free(im->files);
+    memset(im, 0, sizeof(*im));
+}
+
+/* Leaves im half-built on failure: img_close() is due all the same. im->writable and growable are set by the caller. */
+static int img_open(struct image *im, char *const *paths, unsigned n_paths, const char *format, bool lock)
+{
+    int ret = 0;
+
+    im->name = paths[0];
+    im->files = util_fault("file table") ? NULL : calloc(MAX_PARTS, sizeof(*im->files));
+    if (!im->files)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    pthread_mutex_init(&im->size_lock, NULL);
+    for (unsigned i = 0; i < n_paths && !ret; i++)
+        ret = img_add_file(im, paths[i]);
+    if (!ret)
+        ret = img_probe(im, format);
+    if (!ret)
+        ret = img_find_parts(im);
+    for (unsigned i = 0; lock && i < im->n_files && !ret; i++)
+        ret = file_lock(&im->files[i]);
+    if (!ret)
+        ret = im->format->open(im);
+    if (!ret && im->size == 0 && !im->growable)
+        ret = msg_err(-EINVAL, "%s: is empty", im->name);
+    return ret;
+}
+
+/* As image_format.map, but for any offset: what lies past the image's end is bad, not zero. */
+static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    uint64_t size = im->size;
+
+    if (offset >= size) {
+        *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = "past the end of the image" };
+        return 0;
+    }
+    return im->format->map(im, offset, util_min(length, size - offset), exact, ext);
+}
+
+/* Fills buf or fails; *done bytes at its front are good either way. */
+static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    struct extent ext;
+    uint64_t n, part;
+    int ret = 0;
+
+    for (*done = 0; *done < len && !ret; *done += part) {
+        ret = img_map(im, offset + *done, len - *done, false, &ext);
+        if (ret)
+            break;
+        n = util_min(ext.length, len - *done);
+        part = 0;
+        if (ext.kind == EXT_DATA) {
+            ret = file_pread(ext.file, (uint8_t *)buf + *done, n, ext.offset, &part);
+        } else if (ext.kind == EXT_ZERO) {
+            memset((uint8_t *)buf + *done, 0, n);
+            part = n;
+        } else {
+            ret = msg_serving(-EIO, "%s: cannot read %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, n, offset + *done,
+                              ext.why);
+        }
+    }
+    return ret;
+}
+
+static int img_note_failure(struct image *im, int ret)
+{
+    if (ret && ret != -EOPNOTSUPP)
+        im->failed = true;
+    return ret;
+}
+
+static int img_resize_locked(struct image *im, uint64_t size)
+{
+    int ret;
+
+    if (size == im->size)
+        return 0;
+    if (size > (uint64_t)MAX_IMAGE_SIZE)
+        return -EFBIG;
+    ret = im->format->resize ? im->format->resize(im, size) : -EOPNOTSUPP;
+    if (!ret)
+        im->size = size;
+    else if (ret != -EOPNOTSUPP)
+        msg_serving(ret, "%s: cannot change its size to %" PRIu64 ": %s", im->name, size, strerror(-ret));
+    return img_note_failure(im, ret);
+}
+
+/* Sets the size; with grow_only it never shrinks: another writer may have gone further. */
+static int img_resize(struct image *im, uint64_t size, bool grow_only)
+{
+    int ret = 0;
+
+    pthread_mutex_lock(&im->size_lock);
+    if (!grow_only || size > im->size)
+        ret = img_resize_locked(im, size);
+    pthread_mutex_unlock(&im->size_lock);
+    return ret;
+}
+
+/* Walks the extents of a range that is to be changed. buf NULL: zero it, with fallocate(2)'s mode. */
+static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    struct extent ext;
+    uint64_t n, part;
+    int ret = 0;
+
+    for (*done = 0; *done < len && !ret; *done += part) {
+        ret = img_map(im, offset + *done, len - *done, false, &ext);
+        if (ret)
+            break;
+        n = util_min(ext.length, len - *done);
+        part = 0;
+        if (ext.kind != EXT_DATA) {
+            ret = -EIO;
+        } else if (buf) {
+            ret = file_pwrite(ext.file, (const uint8_t *)buf + *done, n, ext.offset, &part);
+        } else {
+            ret = file_fallocate(ext.file, mode, ext.offset, n);
+            if (ret == -EOPNOTSUPP && (mode & FALLOC_FL_ZERO_RANGE))
+                ret = file_write_zeros(ext.file, ext.offset, n);
+            part = ret ? 0 : n;
+        }
+    }
+    return img_note_failure(im, ret);
+}
+
+/* The range lies inside the image, or the image grows first. *done bytes were written even on failure. */
+static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    int ret;
+
+    *done = 0;
+    if (offset + len > im->size) {
+        ret = img_resize(im, offset + len, true);
+        if (ret)
+            return ret;
+    }
+    return img_change(im, buf, 0, len, offset, done);
+}
+
+static int img_sync(struct image *im)
+{
+    int ret = 0, r;
+
+    for (unsigned i = 0; im->writable && i < im->n_files; i++) {
+        r = file_sync(&im->files[i]);
+        if (!ret)
+            ret = r;
+    }
+    return img_note_failure(im, ret);
+}
+
+/* Passed-through writes grow the file behind our back. */
+static void img_refresh_size(struct image *im)
+{
+    struct stat st;
+
+    pthread_mutex_lock(&im->size_lock);
+    if (fstat(im->files[0].fd, &st) == 0)
+        im->size = (uint64_t)st.st_size;
+    pthread_mutex_unlock(&im->size_lock);
+}
+
+/* What the kernel would not tell anyone: a file that passthrough serves was cut short underneath. */
+static bool img_shrunk(struct image *im)
+{
+    struct stat st;
+
+    return !im->writable && im->n_files == 1 && !im->files[0].is_blk && fstat(im->files[0].fd, &st) == 0 && (uint64_t)st.st_size < im->size;
+}
+
+/* Host space in use, in units of 512 bytes, and at least as much as the image's data can be. */
+static uint64_t img_blocks(const struct image *im)
+{
+    uint64_t blocks = 0;
+    struct stat st;
+
+    for (unsigned i = 0; i < im->n_files; i++) {
+        if (im->files[i].is_blk)
+            blocks += (im->files[i].size + 511) / 512;
+        else if (fstat(im->files[i].fd, &st) == 0)
+            blocks += (uint64_t)st.st_blocks;
+    }
+    return blocks;
+}
+
+/* ************************************************************************************************************ *
+ * 6. Partitions
+ *
+ * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is hostile:
+ * LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and against turning
+ * back. Which table counts is decided as Linux does, except that a GPT is believed without its protective MBR when
+ * there is no other table at all: on a disk whose first sectors were overwritten the copy at the end is what is left.
+ * ************************************************************************************************************ */
+
+struct part_scan {
+    struct image *im;
+    uint64_t base, size;
+    uint32_t sector;                /* 512 or 4096 */
+    struct view *views;
+    unsigned n_views;               /* in use; MAX_VIEWS there are */
+};
+
+static int part_read(const struct part_scan *ps, uint64_t lba, void *buf, uint64_t len)
+{
+    uint64_t done;
+
+    if (lba >= ps->size / ps->sector || len > ps->size - lba * ps->sector)
+        return -EINVAL;
+    return img_read(ps->im, buf, len, ps->base + lba * ps->sector, &done);
+}
+
+static void part_add(struct part_scan *ps, unsigned number, uint64_t first_lba, uint64_t n_lba)
+{
+    uint64_t most = (uint64_t)MAX_IMAGE_SIZE / ps->sector;
+    struct view *v = &ps->views[ps->n_views];
+
+    if (first_lba > most || n_lba > most || (first_lba + n_lba) * ps->sector > (uint64_t)MAX_IMAGE_SIZE - ps->base ||
+        first_lba >= ps->size / ps->sector) {
+        msg_say(MSG_NOTE, "%s: partition %u starts past the end of the disk, left out", ps->im->name, number);
+        return;
+    }
+    if (ps->n_views == MAX_VIEWS) {
+        msg_say(MSG_NOTE, "%s: partition %u is one too many, left out", ps->im->name, number);
+        return;
+    }
+    if ((first_lba + n_lba) * ps->sector > ps->size)
+        msg_say(MSG_NOTE, "%s: partition %u reaches %" PRIu64 " bytes past the end of the disk: those read as errors",
+                ps->im->name, number, (first_lba + n_lba) * ps->sector - ps->size);
+    snprintf(v->name, sizeof(v->name), "p%u", number);
+    v->number = (int)number;
+    v->start = ps->base + first_lba * ps->sector;
+    v->size = n_lba * ps->sector;
+    ps->n_views++;
+}
+
+static bool part_is_extended(uint8_t type)
+{
+    return type == MBR_TYPE_EXTENDED || type == MBR_TYPE_EXTENDED_LBA || type == MBR_TYPE_EXTENDED_LINUX;
+}
+
+/* Logical partitions: a chain of EBRs, each with one partition (relative to itself) and a link (relative to first). */
+static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_lba, unsigned *number)
+{
+    uint64_t ebr = first, next, last = 0;
+    uint8_t sector[512];
+
+    for (unsigned loops = 0;; loops++) {
+        if (loops == MAX_LOGICAL || (loops && ebr <= last) || part_read(ps, ebr, sector, sizeof(sector)) ||
+            util_le16(sector + MBR_OFF_MAGIC) != 0xaa55) {
+            msg_say(MSG_NOTE, "%s: the chain of logical partitions is broken at sector %" PRIu64 ", after partition %u",
+                    ps->im->name, ebr, *number - 1);
+            return;
+        }
+        last = ebr;
+        next = 0;
+        for (unsigned i = 0; i < 4; i++) {
+            const uint8_t *e = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
+            uint64_t start = util_le32(e + MBR_ENT_FIRST_LBA), count = util_le32(e + MBR_ENT_SECTORS);
+            if (count && part_is_extended(e[MBR_ENT_TYPE]) && !next)
+                next = first + start;
+            else if (count && e[MBR_ENT_TYPE] && !part_is_extended(e[MBR_ENT_TYPE]))
+                part_add(ps, (*number)++, ebr + start, count);
+        }
+        if (!next)
+            return;
+        if (next - first >= n_lba)
+            msg_say(MSG_NOTE, "%s: a logical partition lies outside its extended partition", ps->im->name);
+        ebr = next;
+    }
+}
+
+enum part_table { PART_NONE, PART_MBR, PART_PROTECTIVE };
+
+/* Is this sector an MBR, and whose? A boot sector ends in 55 AA as well, but has code where the entries would be. */
+static enum part_table part_probe_mbr(const uint8_t *sector)
+{
+    bool used = false, gpt = false;
+
+    if (util_le16(sector + MBR_OFF_MAGIC) != 0xaa55)
+        return PART_NONE;
+    for (unsigned i = 0; i < 4; i++) {
+        const uint8_t *e = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
+        if (e[MBR_ENT_STATUS] & 0x7f)
+            return PART_NONE;
+        used |= e[MBR_ENT_TYPE] && util_le32(e + MBR_ENT_SECTORS);
+        gpt |= e[MBR_ENT_TYPE] == MBR_TYPE_GPT;
+    }
+    return gpt ? PART_PROTECTIVE : used ? PART_MBR : PART_NONE;
+}
+
+static void part_scan_mbr(struct part_scan *ps, const uint8_t *sector)
+{
+    unsigned logical = 5;
+
+    for (unsigned i = 0; i < 4; i++) {
+        const uint8_t *e = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
+        uint64_t start = util_le32(e + MBR_ENT_FIRST_LBA), count = util_le32(e + MBR_ENT_SECTORS);
+        if (count && e[MBR_ENT_TYPE] && !part_is_extended(e[MBR_ENT_TYPE]))
+            part_add(ps, i + 1, start, count);
+    }
+    for (unsigned i = 0; i < 4; i++) {
+        const uint8_t *e = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
+        uint64_t start = util_le32(e + MBR_ENT_FIRST_LBA), count = util_le32(e + MBR_ENT_SECTORS);
+        if (count && part_is_extended(e[MBR_ENT_TYPE]))
+            part_scan_extended(ps, start, count, &logical);
+    }
+}
+
+/* Reads the GPT whose header is at lba. NULL when its partitions were added, else what is wrong with it. */
+static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba)
+{
+    uint8_t header[4096], *table;
+    uint32_t size, n, entry, crc;
+    const char *wrong = NULL;
+
+    if (part_read(ps, lba, header, ps->sector))
+        return "its header cannot be read";
+    size = util_le32(header + GPT_OFF_HEADER_SIZE);
+    n = util_le32(header + GPT_OFF_N_ENTRIES);
+    entry = util_le32(header + GPT_OFF_ENTRY_SIZE);
+    crc = util_le32(header + GPT_OFF_HEADER_CRC);
+    if (memcmp(header, "EFI PART", 8) != 0)
+        return "no signature";
+    if (size < GPT_HEADER_MIN || size > ps->sector)
+        return "its header's length is absurd";
+    memset(header + GPT_OFF_HEADER_CRC, 0, 4);
+    if (libdeflate_crc32(0, header, size) != crc)
+        return "its header's checksum is wrong";
+    if (util_le64(header + GPT_OFF_MY_LBA) != lba)
+        return "its header belongs elsewhere";
+    if (n > MAX_GPT_ENTRIES || entry < GPT_ENTRY_MIN || entry > GPT_ENTRY_MAX || entry % 8)
+        return "its table's size is absurd";
+
+    table = calloc(n ? n : 1, entry);
+    if (!table)
+        return "out of memory";
+    if (part_read(ps, util_le64(header + GPT_OFF_ENTRIES_LBA), table, (uint64_t)n * entry))
+        wrong = "its table cannot be read";
+    else if (libdeflate_crc32(0, table, (size_t)n * entry) != util_le32(header + GPT_OFF_ENTRIES_CRC))
+        wrong = "its table's checksum is wrong";
+    for (uint32_t i = 0; i < n && !wrong; i++) {
+        static const uint8_t unused[16];
+        const uint8_t *e = table + (size_t)i * entry;
+        uint64_t first = util_le64(e + GPT_ENT_FIRST_LBA), last = util_le64(e + GPT_ENT_LAST_LBA);
+        if (memcmp(e, unused, sizeof(unused)) == 0)
+            continue;
+        if (last < first || last == UINT64_MAX)
+            msg_say(MSG_NOTE, "%s: partition %u ends before it starts, left out", ps->im->name, i + 1);
+        else
+            part_add(ps, i + 1, first, last - first + 1);
+    }
+    free(table);
+    return wrong;
+}
+
+/* Tries the primary and the backup GPT at one sector size. */
+static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector)
+{
+    const char *wrong, *backup;
+
+    ps->sector = sector;
+    if (ps->size / sector < 3)
+        return "the disk is too small";
+    wrong = part_scan_gpt(ps, 1);
+    if (!wrong)
+        return NULL;
+    backup = part_scan_gpt(ps, ps->size / sector - 1);
+    if (!backup)
+        msg_say(MSG_NOTE, "%s: the primary GPT is damaged (%s), using the backup at the end of the disk", ps->im->name, wrong);
+    return backup ? wrong : NULL;
+}
+
+/* Adds the partitions to ps->views. `sector` 0: try both sizes. NULL, or why there are none. */
+static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
+{
+    const char *wrong = "no partition table (MBR or GPT)";
+    enum part_table mbr = PART_NONE;
+    uint8_t first[512];
+
+    ps->sector = sector ? sector : 512;
+    if (ps->size >= sizeof(first) && part_read(ps, 0, first, sizeof(first)) == 0)
+        mbr = part_probe_mbr(first);
+    if (mbr == PART_MBR) {
+        part_scan_mbr(ps, first);
+        return NULL;
+    }
+    if (sector != 4096 && !part_scan_gpts(ps, 512))
+        return NULL;
+    if (sector != 512 && !part_scan_gpts(ps, 4096))
+        return NULL;
+    if (mbr == PART_PROTECTIVE)
+        wrong = part_scan_gpts(ps, sector ? sector : 512);
+    return wrong ? wrong : "no partition table (MBR or GPT)";
+}
+
+/* Which sector size the device itself has; 0: the table will show. */
+static uint32_t part_device_sector(const struct image *im)
+{
+    int sector = 0;
+
+    if (!im->files[0].is_blk || util_ioctl(im->files[0].fd, BLKSSZGET, &sector) < 0)
+        return 0;
+    return sector == 512 || sector == 4096 ? (uint32_t)sector : 0;
+}
+
+/* "1, 2, 5": for the message that says what could have been chosen. */
+static void part_list(const struct view *views, unsigned n, char *text, size_t len)
+{
+    size_t at = 0;
+
+    text[0] = 0;
+    for (unsigned i = 1; i < n && at < len; i++)
+        at += (size_t)snprintf(text + at, len - at, "%s%d", i > 1 ? ", " : "", views[i].number);
+}
+
+/* Leaves the chosen partition as views[0] (and the only one). */
+static int part_choose(struct image *im, struct view *views, unsigned *n, unsigned number, const char *wrong)
+{
+    char list[256];
+
+    for (unsigned i = 1; i < *n; i++) {
+        if (views[i].number != (int)number)
+            continue;
+        views[0].start = views[i].start;
+        views[0].size = views[i].size;
+        views[0].number = views[i].number;
+        strcpy(views[0].name, views[i].name);
+        *n = 1;
+        return 0;
+    }
+    if (wrong)
+        return msg_err(-ENXIO, "%s: no partition %u: %s", im->name, number, wrong);
+    part_list(views, *n, list, sizeof(list));
+    return msg_err(-ENXIO, "%s: no partition %u (there %s %s)", im->name, number,
+                   *n == 1 ? "is" : "are", *n == 1 ? "none" : list);
+}
+
+struct part_wanted {
+    uint64_t offset, size;          /* the window; size 0: to the image's end */
+    unsigned partition, sector;     /* 0: none, automatic */
+    bool all;                       /* every partition becomes a view */
+};
+
+/* Fills views (MAX_VIEWS of them): the disk or the chosen partition first. */
+static int part_make_views(struct image *im, const struct part_wanted *want, struct view *views, unsigned *n)
+{
+    struct part_scan ps = { .im = im, .base = want->offset, .views = views, .n_views = 1 };
+    const char *wrong = NULL;
+
+    if (want->offset > im->size || (want->offset == im->size && want->offset > 0))
+        return msg_err(-EINVAL, "%s: --offset %" PRIu64 " is past the end (%" PRIu64 ")", im->name, want->offset,
+                       (uint64_t)im->size);
+    if (want->size > im->size - want->offset)
+        return msg_err(-EINVAL, "%s: --size %" PRIu64 " reaches past the end (%" PRIu64 " are left at the offset)", im->name,
+                       want->size, im->size - want->offset);
+    ps.size = want->size ? want->size : im->size - want->offset;
+    strcpy(views[0].name, "disk");
+    views[0].start = want->offset;
+    views[0].size = ps.size;
+    if (want->partition || want->all)
+        wrong = part_scan_all(&ps, want->sector ? want->sector : part_device_sector(im));
+    *n = ps.n_views;
+    if (want->partition)
+        return part_choose(im, views, n, want->partition, wrong);
+    if (wrong)
+        msg_say(MSG_INFO, "%s: only the disk is shown: %s", im->name, wrong);
+    return 0;
+}
+
+/* ************************************************************************************************************ *
+ * 7. FUSE operations
+ *
+ * fop_handle() turns one request into one reply inside the worker's buffer; it does no FUSE I/O, so any transport can
+ * carry it. Node 1 is the mountpoint: the file itself, or the directory, whose files are the nodes from 2 on.
+ * Requests come from the kernel, but every length is checked all the same.
+ * ************************************************************************************************************ */
+
+/* What is served: set up before the workers start, then only the atomics change. */
+struct server {
+    struct image *im;
+    struct view *views;
+    unsigned n_views;
+    bool is_dir, writable, growable, resizable, direct_io, keep_cache, allow_other, debug;
+    int backing_id;                 /* > 0: views[0] is passed through */
+    uint64_t attr_valid;            /* seconds the kernel may keep attributes */
+    struct timespec started;
+    _Atomic uint32_t mode, uid, gid;
+    struct worker *workers;
+    unsigned n_workers;
+};
+
+/* One thread, its own descriptor (or the session's, where it could not be cloned) and its own buffer. */
+struct worker {
+    struct server *srv;
+    pthread_t thread;
+    int fd;
+    uint8_t *buf;                   /* FX_HEAD_ROOM for the request's head, then FX_MAX_IO; a WRITE's data follows its head */
+    _Atomic uint64_t reads, read_bytes, writes, write_bytes, errors;    /* written by this worker alone */
+};
+
+struct request {
+    const struct fuse_in_header *head;
+    const void *arg;
+    size_t arg_len;
+    uint8_t *out;                   /* FX_MAX_IO of room; a struct fuse_out_header fits in front of it */
+    size_t out_len;
+};
+
+typedef int fop_fn(struct worker *w, struct request *rq);
+
+static void fop_count(_Atomic uint64_t *counter, uint64_t n)
+{
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
+}
+
+/* The view behind a node; NULL for the directory and for nodes that do not exist. */
+static const struct view *fop_view(const struct server *srv, uint64_t node)
+{
+    uint64_t i = node - (srv->is_dir ? 2 : 1);
+
+    return i < srv->n_views ? &srv->views[i] : NULL;
+}
+
+/* Only a whole image that is not behind a window can change its size, and that is the view's size then. */
+static bool fop_resizable(const struct server *srv, const struct view *v)
+{
+    return srv->resizable && v == srv->views;
+}
+
+static uint64_t fop_size(const struct server *srv, const struct view *v)
+{
+    if (!fop_resizable(srv, v))
+        return v->size;
+    if (srv->backing_id > 0)
+        img_refresh_size(srv->im);
+    return srv->im->size;
+}
+
+static bool fop_growable(const struct server *srv, const struct view *v)
+{
+    return srv->growable && fop_resizable(srv, v);
+}
+
+static void fop_fill_times(const struct server *srv, struct fuse_attr *attr)
+{
+    struct stat st = srv->im->files[0].st;
+
+    if (srv->writable)
+        (void)fstat(srv->im->files[0].fd, &st);
+    attr->atime = (uint64_t)st.st_atim.tv_sec;
+    attr->mtime = (uint64_t)st.st_mtim.tv_sec;
+    attr->ctime = (uint64_t)st.st_ctim.tv_sec;
+    attr->atimensec = (uint32_t)st.st_atim.tv_nsec;
+    attr->mtimensec = (uint32_t)st.st_mtim.tv_nsec;
+    attr->ctimensec = (uint32_t)st.st_ctim.tv_nsec;
+}
+
+static int fop_fill_attr(const struct server *srv, uint64_t node, struct fuse_attr *attr)
+{
+    const struct view *v = fop_view(srv, node);
+    uint32_t mode = srv->mode;
+
+    memset(attr, 0, sizeof(*attr));
+    if (!v && !(srv->is_dir && node == FUSE_ROOT_ID))
+        return -ENOENT;
+    attr->ino = node;
+    attr->uid = srv->uid;
+    attr->gid = srv->gid;
+    attr->blksize = 4096;
+    fop_fill_times(srv, attr);
+    if (v) {
+        attr->mode = S_IFREG | mode;
+        attr->nlink = 1;
+        attr->size = fop_size(srv, v);
+        attr->blocks = util_min(img_blocks(srv->im), attr->size / 512 + (attr->size % 512 != 0));
+    } else {
+        attr->mode = S_IFDIR | (mode & 0444) | (mode & 0444) >> 2;      /* who may read the files may list them */
+        attr->nlink = 2;
+    }
+    return 0;
+}
+
+static int fop_fill_entry(const struct server *srv, uint64_t node, struct fuse_entry_out *out)
+{
+    memset(out, 0, sizeof(*out));
+    out->nodeid = node;
+    out->attr_valid = srv->attr_valid;
+    out->entry_valid = 3600;        /* names never change */
+    return fop_fill_attr(srv, node, &out->attr);
+}
+
+static int fop_lookup(struct worker *w, struct request *rq)
+{
+    const struct server *srv = w->srv;
+    const char *name = rq->arg;
+
+    if (!srv->is_dir || rq->head->nodeid != FUSE_ROOT_ID || name[rq->arg_len - 1] != 0)
+        return -ENOENT;
+    for (unsigned i = 0; i < srv->n_views; i++) {
+        if (strcmp(name, srv->views[i].name) != 0)
+            continue;
+        rq->out_len = sizeof(struct fuse_entry_out);
+        return fop_fill_entry(srv, i + 2, (struct fuse_entry_out *)rq->out);
+    }
+    return -ENOENT;
+}
+
+static int fop_getattr(struct worker *w, struct request *rq)
+{
+    struct fuse_attr_out *out = (struct fuse_attr_out *)rq->out;
+
+    memset(out, 0, sizeof(*out));
+    out->attr_valid = w->srv->attr_valid;
+    rq->out_len = sizeof(*out);
+    return fop_fill_attr(w->srv, rq->head->nodeid, &out->attr);
+}
+
+static int fop_statx(struct worker *w, struct request *rq)
+{
+    struct fx_statx_out *out = (struct fx_statx_out *)rq->out;
+    struct fuse_attr attr;
+    int ret = fop_fill_attr(w->srv, rq->head->nodeid, &attr);
+
+    memset(out, 0, sizeof(*out));
+    out->attr_valid = w->srv->attr_valid;
+    out->mask = FX_STATX_BASIC;
+    out->blksize = attr.blksize;
+    out->nlink = attr.nlink;
+    out->uid = attr.uid;
+    out->gid = attr.gid;
+    out->mode = (uint16_t)attr.mode;
+    out->ino = attr.ino;
+    out->size = attr.size;
+    out->blocks = attr.blocks;
+    out->atime = (struct fx_sx_time){ .sec = (int64_t)attr.atime, .nsec = attr.atimensec };
+    out->mtime = (struct fx_sx_time){ .sec = (int64_t)attr.mtime, .nsec = attr.mtimensec };
+    out->ctime = (struct fx_sx_time){ .sec = (int64_t)attr.ctime, .nsec = attr.ctimensec };
+    rq->out_len = sizeof(*out);
+    return ret;
+}
+
+static int fop_set_size(struct server *srv, const struct view *v, uint64_t size)
+{
+    if (!v)
+        return -EISDIR;
+    if (!srv->writable)
+        return -EACCES;
+    if (size == fop_size(srv, v))
+        return 0;
+    return fop_resizable(srv, v) ? img_resize(srv->im, size, false) : -EOPNOTSUPP;
+}
+
+/* QEMU's rules: no +w on a read-only export, nothing for group and others who cannot reach it anyway. */
+static int fop_setattr(struct worker *w, struct request *rq)
+{
+    const uint32_t harmless = FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME | FATTR_KILL_SUIDGID;
+    const struct fuse_setattr_in *in = rq->arg;
+    struct server *srv = w->srv;
+    uint32_t can = FATTR_SIZE | FATTR_MODE | (srv->allow_other ? FATTR_UID | FATTR_GID : 0);
+    uint32_t set = in->valid & ~harmless;
+    int ret;
+
+    if (set & ~can)
+        return -EOPNOTSUPP;
+    if ((set & FATTR_MODE) && !srv->allow_other && (in->mode & (S_IRWXG | S_IRWXO)))
+        return -EPERM;
+    if ((set & FATTR_MODE) && !srv->writable && (in->mode & 0222))
+        return -EROFS;
+    if (set & FATTR_SIZE) {
+        ret = fop_set_size(srv, fop_view(srv, rq->head->nodeid), in->size);
+        if (ret)
+            return ret;
+    }
+    if (set & FATTR_MODE)
+        srv->mode = in->mode & 07777;
+    if (set & FATTR_UID)
+        srv->uid = in->uid;
+    if (set & FATTR_GID)
+        srv->gid = in->gid;
+    return fop_getattr(w, rq);
+}
+
+/* A passed-through file that was cut short underneath is not passed through any more: then reads past its end fail. */
+static int fop_open(struct worker *w, struct request *rq)
+{
+    struct fx_open_out *out = (struct fx_open_out *)rq->out;
+    const struct fuse_open_in *in = rq->arg;
+    const struct server *srv = w->srv;
+    const struct view *v = fop_view(srv, rq->head->nodeid);
+
+    if (!v)
+        return -EISDIR;
+    if (!srv->writable && (in->flags & O_ACCMODE) != O_RDONLY)
+        return -EROFS;
+    memset(out, 0, sizeof(*out));
+    rq->out_len = sizeof(*out);
+    if (srv->direct_io) {
+        out->open_flags = FOPEN_DIRECT_IO | FX_OPEN_PARALLEL_DIRECT_WRITES;
+    } else if (srv->backing_id > 0 && v == srv->views && !img_shrunk(srv->im)) {
+        out->open_flags = FX_OPEN_PASSTHROUGH;
+        out->backing_id = srv->backing_id;
+    } else if (srv->keep_cache) {
+        out->open_flags = FOPEN_KEEP_CACHE;
+    }
+    return 0;
+}
+
+/*
+ * Cached reads are all or nothing: after a short reply the kernel would believe that the file ends there; after an
+ * error it tries again page by page, so that just the bad page is lost. Direct ones get the good front.
+ */
+static int fop_read(struct worker *w, struct request *rq)
+{
+    const struct fuse_read_in *in = rq->arg;
+    const struct server *srv = w->srv;
+    const struct view *v = fop_view(srv, rq->head->nodeid);
+    uint64_t size, len, done = 0;
+    int ret;
+
+    if (!v)
+        return -EISDIR;
+    size = fop_size(srv, v);
+    if (in->offset >= size)
+        return 0;
+    len = util_min(util_min(in->size, FX_MAX_IO), size - in->offset);
+    ret = img_read(srv->im, rq->out, len, v->start + in->offset, &done);
+    fop_count(&w->reads, 1);
+    fop_count(&w->read_bytes, done);
+    if (ret && done && (srv->direct_io || (in->flags & O_DIRECT)))
+        ret = 0;
+    rq->out_len = done;
+    return ret;
+}
+
+static int fop_write(struct worker *w, struct request *rq)
+{
+    const struct fuse_write_in *in = rq->arg;
+    const struct server *srv = w->srv;
+    const struct view *v = fop_view(srv, rq->head->nodeid);
+    struct fuse_write_out *out = (struct fuse_write_out *)rq->out;
+    uint64_t size, len = in->size, done = 0;
+    int ret;
+
+    if (!v)
+        return -EISDIR;
+    if (!srv->writable)
+        return -EROFS;
+    if (len > rq->arg_len - sizeof(*in))
+        return -EINVAL;
+    if (in->offset > (uint64_t)MAX_IMAGE_SIZE - len)
+        return -EFBIG;
+    if (!fop_growable(srv, v)) {
+        size = fop_size(srv, v);
+        if (in->offset >= size && len)
+            return -ENOSPC;
+        len = util_min(len, size - in->offset);
+    }
+    ret = img_write(srv->im, (const uint8_t *)rq->arg + sizeof(*in), len, v->start + in->offset, &done);
+    fop_count(&w->writes, 1);
+    fop_count(&w->write_bytes, done);
+    if (ret && !done)
+        return ret;
+    memset(out, 0, sizeof(*out));
+    out->size = (uint32_t)done;
+    rq->out_len = sizeof(*out);
+    return 0;
+}
+
+/* close(2) is the last chance to tell a reader whose passed-through file was cut short, or a writer of a lost flush. */
+static int fop_flush(struct worker *w, struct request *rq)
+{
+    const struct server *srv = w->srv;
+    struct image *im = srv->im;
+
+    (void)rq;
+    if (srv->backing_id > 0 && img_shrunk(im)) {
+        im->failed = true;
+        return msg_serving(-EIO, "%s: was truncated while it was served", im->name);
+    }
+    for (unsigned i = 0; srv->writable && i < im->n_files; i++)
+        if (im->files[i].latched)
+            return im->files[i].latched;
+    return 0;
+}
+
+static int fop_fsync(struct worker *w, struct request *rq)
+{
+    (void)rq;
+    return img_sync(w->srv->im);
+}
+
+static int fop_fallocate(struct worker *w, struct request *rq)
+{
+    const int known = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE;
+    const struct fuse_fallocate_in *in = rq->arg;
+    const struct server *srv = w->srv;
+    const struct view *v = fop_view(srv, rq->head->nodeid);
+    uint64_t len = in->length, done;
+    int ret = 0, mode = (int)in->mode;
+
+    if (!v)
+        return -EISDIR;
+    if (!srv->writable)
+        return -EROFS;
+    if ((mode & ~known) || ((mode & FALLOC_FL_PUNCH_HOLE) && !(mode & FALLOC_FL_KEEP_SIZE)))
+        return -EOPNOTSUPP;
+    if (!len || in->offset > (uint64_t)MAX_IMAGE_SIZE || len > (uint64_t)MAX_IMAGE_SIZE - in->offset)
+        return -EINVAL;
+    if (in->offset + len > fop_size(srv, v) && !(mode & FALLOC_FL_KEEP_SIZE))
+        ret = fop_growable(srv, v) ? img_resize(srv->im, in->offset + len, true) : -ENOSPC;
+    if (ret || in->offset >= fop_size(srv, v))
+        return ret;
+    len = util_min(len, fop_size(srv, v) - in->offset);
+    return img_change(srv->im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, v->start + in->offset, &done);
+}
+
+/* SEEK_DATA and SEEK_HOLE over the image's extents. Bad ranges count as data: whoever copies must meet the error. */
+static int fop_lseek(struct worker *w, struct request *rq)
+{
+    const struct fuse_lseek_in *in = rq->arg;
+    struct fuse_lseek_out *out = (struct fuse_lseek_out *)rq->out;
+    const struct view *v = fop_view(w->srv, rq->head->nodeid);
+    uint64_t size, at = in->offset;
+    struct extent ext;
+    int ret;
+
+    if (!v || (in->whence != SEEK_DATA && in->whence != SEEK_HOLE))
+        return -EINVAL;
+    size = fop_size(w->srv, v);
+    if (at >= size)
+        return -ENXIO;
+    for (; at < size; at += ext.length) {
+        ret = img_map(w->srv->im, v->start + at, size - at, true, &ext);
+        if (ret)
+            return ret;
+        if ((ext.kind == EXT_ZERO) == (in->whence == SEEK_HOLE))
+            break;
+    }
+    if (at >= size && in->whence == SEEK_DATA)
+        return -ENXIO;
+    out->offset = util_min(at, size);
+    rq->out_len = sizeof(*out);
+    return 0;
+}
+
+static int fop_statfs(struct worker *w, struct request *rq)
+{
+    struct fuse_statfs_out *out = (struct fuse_statfs_out *)rq->out;
+
+    memset(out, 0, sizeof(*out));
+    out->st.bsize = out->st.frsize = 4096;
+    out->st.blocks = fop_size(w->srv, w->srv->views) / 4096;
+    out->st.files = w->srv->n_views;
+    out->st.namelen = 255;
+    rq->out_len = sizeof(*out);
+    return 0;
+}
+
+static int fop_opendir(struct worker *w, struct request *rq)
+{
+    if (!w->srv->is_dir || rq->head->nodeid != FUSE_ROOT_ID)
+        return -ENOTDIR;
+    memset(rq->out, 0, sizeof(struct fx_open_out));
+    rq->out_len = sizeof(struct fx_open_out);
+    return 0;
+}
+
+/* Entry i of the directory, 0 and 1 being "." and "..". */
+static const char *fop_dir_name(const struct server *srv, uint64_t i, uint64_t *node)
+{
+    *node = i < 2 ? FUSE_ROOT_ID : i;
+    return i == 0 ? "." : i == 1 ? ".." : i - 2 < srv->n_views ? srv->views[i - 2].name : NULL;
+}
+
+static int fop_readdir(struct worker *w, struct request *rq)
+{
+    const struct fuse_read_in *in = rq->arg;
+    bool plus = rq->head->opcode == FUSE_READDIRPLUS;
+    size_t head = plus ? offsetof(struct fuse_direntplus, dirent) : 0;
+    size_t room = util_min(in->size, FX_MAX_IO);
+    uint64_t node;
+    const char *name;
+
+    if (!w->srv->is_dir || rq->head->nodeid != FUSE_ROOT_ID)
+        return -ENOTDIR;
+    for (uint64_t i = in->offset; i < MAX_VIEWS + 2; i++) {
+        name = fop_dir_name(w->srv, i, &node);
+        if (!name)
+            break;
+        size_t len = strlen(name), need = head + FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + len);
+        struct fuse_dirent *d = (struct fuse_dirent *)(rq->out + rq->out_len + head);
+        if (need > room - rq->out_len)
+            break;
+        memset(rq->out + rq->out_len, 0, need);
+        if (plus && i >= 2 && fop_fill_entry(w->srv, node, (struct fuse_entry_out *)(rq->out + rq->out_len)))
+            break;
+        *d = (struct fuse_dirent){ .ino = node, .off = i + 1, .namelen = (uint32_t)len, .type = i < 2 ? DT_DIR : DT_REG };
+        memcpy(d->name, name, len);
+        rq->out_len += need;
+    }
+    return 0;
+}
+
+static int fop_ok(struct worker *w, struct request *rq)
+{
+    (void)w;
+    (void)rq;
+    return 0;
+}
+
+/* Creating, renaming and removing: there is nothing to change in this directory. */
+static int fop_not_permitted(struct worker *w, struct request *rq)
+{
+    (void)w;
+    (void)rq;
+    return -EPERM;
+}
+
+/* What is not in the table gets -ENOSYS, after which the kernel does it alone or stops asking (POLL, ACCESS, xattrs,
+ * locks, INTERRUPT, IOCTL, COPY_FILE_RANGE). */
+static const struct fop {
+    const char *name;
+    fop_fn *fn;
+    uint16_t min_arg;
+    bool no_reply;
+} fop_table[] = {
+    [FUSE_LOOKUP] = { "LOOKUP", fop_lookup, 1, false },
+    [FUSE_FORGET] = { "FORGET", fop_ok, 0, true },
+    [FUSE_BATCH_FORGET] = { "BATCH_FORGET", fop_ok, 0, true },
+    [FUSE_GETATTR] = { "GETATTR", fop_getattr, 0, false },
+    [FUSE_SETATTR] = { "SETATTR", fop_setattr, sizeof(struct fuse_setattr_in), false },
+    [FX_STATX] = { "STATX", fop_statx, sizeof(struct fx_statx_in), false },
+    [FUSE_OPEN] = { "OPEN", fop_open, sizeof(struct fuse_open_in), false },
+    [FUSE_READ] = { "READ", fop_read, sizeof(struct fuse_read_in), false },
+    [FUSE_WRITE] = { "WRITE", fop_write, sizeof(struct fuse_write_in), false },
+    [FUSE_FLUSH] = { "FLUSH", fop_flush, 0, false },
+    [FUSE_RELEASE] = { "RELEASE", fop_ok, 0, false },
+    [FUSE_FSYNC] = { "FSYNC", fop_fsync, 0, false },
+    [FUSE_FALLOCATE] = { "FALLOCATE", fop_fallocate, sizeof(struct fuse_fallocate_in), false },
+    [FUSE_LSEEK] = { "LSEEK", fop_lseek, sizeof(struct fuse_lseek_in), false },
+    [FUSE_STATFS] = { "STATFS", fop_statfs, 0, false },
+    [FUSE_OPENDIR] = { "OPENDIR", fop_opendir, 0, false },
+    [FUSE_READDIR] = { "READDIR", fop_readdir, sizeof(struct fuse_read_in), false },
+    [FUSE_READDIRPLUS] = { "READDIRPLUS", fop_readdir, sizeof(struct fuse_read_in), false },
+    [FUSE_RELEASEDIR] = { "RELEASEDIR", fop_ok, 0, false },
+    [FUSE_FSYNCDIR] = { "FSYNCDIR", fop_ok, 0, false },
+    [FUSE_DESTROY] = { "DESTROY", fop_ok, 0, false },
+    [FUSE_SYMLINK] = { "SYMLINK", fop_not_permitted, 0, false },
+    [FUSE_MKNOD] = { "MKNOD", fop_not_permitted, 0, false },
+    [FUSE_MKDIR] = { "MKDIR", fop_not_permitted, 0, false },
+    [FUSE_UNLINK] = { "UNLINK", fop_not_permitted, 0, false },
+    [FUSE_RMDIR] = { "RMDIR", fop_not_permitted, 0, false },
+    [FUSE_RENAME] = { "RENAME", fop_not_permitted, 0, false },
+    [FUSE_RENAME2] = { "RENAME2", fop_not_permitted, 0, false },
+    [FUSE_LINK] = { "LINK", fop_not_permitted, 0, false },
+    [FUSE_CREATE] = { "CREATE", fop_not_permitted, 0, false },
+};
+
+/* Handles the request of n bytes in w->buf. Returns the length of the reply that now ends w->buf's head room, 0: none. */
+static size_t fop_handle(struct worker *w, size_t n)
+{
+    const struct fuse_in_header *head = (const struct fuse_in_header *)w->buf;
+    struct fuse_out_header *reply = (struct fuse_out_header *)(w->buf + FX_HEAD_ROOM) - 1;
+    struct request rq = { .head = head, .arg = head + 1, .out = w->buf + FX_HEAD_ROOM };
+    const struct fop *op;
+    uint64_t unique;
+    int ret;
+
+    if (n < sizeof(*head) || head->len != n) {
+        msg_serving(0, "malformed request of %zu bytes from the kernel, ignored", n);
+        return 0;
+    }
+    unique = head->unique;
+    rq.arg_len = n - sizeof(*head);
+    op = head->opcode < ARRAY_LEN(fop_table) ? &fop_table[head->opcode] : &fop_table[0];
+    ret = !op->fn ? -ENOSYS : rq.arg_len < op->min_arg ? -EINVAL : op->fn(w, &rq);
+    if (w->srv->debug)
+        msg_say(MSG_DEBUG, "%s(%u) node %" PRIu64 ": %s, %zu bytes", op->name ? op->name : "op", head->opcode, head->nodeid,
+                ret ? strerror(-ret) : "ok", rq.out_len);
+    if (op->no_reply)
+        return 0;
+    if (ret == -EIO)
+        fop_count(&w->errors, 1);
+    if (ret)
+        rq.out_len = 0;
+    *reply = (struct fuse_out_header){ .len = (uint32_t)(sizeof(*reply) + rq.out_len), .error = ret, .unique = unique };
+    return reply->len;
+}
+
+/* ************************************************************************************************************ *
+ * 8. Worker loop
+ *
+ * The transport: read(2) a request, fop_handle() it, write(2) the reply. Every worker does all three alone, so there
+ * is no queue and no lock between threads; the kernel hands a request to whoever reads. The workers are started
+ * together and stay: a thread that waits in read(2) costs nothing, and the kernel wakes just one.
+ * ************************************************************************************************************ */
+
+enum { LOOP_BUF = FX_HEAD_ROOM + FX_MAX_IO };
+
+/* USR1 arrives at the first worker, whose read(2) it interrupts. */
+static volatile sig_atomic_t loop_counters_wanted;
+
+static void loop_on_usr1(int sig)
+{
+    (void)sig;
+    loop_counters_wanted = 1;
+}
+
+static void loop_print_counters(const struct server *srv)
+{
+    uint64_t sum[5] = { 0 };
+
+    for (unsigned i = 0; i < srv->n_workers; i++) {
+        const struct worker *w = &srv->workers[i];
+        sum[0] += atomic_load_explicit(&w->reads, memory_order_relaxed);
+        sum[1] += atomic_load_explicit(&w->read_bytes, memory_order_relaxed);
+        sum[2] += atomic_load_explicit(&w->writes, memory_order_relaxed);
+        sum[3] += atomic_load_explicit(&w->write_bytes, memory_order_relaxed);
+        sum[4] += atomic_load_explicit(&w->errors, memory_order_relaxed);
+    }
+    msg_say(MSG_ERROR, "%s: %" PRIu64 " reads (%" PRIu64 " bytes), %" PRIu64 " writes (%" PRIu64 " bytes), %" PRIu64
+            " errors, %u threads%s", srv->im->name, sum[0], sum[1], sum[2], sum[3], sum[4], srv->n_workers,
+            srv->backing_id > 0 ? ", passthrough" : "");
+}
+
+/* 0: another request may follow, 1: unmounted, < 0: broken. */
+static int loop_once(struct worker *w)
+{
+    ssize_t n = read(w->fd, w->buf, LOOP_BUF);
+    size_t len;
+
+    if (n < 0) {
+        if (errno == EINTR && w == w->srv->workers && loop_counters_wanted) {
+            loop_counters_wanted = 0;
+            loop_print_counters(w->srv);
+        }
+        if (errno == EINTR || errno == EAGAIN || errno == ENOENT)   /* ENOENT: the request was taken back */
+            return 0;
+        return errno == ENODEV ? 1 : msg_err(-errno, "reading from /dev/fuse: %s", strerror(errno));
+    }
+    len = fop_handle(w, (size_t)n);
+    if (len == 0 || write(w->fd, w->buf + FX_HEAD_ROOM - sizeof(struct fuse_out_header), len) >= 0)
+        return 0;
+    if (errno == ENOENT || errno == EINTR)                          /* whoever asked has gone */
+        return 0;
+    return errno == ENODEV ? 1 : msg_err(-errno, "writing to /dev/fuse: %s", strerror(errno));
+}
+
+static void *loop_worker(void *arg)
+{
+    int ret;
+
+    do
+        ret = loop_once(arg);
+    while (ret == 0);
+    return ret < 0 ? arg : NULL;    /* non-NULL: it broke */
+}
+
+/* Buffers and descriptors for n workers. Where /dev/fuse may not be opened (mode 0600), they share the session's. */
+static int loop_prepare(struct server *srv, unsigned n, int session_fd)
+{
+    uint32_t from = (uint32_t)session_fd;
+    int fd, shared = -1;
+
+    srv->workers = util_fault("workers") ? NULL : calloc(n, sizeof(*srv->workers));
+    if (!srv->workers)
+        return msg_err(-ENOMEM, "out of memory for %u workers", n);
+    for (unsigned i = 0; i < n; i++)
+        srv->workers[i].fd = -1;
+    for (; srv->n_workers < n; srv->n_workers++) {
+        struct worker *w = &srv->workers[srv->n_workers];
+        w->srv = srv;
+        w->buf = MAP_FAILED;
+        if (!util_fault("worker buffer"))
+            w->buf = mmap(NULL, LOOP_BUF, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (w->buf == MAP_FAILED)
+            return msg_err(-ENOMEM, "out of memory for %u workers", n);
+        fd = shared >= 0 || util_fault("clone") ? -1 : open("/dev/fuse", O_RDWR | O_CLOEXEC);
+        if (fd >= 0 && util_ioctl(fd, FX_IOC_CLONE, &from) < 0)
+            util_close(&fd);
+        w->fd = fd;
+        if (fd < 0)
+            w->fd = shared = session_fd;
+    }
+    return 0;
+}
+
+static void loop_release(struct server *srv, int session_fd)
+{
+    for (unsigned i = 0; i < srv->n_workers; i++) {
+        munmap(srv->workers[i].buf, LOOP_BUF);
+        if (srv->workers[i].fd != session_fd)
+            util_close(&srv->workers[i].fd);
+    }
+    free(srv->workers);
+    srv->workers = NULL;
+    srv->n_workers = 0;
+}
+
+static void loop_fill_init(const struct server *srv, const struct fuse_init_in *in, uint64_t offered, bool passthrough,
+                           struct fx_init_out *out)
+{
+    uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_DO_READDIRPLUS |
+                    FUSE_READDIRPLUS_AUTO | FUSE_MAX_PAGES | FUSE_EXPLICIT_INVAL_DATA | FUSE_INIT_EXT |
+                    (srv->direct_io ? FX_DIRECT_IO_ALLOW_MMAP : 0) | (passthrough ? FX_PASSTHROUGH : 0);
+
+    want &= offered;
+    *out = (struct fx_init_out){
+        .major = FUSE_KERNEL_VERSION, .minor = in->minor < 40 ? in->minor : 40, .max_readahead = in->max_readahead,
+        .flags = (uint32_t)want, .flags2 = (uint32_t)(want >> 32),
+        .max_background = 128, .congestion_threshold = 96, .max_write = FX_MAX_IO, .time_gran = 1,
+        .max_pages = FX_MAX_IO / 4096, .max_stack_depth = want & FX_PASSTHROUGH ? FX_STACK_DEPTH : 0,
+    };
+}
+
+/* Answers FUSE_INIT, the first request on every connection. *passthrough: wanted -> granted. */
+static int loop_handshake(struct server *srv, int fd, bool *passthrough)
+{
+    struct worker *w = &srv->workers[0];
+    const struct fuse_in_header *head = (const struct fuse_in_header *)w->buf;
+    struct fuse_init_in in;
+    struct { struct fuse_out_header head; struct fx_init_out out; } reply;
+    uint64_t offered;
+    ssize_t n;
+
+    for (;;) {
+        do
+            n = util_fault("INIT") ? -1 : read(fd, w->buf, LOOP_BUF);
+        while (n < 0 && errno == EINTR);
+        if (n < 0)
+            return msg_err(-errno, "no FUSE_INIT from the kernel: %s", strerror(errno));
+        memset(&in, 0, sizeof(in));
+        if ((size_t)n < sizeof(*head) + 16 || head->opcode != FUSE_INIT)
+            return msg_err(-EPROTO, "the kernel did not begin with FUSE_INIT");
+        memcpy(&in, head + 1, util_min((size_t)n - sizeof(*head), sizeof(in)));
+        if (in.major < FUSE_KERNEL_VERSION || (in.major == FUSE_KERNEL_VERSION && in.minor < FX_MIN_MINOR))
+            return msg_err(-EPROTO, "this kernel speaks FUSE %u.%u; 7.%d (Linux 3.15) is the oldest that will do", in.major,
+                           in.minor, FX_MIN_MINOR);
+        offered = in.flags | (in.flags & FUSE_INIT_EXT ? (uint64_t)in.flags2 << 32 : 0);
+        memset(&reply, 0, sizeof(reply));
+        loop_fill_init(srv, &in, offered, *passthrough, &reply.out);
+        reply.head = (struct fuse_out_header){ .len = sizeof(reply), .unique = head->unique };
+        if (write(fd, &reply, sizeof(reply)) < 0)
+            return msg_err(-errno, "cannot answer FUSE_INIT: %s", strerror(errno));
+        if (in.major == FUSE_KERNEL_VERSION)
+            break;                  /* a newer major has now seen ours and asks again */
+    }
+    *passthrough = reply.out.flags2 & (uint32_t)(FX_PASSTHROUGH >> 32);
+    return 0;
+}
+
+/* Hands the image to the kernel. It takes CAP_SYS_ADMIN, Linux 6.9 and a file system that can; else workers serve. */
+static void loop_pass_through(struct server *srv, int fd)
+{
+    struct fx_backing_map map = { .fd = srv->im->files[0].fd };
+    int id = util_fault("passthrough") ? -1 : util_ioctl(fd, FX_IOC_BACKING_OPEN, &map);
+
+    if (id > 0)
+        srv->backing_id = id;
+    else
+        msg_say(MSG_INFO, "%s: no passthrough: %s", srv->im->name, strerror(errno));
+}
+
+/* The first worker runs in the calling thread. Returns when the file system is unmounted. */
+static int loop_run(struct server *srv)
+{
+    unsigned started = 1;
+    bool broken = false;
+    sigset_t usr1;
+    void *result;
+    int ret;
+
+    sigemptyset(&usr1);
+    sigaddset(&usr1, SIGUSR1);
+    pthread_sigmask(SIG_BLOCK, &usr1, NULL);
+    for (; started < srv->n_workers; started++) {
+        struct worker *w = &srv->workers[started];
+        ret = util_fault("thread") ? EAGAIN : pthread_create(&w->thread, NULL, loop_worker, w);
+        if (ret) {
+            msg_say(MSG_NOTE, "only %u of %u threads could be started: %s", started, srv->n_workers, strerror(ret));
+            break;
+        }
+    }
+    pthread_sigmask(SIG_UNBLOCK, &usr1, NULL);
+    broken = loop_worker(&srv->workers[0]) != NULL;
+    for (unsigned i = 1; i < started; i++)
+        if (pthread_join(srv->workers[i].thread, &result) != 0 || result)
+            broken = true;
+    return broken ? -EIO : 0;
+}
+
+/* ************************************************************************************************************ *
+ * 9. Sandbox
+ *
+ * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file system
+ * (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open go on working;
+ * a hostile image that took over a decoder could still write garbage to the reader, and no more.
+ * ************************************************************************************************************ */
+
+enum box_mode { BOX_AUTO, BOX_OFF, BOX_REQUIRE };
+
+static int box_drop_capabilities(void)
+{
+    struct __user_cap_header_struct head = { .version = _LINUX_CAPABILITY_VERSION_3 };
+    struct __user_cap_data_struct none[2];
+
+    memset(none, 0, sizeof(none));
+    for (unsigned long cap = 0; cap < 64; cap++)
+        (void)prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
+    return syscall(SYS_capset, &head, none) < 0 ? -errno : 0;
+}
+
+#ifndef SYS_landlock_create_ruleset
+#define SYS_landlock_create_ruleset 444
+#define SYS_landlock_restrict_self 446
+#endif
+
+static int box_landlock(void)
+{
+    struct fx_landlock_ruleset rules = { .handled_fs = FX_LANDLOCK_FS_V1 };
+    long abi = syscall(SYS_landlock_create_ruleset, NULL, 0, 1u);
+    size_t size = sizeof(rules.handled_fs);
+    int fd, ret = 0;
+
+    if (abi < 1)
+        return abi < 0 ? -errno : -ENOSYS;
+    if (abi >= 2)
+        rules.handled_fs |= FX_LANDLOCK_REFER;
+    if (abi >= 3)
+        rules.handled_fs |= FX_LANDLOCK_TRUNCATE;
+    if (abi >= 4) {
+        rules.handled_net = FX_LANDLOCK_NET;
+        size += sizeof(rules.handled_net);
+    }
+    if (abi >= 5)
+        rules.handled_fs |= FX_LANDLOCK_IOCTL_DEV;
+    if (abi >= 6) {
+        rules.scoped = FX_LANDLOCK_SCOPED;
+        size += sizeof(rules.scoped);
+    }
+    fd = (int)syscall(SYS_landlock_create_ruleset, &rules, size, 0u);
+    if (fd < 0)
+        return -errno;
+    if (syscall(SYS_landlock_restrict_self, fd, 0u) < 0)
+        ret = -errno;
+    close(fd);
+    return ret;
+}
+
+#if defined(__x86_64__)
+#define BOX_ARCH AUDIT_ARCH_X86_64
+#elif defined(__aarch64__)
+#define BOX_ARCH AUDIT_ARCH_AARCH64
+#endif
+
+#define BOX_JUMP(op, k, yes, no) ((struct sock_filter)BPF_JUMP(BPF_JMP | (op) | BPF_K, (uint32_t)(k), (uint8_t)(yes), (uint8_t)(no)))
+#define BOX_STMT(op, k) ((struct sock_filter)BPF_STMT((op), (uint32_t)(k)))
+#ifndef SYS_clone3
+#define SYS_clone3 435
+#endif
+
+/*
+ * Allowed: I/O on open descriptors, memory without PROT_EXEC, threads, leaving. All else fails with EPERM: a C
+ * library that tries something new must not cost the user the mount.
+ */
+static int box_seccomp(void)
+{
+#ifdef BOX_ARCH
+    static const int allowed[] = {
+        SYS_read, SYS_write, SYS_writev, SYS_pread64, SYS_pwrite64, SYS_lseek, SYS_fstat, SYS_fallocate, SYS_ftruncate,
+        SYS_fdatasync, SYS_fsync, SYS_close, SYS_futex, SYS_munmap, SYS_madvise, SYS_brk, SYS_mremap, SYS_rt_sigprocmask,
+        SYS_rt_sigreturn, SYS_exit, SYS_exit_group, SYS_clock_gettime, SYS_gettid, SYS_getpid, SYS_tgkill, SYS_tkill,
+        SYS_set_robust_list, SYS_sched_yield, SYS_restart_syscall, SYS_newfstatat,
+#ifdef SYS_rseq
+        SYS_rseq,
+#endif
+    };
+    /* The program: HEAD, one jump per allowed call, SPECIAL jumps, two checks of an argument, three verdicts. */
+    enum { N = ARRAY_LEN(allowed), HEAD = 4, SPECIAL = 4 };
+    enum { PROT = HEAD + N + SPECIAL, CLONE = PROT + 2, DENY = CLONE + 2, NOSYS, ALLOW, LEN };
+    const uint32_t low_arg0 = offsetof(struct seccomp_data, args[0]), low_arg2 = offsetof(struct seccomp_data, args[2]);
+    struct sock_filter code[LEN];
+    struct sock_fprog prog = { .len = LEN, .filter = code };
+    unsigned i = 0;
+
+    code[i++] = BOX_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch));
+    code[i++] = BOX_JUMP(BPF_JEQ, BOX_ARCH, 1, 0);
+    code[i++] = BOX_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS);
+    code[i++] = BOX_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr));
+    for (; i < HEAD + N; i++)
+        code[i] = BOX_JUMP(BPF_JEQ, allowed[i - HEAD], ALLOW - i - 1, 0);
+    code[i++] = BOX_JUMP(BPF_JEQ, SYS_mmap, PROT - (HEAD + N) - 1, 0);
+    code[i++] = BOX_JUMP(BPF_JEQ, SYS_mprotect, PROT - (HEAD + N) - 2, 0);
+    code[i++] = BOX_JUMP(BPF_JEQ, SYS_clone3, NOSYS - (HEAD + N) - 3, 0);
+    code[i++] = BOX_JUMP(BPF_JEQ, SYS_clone, CLONE - (HEAD + N) - 4, DENY - (HEAD + N) - 4);
+    code[i++] = BOX_STMT(BPF_LD | BPF_W | BPF_ABS, low_arg2);
+    code[i++] = BOX_JUMP(BPF_JSET, PROT_EXEC, DENY - PROT - 2, ALLOW - PROT - 2);
+    code[i++] = BOX_STMT(BPF_LD | BPF_W | BPF_ABS, low_arg0);
+    code[i++] = BOX_JUMP(BPF_JSET, 0x10000 /* CLONE_THREAD */, ALLOW - CLONE - 2, DENY - CLONE - 2);
+    code[i++] = BOX_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM);
+    code[i++] = BOX_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS);
+    code[i++] = BOX_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &prog, 0, 0) < 0 ? -errno : 0;
+#else
+    return -ENOSYS;
+#endif
+}
+
+static int box_no_new_privs(void)
+{
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ? -errno : 0;
+}
+
+static int box_no_core(void)
+{
+    const struct rlimit none = { 0, 0 };
+
+    return setrlimit(RLIMIT_CORE, &none) < 0 ? -errno : 0;
+}
+
+static int box_enter(enum box_mode mode)
+{
+    static const struct {
+        const char *name;
+        int (*enter)(void);
+    } step[] = {
+        { "no core dumps", box_no_core }, { "no new privileges", box_no_new_privs },
+        { "dropping capabilities", box_drop_capabilities }, { "Landlock", box_landlock }, { "seccomp", box_seccomp },
+    };
+    int ret;
+
+#ifdef PR_SET_IO_FLUSHER
+    (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);     /* a loop device above us must not wait for memory that needs us */
+#endif
+    for (size_t i = 0; mode != BOX_OFF && i < ARRAY_LEN(step); i++) {
+        ret = util_fault(step[i].name) ? -EIO : step[i].enter();
+        if (ret && mode == BOX_REQUIRE)
+            return msg_err(ret, "sandbox: %s: %s", step[i].name, strerror(-ret));
+        if (ret)
+            msg_say(MSG_INFO, "sandbox: without %s: %s", step[i].name, strerror(-ret));
+    }
+    return 0;
+}
+
+/* ************************************************************************************************************ *
+ * 10. Mounts
+ *
+ * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own server.
+ * Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one line.
+ * ************************************************************************************************************ */
+
+struct mountpoint {
+    char path[PATH_MAX];            /* absolute, no symbolic links */
+    bool is_dir, created, mounted;
+    dev_t dev;                      /* of the file we created, to remove that one only */
+    ino_t ino;
+    unsigned minor;                 /* of the mounted file system: the number of its FUSE connection */
+    struct fuse_session *session;   /* libfuse's: owns session_fd until the server is forked */
+    int session_fd;
+};
+
+struct mount_entry {
+    unsigned minor;
+    uid_t owner;                    /* who mounted it */
+    bool fuseexp;
+};
+
+/* What libfuse and fusermount3 say goes into our message instead of onto stderr. */
+static char mnt_said[400];
+
+__attribute__((format(printf, 2, 0))) static void mnt_log(enum fuse_log_level level, const char *fmt, va_list ap)
+{
+    size_t at = strlen(mnt_said);
+
+    (void)level;
+    vsnprintf(mnt_said + at, sizeof(mnt_said) - at, fmt, ap);
+}
+
+/* The last line said, without its "fuse: " or "fusermount3: ". */
+static const char *mnt_last_words(void)
+{
+    size_t len = strlen(mnt_said);
+    char *line, *colon;
+
+    while (len && mnt_said[len - 1] == '\n')
+        mnt_said[--len] = 0;
+    line = strrchr(mnt_said, '\n');
+    line = line ? line + 1 : mnt_said;
+    colon = strstr(line, ": ");
+    return colon && strncmp(line, "fuse", 4) == 0 ? colon + 2 : line;
+}
+
+/* mountinfo writes space, tab, newline and backslash as \ooo. */
+static void mnt_unescape(char *text)
+{
+    char *to = text;
+
+    for (; *text; to++)
+        if (text[0] == '\\' && strspn(text + 1, "01234567") >= 3) {
+            *to = (char)((text[1] - '0') << 6 | (text[2] - '0') << 3 | (text[3] - '0'));
+            text += 4;
+        } else {
+            *to = *text++;
+        }
+    *to = 0;
+}
+
+/* One line of mountinfo: "id parent major:minor root mountpoint options ... - type source super-options". */
+static bool mnt_parse_line(char *line, const char *path, struct mount_entry *entry)
+{
+    struct mount_entry e = { .owner = 0 };
+    char *where, *rest, *user;
+    int at = 0;
+
+    if (sscanf(line, "%*u %*u %*u:%u %*s %n", &e.minor, &at) < 1 || at == 0)
+        return false;
+    where = line + at;
+    rest = where + strcspn(where, " ");
+    if (!*rest)
+        return false;
+    *rest++ = 0;
+    mnt_unescape(where);
+    if (strcmp(where, path) != 0)
+        return false;
+    rest = strstr(rest, " - ");
+    user = rest ? strstr(rest, "user_id=") : NULL;
+    e.fuseexp = rest && strncmp(rest + 3, "fuse.fuseexp ", 13) == 0;
+    e.owner = user ? (uid_t)strtoul(user + 8, NULL, 10) : 0;
+    *entry = e;
+    return true;
+}
+
+/* The topmost mount at path. 1: found, 0: nothing is mounted there. */
+static int mnt_find(const char *path, struct mount_entry *entry)
+{
+    FILE *table = fopen("/proc/self/mountinfo", "re");
+    char *line = NULL;
+    size_t size = 0;
+    int found = 0;
+
+    if (!table)
+        return msg_err(-errno, "/proc/self/mountinfo: %s (is /proc mounted?)", strerror(errno));
+    while (getline(&line, &size, table) > 0)
+        found |= mnt_parse_line(line, path, entry);
+    free(line);
+    fclose(table);
+    return found;
+}
+
+static int mnt_run_fusermount(const char *const argv[], int comm_fd);
+
+/* flags: 0 or MNT_DETACH. -EBUSY when somebody uses it. */
+static int mnt_unmount(const char *path, int flags)
+{
+    const char *argv[] = { "fusermount3", "-u", "--", path, NULL }, *lazy[] = { "fusermount3", "-u", "-z", "--", path, NULL };
+
+    if (umount2(path, flags | UMOUNT_NOFOLLOW) == 0)
+        return 0;
+    if (errno != EPERM)
+        return -errno;
+    if (mnt_run_fusermount(flags ? lazy : argv, -1) == 0)
+        return 0;
+    return strstr(mnt_said, "busy") ? -EBUSY : -EPERM;
+}
+
+/* Detaches a mount whose server died; refuses to mount over anything that is alive. */
+static int mnt_clear_stale(const char *path)
+{
+    struct mount_entry entry;
+    struct statfs fs;
+    int ret = mnt_find(path, &entry);
+
+    if (ret <= 0)
+        return ret;
+    if (!entry.fuseexp)
+        return msg_err(-EBUSY, "%s: something else is mounted there", path);
+    if (statfs(path, &fs) == 0 || (errno != ENOTCONN && errno != ECONNABORTED))
+        return msg_err(-EBUSY, "%s: fuseexp is mounted there already; fuseexp --umount ends it", path);
+    ret = mnt_unmount(path, MNT_DETACH);
+    if (ret)
+        return msg_err(ret, "%s: cannot detach the dead mount there: %s", path, strerror(-ret));
+    msg_say(MSG_NOTE, "%s: detached a mount whose server had died", path);
+    return 0;
+}
+
+/* Makes the path absolute. The last component need not exist (yet); the folder it is in must. */
+static int mnt_resolve(const char *arg, char path[PATH_MAX])
+{
+    char copy[PATH_MAX], *base;
+
+    if (strlen(arg) >= PATH_MAX || !*arg)
+        return msg_err(-ENAMETOOLONG, "%s: not a usable path", arg);
+    if (realpath(arg, path))
+        return 0;
+    if (errno != ENOENT || arg[strlen(arg) - 1] == '/')
+        return msg_err(-errno, "%s: %s", arg, strerror(errno));
+    strcpy(copy, arg);
+    base = strrchr(copy, '/');
+    if (base)
+        *base++ = 0;
+    if (!realpath(base == copy + 1 ? "/" : base ? copy : ".", path))
+        return msg_err(-errno, "%s: the folder it should be in: %s", arg, strerror(errno));
+    if (strlen(path) + strlen(base ? base : copy) + 2 > PATH_MAX)
+        return msg_err(-ENAMETOOLONG, "%s: path too long", arg);
+    strcat(strcmp(path, "/") == 0 ? path : strcat(path, "/"), base ? base : copy);
+    return 0;
+}
+
+/* Makes the mountpoint if there is none. */
+static int mnt_create(struct mountpoint *mp)
+{
+    struct stat st;
+    int fd;
+
+    if (stat(mp->path, &st) == 0) {
+        mp->is_dir = S_ISDIR(st.st_mode);
+        return mp->is_dir || S_ISREG(st.st_mode) ? 0
+               : msg_err(-ENOTDIR, "%s: neither a regular file nor a folder, so nothing can be mounted there", mp->path);
+    }
+    if (errno != ENOENT)
+        return msg_err(-errno, "%s: %s", mp->path, strerror(errno));
+    fd = util_fault("mountpoint") ? -1 : open(mp->path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (fd < 0)
+        return msg_err(-errno, "%s: cannot be created: %s", mp->path, strerror(errno));
+    mp->created = true;
+    if (fstat(fd, &st) == 0) {
+        mp->dev = st.st_dev;
+        mp->ino = st.st_ino;
+    }
+    close(fd);
+    return 0;
+}
+
+/* Removes the file that mnt_create() made: only that one, only when nothing is mounted on it, only when empty. */
+static void mnt_remove(struct mountpoint *mp)
+{
+    struct mount_entry entry;
+    struct stat st;
+
+    if (!mp->created || mnt_find(mp->path, &entry) != 0)
+        return;
+    if (lstat(mp->path, &st) == 0 && st.st_dev == mp->dev && st.st_ino == mp->ino && st.st_size == 0)
+        unlink(mp->path);
+    mp->created = false;
+}
+
+/* Runs fusermount3, keeping what it says. comm_fd: where it hands over /dev/fuse, or -1. */
+static int mnt_run_fusermount(const char *const argv[], int comm_fd)
+{
+    int out[2], status = -1;
+    char fd_text[16];
+    size_t at = 0;
+    ssize_t n;
+    pid_t pid;
+
+    mnt_said[0] = 0;
+    if (pipe2(out, O_CLOEXEC) < 0)
+        return -errno;
+    pid = util_fault("fork fusermount3") ? -1 : fork();
+    if (pid == 0) {
+        sigset_t none;
+        sigemptyset(&none);
+        sigprocmask(SIG_SETMASK, &none, NULL);
+        dup2(out[1], STDERR_FILENO);
+        if (comm_fd >= 0) {
+            snprintf(fd_text, sizeof(fd_text), "%d", comm_fd);
+            setenv("_FUSE_COMMFD", fd_text, 1);
+            fcntl(comm_fd, F_SETFD, 0);
+        }
+        execvp(argv[0], (char *const *)argv);
+        dprintf(STDERR_FILENO, "fuse: cannot run fusermount3: %s (Debian: apt-get install fuse3), and only root does without\n",
+                strerror(errno));
+        _exit(127);
+    }
+    close(out[1]);
+    while (pid > 0 && at < sizeof(mnt_said) - 1 && (n = read(out[0], mnt_said + at, sizeof(mnt_said) - 1 - at)) > 0)
+        at += (size_t)n;
+    mnt_said[at] = 0;
+    close(out[0]);
+    if (pid < 0)
+        return -EAGAIN;
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    return status == 0 ? 0 : -EIO;
+}
+
+/* fusermount3 sends the descriptor of /dev/fuse through the socket. */
+static int mnt_receive_fd(int sock)
+{
+    union { char buf[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control;
+    char byte;
+    struct iovec iov = { &byte, 1 };
+    struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.buf, .msg_controllen = sizeof(control.buf) };
+    struct cmsghdr *c;
+    int fd = -1;
+
+    if (recvmsg(sock, &msg, MSG_CMSG_CLOEXEC) <= 0)
+        return -1;
+    c = CMSG_FIRSTHDR(&msg);
+    if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
+        memcpy(&fd, CMSG_DATA(c), sizeof(fd));
+    return fd;
+}
+
+/* libfuse 3.14 does not fall back to fusermount3 when /dev/fuse is for root alone, so we call it ourselves. */
+static int mnt_mount_user(struct mountpoint *mp, char *opts)
+{
+    const char *argv[] = { "fusermount3", "-o", opts, "--", mp->path, NULL };
+    int sock[2], fd = -1, ret;
+
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sock) < 0)
+        return -errno;
+    ret = mnt_run_fusermount(argv, sock[0]);
+    util_close(&sock[0]);
+    if (ret == 0)
+        fd = mnt_receive_fd(sock[1]);
+    close(sock[1]);
+    mp->session_fd = fd;
+    return fd < 0 ? -EPERM : 0;
+}
+
+/* One try with these options. The session object parses and checks them in both cases. */
+static int mnt_try(struct mountpoint *mp, char *opts)
+{
+    static const struct fuse_lowlevel_ops none;
+    char name[] = "fuseexp", dash_o[] = "-o", *argv[] = { name, dash_o, opts };
+    struct fuse_args args = FUSE_ARGS_INIT(3, argv);
+    char by_fd[32];
+    int ret = -EINVAL;
+
+    mnt_said[0] = 0;
+    mp->session = util_fault("session") ? NULL : fuse_session_new(&args, &none, sizeof(none), NULL);
+    fuse_opt_free_args(&args);
+    if (!mp->session)
+        return -EINVAL;
+    if (util_fault("mount")) {
+        ret = -EIO;
+    } else if (geteuid() == 0) {
+        ret = fuse_session_mount(mp->session, mp->path) < 0 ? -EIO : 0;
+    } else {
+        ret = mnt_mount_user(mp, opts);
+        if (!ret) {
+            mp->mounted = true;
+            snprintf(by_fd, sizeof(by_fd), "/dev/fd/%d", mp->session_fd);
+            ret = fuse_session_mount(mp->session, by_fd) < 0 ? -EIO : 0;
+        }
+    }
+    if (!ret) {
+        mp->mounted = true;
+        mp->session_fd = fuse_session_fd(mp->session);
+    }
+    return ret;
+}
+
+static void mnt_end_session(struct mountpoint *mp)
+{
+    if (mp->session)
+        fuse_session_destroy(mp->session);      /* closes session_fd */
+    mp->session = NULL;
+    mp->session_fd = -1;
+}
+
+struct mount_wanted {
+    const char *source;             /* what the mount table shows: the image */
+    const char *extra;              /* the user's -o options, or NULL */
+    bool writable;
+    bool *allow_other;              /* in: try it; out: granted */
+    bool may_drop_allow_other;      /* automatic: root asks for it, others where fuse.conf lets them */
+};
+
+/* fsname may hold commas and backslashes; fuse_opt escapes them. */
+static char *mnt_options(const struct mount_wanted *want)
+{
+    char source[PATH_MAX + 8], *opts = NULL;
+    int bad;
+
+    snprintf(source, sizeof(source), "fsname=%s", want->source);
+    bad = fuse_opt_add_opt_escaped(&opts, source);
+    bad |= fuse_opt_add_opt(&opts, "subtype=fuseexp,nosuid,nodev,noatime,default_permissions");
+    bad |= fuse_opt_add_opt(&opts, want->writable ? "rw" : "ro");
+    if (*want->allow_other)
+        bad |= fuse_opt_add_opt(&opts, "allow_other");
+    if (want->extra)
+        bad |= fuse_opt_add_opt(&opts, want->extra);
+    if (bad) {
+        free(opts);
+        return NULL;
+    }
+    return opts;
+}
+
+static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
+{
+    struct mount_entry entry;
+    char *opts;
+    int ret;
+
+    fuse_set_log_func(mnt_log);
+    if (access("/dev/fuse", F_OK) < 0)
+        return msg_err(-errno, "/dev/fuse: %s (modprobe fuse)", strerror(errno));
+    do {
+        opts = mnt_options(want);
+        if (!opts)
+            return msg_err(-ENOMEM, "%s: out of memory", mp->path);
+        ret = mnt_try(mp, opts);
+        free(opts);
+        if (!ret)
+            break;
+        mnt_end_session(mp);
+        if (!*want->allow_other || !want->may_drop_allow_other || geteuid() == 0)
+            return msg_err(ret, "%s: cannot mount: %s", mp->path, *mnt_said ? mnt_last_words() : strerror(-ret));
+        *want->allow_other = false;
+    } while (true);
+
+    ret = util_fault("mount table") ? -EIO : mnt_find(mp->path, &entry);
+    if (ret != 1)
+        return msg_err(ret ? ret : -EIO, "%s: mounted, but the mount table does not show it", mp->path);
+    mp->minor = entry.minor;
+    return 0;
+}
+
+/* Is our own mount (and not another one) the one to be seen at the path? */
+static bool mnt_is_ours(const struct mountpoint *mp)
+{
+    struct mount_entry entry;
+
+    return mp->mounted && mnt_find(mp->path, &entry) == 1 && (mp->minor == 0 || entry.minor == mp->minor);
+}
+
+/* Cuts the connection: every request fails at once. Needs fusectl; the caller has other means as well. */
+static void mnt_abort(const struct mountpoint *mp)
+{
+    char path[64];
+
+    snprintf(path, sizeof(path), "/sys/fs/fuse/connections/%u/abort", mp->minor);
+    (void)util_write_file(path, "1");
+}
+
+/* The kernel's 128 KiB of read-ahead starve a reader that waits for a process; 1 MiB is one request of ours. */
+static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
+{
+    char path[64], text[16];
+
+    snprintf(path, sizeof(path), "/sys/class/bdi/0:%u/read_ahead_kb", mp->minor);
+    snprintf(text, sizeof(text), "%u", kib);
+    if (util_write_file(path, text) < 0)
+        msg_say(MSG_INFO, "%s: cannot raise the read-ahead: %s", path, strerror(errno));
+}
+
+/* ************************************************************************************************************ *
+ * 11. Life cycle
+ *
+ * run_export() takes what an export needs one by one and releases it in reverse order, whichever step fails.
+ * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open, and from
+ * then on it alone has the image and /dev/fuse: when it dies, however it dies, the connection is cut, and the
+ * supervisor detaches the mount. OFD locks and the connection would outlive the server if the supervisor kept copies.
+ *
+ * Control socket: an abstract UNIX socket "fuseexp:<minor of the mount>:<pid>" that nobody reads from. Whoever waits
+ * for the end connects, and gets one byte, the exit status, when everything is over (or just EOF, if we were killed).
+ * ************************************************************************************************************ */
+
+enum opt_allow_other { ALLOW_AUTO, ALLOW_ON, ALLOW_OFF };
+enum opt_action { ACT_EXPORT, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
+#define OPT_UNSET UINT32_MAX
+
+struct options {
+    char **images, **command, *mountpoint, *format, *pidfile, *extra;
+    unsigned n_images;
+    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, lazy, verbose, quiet;
+    bool mount_helper;              /* called by mount(8) */
+    uint64_t offset, size;
+    uint32_t partition, sector_size, threads, mode, uid, gid;
+    uint32_t sandbox, allow_other, action;
+};
+
+struct run {
+    const struct options *o;
+    struct image im;
+    struct view views[MAX_VIEWS];
+    unsigned n_views;
+    struct server srv;
+    struct mountpoint mp;
+    char pidfile[PATH_MAX];         /* absolute, empty: none */
+    sigset_t old_mask;
+    int shell_fd;                   /* to the process that the user started; -1 in the foreground */
+    int sig_fd, ctl_fd, ready_fd, log_fd;
+    pid_t server, command;          /* 0: not running (any more) */
+    int server_status, command_status;
+    bool ready, not_ready;
+    unsigned stop_signals;          /* INT, TERM, HUP so far */
+};
+
+/* Lines of a background server, until ready for the user's eyes, then for syslog. */
+static void run_relay_log(struct run *r)
+{
+    char text[4096];
+    ssize_t n = r->log_fd < 0 ? 0 : read(r->log_fd, text, sizeof(text) - 1);
+
+    if (n == 0)
+        util_close(&r->log_fd);
+    if (n <= 0)
+        return;
+    text[n] = 0;
+    for (char *save, *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
+        msg_err(0, "%s", line + (strncmp(line, "fuseexp: ", 9) == 0 ? 9 : 0));
+}
+
+static void run_reap(pid_t *pid, int *status)
+{
+    if (*pid > 0 && waitpid(*pid, status, WNOHANG) == *pid)
+        *pid = 0;
+}
+
+/* A terminal sends its signals to the command by itself; what kill(1) sent us is passed on. */
+static void run_on_signal(struct run *r, const struct signalfd_siginfo *si)
+{
+    switch (si->ssi_signo) {
+    case SIGCHLD:
+        run_reap(&r->server, &r->server_status);
+        run_reap(&r->command, &r->command_status);
+        break;
+    case SIGUSR1:
+        if (r->server > 0)
+            kill(r->server, SIGUSR1);
+        break;
+    default:
+        if (r->command > 0 && si->ssi_code <= 0)
+            kill(r->command, (int)si->ssi_signo);
+        if (r->command == 0)
+            r->stop_signals++;
+    }
+}
+
+/* Waits for whatever comes next, or for timeout milliseconds (-1: for ever). */
+static void run_poll(struct run *r, int timeout)
+{
+    struct pollfd fds[] = {
+        { .fd = r->sig_fd, .events = POLLIN }, { .fd = r->ready_fd, .events = POLLIN }, { .fd = r->log_fd, .events = POLLIN },
+    };
+    struct signalfd_siginfo si;
+    char byte;
+
+    if (poll(fds, ARRAY_LEN(fds), timeout) <= 0)
+        return;
+    if (fds[2].revents)
+        run_relay_log(r);
+    if (fds[1].revents) {
+        r->ready = read(r->ready_fd, &byte, 1) == 1;
+        r->not_ready = !r->ready;
+        util_close(&r->ready_fd);
+    }
+    if (fds[0].revents && read(r->sig_fd, &si, sizeof(si)) == sizeof(si))
+        run_on_signal(r, &si);
+}
+
+static int run_take_signals(struct run *r)
+{
+    static const int taken[] = { SIGINT, SIGTERM, SIGHUP, SIGCHLD, SIGUSR1 };
+    sigset_t set;
+
+    sigemptyset(&set);
+    for (size_t i = 0; i < ARRAY_LEN(taken); i++)
+        sigaddset(&set, taken[i]);
+    sigprocmask(SIG_BLOCK, &set, &r->old_mask);
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGCHLD, SIG_DFL);       /* an ignored SIGCHLD, inherited, would lose us the exit statuses */
+    r->sig_fd = util_fault("signals") ? -1 : signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    return r->sig_fd < 0 ? msg_err(-errno, "signalfd: %s", strerror(errno)) : 0;
+}
+
+static int run_make_control(struct run *r)
+{
+    r->ctl_fd = util_fault("control socket") ? -1 : socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    return r->ctl_fd < 0 ? msg_err(-errno, "control socket: %s", strerror(errno)) : 0;
+}
+
+/* Without the name nobody can wait for us; that is no reason not to serve. */
+static void run_name_control(struct run *r)
+{
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    int len = snprintf(addr.sun_path + 1, sizeof(addr.sun_path) - 1, "fuseexp:%u:%d", r->mp.minor, (int)getpid());
+
+    if (bind(r->ctl_fd, (struct sockaddr *)&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)len)) < 0 ||
+        listen(r->ctl_fd, MAX_WAITERS) < 0)
+        msg_say(MSG_INFO, "control socket: %s", strerror(errno));
+}
+
+/* Tells everyone who waits for the end how it ended. */
+static void run_close_control(struct run *r, int status)
+{
+    char byte = (char)status;
+    int fd;
+
+    while (r->ctl_fd >= 0 && (fd = accept(r->ctl_fd, NULL, NULL)) >= 0) {
+        (void)!send(fd, &byte, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+        close(fd);
+    }
+    util_close(&r->ctl_fd);
+}
+
+static int run_open_image(struct run *r)
+{
+    const struct options *o = r->o;
+    struct part_wanted want = { .offset = o->offset, .size = o->size, .partition = o->partition, .sector = o->sector_size };
+    struct stat st;
+    int ret;
+
+    r->im.writable = o->writable;
+    r->im.growable = o->growable;
+    ret = img_open(&r->im, o->images, o->n_images, o->format, !o->share);
+    if (ret)
+        return ret;
+    /* Looked at before anything is mounted there: a folder shows the partitions too. */
+    r->mp.is_dir = stat(r->mp.path, &st) == 0 && S_ISDIR(st.st_mode);
+    want.all = r->mp.is_dir && !o->partition;
+    return part_make_views(&r->im, &want, r->views, &r->n_views);
+}
+
+static void run_setup_server(struct run *r)
+{
+    const struct options *o = r->o;
+    struct server *srv = &r->srv;
+    bool whole = r->views[0].start == 0 && r->views[0].size == r->im.size && !o->size && r->im.n_files == 1 &&
+                 !r->im.files[0].is_blk;
+
+    srv->im = &r->im;
+    srv->views = r->views;
+    srv->n_views = r->n_views;
+    srv->is_dir = r->mp.is_dir;
+    srv->writable = o->writable;
+    srv->growable = o->growable;
+    srv->resizable = o->writable && whole && r->im.format->resize;
+    /* Every file has a page cache of its own; where they overlap and are written, none can be kept. */
+    srv->direct_io = o->direct_io || (o->writable && r->n_views > 1);
+    srv->keep_cache = !o->share;
+    srv->debug = o->debug;
+    srv->attr_valid = o->writable || o->share ? 1 : 3600;
+    srv->uid = o->uid == OPT_UNSET ? getuid() : o->uid;
+    srv->gid = o->gid == OPT_UNSET ? getgid() : o->gid;
+    srv->mode = o->mode == OPT_UNSET ? (o->writable ? 0600 : 0400) : o->mode;
+}
+
+/*
+ * The kernel may serve a whole raw file alone. Not when it is written but must not grow: the kernel would not ask us
+ * before it writes past the end.
+ */
+static bool run_may_pass_through(const struct run *r)
+{
+    const struct server *srv = &r->srv;
+
+    return geteuid() == 0 && !r->o->no_passthrough && !srv->direct_io && r->im.format == &raw_format && r->im.n_files == 1 &&
+           !r->im.files[0].is_blk && srv->views[0].start == 0 && srv->views[0].size == r->im.size &&
+           (!srv->writable || (srv->growable && srv->resizable));
+}
+
+static int run_mount(struct run *r)
+{
+    const struct options *o = r->o;
+    char source[PATH_MAX];
+    struct mount_wanted want = { .extra = o->extra, .writable = o->writable, .allow_other = &r->srv.allow_other,
+                                 .may_drop_allow_other = o->allow_other == ALLOW_AUTO };
+    int ret;
+
+    want.source = realpath(o->images[0], source) && strlen(source) < 1024 ? source : util_basename(o->images[0]);
+    r->srv.allow_other = o->allow_other != ALLOW_OFF;
+    ret = mnt_mount(&r->mp, &want);
+    if (ret)
+        return ret;
+    if ((r->srv.mode & 077) && !r->srv.allow_other)
+        return msg_err(-EPERM, "--mode %o is of no use without --allow-other=on: nobody else reaches the mount", r->srv.mode);
+    if ((r->srv.mode & 0222) && !o->writable)
+        return msg_err(-EROFS, "--mode %o on a read-only export: add -w", r->srv.mode);
+    return 0;
+}
+
+/* The server's whole life, in the child. Returns its exit status. */
+static int run_server(struct run *r, int ready_fd)
+{
+    struct sigaction usr1 = { .sa_handler = loop_on_usr1 };     /* without SA_RESTART: it must interrupt read(2) */
+    bool pass = run_may_pass_through(r);
+    int fd = r->mp.session_fd, ret;
+
+    signal(SIGINT, SIG_IGN);        /* the supervisor unmounts, and that ends us */
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
+    signal(SIGCHLD, SIG_DFL);
+    sigaction(SIGUSR1, &usr1, NULL);
+    sigprocmask(SIG_SETMASK, &r->old_mask, NULL);
+    util_close(&r->sig_fd);
+    util_close(&r->shell_fd);
+
+    ret = loop_handshake(&r->srv, fd, &pass);
+    if (!ret && pass)
+        loop_pass_through(&r->srv, fd);
+    if (!ret && geteuid() == 0)
+        mnt_raise_readahead(&r->mp, 1024);
+    if (!ret)
+        ret = box_enter(r->o->sandbox);
+    if (!ret && (util_fault("ready") || write(ready_fd, "", 1) != 1))
+        ret = msg_err(-EIO, "cannot tell the supervisor that all is ready");
+    close(ready_fd);
+    if (ret)
+        return EXIT_FAILED;
+    ret = loop_run(&r->srv);
+    if (img_sync(&r->im) || r->im.failed)
+        ret = msg_err(-EIO, "%s: not everything that was written reached it", r->im.name);
+    return ret ? EXIT_FAILED : EXIT_OK;
+}
+
+static void run_null_stdio(int first, int last)
+{
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+
+    for (int fd = first; null >= 0 && fd <= last; fd++)
+        dup2(null, fd);
+    if (null > STDERR_FILENO)
+        close(null);
+}
+
+/* What the server alone may hold from now on. */
+static void run_let_go(struct run *r)
+{
+    loop_release(&r->srv, r->mp.session_fd);
+    mnt_end_session(&r->mp);
+    img_close(&r->im);
+}
+
+static int run_fork_server(struct run *r)
+{
+    int ready[2] = { -1, -1 }, log[2] = { -1, -1 };
+
+    if (util_fault("ready pipe") || pipe2(ready, O_CLOEXEC) < 0)
+        return msg_err(-errno, "pipe: %s", strerror(errno));
+    r->ready_fd = ready[0];
+    if (r->shell_fd >= 0 && (util_fault("log pipe") || pipe2(log, O_CLOEXEC) < 0)) {
+        close(ready[1]);
+        return msg_err(-errno, "pipe: %s", strerror(errno));
+    }
+    r->log_fd = log[0];
+    r->server = util_fault("fork") ? -1 : fork();
+    if (r->server == 0) {
+        close(ready[0]);
+        if (log[1] >= 0) {
+            run_null_stdio(STDIN_FILENO, STDOUT_FILENO);
+            fcntl(log[1], F_SETFL, O_NONBLOCK);     /* a supervisor that was stopped must not stop us */
+            dup2(log[1], STDERR_FILENO);
+            close(log[1]);
+            close(log[0]);
+        }
+        _exit(run_server(r, ready[1]));
+    }
+    close(ready[1]);
+    util_close(&log[1]);
+    if (r->server > 0)
+        return 0;
+    r->server = 0;
+    return msg_err(-EAGAIN, "fork: %s", strerror(errno));
+}
+
+static int run_wait_ready(struct run *r)
+{
+    while (!r->ready && !r->not_ready && !r->stop_signals)
+        run_poll(r, -1);
+    if (r->stop_signals)
+        return msg_err(-EINTR, "interrupted before the mount was ready");
+    return r->ready ? 0 : -EIO;     /* the server has said why */
+}
+
+static int run_write_pidfile(struct run *r)
+{
+    FILE *f;
+
+    if (!r->o->pidfile)
+        return 0;
+    f = util_fault("pidfile") ? NULL : fopen(r->pidfile, "we");
+    if (!f)
+        return msg_err(-errno, "%s: %s", r->pidfile, strerror(errno));
+    fprintf(f, "%d\n", (int)getpid());
+    if (fclose(f) == 0)
+        return 0;
+    unlink(r->pidfile);
+    return msg_err(-errno, "%s: %s", r->pidfile, strerror(errno));
+}
+
+static void run_remove_pidfile(const struct run *r)
+{
+    if (r->o->pidfile)
+        unlink(r->pidfile);
+}
+
+/* systemd's readiness protocol: one datagram. */
+static void run_notify(const char *state)
+{
+    const char *name = getenv("NOTIFY_SOCKET");
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    size_t len = name ? strlen(name) : 0;
+    char text[64];
+    int fd, n;
+
+    if (len < 2 || len >= sizeof(addr.sun_path) || (*name != '/' && *name != '@'))
+        return;
+    memcpy(addr.sun_path, name, len);
+    if (*name == '@')
+        addr.sun_path[0] = 0;
+    fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    n = snprintf(text, sizeof(text), "%s\nMAINPID=%d", state, (int)getpid());
+    if (fd >= 0)
+        (void)!sendto(fd, text, (size_t)n, MSG_NOSIGNAL, (struct sockaddr *)&addr,
+                      (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len));
+    util_close(&fd);
+}
+
+/* Everyone who waits may go on. In the background this is where the shell's process returns 0. */
+static int run_announce(struct run *r)
+{
+    if (r->shell_fd < 0) {
+        run_notify("READY=1");
+        return 0;
+    }
+    if (util_fault("announce") || setsid() < 0)
+        return msg_err(-errno, "setsid: %s", strerror(errno));
+    (void)!chdir("/");
+    if (write(r->shell_fd, "", 1) != 1)
+        return msg_err(-EPIPE, "%s: whoever asked for it has gone, unmounting", r->mp.path);
+    util_close(&r->shell_fd);
+    run_notify("READY=1");
+    openlog("fuseexp", LOG_PID, LOG_DAEMON);
+    msg_to_syslog = true;
+    run_null_stdio(STDIN_FILENO, STDERR_FILENO);
+    return 0;
+}
+
+static int run_start_command(struct run *r)
+{
+    pid_t pid;
+
+    if (!r->o->command)
+        return 0;
+    pid = util_fault("command") ? -1 : fork();
+    if (pid < 0)
+        return msg_err(-errno, "fork: %s", strerror(errno));
+    if (pid == 0) {
+        signal(SIGPIPE, SIG_DFL);
+        sigprocmask(SIG_SETMASK, &r->old_mask, NULL);
+        execvp(r->o->command[0], r->o->command);
+        msg_err(0, "%s: %s", r->o->command[0], strerror(errno));
+        _exit(errno == ENOENT ? EXIT_CMD_NOT_FOUND : EXIT_CMD_NOT_EXECUTABLE);
+    }
+    r->command = pid;
+    return 0;
+}
+
+/* Unmounts, waiting up to patience milliseconds for users to leave (udev looks at every new loop device). */
+static void run_unmount(struct run *r, int patience)
+{
+    int ret = 0;
+
+    for (; r->server > 0 && mnt_is_ours(&r->mp); patience -= 20) {
+        ret = mnt_unmount(r->mp.path, 0);
+        if (ret != -EBUSY || patience <= 0)
+            break;
+        run_poll(r, 20);
+    }
+    if (ret == -EBUSY && r->server > 0) {
+        msg_say(MSG_NOTE, "%s: in use, detached; it ends with its last user (another signal cuts it off now)", r->mp.path);
+        ret = mnt_unmount(r->mp.path, MNT_DETACH);
+    }
+    if (ret && ret != -EINVAL)
+        msg_err(ret, "%s: cannot unmount: %s", r->mp.path, *mnt_said ? mnt_last_words() : strerror(-ret));
+}
+
+/* Until the server is gone. Whoever unmounts ends it: we, umount(8), fusermount3, a kernel without memory. */
+static void run_supervise(struct run *r)
+{
+    unsigned handled = r->stop_signals;
+    bool unmounted = false;
+
+    while (r->server > 0) {
+        if (!unmounted && r->o->command && r->command == 0) {
+            run_unmount(r, 2000);
+            unmounted = true;
+        } else if (r->stop_signals > handled) {
+            handled = r->stop_signals;
+            if (unmounted) {
+                mnt_abort(&r->mp);
+                kill(r->server, SIGKILL);
+            } else {
+                run_unmount(r, 0);
+                unmounted = true;
+            }
+        } else {
+            run_poll(r, -1);
+        }
+    }
+    while (r->command > 0)          /* its disk is gone, but its status is still to be told */
+        run_poll(r, -1);
+}
+
+/* After a failure: ends the server, which has had no chance to write anything if it was not ready. */
+static void run_stop_server(struct run *r)
+{
+    while (r->log_fd >= 0 && r->server > 0 && r->not_ready)
+        run_relay_log(r);           /* its last words: it is leaving by itself */
+    if (r->server > 0 && r->ready)
+        run_unmount(r, 0);
+    else if (r->server > 0)
+        kill(r->server, SIGKILL);
+    if (r->server > 0 && waitpid(r->server, &r->server_status, 0) == r->server)
+        r->server = 0;
+    while (r->log_fd >= 0)
+        run_relay_log(r);
+}
+
+/* The exit status of the whole, once the server (and the command) have ended. */
+static int run_status(const struct run *r)
+{
+    bool good = WIFEXITED(r->server_status) && WEXITSTATUS(r->server_status) == EXIT_OK;
+
+    if (WIFSIGNALED(r->server_status))
+        msg_err(0, "%s: the server was killed by signal %d (%s); the mount is gone", r->mp.path, WTERMSIG(r->server_status),
+                strsignal(WTERMSIG(r->server_status)));
+    if (!r->o->command)
+        return good ? EXIT_OK : EXIT_FAILED;
+    if (WIFSIGNALED(r->command_status))
+        return 128 + WTERMSIG(r->command_status);
+    return WEXITSTATUS(r->command_status) == 0 && !good ? EXIT_CMD_NOT_STARTED : WEXITSTATUS(r->command_status);
+}
+
+static void run_release_mount(struct run *r)
+{
+    if (mnt_is_ours(&r->mp))
+        mnt_unmount(r->mp.path, MNT_DETACH);
+    mnt_end_session(&r->mp);
+}
+
+static unsigned run_threads(const struct options *o)
+{
+    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+
+    if (o->single_thread)
+        return 1;
+    return o->threads ? o->threads : (unsigned)(cpus < 2 ? 2 : cpus > 8 ? 8 : cpus);
+}
+
+/* Serves until unmounted. shell_fd: who waits for readiness, or -1. Returns the exit status. */
+static int run_export(const struct options *o, int shell_fd)
+{
+    int status = o->command ? EXIT_CMD_NOT_STARTED : EXIT_FAILED;
+    struct run *r = calloc(1, sizeof(*r));
+
+    if (!r) {
+        msg_err(0, "out of memory");
+        goto out;
+    }
+    *r = (struct run){ .o = o, .shell_fd = shell_fd, .sig_fd = -1, .ctl_fd = -1, .ready_fd = -1, .log_fd = -1 };
+    r->mp.session_fd = -1;
+
+    if (run_take_signals(r))
+        goto out_signals;
+    if (run_make_control(r))
+        goto out_control;
+    if (mnt_resolve(o->mountpoint, r->mp.path) || mnt_clear_stale(r->mp.path))
+        goto out_control;
+    if (o->pidfile && mnt_resolve(o->pidfile, r->pidfile))
+        goto out_control;
+    if (run_open_image(r))
+        goto out_image;
+    run_setup_server(r);
+    if (mnt_create(&r->mp))
+        goto out_mountpoint;
+    if (run_mount(r))
+        goto out_mount;
+    run_name_control(r);
+    if (loop_prepare(&r->srv, run_threads(o), r->mp.session_fd))
+        goto out_workers;
+    if (run_fork_server(r))
+        goto out_server;
+    run_let_go(r);
+    if (run_wait_ready(r))
+        goto out_server;
+    if (run_write_pidfile(r))
+        goto out_server;
+    if (run_start_command(r) || run_announce(r))
+        goto out_pidfile;
+    run_supervise(r);
+    status = run_status(r);
+
+out_pidfile:
+    run_remove_pidfile(r);
+out_server:
+    run_stop_server(r);
+    util_close(&r->ready_fd);
+out_workers:
+    loop_release(&r->srv, r->mp.session_fd);
+out_mount:
+    run_release_mount(r);
+out_mountpoint:
+    mnt_remove(&r->mp);
+out_image:
+    img_close(&r->im);
+out_control:
+    run_close_control(r, status);
+out_signals:
+    util_close(&r->sig_fd);
+    util_close(&r->shell_fd);
+    sigprocmask(SIG_SETMASK, &r->old_mask, NULL);
+    free(r);
+out:
+    return status;
+}
+
+/*
+ * Goes into the background. In the child, returns 0 with *shell_fd to report readiness to. In the process that the
+ * user started, returns 1 with its exit status once the child is ready or has failed.
+ */
+static int run_background(int *shell_fd, int *status)
+{
+    int fds[2], wait_status;
+    char byte;
+    pid_t pid;
+
+    if (util_fault("background pipe") || pipe2(fds, O_CLOEXEC) < 0)
+        return msg_err(-errno, "pipe: %s", strerror(errno));
+    pid = util_fault("background") ? -1 : fork();
+    if (pid < 0) {
+        close(fds[0]);
+        close(fds[1]);
+        return msg_err(-errno, "fork: %s", strerror(errno));
+    }
+    if (pid == 0) {
+        close(fds[0]);
+        *shell_fd = fds[1];
+        return 0;
+    }
+    close(fds[1]);
+    if (read(fds[0], &byte, 1) == 1)
+        *status = EXIT_OK;
+    else if (waitpid(pid, &wait_status, 0) == pid && WIFEXITED(wait_status) && WEXITSTATUS(wait_status) != 0)
+        *status = WEXITSTATUS(wait_status);
+    else
+        *status = EXIT_FAILED;
+    close(fds[0]);
+    return 1;
+}
+
+/* ************************************************************************************************************ *
+ * 12. One-shot commands
+ * ************************************************************************************************************ */
+
+/* Connects to the control sockets of a mount: whose name begins with its minor, and which its owner holds. */
+static size_t cmd_find_servers(const struct mount_entry *entry, struct pollfd *fds, size_t most)
+{
+    FILE *table = fopen("/proc/net/unix", "re");
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    char line[512], want[32], *name;
+    struct ucred peer;
+    socklen_t len;
+    size_t n = 0;
+    int fd;
+
+    snprintf(want, sizeof(want), "@fuseexp:%u:", entry->minor);
+    while (table && n < most && fgets(line, sizeof(line), table)) {
+        line[strcspn(line, "\n")] = 0;
+        name = strstr(line, want);
+        if (!name || strlen(name) >= sizeof(addr.sun_path))
+            continue;
+        memcpy(addr.sun_path, name, strlen(name));
+        addr.sun_path[0] = 0;
+        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        len = sizeof(peer);
+        if (connect(fd, (struct sockaddr *)&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name))) < 0 ||
+            getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.uid != entry->owner)
+            util_close(&fd);
+        else
+            fds[n++] = (struct pollfd){ .fd = fd, .events = POLLIN };
+    }
+    if (table)
+        fclose(table);
+    return n;
+}
+
+/* Waits until every server of the mount has ended. */
+static int cmd_wait_for_servers(const char *path, struct pollfd *fds, size_t n)
+{
+    int status = EXIT_OK;
+    char byte;
+
+    for (size_t i = 0; i < n; i++) {
+        while (poll(&fds[i], 1, -1) < 0 && errno == EINTR)
+            ;
+        if (read(fds[i].fd, &byte, 1) != 1) {
+            msg_err(0, "%s: its supervisor was killed, so nobody knows how it ended", path);
+            status = EXIT_FAILED;
+        } else if (byte != EXIT_OK) {
+            msg_err(0, "%s: unmounted, but it reported failure %d (see syslog)", path, byte);
+            status = EXIT_FAILED;
+        }
+        close(fds[i].fd);
+    }
+    return status;
+}
+
+static int cmd_umount(const struct options *o)
+{
+    struct pollfd fds[MAX_WAITERS];
+    struct mount_entry entry;
+    char path[PATH_MAX];
+    size_t n;
+    int ret;
+
+    if (mnt_resolve(o->mountpoint, path))
+        return EXIT_FAILED;
+    ret = mnt_find(path, &entry);
+    if (ret < 0)
+        return EXIT_FAILED;
+    if (ret == 0 || !entry.fuseexp) {
+        msg_err(0, "%s: fuseexp has nothing mounted there", o->mountpoint);
+        return EXIT_FAILED;
+    }
+    n = cmd_find_servers(&entry, fds, MAX_WAITERS);
+    ret = mnt_unmount(path, o->lazy ? MNT_DETACH : 0);
+    for (int tries = 0; ret == -EBUSY && tries < 50; tries++) {     /* udev looks at every new loop device */
+        poll(NULL, 0, 20);
+        ret = mnt_unmount(path, 0);
+    }
+    if (ret)
+        msg_err(0, "%s: %s", o->mountpoint, ret == -EBUSY ? "in use (fuser -m names the users, losetup -a the loop devices; "
+                "-z detaches it now)" : *mnt_said ? mnt_last_words() : strerror(-ret));
+    else if (!o->lazy)
+        return cmd_wait_for_servers(o->mountpoint, fds, n);
+    while (n)
+        close(fds[--n].fd);
+    return ret ? EXIT_FAILED : EXIT_OK;
+}
+
+static int cmd_formats(void)
+{
+    printf("%-10s %-10s %s\n", "FORMAT", "WRITES", "WHAT");
+    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++)
+        printf("%-10s %-10s %s\n", img_formats[i]->name, img_formats[i]->writes, img_formats[i]->describe);
+    return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
+}
+
+static int cmd_version(void)
+{
+    printf("fuseexp %s (libfuse %s, libdeflate %s)\n", FUSEEXP_VERSION, fuse_pkgversion(), LIBDEFLATE_VERSION_STRING);
+    return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
+}
+
+/* ************************************************************************************************************ *
+ * 13. Options
+ *
+ * opt_table feeds getopt_long(3), -o (by the long names) and --help. What -o does not know goes to the mount.
+ * ************************************************************************************************************ */
+
+enum opt_kind { OPT_SET, OPT_CLEAR, OPT_TEXT, OPT_SIZE, OPT_COUNT, OPT_OCTAL, OPT_CHOICE, OPT_ACTION, OPT_MOUNT };
+
+#define OPT_AT(field) offsetof(struct options, field)
+
+static const struct opt {
+    char letter;
+    const char *name, *arg;         /* arg: NULL, the name of the value, or the choices */
+    enum opt_kind kind;
+    size_t at;
+    uint32_t value;                 /* OPT_ACTION: which; OPT_COUNT: the largest */
+    const char *help;
+} opt_table[] = {
+    { 'f', "foreground", NULL, OPT_SET, OPT_AT(foreground), 0, "stay in front" },
+    { 'd', "debug", NULL, OPT_SET, OPT_AT(debug), 0, "show every request (and stay in front)" },
+    { 's', "single-thread", NULL, OPT_SET, OPT_AT(single_thread), 0, "one worker" },
+    { 'r', "read-only", NULL, OPT_CLEAR, OPT_AT(writable), 0, "change nothing (the default)" },
+    { 'w', "writable", NULL, OPT_SET, OPT_AT(writable), 0, "let the export be written, and so the image" },
+    { 'U', "force-share", NULL, OPT_SET, OPT_AT(share), 0, "read an image that another program has open" },
+    { 'o', NULL, "OPT[,OPT...]", OPT_MOUNT, 0, 0, "long options without their dashes, and mount options" },
+    { 'v', "verbose", NULL, OPT_SET, OPT_AT(verbose), 0, "say what is decided" },
+    { 'q', "quiet", NULL, OPT_SET, OPT_AT(quiet), 0, "errors only" },
+    { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
+    { 0, "offset", "N[kMGT]", OPT_SIZE, OPT_AT(offset), 0, "show the image from this byte on" },
+    { 0, "size", "N[kMGT]", OPT_SIZE, OPT_AT(size), 0, "and so many bytes of it" },
+    { 0, "partition", "N", OPT_COUNT, OPT_AT(partition), 1024 * 1024, "show partition N alone, counted as Linux does" },
+    { 0, "sector-size", "512|4096", OPT_COUNT, OPT_AT(sector_size), 4096, "of the partition table" },
+    { 0, "growable", NULL, OPT_SET, OPT_AT(growable), 0, "with -w: writing past the end makes the image longer" },
+    { 0, "direct-io", NULL, OPT_SET, OPT_AT(direct_io), 0, "no page cache above the image" },
+    { 0, "no-passthrough", NULL, OPT_SET, OPT_AT(no_passthrough), 0, "serve raw images by workers too" },
+    { 0, "threads", "N", OPT_COUNT, OPT_AT(threads), MAX_THREADS, "workers" },
+    { 0, "mode", "OCTAL", OPT_OCTAL, OPT_AT(mode), 07777, "of the files shown (0400, with -w 0600)" },
+    { 0, "uid", "N", OPT_COUNT, OPT_AT(uid), UINT32_MAX - 1, "their owner" },
+    { 0, "gid", "N", OPT_COUNT, OPT_AT(gid), UINT32_MAX - 1, "their group" },
+    { 0, "allow-other", "auto|on|off", OPT_CHOICE, OPT_AT(allow_other), 0, "may other users reach the mount" },
+    { 0, "pidfile", "FILE", OPT_TEXT, OPT_AT(pidfile), 0, "holds the supervisor's process number while mounted" },
+    { 0, "sandbox", "auto|off|require", OPT_CHOICE, OPT_AT(sandbox), 0, "lock the serving process in" },
+    { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT, "unmount, and wait until the image is free" },
+    { 'z', "lazy", NULL, OPT_SET, OPT_AT(lazy), 0, "with --umount: detach at once, do not wait" },
+    { 0, "formats", NULL, OPT_ACTION, OPT_AT(action), ACT_FORMATS, "list what can be read and written" },
+    { 'V', "version", NULL, OPT_ACTION, OPT_AT(action), ACT_VERSION, "say which version this is" },
+    { 'h', "help", NULL, OPT_ACTION, OPT_AT(action), ACT_HELP, "show this" },
+};
+
+/* fstab's own words, and what mount(8) adds: nothing to us. */
+static const char *const opt_ignored[] = {
+    "defaults", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group", "_netdev", "loop",
+};
+
+static int opt_usage(const char *text)
+{
+    printf("Usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND [ARG...]]\n"
+           "       fuseexp --umount [-z] MOUNTPOINT\n"
+           "       fuseexp --formats | --version | --help\n\n%s"
+           "Shows a disk image as one plain raw file (MOUNTPOINT a file, made if missing) or as a folder\n"
+           "with the disk and its partitions (MOUNTPOINT a folder). Several IMAGEs are the parts of one, in order.\n\n", text);
+    for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
+        const struct opt *opt = &opt_table[i];
+        char left[64];
+        int n = 0;
+        if (opt->letter)
+            n = snprintf(left, sizeof(left), "-%c%s", opt->letter, opt->name ? ", " : "");
+        else
+            n = snprintf(left, sizeof(left), "    ");
+        snprintf(left + n, sizeof(left) - (size_t)n, "%s%s%s%s", opt->name ? "--" : "", opt->name ? opt->name : "",
+                 opt->arg ? opt->name ? "=" : " " : "", opt->arg ? opt->arg : "");
+        printf("  %-32s %s\n", left, opt->help);
+    }
+    return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
+}
+
+static int opt_bad(const struct opt *opt, const char *value)
+{
+    return msg_err(-EINVAL, "--%s: '%s' is not %s%s", opt->name, value, opt->kind == OPT_CHOICE ? "one of " : "a usable ",
+                   opt->kind == OPT_CHOICE || opt->kind == OPT_COUNT ? opt->arg : opt->kind == OPT_SIZE ? "size" : "value");
+}
+
+static bool opt_choose(const char *choices, const char *value, uint32_t *index)
+{
+    size_t len = strlen(value), n;
+
+    for (*index = 0; *choices; ++*index, choices += n + (choices[n] == '|')) {
+        n = strcspn(choices, "|");
+        if (n == len && strncmp(choices, value, n) == 0)
+            return true;
+    }
+    return false;
+}
+
+static int opt_mount_options(struct options *o, char *list);
+
+static int opt_apply(struct options *o, const struct opt *opt, char *value)
+{
+    void *at = (char *)o + opt->at;
+    uint64_t number;
+    uint32_t choice;
+    char *end;
+
+    switch (opt->kind) {
+    case OPT_SET:
+    case OPT_CLEAR:
+        *(bool *)at = opt->kind == OPT_SET;
+        return 0;
+    case OPT_TEXT:
+        *(char **)at = value;
+        return 0;
+    case OPT_SIZE:
+        return util_parse_size(value, at) ? 0 : opt_bad(opt, value);
+    case OPT_COUNT:
+        if (!util_parse_size(value, &number) || number > opt->value || !isdigit((unsigned char)value[strlen(value) - 1]))
+            return opt_bad(opt, value);
+        *(uint32_t *)at = (uint32_t)number;
+        return 0;
+    case OPT_OCTAL:
+        number = strtoul(value, &end, 8);
+        if (!isdigit((unsigned char)*value) || *end || number > opt->value)
+            return opt_bad(opt, value);
+        *(uint32_t *)at = (uint32_t)number;
+        return 0;
+    case OPT_CHOICE:
+        if (!opt_choose(opt->arg, value, &choice))
+            return opt_bad(opt, value);
+        *(uint32_t *)at = choice;
+        return 0;
+    case OPT_ACTION:
+        *(uint32_t *)at = opt->value;
+        return 0;
+    case OPT_MOUNT:
+        return opt_mount_options(o, value);
+    }
+    return -EINVAL;
+}
+
+static int opt_pass_to_mount(struct options *o, const char *word)
+{
+    if (fuse_opt_add_opt(&o->extra, word) == 0)
+        return 0;
+    return msg_err(-ENOMEM, "out of memory");
+}
+
+/* One word of -o: ours, fstab's, or the mount's. mount(8) says "rw" of itself, so only a person's "rw" counts. */
+static int opt_mount_option(struct options *o, char *word)
+{
+    char *value = strchr(word, '=');
+
+    if (strcmp(word, "ro") == 0 || strcmp(word, "rw") == 0) {
+        if (!o->mount_helper || word[1] == 'o')
+            o->writable = word[1] == 'w';
+        return 0;
+    }
+    if (strcmp(word, "allow_other") == 0) {
+        o->allow_other = ALLOW_ON;
+        return 0;
+    }
+    for (size_t i = 0; i < ARRAY_LEN(opt_ignored); i++)
+        if (strcmp(word, opt_ignored[i]) == 0)
+            return 0;
+    if (strncmp(word, "x-", 2) == 0 || strncmp(word, "X-", 2) == 0 || strncmp(word, "comment=", 8) == 0)
+        return 0;
+    for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
+        const struct opt *opt = &opt_table[i];
+        size_t len = value ? (size_t)(value - word) : strlen(word);
+        if (!opt->name || opt->kind == OPT_ACTION || strlen(opt->name) != len || strncmp(opt->name, word, len) != 0)
+            continue;
+        if (!opt->arg != !value)
+            return msg_err(-EINVAL, "-o %s: %s", word, value ? "takes no value" : "needs a value");
+        return opt_apply(o, opt, value ? value + 1 : NULL);
+    }
+    return opt_pass_to_mount(o, word);
+}
+
+static int opt_mount_options(struct options *o, char *list)
+{
+    int ret = 0;
+
+    for (char *save, *word = strtok_r(list, ",", &save); word && !ret; word = strtok_r(NULL, ",", &save))
+        ret = opt_mount_option(o, word);
+    return ret;
+}
+
+/* getopt_long's tables from ours. Returns 0, or < 0 after saying what is wrong. */
+static int opt_getopt(struct options *o, int argc, char **argv)
+{
+    struct option longs[ARRAY_LEN(opt_table) + 1];
+    char shorts[2 * ARRAY_LEN(opt_table) + 2] = ":";
+    size_t n = 0, at = 1;
+    int c, ret = 0;
+
+    memset(longs, 0, sizeof(longs));
+    for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
+        if (opt_table[i].name)
+            longs[n++] = (struct option){ opt_table[i].name, opt_table[i].arg != NULL, NULL, 256 + (int)i };
+        if (opt_table[i].letter)
+            shorts[at++] = opt_table[i].letter;
+        if (opt_table[i].letter && opt_table[i].arg)
+            shorts[at++] = ':';
+    }
+    optind = 1;
+    while (!ret && (c = getopt_long(argc, argv, shorts, longs, NULL)) != -1) {
+        if (c == ':')
+            return msg_err(-EINVAL, "%s needs a value", argv[optind - 1]);
+        if (c == '?' && optopt && optopt < 256)
+            return msg_err(-EINVAL, "unknown option -%c (fuseexp --help lists them)", optopt);
+        if (c == '?')
+            return msg_err(-EINVAL, "unknown option %s (fuseexp --help lists them)", argv[optind - 1]);
+        for (size_t i = 0; i < ARRAY_LEN(opt_table); i++)
+            if (c == 256 + (int)i || c == opt_table[i].letter) {
+                ret = opt_apply(o, &opt_table[i], optarg);
+                break;
+            }
+    }
+    return ret;
+}
+
+/* mount(8) calls: mount.fuseexp IMAGE MOUNTPOINT [-sfnvr] [-N namespace] [-t type] [-o options] */
+static int opt_parse_helper(struct options *o, int argc, char **argv)
+{
+    int c, ret = 0;
+
+    o->mount_helper = true;
+    opterr = 0;
+    while (!ret && (c = getopt(argc, argv, "sfnvrN:t:o:")) != -1) {
+        if (c == 'o')
+            ret = opt_mount_options(o, optarg);
+        else if (c == 'r')
+            o->writable = false;
+        else if (c == 'v')
+            o->verbose = true;
+        else if (c == 'f')
+            o->action = ACT_VERSION;    /* a fake mount: do nothing well */
+        else if (c == '?')
+            return msg_err(-EINVAL, "unknown option -%c", optopt);
+    }
+    return ret;
+}
+
+static int opt_check(struct options *o)
+{
+    if (o->growable && !o->writable)
+        return msg_err(-EINVAL, "--growable goes with -w");
+    if (o->growable && (o->offset || o->size || o->partition))
+        return msg_err(-EINVAL, "--growable goes with a whole image, not with --offset, --size or --partition");
+    if (o->share && o->writable)
+        return msg_err(-EINVAL, "-U is for reading: two writers would destroy the image");
+    if (o->sector_size && o->sector_size != 512 && o->sector_size != 4096)
+        return msg_err(-EINVAL, "--sector-size is 512 or 4096");
+    if (o->mode != OPT_UNSET && (o->mode & 0222) && !o->writable)
+        return msg_err(-EINVAL, "--mode %o on a read-only export: add -w", o->mode);
+    return 0;
+}
+
+/* Everything before "--" is ours, everything after it the command, unless "--" only ends the options. */
+static int opt_parse(struct options *o, int argc, char **argv)
+{
+    int end = 1, ret, n;
+
+    while (end < argc && strcmp(argv[end], "--") != 0)
+        end++;
+    ret = strncmp(util_basename(argv[0]), "mount.", 6) == 0 ? opt_parse_helper(o, argc, argv) : opt_getopt(o, end, argv);
+    if (ret)
+        return ret;
+    n = (o->mount_helper ? argc : end) - optind;
+    if (end < argc && n < 2 && o->action == ACT_EXPORT) {
+        /* "fuseexp -r -- IMAGE MOUNTPOINT [-- COMMAND]" */
+        memmove(&argv[end], &argv[end + 1], (size_t)(argc - end) * sizeof(*argv));
+        for (argc--; end < argc && strcmp(argv[end], "--") != 0;)
+            end++;
+        n = end - optind;
+    }
+    if (end < argc && !o->mount_helper) {
+        o->command = &argv[end + 1];
+        argv[end] = NULL;
+        if (!*o->command)
+            return msg_err(-EINVAL, "no command after --");
+    }
+    if (o->action > ACT_UMOUNT)
+        return n ? msg_err(-EINVAL, "%s: not expected here", argv[optind]) : 0;
+    if (o->action == ACT_UMOUNT && n != 1)
+        return msg_err(-EINVAL, "--umount takes one MOUNTPOINT");
+    if (o->action == ACT_EXPORT && n < 2)
+        return msg_err(-EINVAL, "usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND] (--help explains)");
+    if (n - 1 > MAX_PARTS)
+        return msg_err(-EINVAL, "more than %d parts", MAX_PARTS);
+    o->images = &argv[optind];
+    o->n_images = (unsigned)n - 1;
+    o->mountpoint = argv[optind + n - 1];
+    return opt_check(o);
+}
+
+/* ************************************************************************************************************ *
+ * 14. Main
+ * ************************************************************************************************************ */
+
+/* A set of a thousand parts is a thousand descriptors. */
+static void main_raise_file_limit(void)
+{
+    struct rlimit limit;
+
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+        limit.rlim_cur = limit.rlim_max;
+        (void)setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
+#ifdef FUSEEXP_FAULTS
+static int main_count_fds(void)
+{
+    DIR *dir = opendir("/proc/self/fd");
+    int n = 0;
+
+    while (dir && readdir(dir))
+        n++;
+    if (dir)
+        closedir(dir);
+    return n;
+}
+#endif
+
+static int main_export(const struct options *o)
+{
+    int shell_fd = -1, status = EXIT_FAILED;
+
+    main_raise_file_limit();
+    if (!o->foreground && !o->command && run_background(&shell_fd, &status) != 0)
+        return status;
+    return run_export(o, shell_fd);
+}
+
+int main(int argc, char **argv)
+{
+    struct options o = { .mode = OPT_UNSET, .uid = OPT_UNSET, .gid = OPT_UNSET };
+    int status = EXIT_USAGE;
+#ifdef FUSEEXP_FAULTS
+    int fds = main_count_fds();
+#endif
+
+    if (opt_parse(&o, argc, argv) == 0) {
+        msg_verbosity = o.debug ? MSG_DEBUG : o.verbose ? MSG_INFO : o.quiet ? MSG_ERROR : MSG_NOTE;
+        o.foreground |= o.debug;
+        status = o.action == ACT_UMOUNT ? cmd_umount(&o) : o.action == ACT_FORMATS ? cmd_formats() :
+                 o.action == ACT_VERSION ? cmd_version() : o.action == ACT_HELP ? opt_usage("") : main_export(&o);
+    }
+    free(o.extra);
+#ifdef FUSEEXP_FAULTS
+    if (main_count_fds() != fds)
+        status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", main_count_fds(), fds);
+#endif
+    return status;
+}

@@ -1,0 +1,233 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * fuseexp.h: facts and contracts. On-disk and on-wire layouts with the place they come from, limits, the core
+ * types, and what each layer of fuseexp.c promises the one above. No code.
+ *
+ * Conventions: offsets and lengths are bytes in uint64_t, unless a name ends in _lba (logical sectors).
+ * Functions return 0 or -errno; whoever detects an error reports it, once.
+ */
+#ifndef FUSEEXP_H
+#define FUSEEXP_H
+
+#include <limits.h>
+#include <linux/fuse.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/stat.h>
+
+#define FUSEEXP_VERSION "0.1"
+
+/* ---- limits ---------------------------------------------------------------------------------------------- */
+
+#define MAX_PARTS 4096              /* files of one split image */
+#define MAX_VIEWS 256               /* files shown in a directory mount: the disk and its partitions */
+#define MAX_LOGICAL 128             /* logical partitions followed in one extended partition */
+#define MAX_GPT_ENTRIES 1024        /* more than any tool writes (128 is usual): bounds the table's allocation */
+#define MAX_THREADS 64
+#define MAX_IMAGE_SIZE INT64_MAX    /* the kernel's file offsets are signed */
+#define MAX_WAITERS 16              /* concurrent `fuseexp --umount` on one mount */
+
+/* ---- host files: file_ ----------------------------------------------------------------------------------- */
+
+/*
+ * One host file or block device, opened once and never mapped (a truncation underneath would be SIGBUS).
+ * Immutable after file_open() but for the atomics. All calls may run in parallel; there is no file position.
+ *   file_pread   fills the whole range or fails; *done says how much of the front is good. A range past the
+ *                file's end is -EIO, not zeros: the file was truncated underneath.
+ *   file_sync    -EIO for ever once a write-back has failed (the kernel reports it once, we remember).
+ */
+struct file {
+    int fd;
+    bool is_blk;
+    bool writable;
+    char *path;                     /* as the user named it: for messages */
+    uint64_t size;                  /* at open; see image.size for what is served */
+    struct stat st;                 /* at open */
+    _Atomic int latched;            /* the first failed write-back, 0 or -errno */
+};
+
+/* QEMU's advisory locks: one byte per permission, held as shared OFD locks (block/file-posix.c, since 2.10). */
+enum {
+    LOCK_PERM = 100,                /* + bit: "I use this permission" */
+    LOCK_UNSHARED = 200,            /* + bit: "nobody else may use it" */
+    LOCK_READ = 0, LOCK_WRITE = 1, LOCK_RESIZE = 3,
+};
+
+/* ---- images and drivers: img_, raw_ ---------------------------------------------------------------------- */
+
+struct image;
+
+enum extent_kind {
+    EXT_DATA,                       /* bytes of `file` at `offset` */
+    EXT_ZERO,                       /* reads as zeros, takes no room */
+    EXT_BAD,                        /* cannot be read: -EIO; `why` says it */
+};
+
+/* What lies at one offset of an image. Filled by image_format.map, consumed by the image core alone. */
+struct extent {
+    enum extent_kind kind;
+    uint64_t length;                /* >= 1: how far this description holds from the offset asked for */
+    struct file *file;              /* EXT_DATA */
+    uint64_t offset;                /* EXT_DATA: in file */
+    const char *why;                /* EXT_BAD: static text */
+};
+
+/* The first and last bytes of a file, for probing without I/O. */
+struct probe {
+    const uint8_t *head, *tail;     /* tail: the last tail_len bytes */
+    size_t head_len, tail_len;
+    uint64_t size;
+};
+
+/*
+ * The driver contract. A driver parses and maps; the core loops, clamps, zero-fills, reports and locks.
+ *   probe   0..100, no I/O; the highest wins, 0 is "not mine".
+ *   part    NULL: one file. Else writes the name of part i (0 is the first) of a set whose first file is `first`;
+ *           false when `first` does not look like the first of a set, or there is no such name any more.
+ *   open    im->files are open; sets im->size. Reports its own errors. May leave a half-built im: close() copes.
+ *   map     describes [offset, offset + length) from its start; offset < im->size, length >= 1. With `exact`
+ *           allocation is told apart (holes of a sparse file), which may cost system calls; without, EXT_DATA is
+ *           right for anything that can be read. Thread-safe, takes no lock on the hot path. < 0: could not find out.
+ *   resize  NULL: the format cannot change its size.
+ *   close   frees im->state; may be NULL.
+ */
+struct image_format {
+    const char *name, *describe, *writes;
+    int (*probe)(const struct probe *p);
+    bool (*part)(const char *first, unsigned i, char name[PATH_MAX]);
+    int (*open)(struct image *im);
+    int (*map)(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
+    int (*resize)(struct image *im, uint64_t size);
+    void (*close)(struct image *im);
+};
+
+struct image {
+    const struct image_format *format;
+    struct file *files;             /* MAX_PARTS of them, opened and owned by the core */
+    unsigned n_files;
+    bool found_parts;               /* files past the first were found by name, not given by the user */
+    bool writable, growable;
+    void *state;                    /* the driver's */
+    const char *name;               /* the first file's path */
+    _Atomic uint64_t size;          /* changes only under size_lock */
+    _Atomic bool failed;            /* a write, a flush or a resize went wrong: the exit status will say so */
+    pthread_mutex_t size_lock;
+};
+
+/* ---- views: part_ ---------------------------------------------------------------------------------------- */
+
+/* A window of the image that is shown as one file. May reach past the image's end: that part reads as EIO. */
+struct view {
+    char name[16];                  /* "disk", "p1", ... */
+    int number;                     /* the partition's number as Linux counts, 0 for the disk */
+    uint64_t start;
+    uint64_t size;                  /* at open: where a view can be resized, image.size counts */
+};
+
+/* GPT header: UEFI specification, 5.3.2. All fields little-endian, at LBA 1 and at the last LBA. */
+enum {
+    GPT_OFF_REVISION = 8, GPT_OFF_HEADER_SIZE = 12, GPT_OFF_HEADER_CRC = 16, GPT_OFF_MY_LBA = 24,
+    GPT_OFF_ENTRIES_LBA = 72, GPT_OFF_N_ENTRIES = 80, GPT_OFF_ENTRY_SIZE = 84, GPT_OFF_ENTRIES_CRC = 88,
+    GPT_HEADER_MIN = 92,
+    GPT_ENT_FIRST_LBA = 32, GPT_ENT_LAST_LBA = 40, GPT_ENTRY_MIN = 128, GPT_ENTRY_MAX = 4096,
+};
+
+/* MBR: four entries of 16 bytes at 446, the signature 55 AA at 510. An EBR has the same shape. */
+enum {
+    MBR_OFF_ENTRIES = 446, MBR_OFF_MAGIC = 510, MBR_ENTRY_SIZE = 16,
+    MBR_ENT_STATUS = 0, MBR_ENT_TYPE = 4, MBR_ENT_FIRST_LBA = 8, MBR_ENT_SECTORS = 12,
+    MBR_TYPE_EXTENDED = 0x05, MBR_TYPE_EXTENDED_LBA = 0x0f, MBR_TYPE_EXTENDED_LINUX = 0x85, MBR_TYPE_GPT = 0xee,
+};
+
+/* ---- FUSE, as far as linux/fuse.h of older headers lacks it (names fx_ so that newer headers do not clash) -- */
+
+#define FX_MIN_MINOR 23             /* Linux 3.15: the 64-byte INIT reply */
+#define FX_MAX_IO (1u << 20)        /* bytes per READ or WRITE: what 256 pages carry */
+#define FX_HEAD_ROOM 4096u          /* of a worker's buffer: request header and arguments, ahead of the data */
+
+#define FX_PASSTHROUGH (1ULL << 37)             /* INIT flags, 7.40 */
+#define FX_DIRECT_IO_ALLOW_MMAP (1ULL << 36)    /* INIT flags, 7.39 */
+#define FX_OPEN_PARALLEL_DIRECT_WRITES (1u << 6)
+#define FX_OPEN_PASSTHROUGH (1u << 7)
+#define FX_STATX 52                             /* opcode, 7.39 */
+#define FX_STATX_BASIC 0x7ffu                   /* STATX_BASIC_STATS */
+#define FX_STACK_DEPTH 2            /* lets the image lie on an overlayfs, as on every live system */
+
+struct fx_init_out {                /* 7.23..7.40 */
+    uint32_t major, minor, max_readahead, flags;
+    uint16_t max_background, congestion_threshold;
+    uint32_t max_write, time_gran;
+    uint16_t max_pages, map_alignment;
+    uint32_t flags2, max_stack_depth, unused[6];
+};
+_Static_assert(sizeof(struct fx_init_out) == 64, "FUSE_INIT reply");
+
+struct fx_open_out {
+    uint64_t fh;
+    uint32_t open_flags;
+    int32_t backing_id;             /* with FX_OPEN_PASSTHROUGH */
+};
+_Static_assert(sizeof(struct fx_open_out) == 16, "FUSE_OPEN reply");
+
+struct fx_backing_map {
+    int32_t fd;
+    uint32_t flags;
+    uint64_t padding;
+};
+#define FX_IOC_CLONE _IOR(229, 0, uint32_t)
+#define FX_IOC_BACKING_OPEN _IOW(229, 1, struct fx_backing_map)
+
+struct fx_statx_in {
+    uint32_t getattr_flags, reserved;
+    uint64_t fh;
+    uint32_t sx_flags, sx_mask;
+};
+
+struct fx_sx_time {
+    int64_t sec;
+    uint32_t nsec;
+    int32_t reserved;
+};
+
+struct fx_statx_out {
+    uint64_t attr_valid;
+    uint32_t attr_valid_nsec, flags;
+    uint64_t spare0[2];
+    /* struct fuse_statx */
+    uint32_t mask, blksize;
+    uint64_t attributes;
+    uint32_t nlink, uid, gid;
+    uint16_t mode, spare1;
+    uint64_t ino, size, blocks, attributes_mask;
+    struct fx_sx_time atime, btime, ctime, mtime;
+    uint32_t rdev_major, rdev_minor, dev_major, dev_minor;
+    uint64_t spare2[14];
+};
+_Static_assert(sizeof(struct fx_statx_out) == 32 + 256, "FUSE_STATX reply");
+
+/* ---- Landlock and capabilities, for headers that lack them ------------------------------------------------- */
+
+#define FX_LANDLOCK_FS_V1 ((1ULL << 13) - 1)
+#define FX_LANDLOCK_REFER (1ULL << 13)
+#define FX_LANDLOCK_TRUNCATE (1ULL << 14)
+#define FX_LANDLOCK_IOCTL_DEV (1ULL << 15)
+#define FX_LANDLOCK_NET 3ULL        /* bind and connect TCP */
+#define FX_LANDLOCK_SCOPED 3ULL     /* abstract UNIX sockets, signals */
+struct fx_landlock_ruleset {
+    uint64_t handled_fs, handled_net, scoped;
+};
+
+/* ---- exit statuses --------------------------------------------------------------------------------------- */
+
+enum {
+    EXIT_OK = 0,
+    EXIT_FAILED = 1,
+    EXIT_USAGE = 2,
+    EXIT_CMD_NOT_STARTED = 125,     /* with -- COMMAND: we failed, before it ran or at the final flush */
+    EXIT_CMD_NOT_EXECUTABLE = 126,
+    EXIT_CMD_NOT_FOUND = 127,
+};
+
+#endif
