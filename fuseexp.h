@@ -26,6 +26,7 @@
 #define MAX_LOGICAL 128             /* logical partitions followed in one extended partition */
 #define MAX_GPT_ENTRIES 1024        /* more than any tool writes (128 is usual): bounds the table's allocation */
 #define MAX_THREADS 64
+#define DEFAULT_THREADS 16
 #define MAX_IMAGE_SIZE INT64_MAX    /* the kernel's file offsets are signed */
 #define MAX_WAITERS 16              /* concurrent `fuseexp --umount` on one mount */
 
@@ -46,6 +47,7 @@ struct file {
     uint64_t size;                  /* at open; see image.size for what is served */
     struct stat st;                 /* at open */
     _Atomic int latched;            /* the first failed write-back, 0 or -errno */
+    enum { FILE_MAY_SLEEP, FILE_ALWAYS_SLEEPS, FILE_NEVER_SLEEPS } sleep;   /* do reads wait for a disk? */
 };
 
 /* QEMU's advisory locks: one byte per permission, held as shared OFD locks (block/file-posix.c, since 2.10). */
@@ -144,7 +146,14 @@ enum {
 /* ---- FUSE, as far as linux/fuse.h of older headers lacks it (names fx_ so that newer headers do not clash) -- */
 
 #define FX_MIN_MINOR 23             /* Linux 3.15: the 64-byte INIT reply */
-#define FX_MAX_IO (1u << 20)        /* bytes per READ or WRITE: what 256 pages carry */
+#define FX_MAX_IO (1u << 20)        /* bytes per WRITE: what 256 pages carry */
+/* READs are asked for in pieces that fit, with their header, into a pipe of the 1 MiB that any user may have. */
+#define FX_SPLICE_MAX (1u << 19)
+#define FX_MAX_READ_OPTION "max_read=524288"
+#define FX_SPLICE_MIN (1u << 16)    /* below this copying is faster than referring (measured) */
+#define FX_RWF_NOWAIT 8
+#define FX_TMPFS_MAGIC 0x01021994
+#define FX_RAMFS_MAGIC 0x858458f6
 #define FX_HEAD_ROOM 4096u          /* of a worker's buffer: request header and arguments, ahead of the data */
 
 #define FX_PASSTHROUGH (1ULL << 37)             /* INIT flags, 7.40 */
