@@ -213,7 +213,11 @@ static const char *util_basename(const char *path)
 /* musl declares the request as int, glibc as unsigned long; the kernel looks at 32 bits. */
 static int util_ioctl(int fd, uint32_t request, void *arg)
 {
+#ifdef __GLIBC__
+    return ioctl(fd, request, arg);
+#else
     return ioctl(fd, (int)request, arg);
+#endif
 }
 
 static void util_close(int *fd)
@@ -285,7 +289,8 @@ static struct {
     pthread_mutex_t lock;           /* protects parked and closing, and makes changes of running exact */
     pthread_cond_t wake;
     _Atomic unsigned running;       /* workers that wait for or handle a request without sleeping on the image */
-    unsigned most, parked;
+    _Atomic unsigned most;          /* that should */
+    unsigned parked;
     bool closing;
 } pool = { .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
 
@@ -312,7 +317,7 @@ static void pool_unblock(void)
 /* Between requests. Not true: nothing to do. */
 static bool pool_crowded(void)
 {
-    return atomic_load_explicit(&pool.running, memory_order_relaxed) > pool.most;
+    return atomic_load_explicit(&pool.running, memory_order_relaxed) > atomic_load_explicit(&pool.most, memory_order_relaxed);
 }
 
 static void pool_park(void)
@@ -2647,7 +2652,8 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
             break;
         mnt_end_session(mp);
         if (!*want->allow_other || !want->may_drop_allow_other || geteuid() == 0)
-            return msg_err(ret, "%s: cannot mount: %s", mp->path, *mnt_said ? mnt_last_words() : strerror(-ret));
+            return msg_err(ret, "%s: cannot mount: %s%s", mp->path, *mnt_said ? mnt_last_words() : strerror(-ret),
+                           access("/dev/fuse", R_OK | W_OK) < 0 ? " (it takes chmod 666 /dev/fuse, as udev does)" : "");
         *want->allow_other = false;
     } while (true);
 
@@ -3384,6 +3390,100 @@ static int cmd_version(void)
     return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
 }
 
+#ifdef FUSEEXP_FAULTS
+/* For the tests: does the sandbox refuse what it should, and let work go on? */
+static void *cmd_sandboxed_thread(void *arg)
+{
+    void *memory = malloc(1 << 20);
+
+    free(memory);
+    return memory ? arg : NULL;
+}
+
+static int cmd_try_sandbox(void)
+{
+    char *no_args[] = { NULL };
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    int file = open("/proc/self/exe", O_RDONLY | O_CLOEXEC), sock = socket(AF_UNIX, SOCK_DGRAM, 0), bad = 0;
+    pthread_t thread;
+    void *result = NULL;
+    char byte;
+    pid_t pid;
+
+    if (file < 0 || sock < 0 || box_enter(BOX_REQUIRE))
+        return EXIT_FAILED;
+    bad |= (open("/proc/self/exe", O_RDONLY | O_CLOEXEC) >= 0) << 0;
+    bad |= (socket(AF_INET, SOCK_STREAM, 0) >= 0) << 1;
+    bad |= (connect(sock, (struct sockaddr *)&addr, sizeof(addr)) == 0 || errno != EPERM) << 2;
+    bad |= (execv("/bin/true", no_args) == 0 || errno != EPERM) << 3;
+    pid = fork();
+    if (pid == 0)
+        _exit(0);
+    bad |= (pid > 0) << 4;
+    bad |= (mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) != MAP_FAILED) << 5;
+    bad |= (mount("none", "/", "tmpfs", 0, NULL) == 0 || unlink("/no/such/file") == 0 || errno != EPERM) << 6;
+    bad |= (pread(file, &byte, 1, 0) != 1) << 7;
+    bad |= (pthread_create(&thread, NULL, cmd_sandboxed_thread, &byte) != 0 || pthread_join(thread, &result) != 0 ||
+            result != &byte) << 8;
+    return bad ? msg_err(EXIT_FAILED, "the sandbox failed, bits 0x%x", (unsigned)bad) : EXIT_OK;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#endif
+
+/* For the tests: random requests of every kind and length; what lies behind a request may not be looked at. */
+static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
+{
+    static struct view views[MAX_VIEWS];
+    struct image im = { .writable = writable };
+    struct server srv = { .im = &im, .views = views, .is_dir = true, .writable = writable, .growable = writable,
+                          .resizable = writable, .mode = 0600 };
+    struct worker w = { .srv = &srv, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
+    struct part_wanted want = { .offset = 0 };
+    int ret = img_open(&im, &path, 1, "raw", false);
+
+    srand(1);
+    ret = ret ? ret : part_make_views(&im, &want, views, &srv.n_views);
+    for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
+        struct fuse_in_header *head = (struct fuse_in_header *)w.buf;
+        size_t len = (unsigned)rand() % (rand() % 8 ? 160 : FX_HEAD_ROOM - sizeof(struct fuse_out_header));
+        for (size_t i = 0; i < len; i++)
+            w.buf[i] = (uint8_t)(rand() % 3 ? 0 : rand());
+        if (len >= sizeof(*head)) {
+            head->len = rand() % 16 ? (uint32_t)len : (uint32_t)rand();
+            head->opcode = (unsigned)rand() % 56;
+            head->nodeid = (unsigned)rand() % 4;
+        }
+        ASAN_POISON_MEMORY_REGION(w.buf + len, FX_HEAD_ROOM - sizeof(struct fuse_out_header) - len);
+        w.ref.length = 0;
+        size_t reply = fop_handle(&w, len);
+        ASAN_UNPOISON_MEMORY_REGION(w.buf, FX_HEAD_ROOM);
+        if (reply > LOOP_BUF || (reply && reply < sizeof(struct fuse_out_header)) || im.size > 1ull << 40)
+            ret = im.size > 1ull << 40 ? img_resize(&im, 4096, false) : -EPROTO;
+    }
+    free(w.buf);
+    img_close(&im);
+    return ret ? EXIT_FAILED : EXIT_OK;
+}
+
+static bool cmd_self_test(int argc, char **argv, int *status)
+{
+    if (argc == 2 && strcmp(argv[1], "--try-sandbox") == 0)
+        *status = cmd_try_sandbox();
+    else if (argc >= 4 && strcmp(argv[1], "--fuzz-requests") == 0)
+        *status = cmd_fuzz_requests(strtoul(argv[2], NULL, 10), argv[argc - 1], argc == 5);
+    else
+        return false;
+    return true;
+}
+#else
+#define cmd_self_test(argc, argv, status) ((void)(argc), (void)(argv), (void)(status), false)
+#endif
+
 /* ************************************************************************************************************ *
  * 14. Options
  *
@@ -3606,11 +3706,12 @@ static int opt_getopt(struct options *o, int argc, char **argv)
 /* mount(8) calls: mount.fuseexp IMAGE MOUNTPOINT [-sfnvr] [-N namespace] [-t type] [-o options] */
 static int opt_parse_helper(struct options *o, int argc, char **argv)
 {
+    static const struct option none[] = { { NULL, 0, NULL, 0 } };   /* musl's getopt does not look behind IMAGE */
     int c, ret = 0;
 
     o->mount_helper = true;
     opterr = 0;
-    while (!ret && (c = getopt(argc, argv, "sfnvrN:t:o:")) != -1) {
+    while (!ret && (c = getopt_long(argc, argv, "sfnvrN:t:o:", none, NULL)) != -1) {
         if (c == 'o')
             ret = opt_mount_options(o, optarg);
         else if (c == 'r')
@@ -3725,7 +3826,7 @@ int main(int argc, char **argv)
     int fds = main_count_fds();
 #endif
 
-    if (opt_parse(&o, argc, argv) == 0) {
+    if (!cmd_self_test(argc, argv, &status) && opt_parse(&o, argc, argv) == 0) {
         msg_verbosity = o.debug ? MSG_DEBUG : o.verbose ? MSG_INFO : o.quiet ? MSG_ERROR : MSG_NOTE;
         o.foreground |= o.debug;
         status = o.action == ACT_UMOUNT ? cmd_umount(&o) : o.action == ACT_FORMATS ? cmd_formats() :
@@ -3733,7 +3834,7 @@ int main(int argc, char **argv)
     }
     free(o.extra);
 #ifdef FUSEEXP_FAULTS
-    if (main_count_fds() != fds)
+    if (o.mountpoint && main_count_fds() != fds)
         status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", main_count_fds(), fds);
 #endif
     return status;

@@ -1,0 +1,1328 @@
+#!/bin/bash
+# SPDX-License-Identifier: MIT
+# Tests of fuseexp, in TAP. A case is a function t_<what it asserts>, run in its own folder and its own shell with -eu.
+#
+#   ./test.sh [-l] [PATTERN...]     -l lists the cases; patterns as in 'partition_*'
+#   ./test.sh --demo | --bench | --lint | --soak
+#
+# KEEP=1 keeps the folders. TIMES=1 says how long each case took. Truth comes from elsewhere: cmp, mkfs, fsck, sfdisk, qemu-img.
+# Needs root; cases as a plain user become nobody. Cases on the corpus are skipped where ../shared/corpus is not there.
+# shellcheck disable=SC2013,SC2015,SC2016,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
+set -u
+top=$(cd "$(dirname "$0")" && pwd)
+build=${BUILD:-$top/build}
+corpus=$top/../shared/corpus
+fx=$build/fuseexp
+fault=$build/fuseexp-fault
+export LC_ALL=C ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=98 TSAN_OPTIONS=exitcode=97 UBSAN_OPTIONS=print_stacktrace=1
+
+# ---- helpers ---------------------------------------------------------------------------------------------------
+
+skip() { echo "SKIP: $*" >&3; exit 77; }
+fail() { echo "FAILED: $*" >&2; exit 1; }
+# Assertions stand on lines of their own: in "a && b" a failing a does not end a shell under -e, nor does "! a".
+not() { if "$@"; then fail "should have failed: $*"; fi; }
+same() { [ "$1" = "$2" ] || fail "expected '$2', got '$1'"; }
+random() { dd if=/dev/urandom of="$1" bs=4k count="$2" iflag=fullblock status=none; }       # FILE, 4 KiB blocks
+
+# expect STATUS COMMAND...: its exit status; stderr goes to ./err
+expect() {
+    local want=$1 got=0
+    shift
+    "$@" 2>err || got=$?
+    [ "$got" = "$want" ] || { cat err >&2; fail "exit status $got instead of $want: $*"; }
+}
+
+# refused STATUS PATTERN COMMAND...: fails with that status, says one line that matches, leaves nothing behind
+refused() {
+    local want=$1 pattern=$2 before
+    shift 2
+    before=$(state)
+    expect "$want" "$@"
+    same "$(wc -l <err)" 1
+    grep -q "^fuseexp: .*$pattern" err || { cat err >&2; fail "no '$pattern' in the message"; }
+    : >err
+    same "$(state)" "$before"
+}
+
+# What a failed start must not change: mounts, files, processes of ours. (./err is ours.)
+state() {
+    grep -c "$PWD" /proc/self/mountinfo || true
+    find . -xdev ! -name err -printf '%p %y %i\n' | sort
+    ours
+}
+
+# Live processes of fuseexp that this case started: they carry its folder in their environment.
+ours() {
+    local p
+    for p in $(grep -lzs "^FXTEST=$PWD\$" /proc/[0-9]*/environ); do
+        p=${p%/environ}
+        case $(readlink "$p/exe") in "$build"/fuseexp*) echo "process ${p#/proc/}" ;; esac
+    done
+    true
+}
+
+server_of() {       # the server's process number: of ours, the one that is locked in
+    local p
+    for p in $(ours | sed 's/process //'); do
+        grep -q '^NoNewPrivs:.*1' "/proc/$p/status" 2>/dev/null && echo "$p"
+    done | head -n 1
+}
+supervisor_of() { awk '{ print $4 }' "/proc/$(server_of)/stat"; }
+
+gone() {            # waits up to two seconds until nothing of ours runs and nothing is mounted here
+    local i
+    for i in $(seq 100); do
+        [ -z "$(ours)" ] && ! grep -q " $PWD/" /proc/self/mountinfo && return 0
+        sleep 0.02
+    done
+    ours >&2
+    fail "still there: $(grep " $PWD/" /proc/self/mountinfo)"
+}
+
+wait_for() {        # until the command succeeds, two seconds at most
+    local i
+    for i in $(seq 100); do
+        "$@" >/dev/null 2>&1 && return 0
+        sleep 0.02
+    done
+    fail "waited in vain: $*"
+}
+
+as_nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
+
+clean_up() {        # of a case, whatever happened
+    local d m
+    for d in $(losetup -nO NAME,BACK-FILE 2>/dev/null | awk -v p="$1" 'index($0, p) { print $1 }'); do
+        umount "$d" 2>/dev/null
+        losetup -d "$d"
+    done
+    while m=$(awk -v p="$1/" 'index($5, p) == 1 { print $5 }' /proc/self/mountinfo | tail -n 1) && [ -n "$m" ]; do
+        umount -l "$m" 2>/dev/null || break
+    done
+    sleep 0.05
+    for d in $(cd "$1" && ours | sed 's/process //'); do kill -9 "$d" 2>/dev/null; done
+    [ -n "${KEEP:-}" ] || rm -rf "$1"
+}
+
+# Compares two files' system call by system call behaviour: reads, mmap, seeks. Python, as the shell cannot.
+py() { python3 -c "import os, sys, mmap, random, errno, ctypes, fcntl
+$1" "${@:2}"; }
+
+# ---- build and installation ------------------------------------------------------------------------------------
+
+t_binary_is_static_small_and_stripped() {
+    ldd "$fx" 2>&1 | grep -q 'not a dynamic executable\|statically linked'
+    [ "$(stat -c %s "$fx")" -le 1048576 ] || fail "larger than 1 MiB"
+    readelf -S "$fx" >sections
+    not grep -q '\.symtab' sections
+}
+
+t_same_sources_give_the_same_bytes() {
+    mkdir -p other/build
+    cp "$top"/Makefile "$top"/fuseexp.[ch] "$top"/README "$top"/test.sh other/
+    cp -a "$build/deps" other/build/deps
+    make -s -C other build/fuseexp >make.log 2>&1 || { cat make.log; false; }
+    cmp other/build/fuseexp "$fx"
+}
+
+t_install_puts_binary_helpers_and_manual() {
+    make -s -C "$top" install DESTDIR="$PWD/root" PREFIX=/usr >/dev/null
+    cmp root/usr/bin/fuseexp "$fx"
+    same "$(readlink root/sbin/mount.fuseexp)" /usr/bin/fuseexp
+    same "$(readlink root/sbin/mount.fuse.fuseexp)" /usr/bin/fuseexp
+    MANWIDTH=120 man -l root/usr/share/man/man8/fuseexp.8 2>man.err >man.txt
+    grep -q 'SYNOPSIS' man.txt; grep -q -- '--partition' man.txt
+    [ ! -s man.err ] || { cat man.err; false; }
+    make -s -C "$top" uninstall DESTDIR="$PWD/root" PREFIX=/usr
+    same "$(find root -type f -o -type l)" ""
+}
+
+t_runs_in_an_empty_chroot_with_dev_fuse_and_proc() {
+    mkdir -p root/dev root/proc
+    cp "$fx" root/fuseexp
+    mknod root/dev/fuse c 10 229
+    random root/image 64
+    unshare -m sh -ec 'mount -t proc proc root/proc; chroot root /fuseexp -q --format raw /image /m
+        cmp root/image root/m; chroot root /fuseexp --umount /m; [ ! -e root/m ]'
+}
+
+t_help_lists_every_option_that_readme_explains() {
+    "$fx" --help >help
+    grep -oE -- '--[a-z][a-z-]+' help | sort -u >in_help
+    while read -r opt; do grep -q -- "$opt" "$top/README" || fail "README lacks $opt"; done <in_help
+    "$fx" --version | grep -q '^fuseexp [0-9]'
+    "$fx" --formats | grep -q '^raw '
+}
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+# Every way to read the same bytes, on an image of an odd size, through OPTIONS.
+check_reading() {
+    random img 700
+    printf 'odd tail' >>img
+    "$fx" -q "$@" img m
+    cmp img m
+    same "$(stat -c %s m)" "$(stat -c %s img)"
+    py '
+a, b = os.open("img", os.O_RDONLY), os.open("m", os.O_RDONLY)
+size = os.fstat(a).st_size
+rnd = random.Random(1)
+for i in range(600):
+    off = rnd.randrange(size + 5000); n = rnd.choice([1, 7, 512, 4095, 4097, 65536, 300000])
+    assert os.pread(a, n, off) == os.pread(b, n, off), (off, n)
+assert os.pread(b, 10, size) == b"" and os.pread(b, 10, 2**62) == b"" and os.pread(b, 100, size - 3) == b"ail"
+ma, mb = mmap.mmap(a, 0, prot=mmap.PROT_READ), mmap.mmap(b, 0, prot=mmap.PROT_READ)
+assert ma[:] == mb[:]
+c = os.open("copy", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+off = 0
+while off < size:
+    off += os.sendfile(c, b, off, size - off)
+r, w = os.pipe()
+os.lseek(c, 0, 0)
+off = 0
+while off < size:
+    n = os.splice(b, w, min(65536, size - off), offset_src=off)
+    got = os.read(r, n)
+    while len(got) < n: got += os.read(r, n - len(got))
+    assert got == os.pread(a, n, off)
+    off += n
+'
+    cmp img copy
+    py '
+a, b = os.open("img", os.O_RDONLY), os.open("m", os.O_RDONLY | os.O_DIRECT)
+size = os.fstat(a).st_size
+buf = mmap.mmap(-1, 1 << 21)
+for off, n in [(0, 4096), (512, 512), (4096, 1 << 20), (0, 1 << 21), (size - size % 4096, 4096), (1536, 999 * 512)]:
+    got = os.preadv(b, [memoryview(buf)[:n]], off)
+    assert buf[:got] == os.pread(a, n, off) and got == min(n, size - off), (off, n, got)
+'
+    "$fx" --umount m
+    [ ! -e m ] || fail "the mountpoint was left behind"
+}
+t_reads_back_through_passthrough() { check_reading; }
+t_reads_back_through_workers() { check_reading --no-passthrough; }
+t_reads_back_with_one_thread() { check_reading --no-passthrough -s; }
+t_reads_back_with_direct_io() { check_reading --direct-io; }
+t_reads_back_when_writable() { check_reading -w; }
+
+t_two_processes_read_at_once() {
+    random img 4096
+    "$fx" -q --no-passthrough img m
+    cmp img m & local a=$!
+    cmp img m & local b=$!
+    dd if=m of=direct bs=96k iflag=direct status=none
+    wait $a; wait $b; cmp img direct
+    "$fx" --umount m
+}
+
+t_ext4_image_loop_mounts_and_reads_through() {
+    mkdir files mnt; cp "$top"/fuseexp.c files/; random files/random 1000
+    mkfs.ext4 -q -d files img 32M
+    "$fx" -q img m
+    e2fsck -fn m >/dev/null 2>&1
+    mount -o ro,loop m mnt
+    diff -r --exclude=lost+found files mnt
+    umount mnt
+    "$fx" --umount m
+}
+
+t_ext4_is_written_through_a_loop_device() {
+    truncate -s 64M img; mkfs.ext4 -q img; mkdir mnt
+    "$fx" -q -w img m
+    mount -o loop m mnt
+    random mnt/a 2000; cp mnt/a a; mkdir mnt/d; cp -r /etc/apt mnt/d/
+    fstrim mnt || true
+    umount mnt
+    "$fx" --umount m
+    e2fsck -fn img >/dev/null 2>&1
+    mount -o ro,loop img mnt
+    cmp a mnt/a; diff -r /etc/apt mnt/d/apt
+    umount mnt
+}
+
+t_xfs_is_written_through_a_loop_device() {
+    truncate -s 320M img; mkfs.xfs -q img; mkdir mnt
+    "$fx" -q -w img m
+    xfs_repair -n m >/dev/null 2>&1
+    mount -o loop m mnt
+    random mnt/a 2000; cp mnt/a a
+    umount mnt
+    xfs_repair -n m >/dev/null 2>&1
+    "$fx" --umount m
+    mount -o ro,loop img mnt; cmp a mnt/a; umount mnt
+}
+
+t_seek_data_and_hole_are_the_images_own() {
+    truncate -s 1M img; random data 16
+    dd if=data of=img bs=4k seek=20 conv=notrunc status=none; dd if=data of=img bs=4k seek=100 conv=notrunc status=none
+    truncate -s 1048999 img
+    for opt in --no-passthrough "" --direct-io; do
+        "$fx" -q $opt img m
+        py '
+a, b = os.open("img", os.O_RDONLY), os.open("m", os.O_RDONLY)
+def seek(f, off, how):
+    try: return os.lseek(f, off, how)
+    except OSError as e: return -e.errno
+for off in list(range(0, 1049000, 3000)) + [1048998, 1048999, 1049000, 2**40]:
+    for how in (os.SEEK_DATA, os.SEEK_HOLE):
+        assert seek(a, off, how) == seek(b, off, how), (off, how, seek(a, off, how), seek(b, off, how))
+assert os.fstat(a).st_blocks == os.fstat(b).st_blocks
+'
+        "$fx" --umount m
+    done
+}
+
+t_attributes_and_statfs_make_sense() {
+    random img 100; touch -d '2020-02-02 02:02:02 UTC' img
+    "$fx" -q img m
+    same "$(stat -c '%a %u %g %s %h %Y' m)" "400 0 0 409600 1 1580608922"
+    same "$(stat -f -c '%s %b' m)" "4096 100"
+    "$fx" --umount m
+    "$fx" -q -w --mode 640 --uid 12 --gid 34 img m
+    same "$(stat -c '%a %u %g' m)" "640 12 34"
+    "$fx" --umount m
+}
+
+t_setattr_follows_qemus_rules() {
+    random img 16
+    "$fx" -q img m
+    py '
+def no(err, f, *a):
+    try: f(*a)
+    except OSError as e: assert e.errno == err, e
+    else: raise AssertionError("allowed")
+no(errno.EROFS, os.chmod, "m", 0o600)
+no(errno.EROFS, os.truncate, "m", 0)
+no(errno.EROFS, os.open, "m", os.O_RDWR)
+no(errno.EROFS, os.utime, "m")'
+    "$fx" --umount m
+    "$fx" -q -w --allow-other=off img m
+    py '
+def no(err, f, *a):
+    try: f(*a)
+    except OSError as e: assert e.errno == err, e
+    else: raise AssertionError("allowed")
+no(errno.EPERM, os.chmod, "m", 0o644)
+no(errno.EOPNOTSUPP, os.chown, "m", 1, 1)
+no(errno.EOPNOTSUPP, os.utime, "m")
+os.chmod("m", 0o400)
+assert os.stat("m").st_mode & 0o777 == 0o400'
+    "$fx" --umount m
+    cmp -s img img
+}
+
+t_folder_lists_its_files_and_takes_no_others() {
+    random img 16; mkdir d
+    "$fx" -q -w img d
+    same "$(ls d)" disk
+    same "$(find d -type f -size +0)" d/disk
+    same "$(stat -c %a d)" 500
+    not touch d/new 2>err; grep -q 'not permitted' err
+    not mkdir d/new 2>err; not rm -f d/disk 2>err; not mv d/disk d/e 2>err; not ln d/disk d/e 2>err
+    cmp img d/disk
+    umount d
+    gone
+    same "$(ls -A d)" ""
+}
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+t_nothing_is_written_without_w() {
+    random img 16; cp img copy; stat -c '%y %z' img >before
+    "$fx" -q img m
+    not dd if=/dev/zero of=m conv=notrunc count=1 2>err; grep -q 'Read-only' err
+    "$fx" --umount m
+    cmp img copy; same "$(stat -c '%y %z' img)" "$(cat before)"
+}
+
+t_random_writes_match_a_model() {
+    for opt in "" --direct-io --growable; do
+        random img 512; cp img model
+        "$fx" -q -w $opt img m
+        py '
+a, b = os.open("model", os.O_RDWR), os.open("m", os.O_RDWR)
+size = os.fstat(a).st_size
+rnd = random.Random(7)
+for i in range(800):
+    n = rnd.choice([1, 3, 512, 4096, 5000, 70000, 1048576]); off = rnd.randrange(size)
+    n = min(n, size - off)
+    if rnd.random() < .5:
+        d = rnd.randbytes(n)
+        assert os.pwrite(a, d, off) == os.pwrite(b, d, off) == n
+    else:
+        assert os.pread(a, n, off) == os.pread(b, n, off)
+os.fsync(b)
+'
+        cmp model m
+        "$fx" --umount m
+        cmp model img
+    done
+}
+
+t_fio_verifies_what_it_wrote() {
+    truncate -s 64M img
+    for opt in "" --direct-io --growable; do
+        "$fx" -q -w $opt img m
+        for direct in 0 1; do
+            fio --name=v --filename="$PWD/m" --size=64M --rw=randwrite --bsrange=512-128k --bs_unaligned=0 --blockalign=512 \
+                --ioengine=libaio --iodepth=16 --direct=$direct --verify=crc32c --verify_fatal=1 --number_ios=1500 \
+                --output=fio.log || { cat fio.log; false; }
+        done
+        "$fx" --umount m
+    done
+}
+
+t_writes_stop_at_the_end_unless_growable() {
+    random img 16; cp img copy
+    "$fx" -q -w img m
+    py '
+f = os.open("m", os.O_RDWR)
+assert os.pwrite(f, b"x" * 100, 65536 - 10) == 10
+for off in (65536, 70000, 2**50):
+    try: os.pwrite(f, b"x", off)
+    except OSError as e: assert e.errno == errno.ENOSPC, e
+    else: raise AssertionError(off)
+'
+    same "$(stat -c %s m)" 65536
+    "$fx" --umount m
+    same "$(stat -c %s img)" 65536
+    cp copy img
+    for opt in --no-passthrough ""; do
+        "$fx" -q -w --growable $opt img m
+        printf 'more' >>m
+        same "$(stat -c %s m)" "$(stat -c %s img)"
+        fallocate -l 200000 m; same "$(stat -c %s m)" 200000
+        printf 'far' | dd of=m bs=1 seek=300000 conv=notrunc status=none
+        same "$(stat -c %s m)" 300003
+        "$fx" --umount m
+        { cat copy; printf 'more'; } | cmp -n 65540 - img
+        same "$(stat -c %s img)" 300003
+        cp copy img
+    done
+}
+
+t_truncate_works_on_whole_raw_images_only() {
+    random img 16; cp img copy
+    "$fx" -q -w img m
+    truncate -s 5000 m; same "$(stat -c %s img)" 5000
+    truncate -s 9000 m; same "$(stat -c %s img)" 9000
+    "$fx" --umount m
+    cmp -n 5000 img copy; cmp -i 5000:0 -n 4000 img /dev/zero
+    cp copy img
+    "$fx" -q -w --size 4096 img m
+    not truncate -s 100 m 2>err; grep -q 'not supported' err
+    "$fx" --umount m
+    cmp img copy
+}
+
+t_fallocate_punches_zeroes_and_allocates() {
+    random img 256; cp img model
+    "$fx" -q -w img m
+    for f in model m; do
+        fallocate -p -o 8192 -l 100000 "$f"; fallocate -z -o 300001 -l 5000 "$f"; fallocate -o 600000 -l 50000 "$f"
+    done
+    cmp model m
+    py '
+f = os.open("m", os.O_RDWR)
+libc = ctypes.CDLL(None, use_errno=True)
+def fa(mode, off, n): return 0 if libc.fallocate(f, mode, ctypes.c_long(off), ctypes.c_long(n)) == 0 else ctypes.get_errno()
+assert fa(0, 1 << 20, 4096) == errno.ENOSPC
+assert fa(1, 1 << 20, 4096) == 0                # keep the size: past the end there is nothing to do
+assert fa(8, 0, 4096) == errno.EOPNOTSUPP       # collapse
+assert fa(3, (1 << 20) - 100, 4096) == 0        # punch across the end
+'
+    "$fx" --umount m
+    same "$(stat -c %s img)" 1048576
+    [ "$(stat -c %b img)" -lt 1900 ] || fail "the host's space was not freed"
+}
+
+t_disk_full_is_told_to_the_writer_and_in_the_end() {
+    mkdir small; mount -t tmpfs -o size=1M none small; truncate -s 8M small/img
+    "$fx" -q -f -w small/img m 2>log & local pid=$!
+    wait_for test -s m
+    not dd if=/dev/zero of=m bs=64k count=100 conv=notrunc 2>err; grep -q 'No space left' err
+    umount m
+    not wait $pid
+    grep -q 'write error.*No space' log; grep -q 'not everything' log
+}
+
+t_failed_flush_is_remembered() {
+    random img 16
+    FUSEEXP_FAIL_OP=sync "$fault" -q -f -w img m 2>log & local pid=$!
+    wait_for test -s m
+    py '
+f = os.open("m", os.O_RDWR)
+os.pwrite(f, b"x", 0)
+for i in range(2):
+    try: os.fsync(f)
+    except OSError as e: assert e.errno == errno.EIO
+    else: raise AssertionError("fsync said all is well")
+try: os.close(f)
+except OSError as e: assert e.errno == errno.EIO
+else: raise AssertionError("close said all is well")
+'
+    expect 1 "$fx" --umount m
+    grep -q 'reported failure' err
+    not wait $pid
+}
+
+t_read_errors_reach_the_reader_as_eio() {
+    random img 64
+    FUSEEXP_FAIL_OP=read "$fault" -q --format raw -f --no-passthrough img m 2>log & local pid=$!
+    wait_for test -s m
+    not cat m >out 2>err; grep -q 'Input/output error' err; [ ! -s out ]
+    umount m; wait $pid
+    grep -q 'read error at' log
+    [ "$(wc -l <log)" -le 15 ] || fail "the log is not rate-limited"
+}
+
+t_image_truncated_underneath_gives_eio_past_its_end() {
+    random img 64; cp img copy
+    for opt in --no-passthrough --direct-io; do
+        "$fx" -q $opt img m
+        truncate -s 100000 img
+        cmp -n 98304 copy m                              # 24 whole pages
+        not dd if=m of=/dev/null bs=4k skip=25 count=1 2>err; grep -q 'Input/output' err
+        not cat m >/dev/null 2>&1
+        same "$(stat -c %s m)" 262144
+        "$fx" --umount m
+        cp copy img
+    done
+    # The kernel serves an open file alone and would just end early: close(2) tells, and the next open is right.
+    "$fx" -q img m
+    py '
+f = os.open("m", os.O_RDONLY)
+os.truncate("img", 100000)
+while os.read(f, 65536): pass
+try: os.close(f)
+except OSError as e: assert e.errno == errno.EIO
+else: raise AssertionError("close said all is well")'
+    not dd if=m of=/dev/null bs=4k skip=25 2>err; grep -q 'Input/output' err
+    expect 1 "$fx" --umount m
+}
+
+# ---- raw sources -----------------------------------------------------------------------------------------------
+
+t_block_device_is_read_and_written() {
+    random img 256; cp img copy
+    local dev; dev=$(losetup -f --show img)
+    "$fx" -q "$dev" m; cmp m copy; "$fx" --umount m
+    "$fx" -q -w "$dev" m
+    refused 1 'mounted, or used' "$fx" -q -w "$dev" m2
+    printf 'hello' | dd of=m bs=1 seek=5000 conv=notrunc,fsync status=none
+    not truncate -s 10 m 2>err
+    fallocate -z -o 8192 -l 4096 m
+    "$fx" --umount m
+    losetup -d "$dev"
+    printf 'hello' | cmp -i 0:5000 -n 5 - img; cmp -i 8192:0 -n 4096 img /dev/zero; cmp -i 12288 img copy
+}
+
+t_mounted_block_device_is_not_written() {
+    truncate -s 16M img; mkfs.ext4 -q img; mkdir mnt
+    local dev; dev=$(losetup -f --show img)
+    mount "$dev" mnt
+    refused 1 'mounted, or used' "$fx" -q -w "$dev" m
+    "$fx" -q "$dev" m; "$fx" --umount m
+    umount mnt; losetup -d "$dev"
+}
+
+t_split_images_are_found_and_joined() {
+    random whole 100
+    for style in 3,1,. 2,0,. 4,1,.; do
+        rm -f part*
+        split -b 100000 -a "${style%%,*}" --numeric-suffixes="$(echo "$style" | cut -d, -f2)" whole part.
+        "$fx" -q "$(find . -name 'part.*' | sort | head -n 1)" m; cmp m whole; "$fx" --umount m
+    done
+    rm -f part*; split -b 70000 -a 2 whole part.
+    "$fx" -q part.aa m; cmp m whole; "$fx" --umount m
+    "$fx" -q --no-passthrough part.a? m; cmp m whole
+    dd if=m of=direct iflag=direct bs=64k status=none; cmp direct whole; "$fx" --umount m
+    # More than ten parts: from .09 to .10, from .az to .ba.
+    rm -f part*; split -b 10000 -a 2 --numeric-suffixes=1 whole part.
+    "$fx" -q part.01 m; cmp m whole; "$fx" --umount m
+    rm -f part*; split -b 10000 -a 2 whole part.
+    "$fx" -q part.aa m; cmp m whole; "$fx" --umount m
+}
+
+t_split_images_with_lost_or_damaged_parts_are_refused() {
+    random whole 100; split -b 100000 -a 3 --numeric-suffixes=1 whole part.
+    mv part.003 x; refused 1 'part.003: missing, though part.004' "$fx" -q part.001 m
+    mv x part.003; truncate -s 99999 part.002; refused 1 'part.002: part of 99999 bytes' "$fx" -q part.001 m
+    "$fx" -q part.001 part.002 part.003 part.004 part.005 m
+    cat part.00? | cmp - m; "$fx" --umount m
+}
+
+t_written_parts_get_their_bytes() {
+    random whole 100; cp whole model; split -b 100000 -a 3 --numeric-suffixes=1 whole part.
+    "$fx" -q -w part.001 m
+    random data 30
+    dd if=data of=m bs=1M seek=70001 oflag=seek_bytes conv=notrunc status=none
+    dd if=data of=model bs=1M seek=70001 oflag=seek_bytes conv=notrunc status=none
+    cmp m model; "$fx" --umount m
+    cat part.00? | cmp - model
+}
+
+t_window_shows_its_bytes() {
+    random img 64
+    "$fx" -q --offset 5000 img m; cmp -i 5000:0 img m; same "$(stat -c %s m)" 257144; "$fx" --umount m
+    "$fx" -q --offset 4k --size 0x1001 img m; cmp -n 4097 -i 4096:0 img m; same "$(stat -c %s m)" 4097; "$fx" --umount m
+    refused 1 'offset 300000 is past the end' "$fx" -q --offset 300000 img m
+    refused 1 'reaches past the end' "$fx" -q --offset 1 --size 256k img m
+    for bad in -1 1x 8E 9223372036854775808 18446744073709551616 99999999999999999999 1kk '' ' 1' +1; do
+        refused 2 "'$bad' is not a usable size" "$fx" -q --offset="$bad" img m
+    done
+}
+
+# check_partitions IMAGE TOOL-SECTOR [OPTION...]: every partition against the image and sfdisk's own reading of it
+check_partitions() {
+    local img=$1 sector=$2 n start size count=0
+    shift 2
+    mkdir -p d
+    "$fx" -q "$@" "$img" d
+    while read -r n start size; do
+        cmp -i $((start * sector)):0 -n $((size * sector)) "$img" "d/p$n"
+        same "$(stat -c %s "d/p$n")" $((size * sector))
+        count=$((count + 1))
+    done < <(sfdisk -J "${table:-$img}" | jq -r '.partitiontable.partitions[] | select(.type | IN("5","f","85") | not) |
+             "\(.node | capture("(?<n>[0-9]+)$").n) \(.start) \(.size)"')
+    [ "$count" -gt 0 ]
+    same "$(find d -name 'p*' | wc -l)" "$count"
+    cmp "$img" d/disk
+    umount d
+    gone
+    while read -r n start size; do
+        "$fx" -q "$@" --partition "$n" "$img" m
+        cmp -i $((start * sector)):0 -n $((size * sector)) "$img" m
+        "$fx" --umount m
+    done < <(sfdisk -J "${table:-$img}" | jq -r '.partitiontable.partitions[] | select(.type | IN("5","f","85") | not) |
+             "\(.node | capture("(?<n>[0-9]+)$").n) \(.start) \(.size)"')
+}
+
+mbr_image() {
+    random img 10240
+    printf 'label: dos\n2048,4096,83\n8192,2048,7\n10240,,f\n12288,2048,83\n16384,4096,83\n22528,1000,82\n' | sfdisk -q img
+}
+
+t_partitions_of_an_mbr_with_logical_ones() { mbr_image; check_partitions img 512; }
+
+t_partitions_of_a_gpt() {
+    random img 10240
+    printf 'label: gpt\nstart=2048,size=4096\nstart=8192,size=100\nstart=9000\n' | sfdisk -q img
+    sfdisk -q --delete img 2; check_partitions img 512
+}
+
+t_partitions_of_a_gpt_with_4096_byte_sectors() {
+    random img 10240
+    local dev; dev=$(losetup -b 4096 -f --show img)
+    printf 'label: gpt\nstart=256,size=512\nstart=1000,size=99\n' | sfdisk -q "$dev"
+    table=$dev check_partitions img 4096
+    check_partitions "$dev" 4096
+    # An MBR does not tell its sector size; the device does, and for a file the user.
+    printf 'label: dos\nstart=256,size=512\nstart=1000,size=99\n' | sfdisk -q --wipe always "$dev"
+    check_partitions "$dev" 4096
+    table=$dev check_partitions img 4096 --sector-size 4096
+    losetup -d "$dev"
+}
+
+t_gpt_backup_is_used_when_the_primary_is_damaged() {
+    random img 10240
+    printf 'label: gpt\nstart=2048,size=4096\nstart=8192,size=100\n' | sfdisk -q img
+    cp img good; "$fx" -q --partition 2 img m; cp m p2; "$fx" --umount m
+    # The header's checksum, the table's checksum, and everything at the front gone.
+    for where in 520 1030 ; do
+        cp good img; printf 'X' | dd of=img bs=1 seek=$where conv=notrunc status=none
+        "$fx" --partition 2 --format raw img m 2>err; cmp m p2; "$fx" --umount m
+        grep -q 'primary GPT is damaged' err
+    done
+    cp good img; dd if=/dev/zero of=img bs=1M count=1 conv=notrunc status=none
+    "$fx" -q --partition 2 --format raw img m; cmp m p2; "$fx" --umount m
+    cp good img; printf 'X' | dd of=img bs=1 seek=520 conv=notrunc status=none
+    printf 'X' | dd of=img bs=1 seek=$((40 * 1048576 - 512 + 20)) conv=notrunc status=none
+    refused 1 'no partition 2: its header.s checksum is wrong' "$fx" -q --partition 2 img m
+}
+
+t_partition_that_reaches_past_the_end_reads_as_eio_there() {
+    mbr_image; truncate -s $((2048 * 512 + 100000)) img
+    "$fx" --format raw --partition 1 img m 2>err
+    grep -q 'partition 1 reaches 1997152 bytes past the end' err
+    same "$(stat -c %s m)" $((4096 * 512))
+    cmp -n 98304 -i $((2048 * 512)):0 img m
+    not dd if=m of=/dev/null bs=4k skip=25 count=1 2>err; grep -q 'Input/output' err
+    "$fx" --umount m
+    refused 1 'no partition 2' "$fx" -q --partition 2 img m
+}
+
+t_hostile_partition_tables_are_survived() {
+    mbr_image
+    # An EBR that points back at itself, and one far away.
+    local ebr=$((10240 * 512))
+    cp img loop; printf '\x00\x00\x00\x00' | dd of=loop bs=1 seek=$((ebr + 446 + 16 + 8)) conv=notrunc status=none
+    mkdir d; "$fx" loop --format raw d 2>err; same "$(find d -name 'p*' | wc -l)" 3; umount d; gone
+    grep -q 'chain of logical partitions is broken' err
+    cp img far; printf '\xff\xff\xff\xff' | dd of=far bs=1 seek=$((ebr + 446 + 16 + 8)) conv=notrunc status=none
+    "$fx" -q far d; same "$(find d -name 'p*' | wc -l)" 3; umount d; gone
+    # A GPT with 2^32 - 1 entries whose checksum is right.
+    printf 'label: gpt\nstart=2048,size=4096\n' | sfdisk -q --wipe always img
+    py '
+import zlib, struct
+f = open("img", "r+b")
+for lba in (1, 81919):
+    f.seek(lba * 512); h = bytearray(f.read(92))
+    h[80:84] = struct.pack("<I", 0xffffffff); h[16:20] = bytes(4)
+    h[16:20] = struct.pack("<I", zlib.crc32(h)); f.seek(lba * 512); f.write(h)'
+    refused 1 'table.s size is absurd' "$fx" -q --partition 1 img m
+    refused 1 'no partition 9' "$fx" -q --partition 9 loop m
+    head -c 1000 /dev/urandom >tiny; refused 1 'no partition table' "$fx" -q --partition 1 tiny m
+}
+
+t_random_damage_to_partition_tables_is_survived() {
+    mbr_image; head -c 6M img >mbr
+    random gpt 512; printf 'label: gpt\nstart=64,size=100\nstart=200,size=100\n' | sfdisk -q gpt
+    mkdir d
+    py '
+import subprocess, shutil
+rnd = random.Random(3)
+for name, spots in (("mbr", [446 + i for i in range(66)] + [10240 * 512 + 446 + i for i in range(66)]), ("gpt", list(range(446, 1400)))):
+    good = open(name, "rb").read()
+    for i in range(60):
+        bad = bytearray(good)
+        for j in range(rnd.randrange(1, 6)): bad[rnd.choice(spots)] = rnd.randrange(256)
+        open("bad", "wb").write(bad)
+        p = subprocess.run([sys.argv[1], "-q", "--sandbox=off", "--format", "raw", "bad", "d", "--", "cat", "d/disk"], stdout=subprocess.DEVNULL)
+        assert p.returncode == 0, (name, i, p.returncode)
+' "$build/fuseexp-asan"
+}
+
+t_writable_folder_keeps_disk_and_partitions_coherent() {
+    mbr_image; mkdir d; "$fx" -q -w img d
+    cat d/disk d/p1 >/dev/null
+    printf 'through the partition' | dd of=d/p1 bs=1 seek=4096 conv=notrunc status=none
+    printf 'through the partition' | cmp -i 0:$((2048 * 512 + 4096)) -n 21 - d/disk
+    printf 'through the disk' | dd of=d/disk bs=1 seek=$((8192 * 512)) conv=notrunc status=none
+    printf 'through the disk' | cmp -n 16 - d/p2
+    not dd if=/dev/zero of=d/p1 bs=1 count=1 seek=$((4096 * 512)) conv=notrunc status=none 2>err; grep -q 'No space' err
+    umount d; gone
+}
+
+# ---- formats, locks --------------------------------------------------------------------------------------------
+
+t_containers_that_are_not_read_are_refused_by_name() {
+    for f in qcow2 qed vmdk vhdx vpc vdi parallels; do
+        qemu-img create -q -f $f x.$f 4M
+        refused 1 'which this version does not read' "$fx" -q x.$f m
+        "$fx" -q --format raw x.$f m; cmp x.$f m; "$fx" --umount m
+    done
+    qemu-img create -q -f vpc -o subformat=fixed,force_size x.fixed 4M; refused 1 'VHD' "$fx" -q x.fixed m
+    echo text | gzip >x.gz; refused 1 'gzip' "$fx" -q x.gz m
+    refused 1 "unknown format 'nonsense'" "$fx" -q --format nonsense x.gz m
+}
+
+t_raw_is_taken_with_a_note() {
+    random img 16
+    "$fx" img m 2>err; "$fx" --umount m; same "$(cat err)" "fuseexp: img: no known format, taken as raw (--format raw says so)"
+    "$fx" --format raw img m 2>err; "$fx" --umount m; same "$(cat err)" ""
+}
+
+t_corpus_raw_images_and_partitions_are_right() {
+    [ -d "$corpus" ] || skip "no corpus"
+    "$corpus/unpack" c
+    local n=0
+    while IFS=$'\t' read -r path format _ size sum _ expected _; do
+        [ "$format" = raw ] && [ "$expected" = ok ] && [ -f "c/$path" ] || continue
+        cp "c/$path" img        # by itself: some are parts of a set
+        "$fx" -q --no-passthrough img m
+        same "$(stat -c %s m)" "$size"
+        same "$(sha256sum <m | cut -d' ' -f1)" "$sum"
+        "$fx" --umount m
+        n=$((n + 1))
+    done <c/MANIFEST.tsv
+    [ $n -ge 10 ] || fail "only $n raw images in the corpus"
+    for img in c/raw/dfvfs__mbr.raw c/raw/dfvfs__gpt.raw; do check_partitions $img 512; done
+}
+
+t_corpus_containers_are_never_shown_as_raw() {
+    [ -d "$corpus" ] || skip "no corpus"
+    "$corpus/unpack" c
+    while IFS=$'\t' read -r path format _; do
+        case $format:$path in raw:* | path:* | ddrescue*:* | *.hds | *DiskDescriptor.xml | *:bad/*) continue ;; esac
+        if [ -s "c/$path" ] && "$fx" -q "c/$path" m 2>err; then "$fx" --umount m; echo "$path"; fi
+    done <c/MANIFEST.tsv >served
+    same "$(cat served)" ""
+}
+
+t_locks_are_qemus() {
+    qemu-img create -q -f raw img 1M
+    qemu-io -f raw -c 'sleep 3000' img >/dev/null & local q=$!
+    wait_for grep -q "$(stat -c %i img) 10" /proc/locks
+    refused 1 'in use by another program.*-U' "$fx" -q img m
+    refused 1 'in use by another program' "$fx" -q -w img m
+    "$fx" -q -U img m; cmp img m; "$fx" --umount m
+    kill $q 2>/dev/null || true
+    wait_for sh -c "qemu-io -f raw -c 'read 0 1' img"
+    "$fx" -q -w img m
+    not qemu-io -f raw -c 'read 0 1' img 2>err; grep -q lock err
+    refused 1 'in use by another program that writes' "$fx" -q img m2
+    "$fx" --umount m
+    qemu-io -f raw -c 'write 0 512' img >/dev/null
+    "$fx" -q img m
+    qemu-io -r -f raw -c 'read 0 1' img >/dev/null
+    not qemu-io -f raw -c 'write 0 512' img 2>err; grep -q lock err
+    "$fx" -q img m2; "$fx" --umount m2
+    "$fx" --umount m
+}
+
+# ---- life cycle ------------------------------------------------------------------------------------------------
+
+t_ready_when_it_returns_and_gone_when_unmounted() {
+    random img 16
+    for i in $(seq 40); do
+        "$fx" -q img m && cmp img m && "$fx" --umount m && [ ! -e m ] && [ -z "$(ours)" ] || fail "round $i"
+    done
+}
+
+t_daemon_lets_go_of_the_callers_pipes() {
+    random img 16
+    same "$(timeout 5 "$fx" img m 2>&1)" "fuseexp: img: no known format, taken as raw (--format raw says so)"
+    same "$(readlink "/proc/$(supervisor_of)/cwd")" /
+    same "$(find "/proc/$(supervisor_of)/fd" -lname "$PWD/*" | wc -l)" 0
+    "$fx" --umount m
+}
+
+t_command_mode_returns_the_commands_status() {
+    random img 16
+    expect 0 "$fx" -q img m -- cmp img m
+    expect 7 "$fx" -q img m -- sh -c 'exit 7'
+    expect 137 "$fx" -q img m -- sh -c 'kill -9 $$'
+    expect 127 "$fx" -q img m -- ./no-such-command
+    expect 126 "$fx" -q img m -- ./img
+    expect 125 "$fx" -q missing m -- true
+    expect 125 env FUSEEXP_FAIL_OP=sync "$fault" -q -w img m -- true
+    same "$(ls)" "$(printf 'err\nimg')"
+    expect 0 "$fx" -q -- img m -- test -s m
+    printf 'input' | "$fx" -q img m -- cat | cmp - <(printf 'input')
+}
+
+t_signal_to_the_supervisor_reaches_the_command() {
+    random img 16
+    "$fx" -q img m -- sh -c 'trap "exit 9" TERM; while :; do sleep 0.05; done' & local pid=$!
+    wait_for test -s m
+    sleep 0.1
+    kill -TERM $pid
+    local status=0; wait $pid || status=$?
+    same $status 9
+    gone
+}
+
+t_int_term_and_hup_unmount() {
+    random img 16
+    for sig in INT TERM HUP; do
+        "$fx" -q img m; kill -$sig "$(supervisor_of)"; gone
+        [ ! -e m ]
+        # From a script's background INT is ignored, as sh(1) has it, so a fresh shell with job control.
+        setsid bash -mc '"$0" -q -f img m & echo $! >pid; wait $!; echo $? >status' "$fx" & local job=$!
+        wait_for test -s m
+        kill -$sig "$(cat pid)"; wait $job
+        same "$(cat status)" 0
+    done
+}
+
+t_signal_while_busy_detaches_and_the_second_one_cuts_off() {
+    random img 16
+    "$fx" -f --no-passthrough img m 2>log & local pid=$!
+    wait_for test -s m
+    exec 9<m
+    kill -TERM $pid
+    wait_for grep -q 'in use, detached' log
+    not grep -q " $PWD/m " /proc/self/mountinfo
+    head -c 100 <&9 | cmp -n 100 - img
+    kill -TERM $pid
+    not wait $pid
+    not head -c 100 <&9 2>err >/dev/null
+    exec 9<&-
+    gone
+}
+
+t_usr1_prints_counters() {
+    random img 100
+    "$fx" -q -f --no-passthrough img m 2>log & local pid=$!
+    wait_for test -s m
+    cat m >/dev/null
+    kill -USR1 $pid
+    wait_for grep -q 'reads (409600 bytes), 0 writes' log
+    umount m; wait $pid
+}
+
+t_umount_commands_all_work() {
+    random img 16
+    "$fx" -q img m; umount m; gone
+    "$fx" -q img m; fusermount3 -u m; gone
+    "$fx" -q img m; "$fx" --umount m; same "$(ours)" ""
+    "$fx" -q img m; "$fx" --umount -z m; gone
+    "$fx" -q img m; "$fx" -u m; [ ! -e m ]
+    refused 1 'nothing mounted' "$fx" --umount m
+    mkdir d; refused 1 'nothing mounted' "$fx" --umount d
+    refused 1 'nothing mounted' "$fx" --umount /proc
+}
+
+t_umount_of_a_busy_mount_says_so_and_lazy_waits_for_nobody() {
+    random img 16
+    "$fx" -q img m
+    exec 9<m
+    expect 1 "$fx" --umount m
+    grep -q 'in use.*-z' err
+    cmp img m
+    expect 0 "$fx" --umount -z m
+    head -c 100 <&9 | cmp -n 100 - img
+    exec 9<&-
+    gone
+}
+
+t_umount_waits_until_the_image_is_free() {
+    random img 2000
+    for i in $(seq 10); do
+        "$fx" -q -w img m; dd if=/dev/urandom of=m bs=1M count=4 conv=notrunc status=none; "$fx" --umount m
+        "$fx" -q -w img m2; "$fx" --umount m2     # the lock is free
+    done
+}
+
+t_pidfile_is_written_and_removed() {
+    random img 16
+    "$fx" -q --pidfile pid img m
+    same "$(cat pid)" "$(supervisor_of)"
+    kill "$(cat pid)"; gone
+    [ ! -e pid ]
+    refused 1 'folder it should be in' "$fx" -q --pidfile no/pid img m
+    mkdir pid.d; refused 1 'Is a directory' "$fx" -q --format raw --pidfile pid.d img m
+}
+
+t_notify_socket_is_told() {
+    random img 16
+    py '
+import socket, subprocess
+s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+s.bind(sys.argv[2]); s.settimeout(5)
+env = dict(os.environ, NOTIFY_SOCKET=sys.argv[2].replace("\0", "@"))
+p = subprocess.Popen([sys.argv[1], "-q", "-f", "img", "m"], env=env)
+assert s.recv(100).decode().split("\n") == ["READY=1", "MAINPID=%d" % p.pid]
+assert open("m", "rb").read() == open("img", "rb").read()
+p.terminate(); assert p.wait() == 0' "$fx" "$PWD/sock"
+}
+
+t_killed_server_leaves_no_mount() {
+    random img 16
+    for opt in "" --no-passthrough; do
+        "$fx" -q $opt img m
+        kill -9 "$(server_of)"
+        sleep 1
+        not grep -q " $PWD/m " /proc/self/mountinfo
+        gone
+        [ ! -e m ]
+    done
+    "$fx" -q -f img m 2>log & local pid=$!
+    wait_for test -s m
+    kill -9 "$(server_of)"
+    not wait $pid
+    grep -q 'killed by signal 9' log
+    expect 125 "$fx" -q img m -- sh -c "kill -9 \$(grep -l 'NoNewPrivs:.1' /proc/[0-9]*/status | xargs grep -l '^Name:.fuseexp' | cut -d/ -f3 |
+        while read p; do grep -qz ^m\$ /proc/\$p/cmdline && echo \$p; done)"
+}
+
+t_killed_supervisor_leaves_a_server_that_ends_with_the_mount() {
+    random img 16
+    "$fx" -q img m
+    kill -9 "$(supervisor_of)"
+    sleep 0.1
+    cmp img m
+    expect 1 "$fx" --umount m
+    grep -q 'supervisor was killed' err
+    gone
+}
+
+t_stale_mount_is_detached_at_the_next_start() {
+    random img 16; : >m
+    "$fx" -q img m
+    local sup; sup=$(supervisor_of)
+    kill -STOP "$sup"; kill -9 "$(server_of)"; kill -9 "$sup"
+    wait_for sh -c '! cat m'
+    grep -q " $PWD/m " /proc/self/mountinfo
+    "$fx" --format raw img m 2>err; grep -q 'detached a mount whose server had died' err
+    cmp img m; "$fx" --umount m; [ -e m ]
+    same "$(grep -c " $PWD/m " /proc/self/mountinfo)" 0
+}
+
+t_busy_mountpoints_are_refused() {
+    random img 16; mkdir d
+    "$fx" -q img m
+    refused 1 'fuseexp is mounted there already' "$fx" -q img m
+    cmp img m; "$fx" --umount m
+    mount -t tmpfs none d
+    refused 1 'something else is mounted there' "$fx" -q img d
+    umount d
+}
+
+t_image_and_mountpoint_may_be_the_same_path() {
+    random img 16; cp img copy
+    "$fx" -q img img; cmp img copy
+    [ "$(stat -c %a img)" = 400 ]
+    "$fx" --umount img; cmp img copy
+    "$fx" -q -w img img; printf 'new' | dd of=img conv=notrunc status=none; "$fx" --umount img
+    printf 'new' | cmp -n 3 - img
+    # ... and what died there is found before the image is opened
+    "$fx" -q img img
+    local sup; sup=$(supervisor_of)
+    kill -STOP "$sup"; kill -9 "$(server_of)"; kill -9 "$sup"
+    wait_for sh -c '! cat img'
+    "$fx" -q img img; cmp -i 3 img copy; "$fx" --umount img
+}
+
+t_existing_mountpoint_file_is_kept() {
+    random img 16; echo content >m
+    "$fx" -q img m; "$fx" --umount m
+    same "$(cat m)" content
+    ln -s m link; "$fx" -q img link; cmp img m; "$fx" --umount link; same "$(cat m)" content
+}
+
+t_odd_names_show_in_the_mount_table() {
+    local name='a, b\c "x"'
+    random "$name" 16
+    "$fx" -q "$name" "m $name"
+    cmp "$name" "m $name"
+    findmnt -no SOURCE,FSTYPE,OPTIONS "m $name" >shown
+    grep -qF "fuse.fuseexp ro,nosuid,nodev,noatime" shown; grep -qF "$PWD/a, b" shown
+    "$fx" --umount "m $name"
+}
+
+t_mount_8_and_fstab_work() {
+    random img 16; mkdir sbin d; ln -s "$fx" sbin/mount.fuse.fuseexp; ln -s "$fx" sbin/mount.fuseexp; : >m
+    echo "$PWD/img $PWD/m fuse.fuseexp noauto,nofail,x-systemd.automount,format=raw,offset=4096 0 0" >fstab
+    echo "$PWD/img $PWD/d fuseexp user,noauto,format=raw,writable 0 0" >>fstab
+    fx=$fx unshare -m bash -euc '
+        mount --bind sbin /usr/sbin
+        mount -t fuse.fuseexp -o format=raw,size=8k img m
+        cmp -n 8192 img m; [ "$(stat -c %s m)" = 8192 ]; not : 2>/dev/null >>m; umount m
+        mount -T fstab "$PWD/m"; cmp -i 4096:0 img m; mount -T fstab -a; "$fx" --umount m
+        mount -T fstab "$PWD/d"; printf new | dd of=d/disk conv=notrunc status=none; umount d
+        mount -r -t fuse.fuseexp -o format=raw,writable img m; not printf x 2>/dev/null >>m; umount m'
+    wait_for sh -c 'printf new | cmp -n 3 - img'
+    gone
+}
+
+t_mount_options_reach_the_mount() {
+    random img 16
+    "$fx" -q -o noexec,sync,mode=444 img m
+    findmnt -no OPTIONS m | grep -q noexec
+    same "$(stat -c %a m)" 444
+    "$fx" --umount m
+    refused 1 'unknown option.*nonsense' "$fx" -q -o nonsense img m
+    refused 2 'needs a value' "$fx" -q -o offset img m
+    refused 2 'takes no value' "$fx" -q -o writable=1 img m
+}
+
+# ---- plain user ------------------------------------------------------------------------------------------------
+
+user_folder() { chmod 755 .; mkdir u; random u/img 300; chown -R 65534:65534 u; }
+
+t_plain_user_mounts_reads_and_unmounts() {
+    user_folder
+    as_nobody "$fx" -q u/img u/m
+    as_nobody cmp u/img u/m
+    ! cat u/m >/dev/null 2>&1 || grep -q user_allow_other /etc/fuse.conf
+    same "$(as_nobody stat -c '%a %u' u/m)" "400 65534"
+    same "$(as_nobody "$fx" --umount u/m 2>&1)" ""
+    [ ! -e u/m ]
+    as_nobody "$fx" -q -w u/img u/m; as_nobody sh -c 'printf new | dd of=u/m conv=notrunc,fsync status=none'
+    as_nobody fusermount3 -u u/m; gone
+    printf 'new' | cmp -n 3 - u/img
+    as_nobody mkdir u/d; as_nobody "$fx" -q u/img u/d; as_nobody cmp u/img u/d/disk; "$fx" --umount u/d
+    expect 5 as_nobody "$fx" -q u/img u/m -- sh -c 'cmp u/img u/m && exit 5'
+    as_nobody "$fx" -q u/img u/m; kill "$(supervisor_of)"; gone
+}
+
+t_plain_user_without_right_or_fusermount3_is_told() {
+    user_folder; random img 16; chmod 600 img
+    refused 1 'img: Permission denied' as_nobody "$fx" -q img u/m
+    refused 1 'cannot be created: Permission denied' as_nobody "$fx" -q u/img m
+    : >f; chmod 644 f
+    refused 1 'cannot mount: .*write access' as_nobody "$fx" -q u/img f
+    refused 1 'cannot run fusermount3.*apt-get install fuse3' as_nobody env PATH=/nowhere "$fx" -q --format raw u/img u/m
+}
+
+t_killed_server_of_a_plain_user_leaves_no_mount() {
+    user_folder
+    as_nobody "$fx" -q u/img u/m
+    kill -9 "$(server_of)"
+    gone
+    [ ! -e u/m ]
+}
+
+# ---- the clean-up chain ----------------------------------------------------------------------------------------
+
+# Fails acquisition 1, 2, 3 ... of a start until one runs through, and compares the world before and after each.
+check_chain() {
+    local n=0 before faults=0 status
+    before=$(state)
+    while n=$((n + 1)); do
+        status=0
+        FUSEEXP_FAIL_AT=$n timeout 20 "$@" >out 2>err </dev/null || status=$?
+        if [ $status = 0 ] && grep -q " $PWD/" /proc/self/mountinfo; then
+            $undo || fail "step $n could not be undone"
+        fi
+        gone
+        rm -f out
+        same "$(state)" "$before"
+        if ! grep -q 'FAULT [0-9]' err; then break; fi
+        faults=$((faults + 1))
+        [ $status != 99 ] && [ $status != 124 ] || fail "status $status at $(grep FAULT err)"
+        # One line says why, unless the step is one that can be done without.
+        [ $status = 0 ] || [ "$(grep -vc 'FAULT\|taken as raw' err)" -ge 1 ] || { cat err; fail "no word about step $n"; }
+        [ $n -lt 100 ]
+    done
+    same $status 0
+    [ $faults -ge "$least" ] || fail "only $faults steps"
+    echo "$faults steps" >&3
+}
+
+t_every_failing_step_of_a_daemon_is_undone() {
+    random img 16; mkdir d; : >file
+    undo="$fx --umount m" least=30 check_chain "$fault" --sandbox=require --pidfile pid img m
+    undo="$fx --umount file" least=29 check_chain "$fault" --sandbox=require -w img file
+    undo="$fx --umount d" least=29 check_chain "$fault" --sandbox=require --no-passthrough img d
+}
+
+t_every_failing_step_in_the_foreground_is_undone() {
+    random img 16; mkdir d
+    undo=true least=24 check_chain "$fault" --sandbox=require -f -s img m -- true
+    undo=true least=24 check_chain "$fault" --sandbox=require -s img d -- true
+    # -f without a command ends by a signal; the step that fails is what is looked at.
+    undo=true least=20 check_chain sh -c "'$fault' -f -s --sandbox=require img m & p=\$!; i=0
+        while kill -0 \$p 2>/dev/null && [ \$((i += 1)) -lt 100 ]; do grep -q ' $PWD/m ' /proc/self/mountinfo && [ -s m ] && { kill \$p; break; }; sleep 0.02; done; wait \$p"
+}
+
+t_every_failing_step_of_a_plain_user_is_undone() {
+    user_folder; mkdir u/d; chown 65534 u/d
+    undo="$fx --umount u/m" least=25 check_chain as_nobody "$fault" -s u/img u/m
+    undo=true least=25 check_chain as_nobody "$fault" -s u/img u/d -- true
+}
+
+# ---- bad input -------------------------------------------------------------------------------------------------
+
+t_bad_input_is_refused_in_one_line() {
+    random img 16; mkdir d; : >empty; mkfifo pipe
+    refused 1 'missing: No such file' "$fx" -q missing m
+    refused 1 'd: is a directory' "$fx" -q d m
+    refused 1 'empty: is empty' "$fx" -q empty m
+    refused 1 'pipe: neither' "$fx" -q pipe m
+    refused 1 'neither a regular file nor a block' "$fx" -q /dev/null m
+    refused 1 'folder it should be in' "$fx" -q img no/such/m
+    refused 1 'No such file' "$fx" -q img no/
+    refused 1 'nothing can be mounted' "$fx" -q img pipe
+    refused 1 'no partition 9' "$fx" -q --partition 9 img m
+    refused 2 'unknown option --nonsense' "$fx" --nonsense img m
+    refused 2 'unknown option -X' "$fx" -X img m
+    refused 2 'needs a value' "$fx" img m --offset
+    refused 2 'usage' "$fx"
+    refused 2 'usage' "$fx" img
+    refused 2 'no command after' "$fx" img m --
+    refused 2 'one of auto' "$fx" --sandbox=maybe img m
+    refused 2 'not a usable' "$fx" --threads=1000 img m
+    refused 2 'not a usable' "$fx" --partition=x img m
+    refused 2 'not a usable' "$fx" --mode=999 img m
+    refused 2 'two writers' "$fx" -U -w img m
+    refused 2 'goes with -w' "$fx" --growable img m
+    refused 2 'whole image' "$fx" -w --growable --offset 1 img m
+    refused 2 'read-only export' "$fx" --mode 600 img m
+    refused 2 '512 or 4096' "$fx" --sector-size 1024 img m
+    refused 1 'without --allow-other=on' "$fx" -q --mode 444 --allow-other=off img m
+    refused 2 'one MOUNTPOINT' "$fx" --umount
+    refused 2 'not expected' "$fx" --formats img
+    refused 1 'control characters' "$fx" -q "$(printf 'control\ncharacters')" m 2>/dev/null || refused 1 'control.characters' "$fx" -q "$(printf 'control\ncharacters')" m
+}
+
+t_missing_dev_fuse_and_proc_are_told() {
+    random img 16
+    unshare -m bash -euc '
+        mount -t tmpfs none /dev; mknod /dev/null c 1 3; "$0" -q --format raw img m 2>err; exit 1
+        grep -q "/dev/fuse: No such file.*modprobe fuse" err; [ "$(wc -l <err)" = 1 ]; [ ! -e m ]' "$fx"
+    unshare -m bash -euc 'mount -t tmpfs none /proc; "$0" -q --format raw img m 2>err && exit 1; grep -q "is /proc mounted" err' "$fx"
+}
+
+t_kernel_that_is_not_allowed_to_mount_is_told() {
+    random img 16
+    expect 1 setpriv --bounding-set=-sys_admin --inh-caps=-sys_admin "$fx" -q --format raw img m
+    grep -q '^fuseexp: .*/m: cannot mount' err; same "$(wc -l <err)" 1; [ ! -e m ]
+}
+
+# ---- sandbox, speed --------------------------------------------------------------------------------------------
+
+t_server_is_locked_in() {
+    random img 16
+    "$fx" -q --sandbox=require --no-passthrough img m
+    local s; s=$(server_of)
+    grep -q '^Seccomp:.*2' "/proc/$s/status"; grep -q '^CapEff:.*0000000000000000' "/proc/$s/status"
+    grep -q '^CapBnd:.*0000000000000000' "/proc/$s/status"; grep -q 'core file size *0 ' "/proc/$s/limits"
+    cmp img m; "$fx" --umount m
+    # What Landlock and seccomp refuse: run under gdb's call? No: the fault build tries it itself.
+    "$fault" --try-sandbox
+}
+
+t_passthrough_serves_without_the_workers() {
+    random img 100
+    "$fx" -v -f img m 2>log & local pid=$!
+    wait_for test -s m
+    if grep -q 'no passthrough' log; then umount m; wait $pid; skip "$(grep 'no passthrough' log)"; fi
+    cat m >/dev/null; kill -USR1 $pid
+    wait_for grep -q ' 0 reads .* passthrough' log
+    umount m; wait $pid
+    for opt in --no-passthrough --direct-io -U --offset=4096; do
+        "$fx" -q -f $opt img m 2>log & pid=$!
+        wait_for test -s m
+        cat m >/dev/null; kill -USR1 $pid; wait_for grep -q ' reads' log
+        [ $opt = -U ] || ! grep -q passthrough log
+        umount m; wait $pid
+    done
+}
+
+t_read_ahead_is_raised() {
+    random img 16
+    "$fx" -q img m
+    same "$(cat /sys/class/bdi/"$(stat -c %d m | awk '{ print "0:" $1 }')"/read_ahead_kb)" 1024
+    "$fx" --umount m
+}
+
+t_memory_stays_small() {
+    truncate -s 4G img
+    "$fx" -q -w --no-passthrough img m
+    dd if=m of=/dev/null bs=1M count=2000 status=none
+    dd if=/dev/zero of=m bs=1M count=500 conv=notrunc status=none
+    fio --name=r --filename="$PWD/m" --rw=randrw --bs=4k --size=1G --runtime=2 --time_based --ioengine=libaio --iodepth=32 \
+        --direct=1 --output=fio.log
+    local kib; kib=$(awk '/VmHWM/ { print $2 }' "/proc/$(server_of)/status")
+    echo "peak $kib KiB" >&3
+    [ "$kib" -le 16384 ] || fail "$kib KiB"
+    "$fx" --umount m
+}
+
+# ---- sanitizers ------------------------------------------------------------------------------------------------
+
+check_sanitized() {
+    random img 4096; mkdir d
+    "$1" -q -f --sandbox=off --no-passthrough -w img m 2>log & local pid=$!
+    wait_for test -s m
+    fio --name=v --filename="$PWD/m" --size=16M --rw=randrw --bsrange=512-256k --blockalign=512 --ioengine=libaio --iodepth=16 \
+        --numjobs=4 --runtime=4 --time_based --output=fio.log || { cat fio.log; false; }
+    cat m >/dev/null; fallocate -p -o 4096 -l 100000 m; truncate -s 15M m; truncate -s 16M m; kill -USR1 $pid
+    cp --sparse=always m copy
+    umount m
+    wait $pid || { cat log; false; }
+    mbr_image
+    "$1" -q --sandbox=off img d -- sh -c 'cat d/* >/dev/null; ls -la d; stat -f d' >/dev/null 2>>log
+    ! grep -q 'Sanitizer\|runtime error' log || { cat log; false; }
+}
+t_address_sanitizer_finds_nothing_under_load() { check_sanitized "$build/fuseexp-asan"; }
+t_thread_sanitizer_finds_nothing_under_load() { check_sanitized "$build/fuseexp-tsan"; }
+
+t_malformed_requests_are_survived() {
+    random img 16
+    "$build/fuseexp-asan" --fuzz-requests 200000 img
+    "$build/fuseexp-asan" --fuzz-requests 200000 -w img
+}
+
+# ---- other modes -----------------------------------------------------------------------------------------------
+
+lint() {
+    local bad=0 contents banners
+    contents=$(sed -n 's/^ \*  *\([0-9]*\)\. \([A-Z][A-Za-z -]*[a-z]\)  *.*/\1 \2/p; s/^ \*  *\([0-9]*\)\. \(Main\)$/\1 \2/p' "$top/fuseexp.c" | sed -n '1,/ Main/p')
+    banners=$(grep -A1 '^/\* \*\*\*\*' "$top/fuseexp.c" | sed -n 's/^ \* \([0-9]*\)\. \(.*\)/\1 \2/p')
+    [ "$contents" = "$banners" ] || { diff <(echo "$contents") <(echo "$banners"); bad=1; }
+    awk 'length > 130 { print FILENAME ":" FNR ": longer than 130 columns"; bad = 1 } END { exit bad }' "$top/fuseexp.c" "$top/fuseexp.h" || bad=1
+    (cd "$top" && git grep -nE '/(farm|work)/' -- . ':!.gitignore' ':!test.sh') && bad=1
+    [ $bad = 0 ] && echo "lint: contents list and banners agree"
+    return $bad
+}
+
+demo() {
+    local dir; dir=$(mktemp -d)
+    # shellcheck disable=SC2064
+    trap "clean_up '$dir'" EXIT
+    cd "$dir" && mkdir files mnt && echo 'Hello from inside the image.' >files/hello.txt
+    PATH=$build:$PATH
+    set -e
+    set -x
+    mkfs.ext4 -q -d files disk.img 16M
+    fuseexp --format raw disk.img disk.raw
+    findmnt -o TARGET,SOURCE,FSTYPE,OPTIONS disk.raw
+    mount -o ro,loop disk.raw mnt
+    cat mnt/hello.txt
+    umount mnt
+    fuseexp --umount disk.raw
+    ls
+    { set +x; } 2>/dev/null
+    echo "The demo worked: an ext4 image was exported, loop-mounted, read, and everything is gone again."
+}
+
+soak() {
+    local end=$((SECONDS + ${SOAK_SECONDS:-1800})) n=0 dir; dir=$(mktemp -d)
+    cd "$dir" && random img 4096
+    while [ $SECONDS -lt $end ]; do
+        n=$((n + 1))
+        "$fx" -q -w "$([ $((n % 2)) = 0 ] && echo --no-passthrough || echo --direct-io)" img m || break
+        fio --name=s --filename="$PWD/m" --size=16M --rw=randrw --bs=4k --runtime=1 --time_based --ioengine=libaio --iodepth=8 --output=fio.log &
+        sleep "0.$((RANDOM % 10))"
+        case $((n % 4)) in
+        0) kill -9 "$(server_of)" ;;
+        1) kill "$(supervisor_of)" ;;
+        2) umount -l m ;;
+        3) wait; "$fx" --umount m ;;
+        esac
+        wait
+        gone || break
+    done
+    clean_up "$dir"
+    [ $SECONDS -ge $end ] && echo "soak: $n rounds, nothing left behind"
+}
+
+run() {
+    local n=0 bad=0 skipped=0 t dir status start
+    [ "$(id -u)" = 0 ] || { echo "the tests need root (they mount, and become nobody)" >&2; exit 1; }
+    [ -c /dev/fuse ] || modprobe fuse 2>/dev/null || true
+    # Where udev did not do it, for the cases as a plain user.
+    case $(stat -c %a /dev/fuse) in 666) ;; *) trap "chmod $(stat -c %a /dev/fuse) /dev/fuse" EXIT && chmod 666 /dev/fuse ;; esac
+    echo "TAP version 13"
+    for t in $(cases "$@"); do
+        n=$((n + 1))
+        dir=$(mktemp -d /tmp/fuseexp-test.XXXXXX)
+        start=$(date +%s%N)
+        (cd "$dir" && export FXTEST=$dir && exec 3>"$dir.note" && set -eu && "t_$t") >"$dir.log" 2>&1 </dev/null
+        status=$?
+        [ -z "${TIMES:-}" ] || echo "$((($(date +%s%N) - start) / 1000000)) ms" >>"$dir.note"
+        case $status in
+        0) echo "ok $n - $t$(sed 's/^/ # /' "$dir.note" 2>/dev/null | tr -d '\n')" ;;
+        77) echo "ok $n - $t # SKIP $(sed 's/^SKIP: //' "$dir.note")" && skipped=$((skipped + 1)) ;;
+        *) echo "not ok $n - $t" && sed 's/^/# /' "$dir.log" | tail -n 30 && bad=$((bad + 1)) ;;
+        esac
+        clean_up "$dir" >/dev/null 2>&1
+        rm -f "$dir.log" "$dir.note"
+    done
+    echo "1..$n"
+    echo "$((n - bad - skipped)) passed, $bad failed, $skipped skipped"
+    [ $bad = 0 ] && [ $n -gt 0 ]
+}
+
+cases() {
+    local t p
+    for t in $(sed -n 's/^t_\([a-z0-9_]*\)() .*/\1/p' "$top/test.sh"); do
+        [ $# -gt 0 ] || echo "$t"
+        # shellcheck disable=SC2254
+        for p in "$@"; do case $t in $p) echo "$t" && break ;; esac; done
+    done
+}
+
+case ${1:-} in
+-l) shift && cases "$@" ;;
+--demo) demo ;;
+--bench) bench ;;
+--lint) lint ;;
+--soak) soak ;;
+*) run "$@" ;;
+esac
