@@ -2563,6 +2563,15 @@ static int mnt_mount_user(struct mountpoint *mp, char *opts)
     return fd < 0 ? -EPERM : 0;
 }
 
+/* Root of a container may lack what mounting takes; fusermount3 then says so. */
+static bool mnt_privileged(void)
+{
+    struct __user_cap_header_struct head = { .version = _LINUX_CAPABILITY_VERSION_3 };
+    struct __user_cap_data_struct caps[2];
+
+    return syscall(SYS_capget, &head, caps) == 0 && (caps[0].effective & 1u << CAP_SYS_ADMIN);
+}
+
 /* One try with these options. The session object parses and checks them in both cases. */
 static int mnt_try(struct mountpoint *mp, char *opts)
 {
@@ -2579,7 +2588,7 @@ static int mnt_try(struct mountpoint *mp, char *opts)
         return -EINVAL;
     if (util_fault("mount")) {
         ret = -EIO;
-    } else if (geteuid() == 0) {
+    } else if (mnt_privileged()) {
         ret = fuse_session_mount(mp->session, mp->path) < 0 ? -EIO : 0;
     } else {
         ret = mnt_mount_user(mp, opts);
@@ -2651,7 +2660,7 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
         if (!ret)
             break;
         mnt_end_session(mp);
-        if (!*want->allow_other || !want->may_drop_allow_other || geteuid() == 0)
+        if (!*want->allow_other || !want->may_drop_allow_other || mnt_privileged())
             return msg_err(ret, "%s: cannot mount: %s%s", mp->path, *mnt_said ? mnt_last_words() : strerror(-ret),
                            access("/dev/fuse", R_OK | W_OK) < 0 ? " (it takes chmod 666 /dev/fuse, as udev does)" : "");
         *want->allow_other = false;
@@ -2895,7 +2904,7 @@ static bool run_may_pass_through(const struct run *r)
 {
     const struct server *srv = &r->srv;
 
-    return geteuid() == 0 && !r->o->no_passthrough && !srv->direct_io && r->im.format == &raw_format && r->im.n_files == 1 &&
+    return !r->o->no_passthrough && !srv->direct_io && r->im.format == &raw_format && r->im.n_files == 1 &&
            !r->im.files[0].is_blk && srv->views[0].start == 0 && srv->views[0].size == r->im.size &&
            (!srv->writable || (srv->growable && srv->resizable));
 }
@@ -2939,7 +2948,7 @@ static int run_server(struct run *r, int ready_fd)
     ret = loop_handshake(&r->srv, fd, &pass);
     if (!ret && pass)
         loop_pass_through(&r->srv, fd);
-    if (!ret && geteuid() == 0)
+    if (!ret)
         mnt_raise_readahead(&r->mp, 1024);
     if (!ret)
         ret = box_enter(r->o->sandbox);
@@ -3098,7 +3107,7 @@ static int run_start_command(struct run *r)
 }
 
 /* Unmounts, waiting up to patience milliseconds for users to leave (udev looks at every new loop device). */
-static void run_unmount(struct run *r, int patience)
+static bool run_unmount(struct run *r, int patience)
 {
     int ret = 0;
 
@@ -3108,12 +3117,21 @@ static void run_unmount(struct run *r, int patience)
             break;
         run_poll(r, 20);
     }
-    if (ret == -EBUSY && r->server > 0) {
+    if (!ret || ret == -EINVAL || r->server == 0)
+        return true;
+    if (ret == -EBUSY)
         msg_say(MSG_NOTE, "%s: in use, detached; it ends with its last user (another signal cuts it off now)", r->mp.path);
-        ret = mnt_unmount(r->mp.path, MNT_DETACH);
-    }
+    ret = mnt_unmount(r->mp.path, MNT_DETACH);
     if (ret && ret != -EINVAL)
         msg_err(ret, "%s: cannot unmount: %s", r->mp.path, *mnt_said ? mnt_last_words() : strerror(-ret));
+    return !ret || ret == -EINVAL;
+}
+
+/* The second signal: no more waiting for users. */
+static void run_cut_off(struct run *r)
+{
+    mnt_abort(&r->mp);
+    kill(r->server, SIGKILL);
 }
 
 /* Until the server is gone. Whoever unmounts ends it: we, umount(8), fusermount3, a kernel without memory. */
@@ -3123,21 +3141,14 @@ static void run_supervise(struct run *r)
     bool unmounted = false;
 
     while (r->server > 0) {
-        if (!unmounted && r->o->command && r->command == 0) {
-            run_unmount(r, 2000);
-            unmounted = true;
-        } else if (r->stop_signals > handled) {
-            handled = r->stop_signals;
-            if (unmounted) {
-                mnt_abort(&r->mp);
-                kill(r->server, SIGKILL);
-            } else {
-                run_unmount(r, 0);
-                unmounted = true;
-            }
-        } else {
-            run_poll(r, -1);
-        }
+        bool stop = r->stop_signals > handled, command_ended = r->o->command && r->command == 0;
+        handled = r->stop_signals;
+        if (stop && unmounted)
+            run_cut_off(r);
+        else if (!unmounted && (stop || command_ended))
+            unmounted = run_unmount(r, command_ended ? 2000 : 0);
+        if (r->server > 0 && r->stop_signals == handled)
+            run_poll(r, command_ended && !unmounted ? 1000 : -1);
     }
     while (r->command > 0)          /* its disk is gone, but its status is still to be told */
         run_poll(r, -1);
@@ -3173,10 +3184,18 @@ static int run_status(const struct run *r)
     return WEXITSTATUS(r->command_status) == 0 && !good ? EXIT_CMD_NOT_STARTED : WEXITSTATUS(r->command_status);
 }
 
+/* The last chance to leave nothing behind, so it takes more than one fork that fails to give up. */
 static void run_release_mount(struct run *r)
 {
-    if (mnt_is_ours(&r->mp))
-        mnt_unmount(r->mp.path, MNT_DETACH);
+    int ret = 0;
+
+    for (int tries = 0; tries < 10 && mnt_is_ours(&r->mp); tries++) {
+        ret = mnt_unmount(r->mp.path, MNT_DETACH);
+        if (ret)
+            poll(NULL, 0, 50);
+    }
+    if (ret && mnt_is_ours(&r->mp))
+        msg_err(ret, "%s: cannot unmount: %s", r->mp.path, *mnt_said ? mnt_last_words() : strerror(-ret));
     mnt_end_session(&r->mp);
 }
 

@@ -89,7 +89,8 @@ wait_for() {        # until the command succeeds, two seconds at most
     fail "waited in vain: $*"
 }
 
-as_nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
+nobody=(setpriv --reuid=65534 --regid=65534 --clear-groups)
+as_nobody() { "${nobody[@]}" "$@"; }
 
 clean_up() {        # of a case, whatever happened
     local d m
@@ -1000,10 +1001,10 @@ t_mount_8_and_fstab_work() {
     fx=$fx unshare -m bash -euc '
         mount --bind sbin /usr/sbin
         mount -t fuse.fuseexp -o format=raw,size=8k img m
-        cmp -n 8192 img m; [ "$(stat -c %s m)" = 8192 ]; not : 2>/dev/null >>m; umount m
+        cmp -n 8192 img m; [ "$(stat -c %s m)" = 8192 ]; ! printf x 2>/dev/null >>m || exit 1; umount m
         mount -T fstab "$PWD/m"; cmp -i 4096:0 img m; mount -T fstab -a; "$fx" --umount m
         mount -T fstab "$PWD/d"; printf new | dd of=d/disk conv=notrunc status=none; umount d
-        mount -r -t fuse.fuseexp -o format=raw,writable img m; not printf x 2>/dev/null >>m; umount m'
+        mount -r -t fuse.fuseexp -o format=raw,writable img m; ! printf x 2>/dev/null >>m || exit 1; umount m'
     wait_for sh -c 'printf new | cmp -n 3 - img'
     gone
 }
@@ -1044,7 +1045,7 @@ t_plain_user_without_right_or_fusermount3_is_told() {
     refused 1 'img: Permission denied' as_nobody "$fx" -q img u/m
     refused 1 'cannot be created: Permission denied' as_nobody "$fx" -q u/img m
     : >f; chmod 644 f
-    refused 1 'cannot mount: .*write access' as_nobody "$fx" -q u/img f
+    refused 1 'cannot mount: .*Permission denied' as_nobody "$fx" -q u/img f
     refused 1 'cannot run fusermount3.*apt-get install fuse3' as_nobody env PATH=/nowhere "$fx" -q --format raw u/img u/m
 }
 
@@ -1101,8 +1102,8 @@ t_every_failing_step_in_the_foreground_is_undone() {
 
 t_every_failing_step_of_a_plain_user_is_undone() {
     user_folder; mkdir u/d; chown 65534 u/d
-    undo="$fx --umount u/m" least=25 check_chain as_nobody "$fault" -s u/img u/m
-    undo=true least=25 check_chain as_nobody "$fault" -s u/img u/d -- true
+    undo="$fx --umount u/m" least=25 check_chain "${nobody[@]}" "$fault" -s u/img u/m
+    undo=true least=25 check_chain "${nobody[@]}" "$fault" -s u/img u/d -- true
 }
 
 # ---- bad input -------------------------------------------------------------------------------------------------
@@ -1136,15 +1137,15 @@ t_bad_input_is_refused_in_one_line() {
     refused 1 'without --allow-other=on' "$fx" -q --mode 444 --allow-other=off img m
     refused 2 'one MOUNTPOINT' "$fx" --umount
     refused 2 'not expected' "$fx" --formats img
-    refused 1 'control characters' "$fx" -q "$(printf 'control\ncharacters')" m 2>/dev/null || refused 1 'control.characters' "$fx" -q "$(printf 'control\ncharacters')" m
+    refused 1 'control?characters: No such file' "$fx" -q "$(printf 'control\ncharacters')" m
 }
 
 t_missing_dev_fuse_and_proc_are_told() {
     random img 16
     unshare -m bash -euc '
-        mount -t tmpfs none /dev; mknod /dev/null c 1 3; "$0" -q --format raw img m 2>err; exit 1
+        mount -t tmpfs none /dev; mknod /dev/null c 1 3; ! "$0" -q --format raw img m 2>err || exit 1
         grep -q "/dev/fuse: No such file.*modprobe fuse" err; [ "$(wc -l <err)" = 1 ]; [ ! -e m ]' "$fx"
-    unshare -m bash -euc 'mount -t tmpfs none /proc; "$0" -q --format raw img m 2>err && exit 1; grep -q "is /proc mounted" err' "$fx"
+    unshare -m bash -euc 'mount -t tmpfs none /proc; ! "$0" -q --format raw img m 2>err || exit 1; grep -q "is /proc mounted" err' "$fx"
 }
 
 t_kernel_that_is_not_allowed_to_mount_is_told() {
@@ -1293,7 +1294,7 @@ run() {
         n=$((n + 1))
         dir=$(mktemp -d /tmp/fuseexp-test.XXXXXX)
         start=$(date +%s%N)
-        (cd "$dir" && export FXTEST=$dir && exec 3>"$dir.note" && set -eu && "t_$t") >"$dir.log" 2>&1 </dev/null
+        (cd "$dir" && export FXTEST=$dir && exec 3>"$dir.note" && set -eu && { [ -z "${TRACE:-}" ] || set -x; } && "t_$t") >"$dir.log" 2>&1 </dev/null
         status=$?
         [ -z "${TIMES:-}" ] || echo "$((($(date +%s%N) - start) / 1000000)) ms" >>"$dir.note"
         case $status in
