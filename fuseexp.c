@@ -220,6 +220,12 @@ static int util_ioctl(int fd, uint32_t request, void *arg)
 #endif
 }
 
+/* Like strcpy, but never past room. False: it did not fit. */
+static bool util_copy(char *to, size_t room, const char *from)
+{
+    return (size_t)snprintf(to, room, "%s", from) < room;
+}
+
 static void util_close(int *fd)
 {
     if (*fd >= 0)
@@ -616,11 +622,10 @@ static bool raw_part(const char *first, unsigned i, char name[PATH_MAX])
     bool digits = dot && strspn(dot + 1, "0123456789") == len;
     unsigned base = digits ? 10 : 26, value = i + (digits ? (unsigned)strtoul(dot + 1, NULL, 10) : 0);
 
-    if (len < 2 || len > 5 || strlen(first) >= PATH_MAX)
+    if (len < 2 || len > 5 || (digits ? value - i > 1 : strspn(dot + 1, "a") != len))
         return false;
-    if (digits ? value - i > 1 : strspn(dot + 1, "a") != len)
+    if (!util_copy(name, PATH_MAX, first))
         return false;
-    strcpy(name, first);
     for (char *p = name + (dot + 1 - first) + len; len--; value /= base)
         *--p = (char)((digits ? '0' : 'a') + value % base);
     return value == 0;
@@ -816,7 +821,7 @@ static int img_find_parts(struct image *im)
     for (unsigned i = 1, gap = 0; gap < GAP && im->format->part(im->name, i, name); i++) {
         if (access(name, F_OK) < 0) {
             if (gap++ == 0)
-                strcpy(missing, name);
+                util_copy(missing, sizeof(missing), name);
             continue;
         }
         if (gap)
@@ -1078,9 +1083,21 @@ static void part_add(struct part_scan *ps, unsigned number, uint64_t first_lba, 
     ps->n_views++;
 }
 
-static bool part_is_extended(uint8_t type)
+struct mbr_entry {
+    uint8_t status, type;
+    bool used, extended;
+    uint64_t start, count;          /* sectors; in an EBR, start is relative */
+};
+
+static struct mbr_entry part_mbr_entry(const uint8_t *sector, size_t i)
 {
-    return type == MBR_TYPE_EXTENDED || type == MBR_TYPE_EXTENDED_LBA || type == MBR_TYPE_EXTENDED_LINUX;
+    const uint8_t *raw = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
+    struct mbr_entry e = { .status = raw[MBR_ENT_STATUS], .type = raw[MBR_ENT_TYPE],
+                           .start = util_le32(raw + MBR_ENT_FIRST_LBA), .count = util_le32(raw + MBR_ENT_SECTORS) };
+
+    e.used = e.type && e.count;
+    e.extended = e.used && (e.type == MBR_TYPE_EXTENDED || e.type == MBR_TYPE_EXTENDED_LBA || e.type == MBR_TYPE_EXTENDED_LINUX);
+    return e;
 }
 
 /* Logical partitions: a chain of EBRs, each with one partition (relative to itself) and a link (relative to first). */
@@ -1098,13 +1115,12 @@ static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_
         }
         last = ebr;
         next = 0;
-        for (unsigned i = 0; i < 4; i++) {
-            const uint8_t *e = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
-            uint64_t start = util_le32(e + MBR_ENT_FIRST_LBA), count = util_le32(e + MBR_ENT_SECTORS);
-            if (count && part_is_extended(e[MBR_ENT_TYPE]) && !next)
-                next = first + start;
-            else if (count && e[MBR_ENT_TYPE] && !part_is_extended(e[MBR_ENT_TYPE]))
-                part_add(ps, (*number)++, ebr + start, count);
+        for (size_t i = 0; i < 4; i++) {
+            struct mbr_entry e = part_mbr_entry(sector, i);
+            if (e.extended && !next)
+                next = first + e.start;
+            else if (e.used && !e.extended)
+                part_add(ps, (*number)++, ebr + e.start, e.count);
         }
         if (!next)
             return;
@@ -1123,12 +1139,12 @@ static enum part_table part_probe_mbr(const uint8_t *sector)
 
     if (util_le16(sector + MBR_OFF_MAGIC) != 0xaa55)
         return PART_NONE;
-    for (unsigned i = 0; i < 4; i++) {
-        const uint8_t *e = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
-        if (e[MBR_ENT_STATUS] & 0x7f)
+    for (size_t i = 0; i < 4; i++) {
+        struct mbr_entry e = part_mbr_entry(sector, i);
+        if (e.status & 0x7f)
             return PART_NONE;
-        used |= e[MBR_ENT_TYPE] && util_le32(e + MBR_ENT_SECTORS);
-        gpt |= e[MBR_ENT_TYPE] == MBR_TYPE_GPT;
+        used |= e.used;
+        gpt |= e.type == MBR_TYPE_GPT;
     }
     return gpt ? PART_PROTECTIVE : used ? PART_MBR : PART_NONE;
 }
@@ -1138,16 +1154,14 @@ static void part_scan_mbr(struct part_scan *ps, const uint8_t *sector)
     unsigned logical = 5;
 
     for (unsigned i = 0; i < 4; i++) {
-        const uint8_t *e = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
-        uint64_t start = util_le32(e + MBR_ENT_FIRST_LBA), count = util_le32(e + MBR_ENT_SECTORS);
-        if (count && e[MBR_ENT_TYPE] && !part_is_extended(e[MBR_ENT_TYPE]))
-            part_add(ps, i + 1, start, count);
+        struct mbr_entry e = part_mbr_entry(sector, i);
+        if (e.used && !e.extended)
+            part_add(ps, i + 1, e.start, e.count);
     }
     for (unsigned i = 0; i < 4; i++) {
-        const uint8_t *e = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
-        uint64_t start = util_le32(e + MBR_ENT_FIRST_LBA), count = util_le32(e + MBR_ENT_SECTORS);
-        if (count && part_is_extended(e[MBR_ENT_TYPE]))
-            part_scan_extended(ps, start, count, &logical);
+        struct mbr_entry e = part_mbr_entry(sector, i);
+        if (e.extended)
+            part_scan_extended(ps, e.start, e.count, &logical);
     }
 }
 
@@ -1269,7 +1283,7 @@ static int part_choose(struct image *im, struct view *views, unsigned *n, unsign
         views[0].start = views[i].start;
         views[0].size = views[i].size;
         views[0].number = views[i].number;
-        strcpy(views[0].name, views[i].name);
+        memcpy(views[0].name, views[i].name, sizeof(views[0].name));
         *n = 1;
         return 0;
     }
@@ -1299,7 +1313,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
         return msg_err(-EINVAL, "%s: --size %" PRIu64 " reaches past the end (%" PRIu64 " are left at the offset)", im->name,
                        want->size, im->size - want->offset);
     ps.size = want->size ? want->size : im->size - want->offset;
-    strcpy(views[0].name, "disk");
+    util_copy(views[0].name, sizeof(views[0].name), "disk");
     views[0].start = want->offset;
     views[0].size = ps.size;
     if (want->partition || want->all)
@@ -2410,7 +2424,7 @@ static int mnt_unmount(const char *path, int flags)
 /* Detaches a mount whose server died; refuses to mount over anything that is alive. */
 static int mnt_clear_stale(const char *path)
 {
-    struct mount_entry entry;
+    struct mount_entry entry = { 0 };
     struct statfs fs;
     int ret = mnt_find(path, &entry);
 
@@ -2430,23 +2444,21 @@ static int mnt_clear_stale(const char *path)
 /* Makes the path absolute. The last component need not exist (yet); the folder it is in must. */
 static int mnt_resolve(const char *arg, char path[PATH_MAX])
 {
-    char copy[PATH_MAX], *base;
+    char folder[PATH_MAX], parent[PATH_MAX], *base;
 
-    if (strlen(arg) >= PATH_MAX || !*arg)
+    if (!*arg || !util_copy(folder, sizeof(folder), arg))
         return msg_err(-ENAMETOOLONG, "%s: not a usable path", arg);
     if (realpath(arg, path))
         return 0;
     if (errno != ENOENT || arg[strlen(arg) - 1] == '/')
         return msg_err(-errno, "%s: %s", arg, strerror(errno));
-    strcpy(copy, arg);
-    base = strrchr(copy, '/');
+    base = strrchr(folder, '/');
     if (base)
-        *base++ = 0;
-    if (!realpath(base == copy + 1 ? "/" : base ? copy : ".", path))
+        *base = 0;
+    if (!realpath(!base ? "." : base == folder ? "/" : folder, parent))
         return msg_err(-errno, "%s: the folder it should be in: %s", arg, strerror(errno));
-    if (strlen(path) + strlen(base ? base : copy) + 2 > PATH_MAX)
+    if (snprintf(path, PATH_MAX, "%s%s%s", parent, parent[1] ? "/" : "", util_basename(arg)) >= PATH_MAX)
         return msg_err(-ENAMETOOLONG, "%s: path too long", arg);
-    strcat(strcmp(path, "/") == 0 ? path : strcat(path, "/"), base ? base : copy);
     return 0;
 }
 
@@ -2478,7 +2490,7 @@ static int mnt_create(struct mountpoint *mp)
 /* Removes the file that mnt_create() made: only that one, only when nothing is mounted on it, only when empty. */
 static void mnt_remove(struct mountpoint *mp)
 {
-    struct mount_entry entry;
+    struct mount_entry entry = { 0 };
     struct stat st;
 
     if (!mp->created || mnt_find(mp->path, &entry) != 0)
@@ -2644,7 +2656,7 @@ static char *mnt_options(const struct mount_wanted *want)
 
 static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
 {
-    struct mount_entry entry;
+    struct mount_entry entry = { 0 };
     char *opts;
     int ret;
 
@@ -2676,7 +2688,7 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
 /* Is our own mount (and not another one) the one to be seen at the path? */
 static bool mnt_is_ours(const struct mountpoint *mp)
 {
-    struct mount_entry entry;
+    struct mount_entry entry = { 0 };
 
     return mp->mounted && mnt_find(mp->path, &entry) == 1 && (mp->minor == 0 || entry.minor == mp->minor);
 }
@@ -3365,7 +3377,7 @@ static int cmd_wait_for_servers(const char *path, struct pollfd *fds, size_t n)
 static int cmd_umount(const struct options *o)
 {
     struct pollfd fds[MAX_WAITERS];
-    struct mount_entry entry;
+    struct mount_entry entry = { 0 };
     char path[PATH_MAX];
     size_t n;
     int ret;

@@ -7,7 +7,7 @@
 #
 # KEEP=1 keeps the folders. TIMES=1 says how long each case took. Truth comes from elsewhere: cmp, mkfs, fsck, sfdisk, qemu-img.
 # Needs root; cases as a plain user become nobody. Cases on the corpus are skipped where ../shared/corpus is not there.
-# shellcheck disable=SC2013,SC2015,SC2016,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
+# shellcheck disable=SC2013,SC2015,SC2016,SC2017,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
 set -u
 top=$(cd "$(dirname "$0")" && pwd)
 build=${BUILD:-$top/build}
@@ -1262,6 +1262,147 @@ demo() {
     echo "The demo worked: an ext4 image was exported, loop-mounted, read, and everything is gone again."
 }
 
+# One table, one run: rows are peers, columns are works; fio's JSON is the source. Images lie in a tmpfs.
+bench_fio() {       # FILE FIELD fio options: iops or MiB/s
+    local file=$1 field=$2
+    shift 2
+    fio --name=b --filename="$file" --runtime="${BENCH_SECONDS:-2}" --time_based --output-format=json --group_reporting "$@" 2>/dev/null |
+        jq -r "[.jobs[] | .read.$field + .write.$field] | add | if \"$field\" == \"bw\" then . / 1024 else . end | floor" 2>/dev/null || echo 0
+}
+
+bench_cold() {      # FILE: MiB/s of dd, buffered, nothing cached (but a tmpfs image itself)
+    local ns
+    echo 1 >/proc/sys/vm/drop_caches
+    ns=$(date +%s%N)
+    dd if="$1" of=/dev/null bs=128k status=none || { echo 0; return; }
+    ns=$(($(date +%s%N) - ns))
+    echo $(($(stat -c %s "$1") / 1048576 * 1000000000 / ns))
+}
+
+bench_one() {       # WORK FILE
+    case $1 in
+    seq1M) bench_fio "$2" bw --readonly --rw=read --bs=1M --direct=1 --ioengine=psync ;;
+    cold) bench_cold "$2" ;;
+    rand4k-qd1) bench_fio "$2" iops --readonly --rw=randread --bs=4k --direct=1 --ioengine=psync ;;
+    rand4k-qd32) bench_fio "$2" iops --readonly --rw=randread --bs=4k --direct=1 --ioengine=libaio --iodepth=32 ;;
+    rand4k-4jobs) bench_fio "$2" iops --readonly --rw=randread --bs=4k --direct=1 --ioengine=psync --numjobs=4 ;;
+    rand64k-4jobs) bench_fio "$2" bw --readonly --rw=randread --bs=64k --direct=1 --ioengine=psync --numjobs=4 ;;
+    write4k-qd32) bench_fio "$2" iops --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --iodepth=32 ;;
+    esac
+}
+bench_works=(seq1M cold rand4k-qd1 rand4k-qd32 rand4k-4jobs rand64k-4jobs write4k-qd32)
+
+# Starts a peer on ./img at ./m and prints milliseconds until the file can be read; sets $file. False: not installed.
+bench_start() {     # PEER MODE(r|w)
+    local begin write=()
+    file=$PWD/m
+    [ "$2" = r ] || write=(-w)
+    begin=$(date +%s%N)
+    case $1 in
+    native) file=$PWD/img ;;
+    fuseexp) "$fx" -q "${write[@]}" "${write[@]/#-w/--growable}" img m ;;
+    fuseexp-workers) "$fx" -q --no-passthrough "${write[@]}" img m ;;
+    qemu-storage-daemon)
+        : >m
+        qemu-storage-daemon --blockdev "driver=file,node-name=f,filename=img,cache.direct=off,read-only=$([ "$2" = w ] && echo off || echo on)" \
+            --blockdev "driver=raw,node-name=r,file=f,read-only=$([ "$2" = w ] && echo off || echo on)" \
+            --export "type=fuse,id=e,node-name=r,mountpoint=m,writable=$([ "$2" = w ] && echo on || echo off)" & peer=$! ;;
+    nbdfuse)
+        [ "$2" = r ] || return 1
+        : >m
+        nbdfuse m --command nbdkit -s -r file img & peer=$! ;;
+    xmount)
+        [ "$2" = r ] || return 1
+        mkdir -p x
+        xmount --in raw img --out raw x >/dev/null 2>&1 || return 1
+        file=$PWD/x/img.dd
+        [ -e "$file" ] || file=$(find x -type f ! -name '*.info' | head -n 1) ;;
+    esac
+    until [ -s "$file" ] && dd if="$file" of=/dev/null bs=1 count=1 status=none 2>/dev/null; do
+        [ $(($(date +%s%N) - begin)) -lt 5000000000 ] || return 1
+        sleep 0.001
+    done
+    ready=$((($(date +%s%N) - begin) / 1000))
+}
+
+bench_memory() {    # PEER: peak resident KiB of the process that serves
+    local pid
+    case $1 in
+    fuseexp*) pid=$(server_of) ;;
+    native) echo - && return ;;
+    xmount) pid=$(pgrep -x xmount | tail -n 1) ;;
+    *) pid=$(pgrep -x "$(echo "$1" | cut -c1-15)" | head -n 1) ;;
+    esac
+    awk '/VmHWM/ { print $2 }' "/proc/$pid/status" 2>/dev/null || echo -
+}
+
+bench_stop() {
+    [ "$file" = "$PWD/img" ] && return
+    umount m 2>/dev/null || umount x 2>/dev/null
+    [ -z "$peer" ] || { kill "$peer" 2>/dev/null; wait "$peer" 2>/dev/null; }
+    peer=
+    gone
+    rm -f m
+}
+
+bench() {
+    local dir peers=() p w round peer='' file='' ready='' v
+    declare -A got
+    dir=$(mktemp -d /dev/shm/fuseexp-bench.XXXXXX)
+    export FXTEST=$dir
+    # shellcheck disable=SC2064
+    trap "clean_up '$dir'" EXIT
+    cd "$dir" || return 1
+    dd if=/dev/urandom of=img bs=1M count="${BENCH_MIB:-512}" status=none
+    for p in native fuseexp fuseexp-workers qemu-storage-daemon nbdfuse xmount; do
+        case $p in native | fuseexp*) ;; *) command -v $p >/dev/null || { echo "(no $p on this machine)"; continue; } ;; esac
+        peers+=("$p")
+    done
+    # Round by round through all peers, so that a change of the machine's mood hits them all.
+    for round in 1 2 3; do
+        for p in "${peers[@]}"; do
+            if bench_start "$p" r 2>/dev/null; then
+                got[$p,ready]+=" $ready"
+                for w in "${bench_works[@]}"; do
+                    [ "$w" = write4k-qd32 ] || got[$p,$w]+=" $(bench_one "$w" "$file")"
+                done
+                got[$p,memory]+=" $(bench_memory "$p")"
+            fi
+            bench_stop
+            if bench_start "$p" w 2>/dev/null; then got[$p,write4k-qd32]+=" $(bench_one write4k-qd32 "$file")"; fi
+            bench_stop
+        done
+        echo "round $round of 3 done" >&2
+    done
+    bench_print
+}
+
+bench_median() { echo "$@" | tr ' ' '\n' | sort -n | sed -n "$((($# + 1) / 2))p"; }
+
+bench_print() {
+    local w p base
+    printf '%-22s' 'median of 3 rounds'
+    printf '%20s' "${peers[@]}"
+    printf '\n'
+    for w in "${bench_works[@]}" ready memory; do
+        case $w in seq1M | cold | rand64k*) v=MiB/s ;; ready) v=us ;; memory) v='KiB peak' ;; *) v=IOPS ;; esac
+        printf '%-22s' "$w, $v"
+        # shellcheck disable=SC2086
+        base=$(bench_median ${got[qemu-storage-daemon,$w]:-})
+        for p in "${peers[@]}"; do
+            # shellcheck disable=SC2086
+            v=$(bench_median ${got[$p,$w]:--})
+            printf '%20s' "$v$([ -n "$base" ] && [ "$v" != - ] && [ "$base" != - ] && [ "$base" != 0 ] && awk "BEGIN { printf \" (%.2fx)\", $v / $base }")"
+        done
+        printf '\n'
+    done
+    echo "(x: against qemu-storage-daemon; cold: dd bs=128k through the page cache; the others O_DIRECT)"
+    for w in seq1M rand4k-qd1 rand4k-qd32 rand4k-4jobs; do
+        # shellcheck disable=SC2086
+        awk "BEGIN { printf \"fuseexp (passthrough) / native, $w: %.2f\n\", $(bench_median ${got[fuseexp,$w]}) / $(bench_median ${got[native,$w]}) }"
+    done
+}
+
 soak() {
     local end=$((SECONDS + ${SOAK_SECONDS:-1800})) n=0 dir; dir=$(mktemp -d)
     cd "$dir" && random img 4096
@@ -1288,7 +1429,9 @@ run() {
     [ "$(id -u)" = 0 ] || { echo "the tests need root (they mount, and become nobody)" >&2; exit 1; }
     [ -c /dev/fuse ] || modprobe fuse 2>/dev/null || true
     # Where udev did not do it, for the cases as a plain user.
-    case $(stat -c %a /dev/fuse) in 666) ;; *) trap "chmod $(stat -c %a /dev/fuse) /dev/fuse" EXIT && chmod 666 /dev/fuse ;; esac
+    fuse_mode=$(stat -c %a /dev/fuse)
+    trap 'chmod "$fuse_mode" /dev/fuse' EXIT
+    chmod 666 /dev/fuse
     echo "TAP version 13"
     for t in $(cases "$@"); do
         n=$((n + 1))
