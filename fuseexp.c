@@ -2,7 +2,8 @@
 /*
  * fuseexp: shows what is inside a disk image as one plain raw file, through FUSE.
  *
- *   worker: read(/dev/fuse clone) -> fop_<op>() -> img_read()/img_write() -> format->map() -> file_pread() -> write(reply)
+ *   worker: read(/dev/fuse clone) -> fop_<op>() -> img_read() or img_write() -> format->map()
+ *           -> file_pread() or file_pwrite() -> write(reply)
  *
  *    1. Messages                msg_     the only writer of stderr; four levels
  *    2. Utilities               util_    bytes, numbers, fault injection
@@ -20,8 +21,9 @@
  *   14. Options                 opt_     one table for getopt, -o and --help
  *   15. Main
  *
- * Processes: the supervisor (this program as started, or its background child) mounts, forks the server, unmounts and
- * cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker per thread.
+ * Processes: the supervisor (this program as started, or its background child) mounts, forks the server,
+ * unmounts and cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker
+ * per thread.
  *
  * Locks, all in the server:
  *   image.size_lock   growing and truncating; readers take the atomic size without it
@@ -72,15 +74,16 @@
 #include <time.h>
 #include <unistd.h>
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 1. Messages
  *
- * One line each, written with one write(2), control characters made harmless: names come from strangers' disks.
+ * One line each, written with one write(2), control characters made harmless: names come from strangers'
+ * disks.
  *   error  something the user asked for was not done         always
  *   note   done, but the user should know                    not with -q
  *   info   what was decided                                  with -v
  *   debug  every request                                     with -d
- * ************************************************************************************************************ */
+ * ******************************************************************************************************** */
 
 enum msg_level { MSG_ERROR, MSG_NOTE, MSG_INFO, MSG_DEBUG };
 
@@ -106,7 +109,10 @@ __attribute__((format(printf, 1, 0))) static void msg_put(const char *fmt, va_li
         (void)!write(STDERR_FILENO, line, len + 1);
 }
 
-/* Reports an error and returns it, so that it can be reported where it is detected: return msg_err(-EIO, ...). */
+/*
+ * Reports an error and returns it, so that it can be reported where it is detected: return msg_err(-EIO,
+ * ...).
+ */
 __attribute__((format(printf, 2, 3))) static int msg_err(int ret, const char *fmt, ...)
 {
     va_list ap;
@@ -128,7 +134,10 @@ __attribute__((format(printf, 2, 3))) static void msg_say(enum msg_level level, 
     va_end(ap);
 }
 
-/* Errors while serving: a damaged disk can fail a million times, so at most ten lines a second, the rest counted. */
+/*
+ * Errors while serving: a damaged disk can fail a million times, so at most ten lines a second, the rest
+ * counted.
+ */
 __attribute__((format(printf, 2, 3))) static int msg_serving(int ret, const char *fmt, ...)
 {
     static _Atomic long second;
@@ -151,9 +160,9 @@ __attribute__((format(printf, 2, 3))) static int msg_serving(int ret, const char
     return ret;
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 2. Utilities
- * ************************************************************************************************************ */
+ * ******************************************************************************************************** */
 
 #define ARRAY_LEN(a) (sizeof(a) / sizeof((a)[0]))
 
@@ -177,10 +186,12 @@ static uint64_t util_le64(const uint8_t *p)
     return (uint64_t)util_le32(p) | (uint64_t)util_le32(p + 4) << 32;
 }
 
-/* "4096", "0x1000", "4k", "10G": powers of 1024. False on anything else, on a sign, and past MAX_IMAGE_SIZE. */
+/*
+ * "4096", "0x1000", "4k", "10G": powers of 1024. False on anything else, on a sign, and past MAX_IMAGE_SIZE.
+ */
 static bool util_parse_size(const char *text, uint64_t *value)
 {
-    static const char units[] = "kMGTPE";
+    static const char units[] = "kmgtpe";
     unsigned shift = 0;
     const char *unit;
     char *end;
@@ -192,7 +203,7 @@ static bool util_parse_size(const char *text, uint64_t *value)
     if (errno)
         return false;
     if (*end) {
-        unit = strchr(units, *end == 'K' ? 'k' : *end == 'm' ? 'M' : *end == 'g' ? 'G' : *end == 't' ? 'T' : *end);
+        unit = strchr(units, tolower((unsigned char)*end));
         if (!unit || end[1])
             return false;
         shift = 10 * ((unsigned)(unit - units) + 1);
@@ -248,9 +259,9 @@ static int util_write_file(const char *path, const char *text)
 }
 
 /*
- * Fault injection, only in builds with FUSEEXP_FAULTS. FUSEEXP_FAIL_AT=n makes the n-th acquisition of the start fail
- * (counted on through fork; the server counts on its own from there). FUSEEXP_FAIL_OP=name fails each operation of
- * that name on a host file, with FUSEEXP_FAIL_ERRNO.
+ * Fault injection, only in builds with FUSEEXP_FAULTS. FUSEEXP_FAIL_AT=n makes the n-th acquisition of the
+ * start fail (counted on through fork; the server counts on its own from there). FUSEEXP_FAIL_OP=name fails
+ * each operation of that name on a host file, with FUSEEXP_FAIL_ERRNO.
  */
 #ifdef FUSEEXP_FAULTS
 static bool util_fault(const char *what)
@@ -281,21 +292,22 @@ static bool util_fault_op(const char *what)
 #define util_fault_op(what) false
 #endif
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 3. Worker pool
  *
- * Who may run. As many workers as there are processors wait for requests; the others are parked. A worker that is
- * about to sleep in an operation on the image (the data is not in the page cache) says so, and one of the parked takes
- * its place; whoever finds too many running afterwards parks itself. So requests that need no disk are served by few,
- * warm threads, and a slow disk still sees many requests at once. (Measured: with 8 threads always waiting, four
- * readers of cached data get 0.85 of what they get with 2; with 2 alone, a disk gets half the requests it could take.)
- * ************************************************************************************************************ */
+ * Who may run. As many workers as there are processors wait for requests; the others are parked. A worker
+ * that is about to sleep in an operation on the image (the data is not in the page cache) says so, and one of
+ * the parked takes its place; whoever finds too many running afterwards parks itself. So requests that need
+ * no disk are served by few, warm threads, and a slow disk still sees many requests at once. (Measured: with
+ * 8 threads always waiting, four readers of cached data get 0.85 of what they get with 2; with 2 alone, a
+ * disk gets half the requests it could take.)
+ * ******************************************************************************************************** */
 
 static struct {
     pthread_mutex_t lock;           /* protects parked and closing, and makes changes of running exact */
     pthread_cond_t wake;
-    _Atomic unsigned running;       /* workers that wait for or handle a request without sleeping on the image */
-    _Atomic unsigned most;          /* that should */
+    _Atomic unsigned running; /* workers that wait for or handle a request without sleeping on the image */
+    _Atomic unsigned most;    /* that should */
     unsigned parked;
     bool closing;
 } pool = { .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
@@ -323,7 +335,8 @@ static void pool_unblock(void)
 /* Between requests. Not true: nothing to do. */
 static bool pool_crowded(void)
 {
-    return atomic_load_explicit(&pool.running, memory_order_relaxed) > atomic_load_explicit(&pool.most, memory_order_relaxed);
+    return atomic_load_explicit(&pool.running, memory_order_relaxed) >
+           atomic_load_explicit(&pool.most, memory_order_relaxed);
 }
 
 static void pool_park(void)
@@ -348,11 +361,11 @@ static void pool_close(void)
     pthread_mutex_unlock(&pool.lock);
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 4. Host files
  *
  * Contract in fuseexp.h. Every system call on an image is made here.
- * ************************************************************************************************************ */
+ * ******************************************************************************************************** */
 
 static int file_size(struct file *f)
 {
@@ -363,7 +376,10 @@ static int file_size(struct file *f)
     return util_ioctl(f->fd, BLKGETSIZE64, &f->size) < 0 ? -errno : 0;
 }
 
-/* Can the host say whether a read would sleep? Memory never does (and cannot say); of the rest assume the worst. */
+/*
+ * Can the host say whether a read would sleep? Memory never does (and cannot say); of the rest assume the
+ * worst.
+ */
 static void file_ask_sleep(struct file *f)
 {
     uint8_t byte;
@@ -376,7 +392,9 @@ static void file_ask_sleep(struct file *f)
                        ? FILE_NEVER_SLEEPS : FILE_ALWAYS_SLEEPS;
 }
 
-/* Refuses what is neither a file nor a block device before opening it: opening a pipe or a tape has effects. */
+/*
+ * Refuses what is neither a file nor a block device before opening it: opening a pipe or a tape has effects.
+ */
 static int file_open(struct file *f, const char *path, bool writable)
 {
     int flags = O_CLOEXEC | (writable ? O_RDWR : O_RDONLY);
@@ -431,8 +449,8 @@ static int file_lock_byte(struct file *f, int byte, int op, short type)
 }
 
 /*
- * QEMU's protocol: first hold our bytes (shared, so this never waits), then look whether anybody holds one that
- * excludes us. Both sides doing it in this order, at least one of two newcomers sees the other.
+ * QEMU's protocol: first hold our bytes (shared, so this never waits), then look whether anybody holds one
+ * that excludes us. Both sides doing it in this order, at least one of two newcomers sees the other.
  */
 static int file_lock(struct file *f)
 {
@@ -446,7 +464,9 @@ static int file_lock(struct file *f)
     for (size_t i = 0; i < n_hold && !ret; i++)
         ret = util_fault("lock") ? -EIO : file_lock_byte(f, hold[i], F_OFD_SETLK, F_RDLCK);
     if (ret == -EINVAL || ret == -ENOLCK || ret == -EOPNOTSUPP || ret == -ENOSYS) {
-        msg_say(MSG_NOTE, "%s: this file system has no locks; make sure that nothing else writes to the image", f->path);
+        msg_say(MSG_NOTE,
+                "%s: this file system has no locks; make sure that nothing else writes to the image",
+                f->path);
         return 0;
     }
     if (ret)
@@ -472,7 +492,8 @@ static ssize_t file_pread_some(struct file *f, void *buf, uint64_t len, uint64_t
     if (util_fault_op("read"))
         return -1;
     if (f->sleep != FILE_ALWAYS_SLEEPS) {
-        n = syscall(SYS_preadv2, f->fd, &iov, 1ul, (unsigned long)offset, 0ul, f->sleep == FILE_MAY_SLEEP ? FX_RWF_NOWAIT : 0);
+        n = syscall(SYS_preadv2, f->fd, &iov, 1ul, (unsigned long)offset, 0ul,
+                    f->sleep == FILE_MAY_SLEEP ? FX_RWF_NOWAIT : 0);
         if (n >= 0 || errno != EAGAIN)
             return n;
     }
@@ -491,10 +512,12 @@ static int file_pread(struct file *f, void *buf, uint64_t len, uint64_t offset, 
         if (n < 0 && errno == EINTR)
             n = 0;
         else if (n < 0)
-            return msg_serving(-EIO, "%s: read error at %" PRIu64 ": %s", f->path, offset + *done, strerror(errno));
+            return msg_serving(-EIO, "%s: read error at %" PRIu64 ": %s", f->path, offset + *done,
+                               strerror(errno));
         else if (n == 0)
-            return msg_serving(-EIO, "%s: ends at or before %" PRIu64 ": it was %" PRIu64 " bytes long when it was opened",
-                               f->path, offset + *done, f->size);
+            return msg_serving(
+                -EIO, "%s: ends at or before %" PRIu64 ": it was %" PRIu64 " bytes long when it was opened",
+                f->path, offset + *done, f->size);
     }
     return 0;
 }
@@ -505,12 +528,15 @@ static int file_pwrite(struct file *f, const void *buf, uint64_t len, uint64_t o
     ssize_t n;
 
     for (*done = 0; *done < len; *done += (uint64_t)n) {
-        n = util_fault_op("write") ? -1 : pwrite(f->fd, (const char *)buf + *done, len - *done, (off_t)(offset + *done));
+        n = util_fault_op("write")
+                ? -1
+                : pwrite(f->fd, (const char *)buf + *done, len - *done, (off_t)(offset + *done));
         if (n < 0 && errno == EINTR) {
             n = 0;
         } else if (n <= 0) {
             ret = n < 0 ? -errno : -EIO;
-            return msg_serving(ret, "%s: write error at %" PRIu64 ": %s", f->path, offset + *done, strerror(-ret));
+            return msg_serving(ret, "%s: write error at %" PRIu64 ": %s", f->path, offset + *done,
+                               strerror(-ret));
         }
     }
     return 0;
@@ -528,7 +554,8 @@ static int file_sync(struct file *f)
     if (!ret)
         return 0;
     atomic_compare_exchange_strong(&f->latched, &none, ret);
-    return msg_serving(ret, "%s: flush failed, what was written before may be lost: %s", f->path, strerror(-ret));
+    return msg_serving(ret, "%s: flush failed, what was written before may be lost: %s", f->path,
+                       strerror(-ret));
 }
 
 /* mode: the flags of fallocate(2). -EOPNOTSUPP where the host cannot do it. */
@@ -538,8 +565,9 @@ static int file_fallocate(struct file *f, int mode, uint64_t offset, uint64_t le
 
     pool_block();
     do
-        ret = util_fault_op("fallocate") || fallocate(f->fd, mode, (off_t)offset, (off_t)len) < 0 ? -errno : 0;
-    while (ret == -EINTR);
+        ret = util_fault_op("fallocate") ? -1 : fallocate(f->fd, mode, (off_t)offset, (off_t)len);
+    while (ret < 0 && errno == EINTR);
+    ret = ret < 0 ? -errno : 0;
     pool_unblock();
     return ret == -ENOSYS || ret == -ENODEV ? -EOPNOTSUPP : ret;
 }
@@ -556,8 +584,8 @@ static int file_write_zeros(struct file *f, uint64_t offset, uint64_t len)
 }
 
 /*
- * Puts references to the file's pages into an empty pipe. Quietly false if they cannot all be had: the caller reads
- * the range the ordinary way then, which finds out what is wrong.
+ * Puts references to the file's pages into an empty pipe. Quietly false if they cannot all be had: the caller
+ * reads the range the ordinary way then, which finds out what is wrong.
  */
 static bool file_splice(struct file *f, int pipe_fd, uint64_t len, uint64_t offset)
 {
@@ -569,8 +597,10 @@ static bool file_splice(struct file *f, int pipe_fd, uint64_t len, uint64_t offs
 
     if (util_fault_op("read"))
         return false;
-    sleeps = f->sleep == FILE_ALWAYS_SLEEPS || (f->sleep == FILE_MAY_SLEEP &&
-             syscall(SYS_preadv2, f->fd, &iov, 1ul, (unsigned long)(offset + len - 1), 0ul, FX_RWF_NOWAIT) != 1);
+    sleeps = f->sleep == FILE_ALWAYS_SLEEPS ||
+             (f->sleep == FILE_MAY_SLEEP &&
+              syscall(SYS_preadv2, f->fd, &iov, 1ul, (unsigned long)(offset + len - 1), 0ul, FX_RWF_NOWAIT) !=
+                  1);
     if (sleeps)
         pool_block();
     do {
@@ -582,7 +612,10 @@ static bool file_splice(struct file *f, int pipe_fd, uint64_t len, uint64_t offs
     return len == 0;
 }
 
-/* Data or a hole at offset, and for how long (at least 1, at most len)? Where the host cannot tell, it is data. */
+/*
+ * Data or a hole at offset, and for how long (at least 1, at most len)? Where the host cannot tell, it is
+ * data.
+ */
 static int file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool *data, uint64_t *extent)
 {
     off_t at = f->is_blk ? (off_t)offset : lseek(f->fd, (off_t)offset, SEEK_DATA);
@@ -599,14 +632,14 @@ static int file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool 
     return 0;
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 5. Raw images
  *
- * No metadata: the bytes of one file or block device, or of several files in a row. The parts of a split image are
- * numbered (.000 or .001 onwards, any width from two digits) or lettered (.aa onwards, as split(1) names them).
- * All parts but the last are of one size; a set that was found by name and breaks this has a damaged part.
- * state: uint64_t start[n_files + 1], where each file begins; only with several files.
- * ************************************************************************************************************ */
+ * No metadata: the bytes of one file or block device, or of several files in a row. The parts of a split
+ * image are numbered (.000 or .001 onwards, any width from two digits) or lettered (.aa onwards, as split(1)
+ * names them). All parts but the last are of one size; a set that was found by name and breaks this has a
+ * damaged part. state: uint64_t start[n_files + 1], where each file begins; only with several files.
+ * ******************************************************************************************************** */
 
 /* Anything can be raw, so it is only what is left when nothing else wants it. */
 static int raw_probe(const struct probe *p)
@@ -700,21 +733,31 @@ static void raw_close(struct image *im)
 }
 
 static const struct image_format raw_format = {
-    .name = "raw", .describe = "raw files, split raw files (.000 .001 .aa), block devices", .writes = "in place",
-    .probe = raw_probe, .part = raw_part, .open = raw_open, .map = raw_map, .resize = raw_resize, .close = raw_close,
+    .name = "raw",
+    .describe = "raw files, split raw files (.000 .001 .aa), block devices",
+    .writes = "in place",
+    .probe = raw_probe,
+    .part = raw_part,
+    .open = raw_open,
+    .map = raw_map,
+    .resize = raw_resize,
+    .close = raw_close,
 };
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 6. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
- * ************************************************************************************************************ */
+ * ******************************************************************************************************** */
 
 static const struct image_format *const img_formats[] = { &raw_format };
 
 enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
 
-/* Containers that are not read (yet). Shown as raw they would look like a broken disk, so they are refused by name. */
+/*
+ * Containers that are not read (yet). Shown as raw they would look like a broken disk, so they are refused
+ * by name.
+ */
 static const struct {
     const char *name;
     uint16_t offset;
@@ -770,7 +813,8 @@ static int img_probe(struct image *im, const char *wanted)
 {
     uint8_t head[IMG_PROBE_HEAD], tail[IMG_PROBE_TAIL];
     struct file *first = &im->files[0], *last = &im->files[im->n_files - 1];
-    struct probe p = { head, tail, util_min(first->size, sizeof(head)), util_min(last->size, sizeof(tail)), first->size };
+    struct probe p = { head, tail, util_min(first->size, sizeof(head)), util_min(last->size, sizeof(tail)),
+                       first->size };
     const char *foreign;
     uint64_t done;
     int best = 0, score;
@@ -782,8 +826,10 @@ static int img_probe(struct image *im, const char *wanted)
         return im->format ? 0 : msg_err(-EINVAL, "unknown format '%s' (see fuseexp --formats)", wanted);
 
     /* A head that cannot be read must not lead to a guess: on a dying disk it may have been any format. */
-    if (file_pread(first, head, p.head_len, 0, &done) || file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
-        return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it", im->name);
+    if (file_pread(first, head, p.head_len, 0, &done) ||
+        file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
+        return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it",
+                       im->name);
     for (size_t i = 0; i < ARRAY_LEN(img_formats); i++) {
         score = img_formats[i]->probe(&p);
         if (score > best) {
@@ -795,8 +841,9 @@ static int img_probe(struct image *im, const char *wanted)
         return 0;
     foreign = img_find_foreign(&p);
     if (foreign)
-        return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read; --format raw shows its bytes",
-                       im->name, foreign);
+        return msg_err(-EMEDIUMTYPE,
+                       "%s: is %s, which this version does not read; --format raw shows its bytes", im->name,
+                       foreign);
     if (!first->is_blk)
         msg_say(MSG_NOTE, "%s: no known format, taken as raw (--format raw says so)", im->name);
     return 0;
@@ -809,7 +856,9 @@ static int img_add_file(struct image *im, const char *path)
     return file_open(&im->files[im->n_files++], path, im->writable);
 }
 
-/* Opens the parts that follow the first one. A gap in the numbering is a lost part, not the end of the set. */
+/*
+ * Opens the parts that follow the first one. A gap in the numbering is a lost part, not the end of the set.
+ */
 static int img_find_parts(struct image *im)
 {
     enum { GAP = 64 };
@@ -848,7 +897,10 @@ static void img_close(struct image *im)
     memset(im, 0, sizeof(*im));
 }
 
-/* Leaves im half-built on failure: img_close() is due all the same. im->writable and growable are set by the caller. */
+/*
+ * Leaves im half-built on failure: img_close() is due all the same. im->writable and growable are set by the
+ * caller.
+ */
 static int img_open(struct image *im, char *const *paths, unsigned n_paths, const char *format, bool lock)
 {
     int ret = 0;
@@ -904,8 +956,8 @@ static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, 
             memset((uint8_t *)buf + *done, 0, n);
             part = n;
         } else {
-            ret = msg_serving(-EIO, "%s: cannot read %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, n, offset + *done,
-                              ext.why);
+            ret = msg_serving(-EIO, "%s: cannot read %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, n,
+                              offset + *done, ext.why);
         }
     }
     return ret;
@@ -947,7 +999,8 @@ static int img_resize(struct image *im, uint64_t size, bool grow_only)
 }
 
 /* Walks the extents of a range that is to be changed. buf NULL: zero it, with fallocate(2)'s mode. */
-static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done)
+static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset,
+                      uint64_t *done)
 {
     struct extent ext;
     uint64_t n, part;
@@ -1015,7 +1068,8 @@ static bool img_shrunk(struct image *im)
 {
     struct stat st;
 
-    return !im->writable && im->n_files == 1 && !im->files[0].is_blk && fstat(im->files[0].fd, &st) == 0 && (uint64_t)st.st_size < im->size;
+    return !im->writable && im->n_files == 1 && !im->files[0].is_blk && fstat(im->files[0].fd, &st) == 0 &&
+           (uint64_t)st.st_size < im->size;
 }
 
 /* Host space in use, in units of 512 bytes, and at least as much as the image's data can be. */
@@ -1033,14 +1087,15 @@ static uint64_t img_blocks(const struct image *im)
     return blocks;
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 7. Partitions
  *
- * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is hostile:
- * LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and against turning
- * back. Which table counts is decided as Linux does, except that a GPT is believed without its protective MBR when
- * there is no other table at all: on a disk whose first sectors were overwritten the copy at the end is what is left.
- * ************************************************************************************************************ */
+ * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is
+ * hostile: LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and
+ * against turning back. Which table counts is decided as Linux does, except that a GPT is believed without
+ * its protective MBR when there is no other table at all: on a disk whose first sectors were overwritten the
+ * copy at the end is what is left.
+ * ******************************************************************************************************** */
 
 struct part_scan {
     struct image *im;
@@ -1064,7 +1119,8 @@ static void part_add(struct part_scan *ps, unsigned number, uint64_t first_lba, 
     uint64_t most = (uint64_t)MAX_IMAGE_SIZE / ps->sector;
     struct view *v = &ps->views[ps->n_views];
 
-    if (first_lba > most || n_lba > most || (first_lba + n_lba) * ps->sector > (uint64_t)MAX_IMAGE_SIZE - ps->base ||
+    if (first_lba > most || n_lba > most ||
+        (first_lba + n_lba) * ps->sector > (uint64_t)MAX_IMAGE_SIZE - ps->base ||
         first_lba >= ps->size / ps->sector) {
         msg_say(MSG_NOTE, "%s: partition %u starts past the end of the disk, left out", ps->im->name, number);
         return;
@@ -1074,7 +1130,8 @@ static void part_add(struct part_scan *ps, unsigned number, uint64_t first_lba, 
         return;
     }
     if ((first_lba + n_lba) * ps->sector > ps->size)
-        msg_say(MSG_NOTE, "%s: partition %u reaches %" PRIu64 " bytes past the end of the disk: those read as errors",
+        msg_say(MSG_NOTE,
+                "%s: partition %u reaches %" PRIu64 " bytes past the end of the disk: those read as errors",
                 ps->im->name, number, (first_lba + n_lba) * ps->sector - ps->size);
     snprintf(v->name, sizeof(v->name), "p%u", number);
     v->number = (int)number;
@@ -1092,15 +1149,21 @@ struct mbr_entry {
 static struct mbr_entry part_mbr_entry(const uint8_t *sector, size_t i)
 {
     const uint8_t *raw = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
-    struct mbr_entry e = { .status = raw[MBR_ENT_STATUS], .type = raw[MBR_ENT_TYPE],
-                           .start = util_le32(raw + MBR_ENT_FIRST_LBA), .count = util_le32(raw + MBR_ENT_SECTORS) };
+    struct mbr_entry e = { .status = raw[MBR_ENT_STATUS],
+                           .type = raw[MBR_ENT_TYPE],
+                           .start = util_le32(raw + MBR_ENT_FIRST_LBA),
+                           .count = util_le32(raw + MBR_ENT_SECTORS) };
 
     e.used = e.type && e.count;
-    e.extended = e.used && (e.type == MBR_TYPE_EXTENDED || e.type == MBR_TYPE_EXTENDED_LBA || e.type == MBR_TYPE_EXTENDED_LINUX);
+    e.extended = e.used && (e.type == MBR_TYPE_EXTENDED || e.type == MBR_TYPE_EXTENDED_LBA ||
+                            e.type == MBR_TYPE_EXTENDED_LINUX);
     return e;
 }
 
-/* Logical partitions: a chain of EBRs, each with one partition (relative to itself) and a link (relative to first). */
+/*
+ * Logical partitions: a chain of EBRs, each with one partition (relative to itself) and a link (relative to
+ * first).
+ */
 static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_lba, unsigned *number)
 {
     uint64_t ebr = first, next, last = 0;
@@ -1109,7 +1172,8 @@ static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_
     for (unsigned loops = 0;; loops++) {
         if (loops == MAX_LOGICAL || (loops && ebr <= last) || part_read(ps, ebr, sector, sizeof(sector)) ||
             util_le16(sector + MBR_OFF_MAGIC) != 0xaa55) {
-            msg_say(MSG_NOTE, "%s: the chain of logical partitions is broken at sector %" PRIu64 ", after partition %u",
+            msg_say(MSG_NOTE,
+                    "%s: the chain of logical partitions is broken at sector %" PRIu64 ", after partition %u",
                     ps->im->name, ebr, *number - 1);
             return;
         }
@@ -1132,7 +1196,10 @@ static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_
 
 enum part_table { PART_NONE, PART_MBR, PART_PROTECTIVE };
 
-/* Is this sector an MBR, and whose? A boot sector ends in 55 AA as well, but has code where the entries would be. */
+/*
+ * Is this sector an MBR, and whose? A boot sector ends in 55 AA as well, but has code where the entries
+ * would be.
+ */
 static enum part_table part_probe_mbr(const uint8_t *sector)
 {
     bool used = false, gpt = false;
@@ -1225,7 +1292,8 @@ static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector)
         return NULL;
     backup = part_scan_gpt(ps, ps->size / sector - 1);
     if (!backup)
-        msg_say(MSG_NOTE, "%s: the primary GPT is damaged (%s), using the backup at the end of the disk", ps->im->name, wrong);
+        msg_say(MSG_NOTE, "%s: the primary GPT is damaged (%s), using the backup at the end of the disk",
+                ps->im->name, wrong);
     return backup ? wrong : NULL;
 }
 
@@ -1307,11 +1375,12 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
     const char *wrong = NULL;
 
     if (want->offset > im->size || (want->offset == im->size && want->offset > 0))
-        return msg_err(-EINVAL, "%s: --offset %" PRIu64 " is past the end (%" PRIu64 ")", im->name, want->offset,
-                       (uint64_t)im->size);
+        return msg_err(-EINVAL, "%s: --offset %" PRIu64 " is past the end (%" PRIu64 ")", im->name,
+                       want->offset, (uint64_t)im->size);
     if (want->size > im->size - want->offset)
-        return msg_err(-EINVAL, "%s: --size %" PRIu64 " reaches past the end (%" PRIu64 " are left at the offset)", im->name,
-                       want->size, im->size - want->offset);
+        return msg_err(-EINVAL,
+                       "%s: --size %" PRIu64 " reaches past the end (%" PRIu64 " are left at the offset)",
+                       im->name, want->size, im->size - want->offset);
     ps.size = want->size ? want->size : im->size - want->offset;
     util_copy(views[0].name, sizeof(views[0].name), "disk");
     views[0].start = want->offset;
@@ -1326,13 +1395,13 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
     return 0;
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 8. FUSE operations
  *
- * fop_handle() turns one request into one reply inside the worker's buffer; it does no FUSE I/O, so any transport can
- * carry it. Node 1 is the mountpoint: the file itself, or the directory, whose files are the nodes from 2 on.
- * Requests come from the kernel, but every length is checked all the same.
- * ************************************************************************************************************ */
+ * fop_handle() turns one request into one reply inside the worker's buffer; it does no FUSE I/O, so any
+ * transport can carry it. Node 1 is the mountpoint: the file itself, or the directory, whose files are the
+ * nodes from 2 on. Requests come from the kernel, but every length is checked all the same.
+ * ******************************************************************************************************** */
 
 /* What is served: set up before the workers start, then only the atomics change. */
 struct server {
@@ -1360,10 +1429,10 @@ struct worker {
     struct server *srv;
     pthread_t thread;
     int fd;
-    int pipe[2];                    /* for replies by reference; -1 if there is none */
-    struct reference ref;           /* of the reply in hand; length 0: its data is in buf */
-    uint8_t *buf;                   /* FX_HEAD_ROOM for the request's head, then FX_MAX_IO; a WRITE's data follows its head */
-    _Atomic uint64_t reads, read_bytes, writes, write_bytes, errors;    /* written by this worker alone */
+    int pipe[2];          /* for replies by reference; -1 if there is none */
+    struct reference ref; /* of the reply in hand; length 0: its data is in buf */
+    uint8_t *buf; /* FX_HEAD_ROOM for the request's head, then FX_MAX_IO; a WRITE's data follows its head */
+    _Atomic uint64_t reads, read_bytes, writes, write_bytes, errors; /* written by this worker alone */
 };
 
 struct request {
@@ -1378,7 +1447,8 @@ typedef int fop_fn(struct worker *w, struct request *rq);
 
 static void fop_count(_Atomic uint64_t *counter, uint64_t n)
 {
-    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n,
+                          memory_order_relaxed);
 }
 
 /* The view behind a node; NULL for the directory and for nodes that do not exist. */
@@ -1442,7 +1512,7 @@ static int fop_fill_attr(const struct server *srv, uint64_t node, struct fuse_at
         attr->size = fop_size(srv, v);
         attr->blocks = util_min(img_blocks(srv->im), attr->size / 512 + (attr->size % 512 != 0));
     } else {
-        attr->mode = S_IFDIR | (mode & 0444) | (mode & 0444) >> 2;      /* who may read the files may list them */
+        attr->mode = S_IFDIR | (mode & 0444) | (mode & 0444) >> 2; /* who may read the files may list them */
         attr->nlink = 2;
     }
     return 0;
@@ -1548,7 +1618,10 @@ static int fop_setattr(struct worker *w, struct request *rq)
     return fop_getattr(w, rq);
 }
 
-/* A passed-through file that was cut short underneath is not passed through any more: then reads past its end fail. */
+/*
+ * A passed-through file that was cut short underneath is not passed through any more: then reads past its
+ * end fail.
+ */
 static int fop_open(struct worker *w, struct request *rq)
 {
     struct fx_open_out *out = (struct fx_open_out *)rq->out;
@@ -1574,8 +1647,9 @@ static int fop_open(struct worker *w, struct request *rq)
 }
 
 /*
- * Cached reads are all or nothing: after a short reply the kernel would believe that the file ends there; after an
- * error it tries again page by page, so that just the bad page is lost. Direct ones get the good front.
+ * Cached reads are all or nothing: after a short reply the kernel would believe that the file ends there;
+ * after an error it tries again page by page, so that just the bad page is lost. Direct ones get the good
+ * front.
  */
 static int fop_copy(struct worker *w, const struct reference *ref, uint8_t *out, size_t *out_len)
 {
@@ -1586,7 +1660,10 @@ static int fop_copy(struct worker *w, const struct reference *ref, uint8_t *out,
     return ret && done && ref->front_will_do ? 0 : ret;
 }
 
-/* Large reads of plain data are answered by reference, one copy less; what is small or not plain is copied here. */
+/*
+ * Large reads of plain data are answered by reference, one copy less; what is small or not plain is copied
+ * here.
+ */
 static int fop_read(struct worker *w, struct request *rq)
 {
     const struct fuse_read_in *in = rq->arg;
@@ -1605,7 +1682,8 @@ static int fop_read(struct worker *w, struct request *rq)
     ref.length = util_min(util_min(in->size, FX_MAX_IO), size - in->offset);
     ref.offset = v->start + in->offset;
     if (w->pipe[0] >= 0 && ref.length >= FX_SPLICE_MIN && ref.length <= FX_SPLICE_MAX &&
-        img_map(srv->im, ref.offset, ref.length, false, &ext) == 0 && ext.kind == EXT_DATA && ext.length >= ref.length) {
+        img_map(srv->im, ref.offset, ref.length, false, &ext) == 0 && ext.kind == EXT_DATA &&
+        ext.length >= ref.length) {
         ref.file = ext.file;
         ref.file_offset = ext.offset;
         w->ref = ref;
@@ -1653,7 +1731,10 @@ static int fop_write(struct worker *w, struct request *rq)
     return 0;
 }
 
-/* close(2) is the last chance to tell a reader whose passed-through file was cut short, or a writer of a lost flush. */
+/*
+ * close(2) is the last chance to tell a reader whose passed-through file was cut short, or a writer of a
+ * lost flush.
+ */
 static int fop_flush(struct worker *w, struct request *rq)
 {
     const struct server *srv = w->srv;
@@ -1701,7 +1782,10 @@ static int fop_fallocate(struct worker *w, struct request *rq)
     return img_change(srv->im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, v->start + in->offset, &done);
 }
 
-/* SEEK_DATA and SEEK_HOLE over the image's extents. Bad ranges count as data: whoever copies must meet the error. */
+/*
+ * SEEK_DATA and SEEK_HOLE over the image's extents. Bad ranges count as data: whoever copies must meet the
+ * error.
+ */
 static int fop_lseek(struct worker *w, struct request *rq)
 {
     const struct fuse_lseek_in *in = rq->arg;
@@ -1781,7 +1865,9 @@ static int fop_readdir(struct worker *w, struct request *rq)
         memset(rq->out + rq->out_len, 0, need);
         if (plus && i >= 2 && fop_fill_entry(w->srv, node, (struct fuse_entry_out *)(rq->out + rq->out_len)))
             break;
-        *d = (struct fuse_dirent){ .ino = node, .off = i + 1, .namelen = (uint32_t)len, .type = i < 2 ? DT_DIR : DT_REG };
+        *d = (struct fuse_dirent){
+            .ino = node, .off = i + 1, .namelen = (uint32_t)len, .type = i < 2 ? DT_DIR : DT_REG
+        };
         memcpy(d->name, name, len);
         rq->out_len += need;
     }
@@ -1803,8 +1889,10 @@ static int fop_not_permitted(struct worker *w, struct request *rq)
     return -EPERM;
 }
 
-/* What is not in the table gets -ENOSYS, after which the kernel does it alone or stops asking (POLL, ACCESS, xattrs,
- * locks, INTERRUPT, IOCTL, COPY_FILE_RANGE). */
+/*
+ * What is not in the table gets -ENOSYS, after which the kernel does it alone or stops asking (POLL, ACCESS,
+ * xattrs, locks, INTERRUPT, IOCTL, COPY_FILE_RANGE).
+ */
 static const struct fop {
     const char *name;
     fop_fn *fn;
@@ -1855,11 +1943,16 @@ static size_t fop_finish(struct worker *w, uint64_t unique, int ret, size_t out_
 
     if (ret == -EIO)
         fop_count(&w->errors, 1);
-    *reply = (struct fuse_out_header){ .len = (uint32_t)(sizeof(*reply) + (ret ? 0 : out_len)), .error = ret, .unique = unique };
+    *reply = (struct fuse_out_header){ .len = (uint32_t)(sizeof(*reply) + (ret ? 0 : out_len)),
+                                       .error = ret,
+                                       .unique = unique };
     return reply->len;
 }
 
-/* Handles the request of n bytes in w->buf. Returns the reply's length, 0: none. With w->ref, its data is elsewhere. */
+/*
+ * Handles the request of n bytes in w->buf. Returns the reply's length, 0: none. With w->ref, its data is
+ * elsewhere.
+ */
 static size_t fop_handle(struct worker *w, size_t n)
 {
     const struct fuse_in_header *head = (const struct fuse_in_header *)w->buf;
@@ -1877,8 +1970,8 @@ static size_t fop_handle(struct worker *w, size_t n)
     op = head->opcode < ARRAY_LEN(fop_table) ? &fop_table[head->opcode] : &fop_table[0];
     ret = !op->fn ? -ENOSYS : rq.arg_len < op->min_arg ? -EINVAL : op->fn(w, &rq);
     if (w->srv->debug)
-        msg_say(MSG_DEBUG, "%s(%u) node %" PRIu64 ": %s, %zu bytes", op->name ? op->name : "op", head->opcode, head->nodeid,
-                ret ? strerror(-ret) : "ok", rq.out_len);
+        msg_say(MSG_DEBUG, "%s(%u) node %" PRIu64 ": %s, %zu bytes", op->name ? op->name : "op", head->opcode,
+                head->nodeid, ret ? strerror(-ret) : "ok", rq.out_len);
     return op->no_reply ? 0 : fop_finish(w, unique, ret, rq.out_len);
 }
 
@@ -1894,13 +1987,13 @@ static size_t fop_fetch(struct worker *w)
     return fop_finish(w, reply->unique, ret, len);
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 9. Worker loop
  *
- * The transport: read(2) a request, fop_handle() it, write(2) the reply. Every worker does all three alone, so there
- * is no queue and no lock between threads; the kernel hands a request to whoever reads. The workers are started
- * together and stay: a thread that waits in read(2) costs nothing, and the kernel wakes just one.
- * ************************************************************************************************************ */
+ * The transport: read(2) a request, fop_handle() it, write(2) the reply. Every worker does all three alone,
+ * so there is no queue and no lock between threads; the kernel hands a request to whoever reads. The workers
+ * are started together and stay: a thread that waits in read(2) costs nothing, and the kernel wakes just one.
+ * ******************************************************************************************************** */
 
 enum { LOOP_BUF = FX_HEAD_ROOM + FX_MAX_IO };
 
@@ -1925,12 +2018,16 @@ static void loop_print_counters(const struct server *srv)
         sum[3] += atomic_load_explicit(&w->write_bytes, memory_order_relaxed);
         sum[4] += atomic_load_explicit(&w->errors, memory_order_relaxed);
     }
-    msg_say(MSG_ERROR, "%s: %" PRIu64 " reads (%" PRIu64 " bytes), %" PRIu64 " writes (%" PRIu64 " bytes), %" PRIu64
-            " errors, %u threads%s", srv->im->name, sum[0], sum[1], sum[2], sum[3], sum[4], srv->n_workers,
+    msg_say(MSG_ERROR,
+            "%s: %" PRIu64 " reads (%" PRIu64 " bytes), %" PRIu64 " writes (%" PRIu64 " bytes), %" PRIu64
+            " errors, %u threads%s",
+            srv->im->name, sum[0], sum[1], sum[2], sum[3], sum[4], srv->n_workers,
             srv->backing_id > 0 ? ", passthrough" : "");
 }
 
-/* Sends header and data through the worker's pipe, without copying the data. False: the pipe is empty again. */
+/*
+ * Sends header and data through the worker's pipe, without copying the data. False: the pipe is empty again.
+ */
 static bool loop_send_reference(struct worker *w, size_t len)
 {
     const struct fuse_out_header *reply = fop_reply(w);
@@ -2011,7 +2108,10 @@ static void loop_open_pipe(struct worker *w)
     }
 }
 
-/* Buffers and descriptors for n workers. Where /dev/fuse may not be opened (mode 0600), they share the session's. */
+/*
+ * Buffers and descriptors for n workers. Where /dev/fuse may not be opened (mode 0600), they share the
+ * session's.
+ */
 static int loop_prepare(struct server *srv, unsigned n, int session_fd)
 {
     uint32_t from = (uint32_t)session_fd;
@@ -2054,19 +2154,27 @@ static void loop_release(struct server *srv, int session_fd)
     srv->n_workers = 0;
 }
 
-static void loop_fill_init(const struct server *srv, const struct fuse_init_in *in, uint64_t offered, bool passthrough,
-                           struct fx_init_out *out)
+static void loop_fill_init(const struct server *srv, const struct fuse_init_in *in, uint64_t offered,
+                           bool passthrough, struct fx_init_out *out)
 {
-    uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_DO_READDIRPLUS |
-                    FUSE_READDIRPLUS_AUTO | FUSE_MAX_PAGES | FUSE_EXPLICIT_INVAL_DATA | FUSE_INIT_EXT |
-                    (srv->direct_io ? FX_DIRECT_IO_ALLOW_MMAP : 0) | (passthrough ? FX_PASSTHROUGH : 0);
+    uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS |
+                    FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO | FUSE_MAX_PAGES | FUSE_EXPLICIT_INVAL_DATA |
+                    FUSE_INIT_EXT | (srv->direct_io ? FX_DIRECT_IO_ALLOW_MMAP : 0) |
+                    (passthrough ? FX_PASSTHROUGH : 0);
 
     want &= offered;
     *out = (struct fx_init_out){
-        .major = FUSE_KERNEL_VERSION, .minor = in->minor < 40 ? in->minor : 40, .max_readahead = in->max_readahead,
-        .flags = (uint32_t)want, .flags2 = (uint32_t)(want >> 32),
-        .max_background = 128, .congestion_threshold = 96, .max_write = FX_MAX_IO, .time_gran = 1,
-        .max_pages = FX_MAX_IO / 4096, .max_stack_depth = want & FX_PASSTHROUGH ? FX_STACK_DEPTH : 0,
+        .major = FUSE_KERNEL_VERSION,
+        .minor = in->minor < 40 ? in->minor : 40,
+        .max_readahead = in->max_readahead,
+        .flags = (uint32_t)want,
+        .flags2 = (uint32_t)(want >> 32),
+        .max_background = 128,
+        .congestion_threshold = 96,
+        .max_write = FX_MAX_IO,
+        .time_gran = 1,
+        .max_pages = FX_MAX_IO / 4096,
+        .max_stack_depth = want & FX_PASSTHROUGH ? FX_STACK_DEPTH : 0,
     };
 }
 
@@ -2091,8 +2199,9 @@ static int loop_handshake(struct server *srv, int fd, bool *passthrough)
             return msg_err(-EPROTO, "the kernel did not begin with FUSE_INIT");
         memcpy(&in, head + 1, util_min((size_t)n - sizeof(*head), sizeof(in)));
         if (in.major < FUSE_KERNEL_VERSION || (in.major == FUSE_KERNEL_VERSION && in.minor < FX_MIN_MINOR))
-            return msg_err(-EPROTO, "this kernel speaks FUSE %u.%u; 7.%d (Linux 3.15) is the oldest that will do", in.major,
-                           in.minor, FX_MIN_MINOR);
+            return msg_err(-EPROTO,
+                           "this kernel speaks FUSE %u.%u; 7.%d (Linux 3.15) is the oldest that will do",
+                           in.major, in.minor, FX_MIN_MINOR);
         offered = in.flags | (in.flags & FUSE_INIT_EXT ? (uint64_t)in.flags2 << 32 : 0);
         memset(&reply, 0, sizeof(reply));
         loop_fill_init(srv, &in, offered, *passthrough, &reply.out);
@@ -2106,7 +2215,10 @@ static int loop_handshake(struct server *srv, int fd, bool *passthrough)
     return 0;
 }
 
-/* Hands the image to the kernel. It takes CAP_SYS_ADMIN, Linux 6.9 and a file system that can; else workers serve. */
+/*
+ * Hands the image to the kernel. It takes CAP_SYS_ADMIN, Linux 6.9 and a file system that can; else workers
+ * serve.
+ */
 static void loop_pass_through(struct server *srv, int fd)
 {
     struct fx_backing_map map = { .fd = srv->im->files[0].fd };
@@ -2135,7 +2247,8 @@ static int loop_run(struct server *srv)
         struct worker *w = &srv->workers[started];
         ret = util_fault("thread") ? EAGAIN : pthread_create(&w->thread, NULL, loop_worker, w);
         if (ret) {
-            msg_say(MSG_NOTE, "only %u of %u threads could be started: %s", started, srv->n_workers, strerror(ret));
+            msg_say(MSG_NOTE, "only %u of %u threads could be started: %s", started, srv->n_workers,
+                    strerror(ret));
             break;
         }
     }
@@ -2147,13 +2260,14 @@ static int loop_run(struct server *srv)
     return broken ? -EIO : 0;
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 10. Sandbox
  *
- * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file system
- * (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open go on working;
- * a hostile image that took over a decoder could still write garbage to the reader, and no more.
- * ************************************************************************************************************ */
+ * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file
+ * system (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open
+ * go on working; a hostile image that took over a decoder could still write garbage to the reader, and no
+ * more.
+ * ******************************************************************************************************** */
 
 enum box_mode { BOX_AUTO, BOX_OFF, BOX_REQUIRE };
 
@@ -2211,32 +2325,40 @@ static int box_landlock(void)
 #define BOX_ARCH AUDIT_ARCH_AARCH64
 #endif
 
-#define BOX_JUMP(op, k, yes, no) ((struct sock_filter)BPF_JUMP(BPF_JMP | (op) | BPF_K, (uint32_t)(k), (uint8_t)(yes), (uint8_t)(no)))
+#define BOX_JUMP(op, k, yes, no) \
+    ((struct sock_filter)BPF_JUMP(BPF_JMP | (op) | BPF_K, (uint32_t)(k), (uint8_t)(yes), (uint8_t)(no)))
 #define BOX_STMT(op, k) ((struct sock_filter)BPF_STMT((op), (uint32_t)(k)))
 #ifndef SYS_clone3
 #define SYS_clone3 435
 #endif
 
 /*
- * Allowed: I/O on open descriptors, memory without PROT_EXEC, threads, leaving. All else fails with EPERM: a C
- * library that tries something new must not cost the user the mount.
+ * Allowed: I/O on open descriptors, memory without PROT_EXEC, threads, leaving. All else fails with EPERM: a
+ * C library that tries something new must not cost the user the mount.
  */
 static int box_seccomp(void)
 {
 #ifdef BOX_ARCH
     static const int allowed[] = {
-        SYS_read, SYS_write, SYS_pread64, SYS_preadv2, SYS_splice, SYS_pwrite64, SYS_lseek, SYS_fstat, SYS_fallocate, SYS_ftruncate,
-        SYS_fdatasync, SYS_fsync, SYS_close, SYS_futex, SYS_munmap, SYS_madvise, SYS_brk, SYS_mremap, SYS_rt_sigprocmask,
-        SYS_rt_sigreturn, SYS_exit, SYS_exit_group, SYS_clock_gettime, SYS_gettid, SYS_getpid, SYS_tgkill, SYS_tkill,
-        SYS_set_robust_list, SYS_sched_yield, SYS_restart_syscall, SYS_newfstatat,
+        SYS_read,       SYS_write,      SYS_pread64,         SYS_preadv2,        SYS_splice,
+        SYS_pwrite64,   SYS_lseek,      SYS_fstat,           SYS_fallocate,      SYS_ftruncate,
+        SYS_fdatasync,  SYS_fsync,      SYS_close,           SYS_futex,          SYS_munmap,
+        SYS_madvise,    SYS_brk,        SYS_mremap,          SYS_rt_sigprocmask, SYS_rt_sigreturn,
+        SYS_exit,       SYS_exit_group, SYS_clock_gettime,   SYS_gettid,         SYS_getpid,
+        SYS_tgkill,     SYS_tkill,      SYS_set_robust_list, SYS_sched_yield,    SYS_restart_syscall,
+        SYS_newfstatat,
 #ifdef SYS_rseq
         SYS_rseq,
 #endif
     };
-    /* The program: HEAD, one jump per allowed call, SPECIAL jumps, two checks of an argument, three verdicts. */
+    /*
+     * The program: HEAD, one jump per allowed call, SPECIAL jumps, two checks of an argument, three
+     * verdicts.
+     */
     enum { N = ARRAY_LEN(allowed), HEAD = 4, SPECIAL = 4 };
     enum { PROT = HEAD + N + SPECIAL, CLONE = PROT + 2, DENY = CLONE + 2, NOSYS, ALLOW, LEN };
-    const uint32_t low_arg0 = offsetof(struct seccomp_data, args[0]), low_arg2 = offsetof(struct seccomp_data, args[2]);
+    const uint32_t low_arg0 = offsetof(struct seccomp_data, args[0]),
+                   low_arg2 = offsetof(struct seccomp_data, args[2]);
     struct sock_filter code[LEN];
     struct sock_fprog prog = { .len = LEN, .filter = code };
     unsigned i = 0;
@@ -2282,13 +2404,17 @@ static int box_enter(enum box_mode mode)
         const char *name;
         int (*enter)(void);
     } step[] = {
-        { "no core dumps", box_no_core }, { "no new privileges", box_no_new_privs },
-        { "dropping capabilities", box_drop_capabilities }, { "Landlock", box_landlock }, { "seccomp", box_seccomp },
+        { "no core dumps", box_no_core },
+        { "no new privileges", box_no_new_privs },
+        { "dropping capabilities", box_drop_capabilities },
+        { "Landlock", box_landlock },
+        { "seccomp", box_seccomp },
     };
     int ret;
 
 #ifdef PR_SET_IO_FLUSHER
-    (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);     /* a loop device above us must not wait for memory that needs us */
+    (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0,
+                0); /* a loop device above us must not wait for memory that needs us */
 #endif
     for (size_t i = 0; mode != BOX_OFF && i < ARRAY_LEN(step); i++) {
         ret = util_fault(step[i].name) ? -EIO : step[i].enter();
@@ -2300,12 +2426,13 @@ static int box_enter(enum box_mode mode)
     return 0;
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 11. Mounts
  *
- * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own server.
- * Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one line.
- * ************************************************************************************************************ */
+ * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own
+ * server. Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one
+ * line.
+ * ******************************************************************************************************** */
 
 struct mountpoint {
     char path[PATH_MAX];            /* absolute, no symbolic links */
@@ -2326,7 +2453,8 @@ struct mount_entry {
 /* What libfuse and fusermount3 say goes into our message instead of onto stderr. */
 static char mnt_said[400];
 
-__attribute__((format(printf, 2, 0))) static void mnt_log(enum fuse_log_level level, const char *fmt, va_list ap)
+__attribute__((format(printf, 2, 0))) static void mnt_log(enum fuse_log_level level, const char *fmt,
+                                                          va_list ap)
 {
     size_t at = strlen(mnt_said);
 
@@ -2410,7 +2538,8 @@ static int mnt_run_fusermount(const char *const argv[], int comm_fd);
 /* flags: 0 or MNT_DETACH. -EBUSY when somebody uses it. */
 static int mnt_unmount(const char *path, int flags)
 {
-    const char *argv[] = { "fusermount3", "-u", "--", path, NULL }, *lazy[] = { "fusermount3", "-u", "-z", "--", path, NULL };
+    const char *argv[] = { "fusermount3", "-u", "--", path, NULL },
+               *lazy[] = { "fusermount3", "-u", "-z", "--", path, NULL };
 
     if (umount2(path, flags | UMOUNT_NOFOLLOW) == 0)
         return 0;
@@ -2470,12 +2599,17 @@ static int mnt_create(struct mountpoint *mp)
 
     if (stat(mp->path, &st) == 0) {
         mp->is_dir = S_ISDIR(st.st_mode);
-        return mp->is_dir || S_ISREG(st.st_mode) ? 0
-               : msg_err(-ENOTDIR, "%s: neither a regular file nor a folder, so nothing can be mounted there", mp->path);
+        return mp->is_dir || S_ISREG(st.st_mode)
+                   ? 0
+                   : msg_err(-ENOTDIR,
+                             "%s: neither a regular file nor a folder, so nothing can be mounted there",
+                             mp->path);
     }
     if (errno != ENOENT)
         return msg_err(-errno, "%s: %s", mp->path, strerror(errno));
-    fd = util_fault("mountpoint") ? -1 : open(mp->path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+    fd = util_fault("mountpoint")
+             ? -1
+             : open(mp->path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
         return msg_err(-errno, "%s: cannot be created: %s", mp->path, strerror(errno));
     mp->created = true;
@@ -2487,7 +2621,10 @@ static int mnt_create(struct mountpoint *mp)
     return 0;
 }
 
-/* Removes the file that mnt_create() made: only that one, only when nothing is mounted on it, only when empty. */
+/*
+ * Removes the file that mnt_create() made: only that one, only when nothing is mounted on it, only when
+ * empty.
+ */
 static void mnt_remove(struct mountpoint *mp)
 {
     struct mount_entry entry = { 0 };
@@ -2524,12 +2661,15 @@ static int mnt_run_fusermount(const char *const argv[], int comm_fd)
             fcntl(comm_fd, F_SETFD, 0);
         }
         execvp(argv[0], (char *const *)argv);
-        dprintf(STDERR_FILENO, "fuse: cannot run fusermount3: %s (Debian: apt-get install fuse3), and only root does without\n",
-                strerror(errno));
+        dprintf(
+            STDERR_FILENO,
+            "fuse: cannot run fusermount3: %s (Debian: apt-get install fuse3), and only root does without\n",
+            strerror(errno));
         _exit(127);
     }
     close(out[1]);
-    while (pid > 0 && at < sizeof(mnt_said) - 1 && (n = read(out[0], mnt_said + at, sizeof(mnt_said) - 1 - at)) > 0)
+    while (pid > 0 && at < sizeof(mnt_said) - 1 &&
+           (n = read(out[0], mnt_said + at, sizeof(mnt_said) - 1 - at)) > 0)
         at += (size_t)n;
     mnt_said[at] = 0;
     close(out[0]);
@@ -2546,7 +2686,9 @@ static int mnt_receive_fd(int sock)
     union { char buf[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control;
     char byte;
     struct iovec iov = { &byte, 1 };
-    struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.buf, .msg_controllen = sizeof(control.buf) };
+    struct msghdr msg = {
+        .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.buf, .msg_controllen = sizeof(control.buf)
+    };
     struct cmsghdr *c;
     int fd = -1;
 
@@ -2558,7 +2700,9 @@ static int mnt_receive_fd(int sock)
     return fd;
 }
 
-/* libfuse 3.14 does not fall back to fusermount3 when /dev/fuse is for root alone, so we call it ourselves. */
+/*
+ * libfuse 3.14 does not fall back to fusermount3 when /dev/fuse is for root alone, so we call it ourselves.
+ */
 static int mnt_mount_user(struct mountpoint *mp, char *opts)
 {
     const char *argv[] = { "fusermount3", "-o", opts, "--", mp->path, NULL };
@@ -2641,7 +2785,8 @@ static char *mnt_options(const struct mount_wanted *want)
 
     snprintf(source, sizeof(source), "fsname=%s", want->source);
     bad = fuse_opt_add_opt_escaped(&opts, source);
-    bad |= fuse_opt_add_opt(&opts, "subtype=fuseexp,nosuid,nodev,noatime,default_permissions," FX_MAX_READ_OPTION);
+    bad |= fuse_opt_add_opt(&opts,
+                            "subtype=fuseexp,nosuid,nodev,noatime,default_permissions," FX_MAX_READ_OPTION);
     bad |= fuse_opt_add_opt(&opts, want->writable ? "rw" : "ro");
     if (*want->allow_other)
         bad |= fuse_opt_add_opt(&opts, "allow_other");
@@ -2673,8 +2818,9 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
             break;
         mnt_end_session(mp);
         if (!*want->allow_other || !want->may_drop_allow_other || mnt_privileged())
-            return msg_err(ret, "%s: cannot mount: %s%s", mp->path, *mnt_said ? mnt_last_words() : strerror(-ret),
-                           access("/dev/fuse", R_OK | W_OK) < 0 ? " (it takes chmod 666 /dev/fuse, as udev does)" : "");
+            return msg_err(
+                ret, "%s: cannot mount: %s%s", mp->path, *mnt_said ? mnt_last_words() : strerror(-ret),
+                access("/dev/fuse", R_OK | W_OK) < 0 ? " (it takes chmod 666 /dev/fuse, as udev does)" : "");
         *want->allow_other = false;
     } while (true);
 
@@ -2702,7 +2848,9 @@ static void mnt_abort(const struct mountpoint *mp)
     (void)util_write_file(path, "1");
 }
 
-/* The kernel's 128 KiB of read-ahead starve a reader that waits for a process; 1 MiB is one request of ours. */
+/*
+ * The kernel's 128 KiB of read-ahead starve a reader that waits for a process; 1 MiB is one request of ours.
+ */
 static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 {
     char path[64], text[16];
@@ -2713,17 +2861,19 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
         msg_say(MSG_INFO, "%s: cannot raise the read-ahead: %s", path, strerror(errno));
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 12. Life cycle
  *
  * run_export() takes what an export needs one by one and releases it in reverse order, whichever step fails.
- * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open, and from
- * then on it alone has the image and /dev/fuse: when it dies, however it dies, the connection is cut, and the
- * supervisor detaches the mount. OFD locks and the connection would outlive the server if the supervisor kept copies.
+ * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open,
+ * and from then on it alone has the image and /dev/fuse: when it dies, however it dies, the connection is
+ * cut, and the supervisor detaches the mount. OFD locks and the connection would outlive the server if the
+ * supervisor kept copies.
  *
- * Control socket: an abstract UNIX socket "fuseexp:<minor of the mount>:<pid>" that nobody reads from. Whoever waits
- * for the end connects, and gets one byte, the exit status, when everything is over (or just EOF, if we were killed).
- * ************************************************************************************************************ */
+ * Control socket: an abstract UNIX socket "fuseexp:<minor of the mount>:<pid>" that nobody reads from.
+ * Whoever waits for the end connects, and gets one byte, the exit status, when everything is over (or just
+ * EOF, if we were killed).
+ * ******************************************************************************************************** */
 
 enum opt_allow_other { ALLOW_AUTO, ALLOW_ON, ALLOW_OFF };
 enum opt_action { ACT_EXPORT, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
@@ -2732,8 +2882,9 @@ enum opt_action { ACT_EXPORT, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
 struct options {
     char **images, **command, *mountpoint, *format, *pidfile, *extra;
     unsigned n_images;
-    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, lazy, verbose, quiet;
-    bool mount_helper;              /* called by mount(8) */
+    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, lazy,
+        verbose, quiet;
+    bool mount_helper; /* called by mount(8) */
     uint64_t offset, size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
     uint32_t sandbox, allow_other, action;
@@ -2801,7 +2952,9 @@ static void run_on_signal(struct run *r, const struct signalfd_siginfo *si)
 static void run_poll(struct run *r, int timeout)
 {
     struct pollfd fds[] = {
-        { .fd = r->sig_fd, .events = POLLIN }, { .fd = r->ready_fd, .events = POLLIN }, { .fd = r->log_fd, .events = POLLIN },
+        { .fd = r->sig_fd, .events = POLLIN },
+        { .fd = r->ready_fd, .events = POLLIN },
+        { .fd = r->log_fd, .events = POLLIN },
     };
     struct signalfd_siginfo si;
     char byte;
@@ -2836,7 +2989,8 @@ static int run_take_signals(struct run *r)
 
 static int run_make_control(struct run *r)
 {
-    r->ctl_fd = util_fault("control socket") ? -1 : socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    r->ctl_fd = util_fault("control socket") ? -1
+                                             : socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     return r->ctl_fd < 0 ? msg_err(-errno, "control socket: %s", strerror(errno)) : 0;
 }
 
@@ -2844,9 +2998,11 @@ static int run_make_control(struct run *r)
 static void run_name_control(struct run *r)
 {
     struct sockaddr_un addr = { .sun_family = AF_UNIX };
-    int len = snprintf(addr.sun_path + 1, sizeof(addr.sun_path) - 1, "fuseexp:%u:%d", r->mp.minor, (int)getpid());
+    int len = snprintf(addr.sun_path + 1, sizeof(addr.sun_path) - 1, "fuseexp:%u:%d", r->mp.minor,
+                       (int)getpid());
 
-    if (bind(r->ctl_fd, (struct sockaddr *)&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)len)) < 0 ||
+    if (bind(r->ctl_fd, (struct sockaddr *)&addr,
+             (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)len)) < 0 ||
         listen(r->ctl_fd, MAX_WAITERS) < 0)
         msg_say(MSG_INFO, "control socket: %s", strerror(errno));
 }
@@ -2867,7 +3023,9 @@ static void run_close_control(struct run *r, int status)
 static int run_open_image(struct run *r)
 {
     const struct options *o = r->o;
-    struct part_wanted want = { .offset = o->offset, .size = o->size, .partition = o->partition, .sector = o->sector_size };
+    struct part_wanted want = {
+        .offset = o->offset, .size = o->size, .partition = o->partition, .sector = o->sector_size
+    };
     struct stat st;
     int ret;
 
@@ -2909,8 +3067,8 @@ static void run_setup_server(struct run *r)
 }
 
 /*
- * The kernel may serve a whole raw file alone. Not when it is written but must not grow: the kernel would not ask us
- * before it writes past the end.
+ * The kernel may serve a whole raw file alone. Not when it is written but must not grow: the kernel would not
+ * ask us before it writes past the end.
  */
 static bool run_may_pass_through(const struct run *r)
 {
@@ -2925,17 +3083,22 @@ static int run_mount(struct run *r)
 {
     const struct options *o = r->o;
     char source[PATH_MAX];
-    struct mount_wanted want = { .extra = o->extra, .writable = o->writable, .allow_other = &r->srv.allow_other,
+    struct mount_wanted want = { .extra = o->extra,
+                                 .writable = o->writable,
+                                 .allow_other = &r->srv.allow_other,
                                  .may_drop_allow_other = o->allow_other == ALLOW_AUTO };
     int ret;
 
-    want.source = realpath(o->images[0], source) && strlen(source) < 1024 ? source : util_basename(o->images[0]);
+    want.source = realpath(o->images[0], source) && strlen(source) < 1024 ? source
+                                                                          : util_basename(o->images[0]);
     r->srv.allow_other = o->allow_other != ALLOW_OFF;
     ret = mnt_mount(&r->mp, &want);
     if (ret)
         return ret;
     if ((r->srv.mode & 077) && !r->srv.allow_other)
-        return msg_err(-EPERM, "--mode %o is of no use without --allow-other=on: nobody else reaches the mount", r->srv.mode);
+        return msg_err(-EPERM,
+                       "--mode %o is of no use without --allow-other=on: nobody else reaches the mount",
+                       r->srv.mode);
     if ((r->srv.mode & 0222) && !o->writable)
         return msg_err(-EROFS, "--mode %o on a read-only export: add -w", r->srv.mode);
     return 0;
@@ -2944,7 +3107,9 @@ static int run_mount(struct run *r)
 /* The server's whole life, in the child. Returns its exit status. */
 static int run_server(struct run *r, int ready_fd)
 {
-    struct sigaction usr1 = { .sa_handler = loop_on_usr1 };     /* without SA_RESTART: it must interrupt read(2) */
+    struct sigaction usr1 = {
+        .sa_handler = loop_on_usr1
+    }; /* without SA_RESTART: it must interrupt read(2) */
     bool pass = run_may_pass_through(r);
     int fd = r->mp.session_fd, ret;
 
@@ -3132,7 +3297,8 @@ static bool run_unmount(struct run *r, int patience)
     if (!ret || ret == -EINVAL || r->server == 0)
         return true;
     if (ret == -EBUSY)
-        msg_say(MSG_NOTE, "%s: in use, detached; it ends with its last user (another signal cuts it off now)", r->mp.path);
+        msg_say(MSG_NOTE, "%s: in use, detached; it ends with its last user (another signal cuts it off now)",
+                r->mp.path);
     ret = mnt_unmount(r->mp.path, MNT_DETACH);
     if (ret && ret != -EINVAL)
         msg_err(ret, "%s: cannot unmount: %s", r->mp.path, *mnt_said ? mnt_last_words() : strerror(-ret));
@@ -3187,13 +3353,14 @@ static int run_status(const struct run *r)
     bool good = WIFEXITED(r->server_status) && WEXITSTATUS(r->server_status) == EXIT_OK;
 
     if (WIFSIGNALED(r->server_status))
-        msg_err(0, "%s: the server was killed by signal %d (%s); the mount is gone", r->mp.path, WTERMSIG(r->server_status),
-                strsignal(WTERMSIG(r->server_status)));
+        msg_err(0, "%s: the server was killed by signal %d (%s); the mount is gone", r->mp.path,
+                WTERMSIG(r->server_status), strsignal(WTERMSIG(r->server_status)));
     if (!r->o->command)
         return good ? EXIT_OK : EXIT_FAILED;
     if (WIFSIGNALED(r->command_status))
         return 128 + WTERMSIG(r->command_status);
-    return WEXITSTATUS(r->command_status) == 0 && !good ? EXIT_CMD_NOT_STARTED : WEXITSTATUS(r->command_status);
+    return WEXITSTATUS(r->command_status) == 0 && !good ? EXIT_CMD_NOT_STARTED
+                                                        : WEXITSTATUS(r->command_status);
 }
 
 /* The last chance to leave nothing behind, so it takes more than one fork that fails to give up. */
@@ -3226,7 +3393,9 @@ static int run_export(const struct options *o, int shell_fd)
         msg_err(0, "out of memory");
         goto out;
     }
-    *r = (struct run){ .o = o, .shell_fd = shell_fd, .sig_fd = -1, .ctl_fd = -1, .ready_fd = -1, .log_fd = -1 };
+    *r = (struct run){
+        .o = o, .shell_fd = shell_fd, .sig_fd = -1, .ctl_fd = -1, .ready_fd = -1, .log_fd = -1
+    };
     r->mp.session_fd = -1;
 
     if (run_take_signals(r))
@@ -3284,8 +3453,8 @@ out:
 }
 
 /*
- * Goes into the background. In the child, returns 0 with *shell_fd to report readiness to. In the process that the
- * user started, returns 1 with its exit status once the child is ready or has failed.
+ * Goes into the background. In the child, returns 0 with *shell_fd to report readiness to. In the process
+ * that the user started, returns 1 with its exit status once the child is ready or has failed.
  */
 static int run_background(int *shell_fd, int *status)
 {
@@ -3317,9 +3486,9 @@ static int run_background(int *shell_fd, int *status)
     return 1;
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 13. One-shot commands
- * ************************************************************************************************************ */
+ * ******************************************************************************************************** */
 
 /* Connects to the control sockets of a mount: whose name begins with its minor, and which its owner holds. */
 static size_t cmd_find_servers(const struct mount_entry *entry, struct pollfd *fds, size_t most)
@@ -3342,7 +3511,8 @@ static size_t cmd_find_servers(const struct mount_entry *entry, struct pollfd *f
         addr.sun_path[0] = 0;
         fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         len = sizeof(peer);
-        if (connect(fd, (struct sockaddr *)&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name))) < 0 ||
+        if (connect(fd, (struct sockaddr *)&addr,
+                    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name))) < 0 ||
             getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.uid != entry->owner)
             util_close(&fd);
         else
@@ -3398,8 +3568,11 @@ static int cmd_umount(const struct options *o)
         ret = mnt_unmount(path, 0);
     }
     if (ret)
-        msg_err(0, "%s: %s", o->mountpoint, ret == -EBUSY ? "in use (fuser -m names the users, losetup -a the loop devices; "
-                "-z detaches it now)" : *mnt_said ? mnt_last_words() : strerror(-ret));
+        msg_err(0, "%s: %s", o->mountpoint,
+                ret == -EBUSY ? "in use (fuser -m names the users, losetup -a the loop devices; "
+                                "-z detaches it now)"
+                : *mnt_said   ? mnt_last_words()
+                              : strerror(-ret));
     else if (!o->lazy)
         return cmd_wait_for_servers(o->mountpoint, fds, n);
     while (n)
@@ -3417,7 +3590,8 @@ static int cmd_formats(void)
 
 static int cmd_version(void)
 {
-    printf("fuseexp %s (libfuse %s, libdeflate %s)\n", FUSEEXP_VERSION, fuse_pkgversion(), LIBDEFLATE_VERSION_STRING);
+    printf("fuseexp %s (libfuse %s, libdeflate %s)\n", FUSEEXP_VERSION, fuse_pkgversion(),
+           LIBDEFLATE_VERSION_STRING);
     return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
 }
 
@@ -3454,8 +3628,9 @@ static int cmd_try_sandbox(void)
     bad |= (mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) != MAP_FAILED) << 5;
     bad |= (mount("none", "/", "tmpfs", 0, NULL) == 0 || unlink("/no/such/file") == 0 || errno != EPERM) << 6;
     bad |= (pread(file, &byte, 1, 0) != 1) << 7;
-    bad |= (pthread_create(&thread, NULL, cmd_sandboxed_thread, &byte) != 0 || pthread_join(thread, &result) != 0 ||
-            result != &byte) << 8;
+    bad |= (pthread_create(&thread, NULL, cmd_sandboxed_thread, &byte) != 0 ||
+            pthread_join(thread, &result) != 0 || result != &byte)
+           << 8;
     return bad ? msg_err(EXIT_FAILED, "the sandbox failed, bits 0x%x", (unsigned)bad) : EXIT_OK;
 }
 
@@ -3466,13 +3641,20 @@ static int cmd_try_sandbox(void)
 #define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
 #endif
 
-/* For the tests: random requests of every kind and length; what lies behind a request may not be looked at. */
+/*
+ * For the tests: random requests of every kind and length; what lies behind a request may not be looked at.
+ */
 static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
 {
     static struct view views[MAX_VIEWS];
     struct image im = { .writable = writable };
-    struct server srv = { .im = &im, .views = views, .is_dir = true, .writable = writable, .growable = writable,
-                          .resizable = writable, .mode = 0600 };
+    struct server srv = { .im = &im,
+                          .views = views,
+                          .is_dir = true,
+                          .writable = writable,
+                          .growable = writable,
+                          .resizable = writable,
+                          .mode = 0600 };
     struct worker w = { .srv = &srv, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
     struct part_wanted want = { .offset = 0 };
     int ret = img_open(&im, &path, 1, "raw", false);
@@ -3515,13 +3697,23 @@ static bool cmd_self_test(int argc, char **argv, int *status)
 #define cmd_self_test(argc, argv, status) ((void)(argc), (void)(argv), (void)(status), false)
 #endif
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 14. Options
  *
  * opt_table feeds getopt_long(3), -o (by the long names) and --help. What -o does not know goes to the mount.
- * ************************************************************************************************************ */
+ * ******************************************************************************************************** */
 
-enum opt_kind { OPT_SET, OPT_CLEAR, OPT_TEXT, OPT_SIZE, OPT_COUNT, OPT_OCTAL, OPT_CHOICE, OPT_ACTION, OPT_MOUNT };
+enum opt_kind {
+    OPT_SET,
+    OPT_CLEAR,
+    OPT_TEXT,
+    OPT_SIZE,
+    OPT_COUNT,
+    OPT_OCTAL,
+    OPT_CHOICE,
+    OPT_ACTION,
+    OPT_MOUNT
+};
 
 #define OPT_AT(field) offsetof(struct options, field)
 
@@ -3545,19 +3737,24 @@ static const struct opt {
     { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
     { 0, "offset", "N[kMGT]", OPT_SIZE, OPT_AT(offset), 0, "show the image from this byte on" },
     { 0, "size", "N[kMGT]", OPT_SIZE, OPT_AT(size), 0, "and so many bytes of it" },
-    { 0, "partition", "N", OPT_COUNT, OPT_AT(partition), 1024 * 1024, "show partition N alone, counted as Linux does" },
+    { 0, "partition", "N", OPT_COUNT, OPT_AT(partition), 1024 * 1024,
+      "show partition N alone, counted as Linux does" },
     { 0, "sector-size", "512|4096", OPT_COUNT, OPT_AT(sector_size), 4096, "of the partition table" },
-    { 0, "growable", NULL, OPT_SET, OPT_AT(growable), 0, "with -w: writing past the end makes the image longer" },
+    { 0, "growable", NULL, OPT_SET, OPT_AT(growable), 0,
+      "with -w: writing past the end makes the image longer" },
     { 0, "direct-io", NULL, OPT_SET, OPT_AT(direct_io), 0, "no page cache above the image" },
     { 0, "no-passthrough", NULL, OPT_SET, OPT_AT(no_passthrough), 0, "serve raw images by workers too" },
     { 0, "threads", "N", OPT_COUNT, OPT_AT(threads), MAX_THREADS, "workers" },
     { 0, "mode", "OCTAL", OPT_OCTAL, OPT_AT(mode), 07777, "of the files shown (0400, with -w 0600)" },
     { 0, "uid", "N", OPT_COUNT, OPT_AT(uid), UINT32_MAX - 1, "their owner" },
     { 0, "gid", "N", OPT_COUNT, OPT_AT(gid), UINT32_MAX - 1, "their group" },
-    { 0, "allow-other", "auto|on|off", OPT_CHOICE, OPT_AT(allow_other), 0, "may other users reach the mount" },
-    { 0, "pidfile", "FILE", OPT_TEXT, OPT_AT(pidfile), 0, "holds the supervisor's process number while mounted" },
+    { 0, "allow-other", "auto|on|off", OPT_CHOICE, OPT_AT(allow_other), 0,
+      "may other users reach the mount" },
+    { 0, "pidfile", "FILE", OPT_TEXT, OPT_AT(pidfile), 0,
+      "holds the supervisor's process number while mounted" },
     { 0, "sandbox", "auto|off|require", OPT_CHOICE, OPT_AT(sandbox), 0, "lock the serving process in" },
-    { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT, "unmount, and wait until the image is free" },
+    { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT,
+      "unmount, and wait until the image is free" },
     { 'z', "lazy", NULL, OPT_SET, OPT_AT(lazy), 0, "with --umount: detach at once, do not wait" },
     { 0, "formats", NULL, OPT_ACTION, OPT_AT(action), ACT_FORMATS, "list what can be read and written" },
     { 'V', "version", NULL, OPT_ACTION, OPT_AT(action), ACT_VERSION, "say which version this is" },
@@ -3575,7 +3772,9 @@ static int opt_usage(const char *text)
            "       fuseexp --umount [-z] MOUNTPOINT\n"
            "       fuseexp --formats | --version | --help\n\n%s"
            "Shows a disk image as one plain raw file (MOUNTPOINT a file, made if missing) or as a folder\n"
-           "with the disk and its partitions (MOUNTPOINT a folder). Several IMAGEs are the parts of one, in order.\n\n", text);
+           "with the disk and its partitions (MOUNTPOINT a folder). Several IMAGEs are the parts of one, in "
+           "order.\n\n",
+           text);
     for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
         const struct opt *opt = &opt_table[i];
         char left[64];
@@ -3584,8 +3783,8 @@ static int opt_usage(const char *text)
             n = snprintf(left, sizeof(left), "-%c%s", opt->letter, opt->name ? ", " : "");
         else
             n = snprintf(left, sizeof(left), "    ");
-        snprintf(left + n, sizeof(left) - (size_t)n, "%s%s%s%s", opt->name ? "--" : "", opt->name ? opt->name : "",
-                 opt->arg ? opt->name ? "=" : " " : "", opt->arg ? opt->arg : "");
+        snprintf(left + n, sizeof(left) - (size_t)n, "%s%s%s%s", opt->name ? "--" : "",
+                 opt->name ? opt->name : "", opt->arg ? opt->name ? "=" : " " : "", opt->arg ? opt->arg : "");
         printf("  %-32s %s\n", left, opt->help);
     }
     return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
@@ -3593,8 +3792,11 @@ static int opt_usage(const char *text)
 
 static int opt_bad(const struct opt *opt, const char *value)
 {
-    return msg_err(-EINVAL, "--%s: '%s' is not %s%s", opt->name, value, opt->kind == OPT_CHOICE ? "one of " : "a usable ",
-                   opt->kind == OPT_CHOICE || opt->kind == OPT_COUNT ? opt->arg : opt->kind == OPT_SIZE ? "size" : "value");
+    return msg_err(-EINVAL, "--%s: '%s' is not %s%s", opt->name, value,
+                   opt->kind == OPT_CHOICE ? "one of " : "a usable ",
+                   opt->kind == OPT_CHOICE || opt->kind == OPT_COUNT ? opt->arg
+                   : opt->kind == OPT_SIZE                           ? "size"
+                                                                     : "value");
 }
 
 static bool opt_choose(const char *choices, const char *value, uint32_t *index)
@@ -3629,7 +3831,8 @@ static int opt_apply(struct options *o, const struct opt *opt, char *value)
     case OPT_SIZE:
         return util_parse_size(value, at) ? 0 : opt_bad(opt, value);
     case OPT_COUNT:
-        if (!util_parse_size(value, &number) || number > opt->value || !isdigit((unsigned char)value[strlen(value) - 1]))
+        if (!util_parse_size(value, &number) || number > opt->value ||
+            !isdigit((unsigned char)value[strlen(value) - 1]))
             return opt_bad(opt, value);
         *(uint32_t *)at = (uint32_t)number;
         return 0;
@@ -3660,7 +3863,10 @@ static int opt_pass_to_mount(struct options *o, const char *word)
     return msg_err(-ENOMEM, "out of memory");
 }
 
-/* One word of -o: ours, fstab's, or the mount's. mount(8) says "rw" of itself, so only a person's "rw" counts. */
+/*
+ * One word of -o: ours, fstab's, or the mount's. mount(8) says "rw" of itself, so only a person's "rw"
+ * counts.
+ */
 static int opt_mount_option(struct options *o, char *word)
 {
     char *value = strchr(word, '=');
@@ -3682,7 +3888,8 @@ static int opt_mount_option(struct options *o, char *word)
     for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
         const struct opt *opt = &opt_table[i];
         size_t len = value ? (size_t)(value - word) : strlen(word);
-        if (!opt->name || opt->kind == OPT_ACTION || strlen(opt->name) != len || strncmp(opt->name, word, len) != 0)
+        if (!opt->name || opt->kind == OPT_ACTION || strlen(opt->name) != len ||
+            strncmp(opt->name, word, len) != 0)
             continue;
         if (!opt->arg != !value)
             return msg_err(-EINVAL, "-o %s: %s", word, value ? "takes no value" : "needs a value");
@@ -3737,7 +3944,8 @@ static int opt_getopt(struct options *o, int argc, char **argv)
 /* mount(8) calls: mount.fuseexp IMAGE MOUNTPOINT [-sfnvr] [-N namespace] [-t type] [-o options] */
 static int opt_parse_helper(struct options *o, int argc, char **argv)
 {
-    static const struct option none[] = { { NULL, 0, NULL, 0 } };   /* musl's getopt does not look behind IMAGE */
+    static const struct option none[] = { { NULL, 0, NULL,
+                                            0 } }; /* musl's getopt does not look behind IMAGE */
     int c, ret = 0;
 
     o->mount_helper = true;
@@ -3762,7 +3970,8 @@ static int opt_check(struct options *o)
     if (o->growable && !o->writable)
         return msg_err(-EINVAL, "--growable goes with -w");
     if (o->growable && (o->offset || o->size || o->partition))
-        return msg_err(-EINVAL, "--growable goes with a whole image, not with --offset, --size or --partition");
+        return msg_err(-EINVAL,
+                       "--growable goes with a whole image, not with --offset, --size or --partition");
     if (o->share && o->writable)
         return msg_err(-EINVAL, "-U is for reading: two writers would destroy the image");
     if (o->sector_size && o->sector_size != 512 && o->sector_size != 4096)
@@ -3779,7 +3988,8 @@ static int opt_parse(struct options *o, int argc, char **argv)
 
     while (end < argc && strcmp(argv[end], "--") != 0)
         end++;
-    ret = strncmp(util_basename(argv[0]), "mount.", 6) == 0 ? opt_parse_helper(o, argc, argv) : opt_getopt(o, end, argv);
+    ret = strncmp(util_basename(argv[0]), "mount.", 6) == 0 ? opt_parse_helper(o, argc, argv)
+                                                            : opt_getopt(o, end, argv);
     if (ret)
         return ret;
     n = (o->mount_helper ? argc : end) - optind;
@@ -3801,7 +4011,8 @@ static int opt_parse(struct options *o, int argc, char **argv)
     if (o->action == ACT_UMOUNT && n != 1)
         return msg_err(-EINVAL, "--umount takes one MOUNTPOINT");
     if (o->action == ACT_EXPORT && n < 2)
-        return msg_err(-EINVAL, "usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND] (--help explains)");
+        return msg_err(-EINVAL,
+                       "usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND] (--help explains)");
     if (n - 1 > MAX_PARTS)
         return msg_err(-EINVAL, "more than %d parts", MAX_PARTS);
     o->images = &argv[optind];
@@ -3810,9 +4021,9 @@ static int opt_parse(struct options *o, int argc, char **argv)
     return opt_check(o);
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 15. Main
- * ************************************************************************************************************ */
+ * ******************************************************************************************************** */
 
 /* A set of a thousand parts is a thousand descriptors. */
 static void main_raise_file_limit(void)
@@ -3860,8 +4071,11 @@ int main(int argc, char **argv)
     if (!cmd_self_test(argc, argv, &status) && opt_parse(&o, argc, argv) == 0) {
         msg_verbosity = o.debug ? MSG_DEBUG : o.verbose ? MSG_INFO : o.quiet ? MSG_ERROR : MSG_NOTE;
         o.foreground |= o.debug;
-        status = o.action == ACT_UMOUNT ? cmd_umount(&o) : o.action == ACT_FORMATS ? cmd_formats() :
-                 o.action == ACT_VERSION ? cmd_version() : o.action == ACT_HELP ? opt_usage("") : main_export(&o);
+        status = o.action == ACT_UMOUNT    ? cmd_umount(&o)
+                 : o.action == ACT_FORMATS ? cmd_formats()
+                 : o.action == ACT_VERSION ? cmd_version()
+                 : o.action == ACT_HELP    ? opt_usage("")
+                                           : main_export(&o);
     }
     free(o.extra);
 #ifdef FUSEEXP_FAULTS

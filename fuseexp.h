@@ -19,7 +19,7 @@
 
 #define FUSEEXP_VERSION "0.1"
 
-/* ---- limits ---------------------------------------------------------------------------------------------- */
+/* ---- limits -------------------------------------------------------------------------------------------- */
 
 #define MAX_PARTS 4096              /* files of one split image */
 #define MAX_VIEWS 256               /* files shown in a directory mount: the disk and its partitions */
@@ -30,7 +30,7 @@
 #define MAX_IMAGE_SIZE INT64_MAX    /* the kernel's file offsets are signed */
 #define MAX_WAITERS 16              /* concurrent `fuseexp --umount` on one mount */
 
-/* ---- host files: file_ ----------------------------------------------------------------------------------- */
+/* ---- host files: file_ --------------------------------------------------------------------------------- */
 
 /*
  * One host file or block device, opened once and never mapped (a truncation underneath would be SIGBUS).
@@ -57,7 +57,7 @@ enum {
     LOCK_READ = 0, LOCK_WRITE = 1, LOCK_RESIZE = 3,
 };
 
-/* ---- images and drivers: img_, raw_ ---------------------------------------------------------------------- */
+/* ---- images and drivers: img_, raw_ -------------------------------------------------------------------- */
 
 struct image;
 
@@ -118,7 +118,7 @@ struct image {
     pthread_mutex_t size_lock;
 };
 
-/* ---- views: part_ ---------------------------------------------------------------------------------------- */
+/* ---- views: part_ -------------------------------------------------------------------------------------- */
 
 /* A window of the image that is shown as one file. May reach past the image's end: that part reads as EIO. */
 struct view {
@@ -143,7 +143,7 @@ enum {
     MBR_TYPE_EXTENDED = 0x05, MBR_TYPE_EXTENDED_LBA = 0x0f, MBR_TYPE_EXTENDED_LINUX = 0x85, MBR_TYPE_GPT = 0xee,
 };
 
-/* ---- FUSE, as far as linux/fuse.h of older headers lacks it (names fx_ so that newer headers do not clash) -- */
+/* ---- FUSE, as far as linux/fuse.h of older headers lacks it (names fx_ so that newer headers do not clash)  */
 
 #define FX_MIN_MINOR 23             /* Linux 3.15: the 64-byte INIT reply */
 #define FX_MAX_IO (1u << 20)        /* bytes per WRITE: what 256 pages carry */
@@ -216,7 +216,7 @@ struct fx_statx_out {
 };
 _Static_assert(sizeof(struct fx_statx_out) == 32 + 256, "FUSE_STATX reply");
 
-/* ---- Landlock and capabilities, for headers that lack them ------------------------------------------------- */
+/* ---- Landlock and capabilities, for headers that lack them --------------------------------------------- */
 
 #define FX_LANDLOCK_FS_V1 ((1ULL << 13) - 1)
 #define FX_LANDLOCK_REFER (1ULL << 13)
@@ -228,7 +228,7 @@ struct fx_landlock_ruleset {
     uint64_t handled_fs, handled_net, scoped;
 };
 
-/* ---- exit statuses --------------------------------------------------------------------------------------- */
+/* ---- exit statuses ------------------------------------------------------------------------------------- */
 
 enum {
     EXIT_OK = 0,
