@@ -5,7 +5,7 @@
 #   make check    builds and runs all tests
 #   make help     lists the targets
 #
-# May be overridden: MUSL_CC CC CFLAGS LDFLAGS PREFIX DESTDIR BUILD. What the build itself
+# May be overridden: MUSL_CC CC CFLAGS LDFLAGS PREFIX DESTDIR BUILD; V=1 shows the commands. What the build itself
 # cannot do without stands in the lower-case variables below.
 
 MUSL_CC ?= musl-gcc
@@ -13,6 +13,7 @@ CFLAGS  ?= -O2 -g
 PREFIX  ?= /usr/local
 BUILD   ?= build
 WERROR  ?= $(if $(CI),-Werror)
+Q       := $(if $(V),,@)
 
 deps     := $(BUILD)/deps
 warnings := -Wall -Wextra -Wshadow -Wvla -Wundef -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith \
@@ -23,25 +24,25 @@ repro    := -ffile-prefix-map=$(CURDIR)=. -fno-ident -Wl,--build-id=none
 hardened := -fstack-protector-strong -fno-plt -D_FORTIFY_SOURCE=2
 static   := -static -isystem $(deps)/include -isystem $(deps)/include/fuse3 -idirafter $(deps)/kernel
 libs     := -L$(deps)/lib -lfuse3 -ldeflate -lzstd -Wl,--gc-sections -Wl,-z,relro,-z,now
-glibc    := $(shell pkg-config --cflags fuse3 2>/dev/null | sed 's/-I/-isystem /g')
-glibc_l  := $(shell pkg-config --libs fuse3 libdeflate libzstd 2>/dev/null)
+glibc     = $(shell pkg-config --cflags fuse3 2>/dev/null | sed 's/-I/-isystem /g')
+glibc_l   = $(shell pkg-config --libs fuse3 libdeflate libzstd 2>/dev/null)
 
 # Debian packages: what building needs, what the demo and the tests need on top.
 pkg_build := gcc libc6-dev musl-tools meson ninja-build pkg-config dpkg-dev linux-libc-dev ca-certificates
 pkg_demo  := $(pkg_build) e2fsprogs mount fuse3
 pkg_check := $(pkg_demo) libfuse3-dev libdeflate-dev libzstd-dev qemu-utils jq fio xfsprogs fdisk dosfstools \
-             zstd strace procps util-linux python3-minimal clang-tidy cppcheck shellcheck man-db
+             zstd strace procps util-linux python3 clang-tidy cppcheck shellcheck man-db
 pkg_bench := $(pkg_check) qemu-system-common libnbd-bin nbdkit xmount
 
 all: $(BUILD)/fuseexp ## builds the static binary, build/fuseexp (the default)
 
 $(BUILD)/fuseexp: fuseexp.c fuseexp.h Makefile $(deps)/.done
-	$(MUSL_CC) $(required) $(repro) $(hardened) $(CFLAGS) $(static) -ffunction-sections fuseexp.c -o $@.debug $(LDFLAGS) $(libs)
-	strip -o $@ $@.debug
+	$(Q)$(MUSL_CC) $(required) $(repro) $(hardened) $(CFLAGS) $(static) -ffunction-sections fuseexp.c -o $@.debug $(LDFLAGS) $(libs)
+	$(Q)strip -o $@ $@.debug && echo "built $@ ($$(stat -c %s $@) bytes)"
 
 # The same binary with every start-up step and host operation able to fail on demand (FUSEEXP_FAIL_AT).
 $(BUILD)/fuseexp-fault: fuseexp.c fuseexp.h Makefile $(deps)/.done
-	$(MUSL_CC) $(required) $(repro) $(hardened) $(CFLAGS) -DFUSEEXP_FAULTS $(static) fuseexp.c -o $@ $(LDFLAGS) $(libs)
+	$(Q)$(MUSL_CC) $(required) $(repro) $(hardened) $(CFLAGS) -DFUSEEXP_FAULTS $(static) fuseexp.c -o $@ $(LDFLAGS) $(libs)
 
 fault: $(BUILD)/fuseexp-fault ## builds build/fuseexp-fault: start-up steps fail on demand (for the tests)
 
@@ -51,7 +52,7 @@ $(BUILD)/fuseexp-asan: sanitizer := -fsanitize=address,undefined -fno-sanitize-r
 $(BUILD)/fuseexp-tsan: sanitizer := -fsanitize=thread
 $(BUILD)/fuseexp-asan $(BUILD)/fuseexp-tsan: fuseexp.c fuseexp.h Makefile
 	@mkdir -p $(BUILD)
-	$(CC) $(required) -O1 -g -fno-omit-frame-pointer $(sanitizer) -DFUSEEXP_FAULTS $(glibc) fuseexp.c -o $@ $(glibc_l)
+	$(Q)$(CC) $(required) -O1 -g -fno-omit-frame-pointer $(sanitizer) -DFUSEEXP_FAULTS $(glibc) fuseexp.c -o $@ $(glibc_l)
 
 deps: $(deps)/.done ## builds libfuse3, libdeflate and libzstd for musl from the distribution's source packages
 
@@ -62,26 +63,28 @@ musl_env := CC='$(MUSL_CC)' CFLAGS='-O2 -ffunction-sections -ffile-prefix-map=$(
 
 $(deps)/.done:
 	@$(MAKE) --no-print-directory need-build
-	rm -rf $(deps) && mkdir -p $(deps)/apt/parts $(deps)/apt/lists/partial $(deps)/src $(deps)/lib $(deps)/include $(deps)/kernel
-	for d in linux asm-generic; do ln -s /usr/include/$$d $(deps)/kernel/$$d; done
-	ln -s "$$(dirname "$$(echo '#include <asm/types.h>' | gcc -E - | sed -n 's/^# 1 "\(.*asm\/types.h\)".*/\1/p')")" $(deps)/kernel/asm
-	for f in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do [ ! -s "$$f" ] || \
+	@echo "fetching the sources of libfuse3, libdeflate and libzstd"
+	@rm -rf $(deps) && cd $(CURDIR) && mkdir -p $(deps)/apt/parts $(deps)/apt/lists/partial $(deps)/src $(deps)/lib \
+	    $(deps)/include/fuse3 $(deps)/kernel
+	@for d in linux asm-generic; do ln -s /usr/include/$$d $(deps)/kernel/$$d; done
+	@ln -s "$$(dirname "$$(echo '#include <asm/types.h>' | gcc -E - | sed -n 's/^# 1 "\(.*asm\/types.h\)".*/\1/p')")" $(deps)/kernel/asm
+	@for f in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do [ ! -s "$$f" ] || \
 	    sed -n 's/^deb /deb-src /p' "$$f" > "$(deps)/apt/parts/$$(basename "$$f" .list).list"; done
-	for f in /etc/apt/sources.list.d/*.sources; do [ ! -s "$$f" ] || \
+	@for f in /etc/apt/sources.list.d/*.sources; do [ ! -s "$$f" ] || \
 	    sed 's/^Types:.*/Types: deb-src/' "$$f" > "$(deps)/apt/parts/$$(basename "$$f")"; done
-	apt-get $(apt_src) update
-	cd $(deps)/src && apt-get $(apt_src) source fuse3 libdeflate libzstd >/dev/null
-	cd $(deps)/src/fuse3-*/ && $(musl_env) meson setup out --prefix=/usr --buildtype=plain --default-library=static \
+	@apt-get $(apt_src) update
+	@cd $(deps)/src && apt-get $(apt_src) source fuse3 libdeflate libzstd >/dev/null
+	@echo "building libfuse3 for musl"
+	@cd $(deps)/src/fuse3-*/ && $(musl_env) meson setup out --prefix=/usr --buildtype=plain --default-library=static \
 	    -Dutils=false -Dexamples=false -Dtests=false -Ddisable-mtab=true >/dev/null && ninja -C out >/dev/null
-	cp $(deps)/src/fuse3-*/out/lib/libfuse3.a $(deps)/lib/
-	mkdir -p $(deps)/include/fuse3 && cp $(deps)/src/fuse3-*/include/*.h $(deps)/src/fuse3-*/out/libfuse_config.h $(deps)/include/fuse3/ 2>/dev/null || \
-	    cp $(deps)/src/fuse3-*/include/*.h $(deps)/include/fuse3/
-	$(musl_env) $(MAKE) -s -C $(deps)/src/libdeflate-*/ libdeflate.a >/dev/null
-	cp $(deps)/src/libdeflate-*/libdeflate.a $(deps)/lib/ && cp $(deps)/src/libdeflate-*/libdeflate.h $(deps)/include/
-	$(musl_env) $(MAKE) -s -C $(deps)/src/libzstd-*/lib libzstd.a ZSTD_LIB_COMPRESSION=0 ZSTD_LIB_DICTBUILDER=0 \
+	@cd $(deps) && cp src/fuse3-*/out/lib/libfuse3.a lib/ && cp src/fuse3-*/include/*.h include/fuse3/
+	@echo "building libdeflate and libzstd for musl"
+	@$(musl_env) $(MAKE) -s -C $(deps)/src/libdeflate-*/ libdeflate.a >/dev/null
+	@cd $(deps)/src/libdeflate-*/ && cp libdeflate.a ../../lib/ && cp libdeflate.h ../../include/
+	@$(musl_env) $(MAKE) -s -C $(deps)/src/libzstd-*/lib libzstd.a ZSTD_LIB_COMPRESSION=0 ZSTD_LIB_DICTBUILDER=0 \
 	    ZSTD_LIB_DEPRECATED=0 ZSTD_LEGACY_SUPPORT=0 >/dev/null
-	cp $(deps)/src/libzstd-*/lib/libzstd.a $(deps)/lib/ && cp $(deps)/src/libzstd-*/lib/zstd*.h $(deps)/include/
-	touch $@
+	@cd $(deps)/src/libzstd-*/lib && cp libzstd.a ../../../lib/ && cp zstd*.h ../../../include/
+	@touch $@
 
 # need-build, need-demo, need-check, need-bench: installs the packages that are missing (as root), or names them.
 need-%:
