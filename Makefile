@@ -77,7 +77,7 @@ $(deps)/.done:
 	@echo "building libfuse3 for musl"
 	@cd $(deps)/src/fuse3-*/ && $(musl_env) meson setup out --prefix=/usr --buildtype=plain --default-library=static \
 	    -Dutils=false -Dexamples=false -Dtests=false -Ddisable-mtab=true >/dev/null && ninja -C out >/dev/null
-	@cd $(deps) && cp src/fuse3-*/out/lib/libfuse3.a lib/ && cp src/fuse3-*/include/*.h include/fuse3/
+	@cd $(deps) && cp src/fuse3-*/out/lib/libfuse3.a lib/ && cp src/fuse3-*/include/*.h src/fuse3-*/out/libfuse_config.h include/fuse3/
 	@echo "building libdeflate and libzstd for musl"
 	@$(musl_env) $(MAKE) -s -C $(deps)/src/libdeflate-*/ libdeflate.a >/dev/null
 	@cd $(deps)/src/libdeflate-*/ && cp libdeflate.a ../../lib/ && cp libdeflate.h ../../include/
