@@ -2899,6 +2899,7 @@ struct run {
     struct mountpoint mp;
     char pidfile[PATH_MAX];         /* absolute, empty: none */
     sigset_t old_mask;
+    struct rlimit old_files;        /* the command gets them back */
     int shell_fd;                   /* to the process that the user started; -1 in the foreground */
     int sig_fd, ctl_fd, ready_fd, log_fd;
     pid_t server, command;          /* 0: not running (any more) */
@@ -2985,6 +2986,18 @@ static int run_take_signals(struct run *r)
     signal(SIGCHLD, SIG_DFL);       /* an ignored SIGCHLD, inherited, would lose us the exit statuses */
     r->sig_fd = util_fault("signals") ? -1 : signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     return r->sig_fd < 0 ? msg_err(-errno, "signalfd: %s", strerror(errno)) : 0;
+}
+
+/* A set of a thousand parts is a thousand descriptors. */
+static void run_raise_file_limit(struct run *r)
+{
+    struct rlimit limit;
+
+    if (getrlimit(RLIMIT_NOFILE, &r->old_files) < 0)
+        return;
+    limit = r->old_files;
+    limit.rlim_cur = limit.rlim_max;
+    (void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 static int run_make_control(struct run *r)
@@ -3274,6 +3287,7 @@ static int run_start_command(struct run *r)
         return msg_err(-errno, "fork: %s", strerror(errno));
     if (pid == 0) {
         signal(SIGPIPE, SIG_DFL);
+        (void)setrlimit(RLIMIT_NOFILE, &r->old_files);
         sigprocmask(SIG_SETMASK, &r->old_mask, NULL);
         execvp(r->o->command[0], r->o->command);
         msg_err(0, "%s: %s", r->o->command[0], strerror(errno));
@@ -3400,6 +3414,7 @@ static int run_export(const struct options *o, int shell_fd)
 
     if (run_take_signals(r))
         goto out_signals;
+    run_raise_file_limit(r);
     if (run_make_control(r))
         goto out_control;
     if (mnt_resolve(o->mountpoint, r->mp.path) || mnt_clear_stale(r->mp.path))
@@ -3709,6 +3724,7 @@ enum opt_kind {
     OPT_TEXT,
     OPT_SIZE,
     OPT_COUNT,
+    OPT_ID,
     OPT_OCTAL,
     OPT_CHOICE,
     OPT_ACTION,
@@ -3722,7 +3738,7 @@ static const struct opt {
     const char *name, *arg;         /* arg: NULL, the name of the value, or the choices */
     enum opt_kind kind;
     size_t at;
-    uint32_t value;                 /* OPT_ACTION: which; OPT_COUNT: the largest */
+    uint32_t value;                 /* OPT_ACTION: which; OPT_COUNT, OPT_ID: the largest; OPT_SIZE: not 0 */
     const char *help;
 } opt_table[] = {
     { 'f', "foreground", NULL, OPT_SET, OPT_AT(foreground), 0, "stay in front" },
@@ -3736,7 +3752,7 @@ static const struct opt {
     { 'q', "quiet", NULL, OPT_SET, OPT_AT(quiet), 0, "errors only" },
     { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
     { 0, "offset", "N[kMGT]", OPT_SIZE, OPT_AT(offset), 0, "show the image from this byte on" },
-    { 0, "size", "N[kMGT]", OPT_SIZE, OPT_AT(size), 0, "and so many bytes of it" },
+    { 0, "size", "N[kMGT]", OPT_SIZE, OPT_AT(size), 1, "and so many bytes of it" },
     { 0, "partition", "N", OPT_COUNT, OPT_AT(partition), 1024 * 1024,
       "show partition N alone, counted as Linux does" },
     { 0, "sector-size", "512|4096", OPT_COUNT, OPT_AT(sector_size), 4096, "of the partition table" },
@@ -3746,8 +3762,8 @@ static const struct opt {
     { 0, "no-passthrough", NULL, OPT_SET, OPT_AT(no_passthrough), 0, "serve raw images by workers too" },
     { 0, "threads", "N", OPT_COUNT, OPT_AT(threads), MAX_THREADS, "workers" },
     { 0, "mode", "OCTAL", OPT_OCTAL, OPT_AT(mode), 07777, "of the files shown (0400, with -w 0600)" },
-    { 0, "uid", "N", OPT_COUNT, OPT_AT(uid), UINT32_MAX - 1, "their owner" },
-    { 0, "gid", "N", OPT_COUNT, OPT_AT(gid), UINT32_MAX - 1, "their group" },
+    { 0, "uid", "N", OPT_ID, OPT_AT(uid), UINT32_MAX - 1, "their owner" },
+    { 0, "gid", "N", OPT_ID, OPT_AT(gid), UINT32_MAX - 1, "their group" },
     { 0, "allow-other", "auto|on|off", OPT_CHOICE, OPT_AT(allow_other), 0,
       "may other users reach the mount" },
     { 0, "pidfile", "FILE", OPT_TEXT, OPT_AT(pidfile), 0,
@@ -3829,9 +3845,13 @@ static int opt_apply(struct options *o, const struct opt *opt, char *value)
         *(char **)at = value;
         return 0;
     case OPT_SIZE:
-        return util_parse_size(value, at) ? 0 : opt_bad(opt, value);
+        if (!util_parse_size(value, &number) || (number == 0 && opt->value))
+            return opt_bad(opt, value);
+        *(uint64_t *)at = number;
+        return 0;
     case OPT_COUNT:
-        if (!util_parse_size(value, &number) || number > opt->value ||
+    case OPT_ID:
+        if (!util_parse_size(value, &number) || number > opt->value || (number == 0 && opt->kind == OPT_COUNT) ||
             !isdigit((unsigned char)value[strlen(value) - 1]))
             return opt_bad(opt, value);
         *(uint32_t *)at = (uint32_t)number;
@@ -4025,15 +4045,16 @@ static int opt_parse(struct options *o, int argc, char **argv)
  * 15. Main
  * ******************************************************************************************************** */
 
-/* A set of a thousand parts is a thousand descriptors. */
-static void main_raise_file_limit(void)
+/* Whoever started us with a standard stream closed must not find an image in its place. */
+static void main_open_stdio(void)
 {
-    struct rlimit limit;
+    int fd;
 
-    if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
-        limit.rlim_cur = limit.rlim_max;
-        (void)setrlimit(RLIMIT_NOFILE, &limit);
-    }
+    do
+        fd = open("/dev/null", O_RDWR);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0)
+        close(fd);
 }
 
 #ifdef FUSEEXP_FAULTS
@@ -4054,7 +4075,6 @@ static int main_export(const struct options *o)
 {
     int shell_fd = -1, status = EXIT_FAILED;
 
-    main_raise_file_limit();
     if (!o->foreground && !o->command && run_background(&shell_fd, &status) != 0)
         return status;
     return run_export(o, shell_fd);
@@ -4068,6 +4088,7 @@ int main(int argc, char **argv)
     int fds = main_count_fds();
 #endif
 
+    main_open_stdio();
     if (!cmd_self_test(argc, argv, &status) && opt_parse(&o, argc, argv) == 0) {
         msg_verbosity = o.debug ? MSG_DEBUG : o.verbose ? MSG_INFO : o.quiet ? MSG_ERROR : MSG_NOTE;
         o.foreground |= o.debug;

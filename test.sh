@@ -14,6 +14,7 @@ build=${BUILD:-$top/build}
 corpus=$top/../shared/corpus
 fx=$build/fuseexp
 fault=$build/fuseexp-fault
+libs=$build/deps
 export LC_ALL=C ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=98 TSAN_OPTIONS=exitcode=97 UBSAN_OPTIONS=print_stacktrace=1
 
 # ---- helpers ---------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ t_binary_is_static_small_and_stripped() {
 t_same_sources_give_the_same_bytes() {
     mkdir -p other/build
     cp "$top"/Makefile "$top"/fuseexp.[ch] "$top"/README "$top"/test.sh other/
-    cp -a "$build/deps" other/build/deps
+    cp -a "$libs" other/build/deps
     make -s -C other build/fuseexp >make.log 2>&1 || { cat make.log; false; }
     cmp other/build/fuseexp "$fx"
 }
@@ -790,6 +791,16 @@ t_daemon_lets_go_of_the_callers_pipes() {
     "$fx" --umount m
 }
 
+t_closed_standard_streams_do_no_harm() {
+    random img 16; cp img copy
+    "$fx" -q -w img m 0<&- 1>&- 2>&-
+    cmp m copy
+    "$fx" --umount m
+    not "$fx" missing m 0<&- 1>&- 2>&-
+    "$fx" -q -w img m -- true 2>&-
+    cmp img copy
+}
+
 t_command_mode_returns_the_commands_status() {
     random img 16
     expect 0 "$fx" -q img m -- cmp img m
@@ -802,6 +813,7 @@ t_command_mode_returns_the_commands_status() {
     same "$(ls)" "$(printf 'err\nimg')"
     expect 0 "$fx" -q -- img m -- test -s m
     printf 'input' | "$fx" -q img m -- cat | cmp - <(printf 'input')
+    same "$("$fx" -q img m -- sh -c 'ulimit -Sn')" "$(ulimit -Sn)"
 }
 
 t_signal_to_the_supervisor_reaches_the_command() {
@@ -1128,6 +1140,9 @@ t_bad_input_is_refused_in_one_line() {
     refused 2 'one of auto' "$fx" --sandbox=maybe img m
     refused 2 'not a usable' "$fx" --threads=1000 img m
     refused 2 'not a usable' "$fx" --partition=x img m
+    refused 2 'not a usable' "$fx" --partition=0 img m
+    refused 2 'not a usable' "$fx" --threads=0 img m
+    refused 2 'not a usable' "$fx" --size=0 img m
     refused 2 'not a usable' "$fx" --mode=999 img m
     refused 2 'two writers' "$fx" -U -w img m
     refused 2 'goes with -w' "$fx" --growable img m
@@ -1429,9 +1444,14 @@ run() {
     [ "$(id -u)" = 0 ] || { echo "the tests need root (they mount, and become nobody)" >&2; exit 1; }
     [ -c /dev/fuse ] || modprobe fuse 2>/dev/null || true
     # Where udev did not do it, for the cases as a plain user.
+    # What systemd and udev do on an ordinary system, and the plain user needs: a mount table, /dev/fuse for everyone,
+    # and programs that can be reached.
+    [ -e /etc/mtab ] || ln -s ../proc/self/mounts /etc/mtab
     fuse_mode=$(stat -c %a /dev/fuse)
-    trap 'chmod "$fuse_mode" /dev/fuse' EXIT
+    bin=$(mktemp -d /tmp/fuseexp-bin.XXXXXX)
+    trap 'chmod "$fuse_mode" /dev/fuse; rm -rf "$bin"' EXIT
     chmod 666 /dev/fuse
+    chmod 755 "$bin" && cp "$build"/fuseexp* "$bin" && build=$bin && fx=$bin/fuseexp && fault=$bin/fuseexp-fault
     echo "TAP version 13"
     for t in $(cases "$@"); do
         n=$((n + 1))
