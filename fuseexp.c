@@ -88,6 +88,7 @@
 enum msg_level { MSG_ERROR, MSG_NOTE, MSG_INFO, MSG_DEBUG };
 
 static enum msg_level msg_verbosity = MSG_NOTE;
+static int msg_kmsg = -1;           /* then: the kernel's log, where nothing listens at /dev/log */
 static bool msg_to_syslog;          /* a supervisor in the background has no stderr any more */
 
 __attribute__((format(printf, 1, 0))) static void msg_put(const char *fmt, va_list ap)
@@ -103,8 +104,10 @@ __attribute__((format(printf, 1, 0))) static void msg_put(const char *fmt, va_li
         if ((unsigned char)line[i] < ' ' || line[i] == 0x7f)
             line[i] = '?';
     line[len] = msg_to_syslog ? 0 : '\n';
-    if (msg_to_syslog)
-        syslog(LOG_DAEMON | LOG_NOTICE, "%s", line + head);
+    if (msg_to_syslog && msg_kmsg >= 0)
+        dprintf(msg_kmsg, "<4>%s\n", line);
+    else if (msg_to_syslog)
+        syslog(LOG_DAEMON | LOG_WARNING, "%s", line + head);
     else
         (void)!write(STDERR_FILENO, line, len + 1);
 }
@@ -199,7 +202,7 @@ static bool util_parse_size(const char *text, uint64_t *value)
     if (!isdigit((unsigned char)*text))
         return false;
     errno = 0;
-    *value = strtoull(text, &end, 0);
+    *value = strtoull(text, &end, text[0] == '0' && (text[1] | 0x20) == 'x' ? 16 : 10);
     if (errno)
         return false;
     if (*end) {
@@ -235,6 +238,23 @@ static int util_ioctl(int fd, uint32_t request, void *arg)
 static bool util_copy(char *to, size_t room, const char *from)
 {
     return (size_t)snprintf(to, room, "%s", from) < room;
+}
+
+/* The descriptors that whoever started us left open: a lock held by us would never be free. */
+static uint8_t util_inherited[1024];
+
+static void util_note_inherited(void)
+{
+    for (int fd = STDERR_FILENO + 1; fd < (int)sizeof(util_inherited); fd++)
+        util_inherited[fd] = fcntl(fd, F_GETFD) >= 0;
+}
+
+static void util_close_inherited(void)
+{
+    for (int fd = STDERR_FILENO + 1; fd < (int)sizeof(util_inherited); fd++)
+        if (util_inherited[fd])
+            close(fd);
+    memset(util_inherited, 0, sizeof(util_inherited));
 }
 
 static void util_close(int *fd)
@@ -324,6 +344,15 @@ static void pool_block(void)
     pthread_mutex_lock(&pool.lock);
     if (--pool.running < pool.most && pool.parked)
         pthread_cond_signal(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+/* Fewer workers could be started than were counted. */
+static void pool_reduce(unsigned n)
+{
+    pthread_mutex_lock(&pool.lock);
+    pool.running -= n;
+    pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
 }
 
@@ -522,15 +551,28 @@ static int file_pread(struct file *f, void *buf, uint64_t len, uint64_t offset, 
     return 0;
 }
 
+/* A write into the page cache sleeps when too much of it is dirty already. */
+static ssize_t file_pwrite_some(struct file *f, const void *buf, uint64_t len, uint64_t offset)
+{
+    ssize_t n;
+
+    if (util_fault_op("write"))
+        return -1;
+    if (f->sleep != FILE_NEVER_SLEEPS)
+        pool_block();
+    n = pwrite(f->fd, buf, len, (off_t)offset);
+    if (f->sleep != FILE_NEVER_SLEEPS)
+        pool_unblock();
+    return n;
+}
+
 static int file_pwrite(struct file *f, const void *buf, uint64_t len, uint64_t offset, uint64_t *done)
 {
     int ret;
     ssize_t n;
 
     for (*done = 0; *done < len; *done += (uint64_t)n) {
-        n = util_fault_op("write")
-                ? -1
-                : pwrite(f->fd, (const char *)buf + *done, len - *done, (off_t)(offset + *done));
+        n = file_pwrite_some(f, (const char *)buf + *done, len - *done, offset + *done);
         if (n < 0 && errno == EINTR) {
             n = 0;
         } else if (n <= 0) {
@@ -613,23 +655,26 @@ static bool file_splice(struct file *f, int pipe_fd, uint64_t len, uint64_t offs
 }
 
 /*
- * Data or a hole at offset, and for how long (at least 1, at most len)? Where the host cannot tell, it is
- * data.
+ * Data or a hole at offset, and for how long (at least 1, at most len)? Where the host cannot tell, it is data; and so
+ * is what a truncated file has lost, because nobody must take that for zeros.
  */
-static int file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool *data, uint64_t *extent)
+static void file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool *data, uint64_t *extent)
 {
-    off_t at = f->is_blk ? (off_t)offset : lseek(f->fd, (off_t)offset, SEEK_DATA);
+    struct stat st;
+    off_t at;
 
-    *data = at == (off_t)offset || (at < 0 && errno != ENXIO);
+    *data = true;
     *extent = len;
+    if (f->is_blk || fstat(f->fd, &st) < 0 || offset >= (uint64_t)st.st_size)
+        return;
+    *extent = len = util_min(len, (uint64_t)st.st_size - offset);
+    at = lseek(f->fd, (off_t)offset, SEEK_DATA);
+    if (at == (off_t)offset)
+        at = lseek(f->fd, (off_t)offset, SEEK_HOLE);
+    else
+        *data = at < 0 && errno != ENXIO;
     if (at > (off_t)offset)
         *extent = util_min(len, (uint64_t)at - offset);
-    if (*data && !f->is_blk && at >= 0) {
-        at = lseek(f->fd, (off_t)offset, SEEK_HOLE);
-        if (at > (off_t)offset)
-            *extent = util_min(len, (uint64_t)at - offset);
-    }
-    return 0;
 }
 
 /* ******************************************************************************************************** *
@@ -648,20 +693,60 @@ static int raw_probe(const struct probe *p)
     return 1;
 }
 
+/* Reads a part's suffix: its length (0: this is no part's name), its number, and whether it is of digits. */
+static size_t raw_suffix(const char *path, bool *digits, unsigned *number)
+{
+    const char *dot = strrchr(util_basename(path), '.');
+    size_t len = dot ? strlen(dot + 1) : 0;
+
+    if (len < 2 || len > 5)
+        return 0;
+    *digits = strspn(dot + 1, "0123456789") == len;
+    *number = 0;
+    for (const char *p = dot + 1; *p; p++) {
+        if (!*digits && (*p < 'a' || *p > 'z'))
+            return 0;
+        *number = *number * (*digits ? 10 : 26) + (unsigned)(*p - (*digits ? '0' : 'a'));
+    }
+    return len;
+}
+
+/* The name of part `number`. False: the suffix is too short for it. */
+static bool raw_name(const char *path, size_t len, bool digits, unsigned number, char name[PATH_MAX])
+{
+    if (!util_copy(name, PATH_MAX, path))
+        return false;
+    for (char *p = name + strlen(name); len--; number /= digits ? 10 : 26)
+        *--p = (char)((digits ? '0' : 'a') + number % (digits ? 10 : 26));
+    return number == 0;
+}
+
 static bool raw_part(const char *first, unsigned i, char name[PATH_MAX])
 {
-    const char *dot = strrchr(util_basename(first), '.');
-    size_t len = dot ? strlen(dot + 1) : 0;
-    bool digits = dot && strspn(dot + 1, "0123456789") == len;
-    unsigned base = digits ? 10 : 26, value = i + (digits ? (unsigned)strtoul(dot + 1, NULL, 10) : 0);
+    unsigned number;
+    bool digits;
+    size_t len = raw_suffix(first, &digits, &number);
 
-    if (len < 2 || len > 5 || (digits ? value - i > 1 : strspn(dot + 1, "a") != len))
-        return false;
-    if (!util_copy(name, PATH_MAX, first))
-        return false;
-    for (char *p = name + (dot + 1 - first) + len; len--; value /= base)
-        *--p = (char)((digits ? '0' : 'a') + value % base);
-    return value == 0;
+    return len && number <= (digits ? 1 : 0) && raw_name(first, len, digits, number + i, name);
+}
+
+/* A later part of a set, shown alone, looks like a broken disk; and .001 may be the first part or the second. */
+static int raw_check_first(const struct image *im)
+{
+    char before[PATH_MAX];
+    unsigned number;
+    bool digits;
+    size_t len = raw_suffix(im->name, &digits, &number);
+
+    if (im->n_given > 1 || !len || !number || !raw_name(im->name, len, digits, number - 1, before) ||
+        access(before, F_OK) < 0)
+        return 0;
+    if (im->found_parts)
+        return msg_err(-EINVAL, "%s: %s is the first part; name that one, or take this one alone with --no-parts",
+                       im->name, util_basename(before));
+    msg_say(MSG_NOTE, "%s: shown alone, though it may be a later part of a split image: %s is there", im->name,
+            util_basename(before));
+    return 0;
 }
 
 static int raw_check_parts(struct image *im)
@@ -679,7 +764,10 @@ static int raw_check_parts(struct image *im)
 static int raw_open(struct image *im)
 {
     uint64_t *start, sum = 0;
-    int ret = raw_check_parts(im);
+    int ret = raw_check_first(im);
+
+    if (!ret)
+        ret = raw_check_parts(im);
 
     if (ret)
         return ret;
@@ -702,7 +790,6 @@ static int raw_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     const uint64_t *start = im->state;
     unsigned low = 0, high = im->n_files;
     bool data = true;
-    int ret = 0;
 
     while (high - low > 1) {
         unsigned mid = (low + high) / 2;
@@ -715,9 +802,9 @@ static int raw_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     ext->offset = offset - start[low];
     ext->length = low + 1 < im->n_files ? util_min(length, start[low + 1] - offset) : length;
     if (exact)
-        ret = file_seek_extent(ext->file, ext->offset, ext->length, &data, &ext->length);
+        file_seek_extent(ext->file, ext->offset, ext->length, &data, &ext->length);
     ext->kind = data ? EXT_DATA : EXT_ZERO;
-    return ret;
+    return 0;
 }
 
 static int raw_resize(struct image *im, uint64_t size)
@@ -865,7 +952,7 @@ static int img_find_parts(struct image *im)
     char name[PATH_MAX], missing[PATH_MAX] = "";
     int ret;
 
-    if (im->n_files > 1 || im->files[0].is_blk || !im->format->part)
+    if (im->n_given > 1 || im->files[0].is_blk || !im->format->part)
         return 0;
     for (unsigned i = 1, gap = 0; gap < GAP && im->format->part(im->name, i, name); i++) {
         if (access(name, F_OK) < 0) {
@@ -881,7 +968,8 @@ static int img_find_parts(struct image *im)
         im->found_parts = true;
     }
     if (im->found_parts)
-        msg_say(MSG_INFO, "%s: first of %u parts", im->name, im->n_files);
+        msg_say(MSG_NOTE, "%s: first of %u parts, the last is %s (--no-parts takes the first alone)", im->name,
+                im->n_files, util_basename(im->files[im->n_files - 1].path));
     return 0;
 }
 
@@ -901,11 +989,12 @@ static void img_close(struct image *im)
  * Leaves im half-built on failure: img_close() is due all the same. im->writable and growable are set by the
  * caller.
  */
-static int img_open(struct image *im, char *const *paths, unsigned n_paths, const char *format, bool lock)
+static int img_open(struct image *im, char *const *paths, unsigned n_paths, const char *format, bool parts, bool lock)
 {
     int ret = 0;
 
     im->name = paths[0];
+    im->n_given = n_paths;
     im->files = util_fault("file table") ? NULL : calloc(MAX_PARTS, sizeof(*im->files));
     if (!im->files)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
@@ -915,7 +1004,7 @@ static int img_open(struct image *im, char *const *paths, unsigned n_paths, cons
     if (!ret)
         ret = img_probe(im, format);
     if (!ret)
-        ret = img_find_parts(im);
+        ret = parts ? img_find_parts(im) : 0;
     for (unsigned i = 0; lock && i < im->n_files && !ret; i++)
         ret = file_lock(&im->files[i]);
     if (!ret)
@@ -965,7 +1054,7 @@ static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, 
 
 static int img_note_failure(struct image *im, int ret)
 {
-    if (ret && ret != -EOPNOTSUPP)
+    if (ret)
         im->failed = true;
     return ret;
 }
@@ -983,7 +1072,7 @@ static int img_resize_locked(struct image *im, uint64_t size)
         im->size = size;
     else if (ret != -EOPNOTSUPP)
         msg_serving(ret, "%s: cannot change its size to %" PRIu64 ": %s", im->name, size, strerror(-ret));
-    return img_note_failure(im, ret);
+    return ret == -EIO ? img_note_failure(im, ret) : ret;
 }
 
 /* Sets the size; with grow_only it never shrinks: another writer may have gone further. */
@@ -1023,16 +1112,17 @@ static int img_change(struct image *im, const void *buf, int mode, uint64_t len,
             part = ret ? 0 : n;
         }
     }
-    return img_note_failure(im, ret);
+    /* What was only to be given back or set aside is not lost when that is refused. */
+    return buf || ret == -EIO ? img_note_failure(im, ret) : ret;
 }
 
-/* The range lies inside the image, or the image grows first. *done bytes were written even on failure. */
-static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, uint64_t *done)
+/* With `grow` the image is made longer first where need be. *done bytes were written even on failure. */
+static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, bool grow, uint64_t *done)
 {
     int ret;
 
     *done = 0;
-    if (offset + len > im->size) {
+    if (grow && offset + len > im->size) {
         ret = img_resize(im, offset + len, true);
         if (ret)
             return ret;
@@ -1063,13 +1153,13 @@ static void img_refresh_size(struct image *im)
     pthread_mutex_unlock(&im->size_lock);
 }
 
-/* What the kernel would not tell anyone: a file that passthrough serves was cut short underneath. */
-static bool img_shrunk(struct image *im)
+/* What the kernel would not tell anyone: a file that passthrough serves was made shorter or longer underneath. */
+static bool img_resized_underneath(struct image *im)
 {
     struct stat st;
 
     return !im->writable && im->n_files == 1 && !im->files[0].is_blk && fstat(im->files[0].fd, &st) == 0 &&
-           (uint64_t)st.st_size < im->size;
+           (uint64_t)st.st_size != im->size;
 }
 
 /* Host space in use, in units of 512 bytes, and at least as much as the image's data can be. */
@@ -1096,6 +1186,8 @@ static uint64_t img_blocks(const struct image *im)
  * its protective MBR when there is no other table at all: on a disk whose first sectors were overwritten the
  * copy at the end is what is left.
  * ******************************************************************************************************** */
+
+static const char part_no_table[] = "no partition table (MBR or GPT)";
 
 struct part_scan {
     struct image *im;
@@ -1137,6 +1229,7 @@ static void part_add(struct part_scan *ps, unsigned number, uint64_t first_lba, 
     v->number = (int)number;
     v->start = ps->base + first_lba * ps->sector;
     v->size = n_lba * ps->sector;
+    v->inside = util_min(v->size, ps->size - first_lba * ps->sector);
     ps->n_views++;
 }
 
@@ -1300,7 +1393,7 @@ static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector)
 /* Adds the partitions to ps->views. `sector` 0: try both sizes. NULL, or why there are none. */
 static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
 {
-    const char *wrong = "no partition table (MBR or GPT)";
+    const char *wrong = part_no_table;
     enum part_table mbr = PART_NONE;
     uint8_t first[512];
 
@@ -1317,7 +1410,7 @@ static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
         return NULL;
     if (mbr == PART_PROTECTIVE)
         wrong = part_scan_gpts(ps, sector ? sector : 512);
-    return wrong ? wrong : "no partition table (MBR or GPT)";
+    return wrong ? wrong : part_no_table;
 }
 
 /* Which sector size the device itself has; 0: the table will show. */
@@ -1350,6 +1443,7 @@ static int part_choose(struct image *im, struct view *views, unsigned *n, unsign
             continue;
         views[0].start = views[i].start;
         views[0].size = views[i].size;
+        views[0].inside = views[i].inside;
         views[0].number = views[i].number;
         memcpy(views[0].name, views[i].name, sizeof(views[0].name));
         *n = 1;
@@ -1384,14 +1478,15 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
     ps.size = want->size ? want->size : im->size - want->offset;
     util_copy(views[0].name, sizeof(views[0].name), "disk");
     views[0].start = want->offset;
-    views[0].size = ps.size;
+    views[0].size = views[0].inside = ps.size;
     if (want->partition || want->all)
         wrong = part_scan_all(&ps, want->sector ? want->sector : part_device_sector(im));
     *n = ps.n_views;
     if (want->partition)
         return part_choose(im, views, n, want->partition, wrong);
     if (wrong)
-        msg_say(MSG_INFO, "%s: only the disk is shown: %s", im->name, wrong);
+        msg_say(wrong == part_no_table ? MSG_INFO : MSG_NOTE, "%s: only the disk is shown: %s%s", im->name,
+                wrong == part_no_table ? "" : "the GPT is damaged: ", wrong);
     return 0;
 }
 
@@ -1472,6 +1567,18 @@ static uint64_t fop_size(const struct server *srv, const struct view *v)
     if (srv->backing_id > 0)
         img_refresh_size(srv->im);
     return srv->im->size;
+}
+
+/* How much of a range of the view is there. 0: nothing, and the log says so. */
+static uint64_t fop_inside(const struct server *srv, const struct view *v, uint64_t offset, uint64_t len)
+{
+    if (fop_resizable(srv, v) || offset + len <= v->inside)
+        return len;
+    if (offset < v->inside)
+        return v->inside - offset;
+    msg_serving(0, "%s: %s: %" PRIu64 " bytes at %" PRIu64 " lie past the end of the disk", srv->im->name, v->name, len,
+                offset);
+    return 0;
 }
 
 static bool fop_growable(const struct server *srv, const struct view *v)
@@ -1628,16 +1735,22 @@ static int fop_open(struct worker *w, struct request *rq)
     const struct fuse_open_in *in = rq->arg;
     const struct server *srv = w->srv;
     const struct view *v = fop_view(srv, rq->head->nodeid);
+    int ret;
 
     if (!v)
         return -EISDIR;
     if (!srv->writable && (in->flags & O_ACCMODE) != O_RDONLY)
         return -EROFS;
+    if ((in->flags & O_TRUNC) && fop_growable(srv, v)) {
+        ret = img_resize(srv->im, 0, false);
+        if (ret)
+            return ret;
+    }
     memset(out, 0, sizeof(*out));
     rq->out_len = sizeof(*out);
     if (srv->direct_io) {
         out->open_flags = FOPEN_DIRECT_IO | FX_OPEN_PARALLEL_DIRECT_WRITES;
-    } else if (srv->backing_id > 0 && v == srv->views && !img_shrunk(srv->im)) {
+    } else if (srv->backing_id > 0 && v == srv->views && !img_resized_underneath(srv->im)) {
         out->open_flags = FX_OPEN_PASSTHROUGH;
         out->backing_id = srv->backing_id;
     } else if (srv->keep_cache) {
@@ -1671,7 +1784,7 @@ static int fop_read(struct worker *w, struct request *rq)
     const struct view *v = fop_view(srv, rq->head->nodeid);
     struct reference ref = { .front_will_do = srv->direct_io || (in->flags & O_DIRECT) };
     struct extent ext;
-    uint64_t size;
+    uint64_t size, inside;
     int ret;
 
     if (!v)
@@ -1680,6 +1793,10 @@ static int fop_read(struct worker *w, struct request *rq)
     if (in->offset >= size)
         return 0;
     ref.length = util_min(util_min(in->size, FX_MAX_IO), size - in->offset);
+    inside = fop_inside(srv, v, in->offset, ref.length);
+    if (inside == 0 || (inside < ref.length && !ref.front_will_do))
+        return -EIO;
+    ref.length = inside;
     ref.offset = v->start + in->offset;
     if (w->pipe[0] >= 0 && ref.length >= FX_SPLICE_MIN && ref.length <= FX_SPLICE_MAX &&
         img_map(srv->im, ref.offset, ref.length, false, &ext) == 0 && ext.kind == EXT_DATA &&
@@ -1718,9 +1835,12 @@ static int fop_write(struct worker *w, struct request *rq)
         size = fop_size(srv, v);
         if (in->offset >= size && len)
             return -ENOSPC;
-        len = util_min(len, size - in->offset);
+        len = fop_inside(srv, v, in->offset, util_min(len, size - in->offset));
+        if (len == 0 && in->size)
+            return -EIO;
     }
-    ret = img_write(srv->im, (const uint8_t *)rq->arg + sizeof(*in), len, v->start + in->offset, &done);
+    ret = img_write(srv->im, (const uint8_t *)rq->arg + sizeof(*in), len, v->start + in->offset, fop_growable(srv, v),
+                    &done);
     fop_count(&w->writes, 1);
     fop_count(&w->write_bytes, done);
     if (ret && !done)
@@ -1741,9 +1861,9 @@ static int fop_flush(struct worker *w, struct request *rq)
     struct image *im = srv->im;
 
     (void)rq;
-    if (srv->backing_id > 0 && img_shrunk(im)) {
+    if (srv->backing_id > 0 && img_resized_underneath(im)) {
         im->failed = true;
-        return msg_serving(-EIO, "%s: was truncated while it was served", im->name);
+        return msg_serving(-EIO, "%s: its size was changed by another program while it was served", im->name);
     }
     for (unsigned i = 0; srv->writable && i < im->n_files; i++)
         if (im->files[i].latched)
@@ -1779,6 +1899,8 @@ static int fop_fallocate(struct worker *w, struct request *rq)
     if (ret || in->offset >= fop_size(srv, v))
         return ret;
     len = util_min(len, fop_size(srv, v) - in->offset);
+    if (fop_inside(srv, v, in->offset, len) < len)
+        return -EIO;
     return img_change(srv->im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, v->start + in->offset, &done);
 }
 
@@ -1801,7 +1923,11 @@ static int fop_lseek(struct worker *w, struct request *rq)
     if (at >= size)
         return -ENXIO;
     for (; at < size; at += ext.length) {
-        ret = img_map(w->srv->im, v->start + at, size - at, true, &ext);
+        ext = (struct extent){ .kind = EXT_BAD, .length = size - at };
+        ret = 0;
+        if (fop_resizable(w->srv, v) || at < v->inside)
+            ret = img_map(w->srv->im, v->start + at, util_min(size, fop_resizable(w->srv, v) ? size : v->inside) - at, true,
+                          &ext);
         if (ret)
             return ret;
         if ((ext.kind == EXT_ZERO) == (in->whence == SEEK_HOLE))
@@ -2157,7 +2283,7 @@ static void loop_release(struct server *srv, int session_fd)
 static void loop_fill_init(const struct server *srv, const struct fuse_init_in *in, uint64_t offered,
                            bool passthrough, struct fx_init_out *out)
 {
-    uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS |
+    uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_ATOMIC_O_TRUNC |
                     FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO | FUSE_MAX_PAGES | FUSE_EXPLICIT_INVAL_DATA |
                     FUSE_INIT_EXT | (srv->direct_io ? FX_DIRECT_IO_ALLOW_MMAP : 0) |
                     (passthrough ? FX_PASSTHROUGH : 0);
@@ -2252,6 +2378,7 @@ static int loop_run(struct server *srv)
             break;
         }
     }
+    pool_reduce(srv->n_workers - started);
     pthread_sigmask(SIG_UNBLOCK, &usr1, NULL);
     broken = loop_worker(&srv->workers[0]) != NULL;
     for (unsigned i = 1; i < started; i++)
@@ -2445,7 +2572,9 @@ struct mountpoint {
 };
 
 struct mount_entry {
-    unsigned minor;
+    char path[PATH_MAX];
+    unsigned major, minor;
+    bool covered;                   /* by another mount at the same place */
     uid_t owner;                    /* who mounted it */
     bool fuseexp;
 };
@@ -2492,43 +2621,60 @@ static void mnt_unescape(char *text)
 }
 
 /* One line of mountinfo: "id parent major:minor root mountpoint options ... - type source super-options". */
-static bool mnt_parse_line(char *line, const char *path, struct mount_entry *entry)
+static bool mnt_parse_line(char *line, struct mount_entry *entry)
 {
-    struct mount_entry e = { .owner = 0 };
-    char *where, *rest, *user;
+    char *rest, *user;
     int at = 0;
 
-    if (sscanf(line, "%*u %*u %*u:%u %*s %n", &e.minor, &at) < 1 || at == 0)
+    memset(entry, 0, sizeof(*entry));
+    if (sscanf(line, "%*u %*u %u:%u %*s %n", &entry->major, &entry->minor, &at) < 2 || at == 0)
         return false;
-    where = line + at;
-    rest = where + strcspn(where, " ");
+    rest = line + at + strcspn(line + at, " ");
     if (!*rest)
         return false;
     *rest++ = 0;
-    mnt_unescape(where);
-    if (strcmp(where, path) != 0)
+    mnt_unescape(line + at);
+    if (!util_copy(entry->path, sizeof(entry->path), line + at))
         return false;
     rest = strstr(rest, " - ");
+    entry->fuseexp = rest && strncmp(rest + 3, "fuse.fuseexp ", 13) == 0;
+    rest = entry->fuseexp ? strchr(rest + 16, ' ') : NULL;         /* behind the source, which may say anything */
     user = rest ? strstr(rest, "user_id=") : NULL;
-    e.fuseexp = rest && strncmp(rest + 3, "fuse.fuseexp ", 13) == 0;
-    e.owner = user ? (uid_t)strtoul(user + 8, NULL, 10) : 0;
-    *entry = e;
+    entry->owner = user ? (uid_t)strtoul(user + 8, NULL, 10) : 0;
     return true;
 }
 
-/* The topmost mount at path. 1: found, 0: nothing is mounted there. */
-static int mnt_find(const char *path, struct mount_entry *entry)
+/*
+ * The topmost mount at path; or, with path NULL, where the fuseexp mount of this minor is (it may have been moved), and
+ * whether another mount covers it there. 1: found, 0: there is none.
+ */
+static int mnt_find(const char *path, unsigned minor, struct mount_entry *entry)
 {
     FILE *table = fopen("/proc/self/mountinfo", "re");
+    struct mount_entry *e = malloc(sizeof(*e));
     char *line = NULL;
     size_t size = 0;
     int found = 0;
 
-    if (!table)
-        return msg_err(-errno, "/proc/self/mountinfo: %s (is /proc mounted?)", strerror(errno));
-    while (getline(&line, &size, table) > 0)
-        found |= mnt_parse_line(line, path, entry);
+    memset(entry, 0, sizeof(*entry));
+    if (!table || !e) {
+        free(e);
+        if (table)
+            fclose(table);
+        return msg_err(-EIO, "/proc/self/mountinfo: %s (is /proc mounted?)", strerror(errno));
+    }
+    while (getline(&line, &size, table) > 0) {
+        if (!mnt_parse_line(line, e))
+            continue;
+        if (path ? strcmp(e->path, path) == 0 : e->fuseexp && e->major == 0 && e->minor == minor) {
+            *entry = *e;
+            found = 1;
+        } else if (!path && found && strcmp(e->path, entry->path) == 0) {
+            entry->covered = true;
+        }
+    }
     free(line);
+    free(e);
     fclose(table);
     return found;
 }
@@ -2550,18 +2696,56 @@ static int mnt_unmount(const char *path, int flags)
     return strstr(mnt_said, "busy") ? -EBUSY : -EPERM;
 }
 
-/* Detaches a mount whose server died; refuses to mount over anything that is alive. */
+/* Connects to the control sockets of a mount: whose name begins with its minor, and which its owner holds. */
+static size_t mnt_connect_servers(const struct mount_entry *entry, struct pollfd *fds, size_t most)
+{
+    FILE *table = fopen("/proc/net/unix", "re");
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    char line[512], want[32], *name;
+    struct ucred peer;
+    socklen_t len;
+    size_t n = 0;
+    int fd;
+
+    snprintf(want, sizeof(want), "@fuseexp:%u:", entry->minor);
+    while (table && n < most && fgets(line, sizeof(line), table)) {
+        line[strcspn(line, "\n")] = 0;
+        name = strstr(line, want);
+        if (!name || strlen(name) >= sizeof(addr.sun_path))
+            continue;
+        memcpy(addr.sun_path, name, strlen(name));
+        addr.sun_path[0] = 0;
+        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        len = sizeof(peer);
+        if (connect(fd, (struct sockaddr *)&addr,
+                    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name))) < 0 ||
+            getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.uid != entry->owner)
+            util_close(&fd);
+        else
+            fds[n++] = (struct pollfd){ .fd = fd, .events = POLLIN };
+    }
+    if (table)
+        fclose(table);
+    return n;
+}
+
+/* Detaches a mount whose server died; refuses to mount over anything that is alive. Asks no server that may hang. */
 static int mnt_clear_stale(const char *path)
 {
-    struct mount_entry entry = { 0 };
+    struct pollfd fds[MAX_WAITERS];
+    struct mount_entry entry;
     struct statfs fs;
-    int ret = mnt_find(path, &entry);
+    int ret = mnt_find(path, 0, &entry);
+    size_t n;
 
     if (ret <= 0)
         return ret;
     if (!entry.fuseexp)
         return msg_err(-EBUSY, "%s: something else is mounted there", path);
-    if (statfs(path, &fs) == 0 || (errno != ENOTCONN && errno != ECONNABORTED))
+    n = mnt_connect_servers(&entry, fds, MAX_WAITERS);
+    for (size_t i = 0; i < n; i++)
+        close(fds[i].fd);
+    if (n || statfs(path, &fs) == 0 || (errno != ENOTCONN && errno != ECONNABORTED))
         return msg_err(-EBUSY, "%s: fuseexp is mounted there already; fuseexp --umount ends it", path);
     ret = mnt_unmount(path, MNT_DETACH);
     if (ret)
@@ -2570,17 +2754,13 @@ static int mnt_clear_stale(const char *path)
     return 0;
 }
 
-/* Makes the path absolute. The last component need not exist (yet); the folder it is in must. */
-static int mnt_resolve(const char *arg, char path[PATH_MAX])
+/* Makes the path absolute: the folder it is in must exist, the last component is taken as it is. */
+static int mnt_resolve_folder(const char *arg, char path[PATH_MAX])
 {
     char folder[PATH_MAX], parent[PATH_MAX], *base;
 
-    if (!*arg || !util_copy(folder, sizeof(folder), arg))
-        return msg_err(-ENAMETOOLONG, "%s: not a usable path", arg);
-    if (realpath(arg, path))
-        return 0;
-    if (errno != ENOENT || arg[strlen(arg) - 1] == '/')
-        return msg_err(-errno, "%s: %s", arg, strerror(errno));
+    if (!util_copy(folder, sizeof(folder), arg) || !*util_basename(arg))
+        return msg_err(-EINVAL, "%s: not a usable path", arg);
     base = strrchr(folder, '/');
     if (base)
         *base = 0;
@@ -2589,6 +2769,21 @@ static int mnt_resolve(const char *arg, char path[PATH_MAX])
     if (snprintf(path, PATH_MAX, "%s%s%s", parent, parent[1] ? "/" : "", util_basename(arg)) >= PATH_MAX)
         return msg_err(-ENAMETOOLONG, "%s: path too long", arg);
     return 0;
+}
+
+/* Makes a mountpoint's path absolute and free of links. It need not exist (yet). */
+static int mnt_resolve(const char *arg, char path[PATH_MAX])
+{
+    int fd = open(arg, O_PATH | O_CLOEXEC);     /* asks the kernel's protection of links, unlike realpath() */
+
+    if (fd < 0 && errno == EACCES)
+        return msg_err(-errno, "%s: %s", arg, strerror(errno));
+    util_close(&fd);
+    if (realpath(arg, path))
+        return 0;
+    if (errno != ENOENT || !*arg || arg[strlen(arg) - 1] == '/')
+        return msg_err(-errno, "%s: %s", arg, strerror(errno));
+    return mnt_resolve_folder(arg, path);
 }
 
 /* Makes the mountpoint if there is none. */
@@ -2630,7 +2825,7 @@ static void mnt_remove(struct mountpoint *mp)
     struct mount_entry entry = { 0 };
     struct stat st;
 
-    if (!mp->created || mnt_find(mp->path, &entry) != 0)
+    if (!mp->created || mnt_find(mp->path, 0, &entry) != 0)
         return;
     if (lstat(mp->path, &st) == 0 && st.st_dev == mp->dev && st.st_ino == mp->ino && st.st_size == 0)
         unlink(mp->path);
@@ -2824,19 +3019,19 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
         *want->allow_other = false;
     } while (true);
 
-    ret = util_fault("mount table") ? -EIO : mnt_find(mp->path, &entry);
+    ret = util_fault("mount table") ? -EIO : mnt_find(mp->path, 0, &entry);
     if (ret != 1)
         return msg_err(ret ? ret : -EIO, "%s: mounted, but the mount table does not show it", mp->path);
     mp->minor = entry.minor;
     return 0;
 }
 
-/* Is our own mount (and not another one) the one to be seen at the path? */
-static bool mnt_is_ours(const struct mountpoint *mp)
+/* Where our mount is now, wherever somebody moved it. False: it is nowhere. */
+static bool mnt_where(const struct mountpoint *mp, struct mount_entry *entry)
 {
-    struct mount_entry entry = { 0 };
-
-    return mp->mounted && mnt_find(mp->path, &entry) == 1 && (mp->minor == 0 || entry.minor == mp->minor);
+    if (!mp->mounted)
+        return false;
+    return (mp->minor ? mnt_find(NULL, mp->minor, entry) : mnt_find(mp->path, 0, entry)) == 1;
 }
 
 /* Cuts the connection: every request fails at once. Needs fusectl; the caller has other means as well. */
@@ -2882,8 +3077,7 @@ enum opt_action { ACT_EXPORT, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
 struct options {
     char **images, **command, *mountpoint, *format, *pidfile, *extra;
     unsigned n_images;
-    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, lazy,
-        verbose, quiet;
+    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts, lazy, verbose, quiet;
     bool mount_helper; /* called by mount(8) */
     uint64_t offset, size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
@@ -2897,7 +3091,7 @@ struct run {
     unsigned n_views;
     struct server srv;
     struct mountpoint mp;
-    char pidfile[PATH_MAX];         /* absolute, empty: none */
+    char pidfile[PATH_MAX];         /* absolute */
     sigset_t old_mask;
     struct rlimit old_files;        /* the command gets them back */
     int shell_fd;                   /* to the process that the user started; -1 in the foreground */
@@ -2975,17 +3169,23 @@ static void run_poll(struct run *r, int timeout)
 
 static int run_take_signals(struct run *r)
 {
-    static const int taken[] = { SIGINT, SIGTERM, SIGHUP, SIGCHLD, SIGUSR1 };
+    static const int taken[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCHLD, SIGUSR1 };
+    static const int deaf[] = { SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGXFSZ };    /* would kill us for nothing */
     sigset_t set;
 
     sigemptyset(&set);
     for (size_t i = 0; i < ARRAY_LEN(taken); i++)
         sigaddset(&set, taken[i]);
     sigprocmask(SIG_BLOCK, &set, &r->old_mask);
+    r->sig_fd = util_fault("signals") ? -1 : signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (r->sig_fd < 0)
+        return msg_err(-errno, "signalfd: %s", strerror(errno));
+    for (size_t i = 0; i < ARRAY_LEN(deaf); i++)
+        sigaddset(&set, deaf[i]);
+    sigprocmask(SIG_BLOCK, &set, NULL);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGCHLD, SIG_DFL);       /* an ignored SIGCHLD, inherited, would lose us the exit statuses */
-    r->sig_fd = util_fault("signals") ? -1 : signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
-    return r->sig_fd < 0 ? msg_err(-errno, "signalfd: %s", strerror(errno)) : 0;
+    return 0;
 }
 
 /* A set of a thousand parts is a thousand descriptors. */
@@ -3044,7 +3244,7 @@ static int run_open_image(struct run *r)
 
     r->im.writable = o->writable;
     r->im.growable = o->growable;
-    ret = img_open(&r->im, o->images, o->n_images, o->format, !o->share);
+    ret = img_open(&r->im, o->images, o->n_images, o->format, !o->no_parts, !o->share);
     if (ret)
         return ret;
     /* Looked at before anything is mounted there: a folder shows the partitions too. */
@@ -3087,7 +3287,7 @@ static bool run_may_pass_through(const struct run *r)
 {
     const struct server *srv = &r->srv;
 
-    return !r->o->no_passthrough && !srv->direct_io && r->im.format == &raw_format && r->im.n_files == 1 &&
+    return !r->o->no_passthrough && !r->o->share && !srv->direct_io && r->im.format == &raw_format && r->im.n_files == 1 &&
            !r->im.files[0].is_blk && srv->views[0].start == 0 && srv->views[0].size == r->im.size &&
            (!srv->writable || (srv->growable && srv->resizable));
 }
@@ -3120,20 +3320,22 @@ static int run_mount(struct run *r)
 /* The server's whole life, in the child. Returns its exit status. */
 static int run_server(struct run *r, int ready_fd)
 {
-    struct sigaction usr1 = {
-        .sa_handler = loop_on_usr1
-    }; /* without SA_RESTART: it must interrupt read(2) */
+    /* The supervisor unmounts, and that ends us. */
+    static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGXFSZ };
+    struct sigaction usr1 = { .sa_handler = loop_on_usr1 }; /* without SA_RESTART: it must interrupt read(2) */
     bool pass = run_may_pass_through(r);
     int fd = r->mp.session_fd, ret;
 
-    signal(SIGINT, SIG_IGN);        /* the supervisor unmounts, and that ends us */
-    signal(SIGTERM, SIG_IGN);
-    signal(SIGHUP, SIG_IGN);
+    for (size_t i = 0; i < ARRAY_LEN(ignored); i++)
+        signal(ignored[i], SIG_IGN);
     signal(SIGCHLD, SIG_DFL);
+    (void)setsid();                 /* away from the terminal's signals, and from Ctrl-Z */
+    (void)!chdir("/");
     sigaction(SIGUSR1, &usr1, NULL);
     sigprocmask(SIG_SETMASK, &r->old_mask, NULL);
     util_close(&r->sig_fd);
     util_close(&r->shell_fd);
+    util_close_inherited();
 
     ret = loop_handshake(&r->srv, fd, &pass);
     if (!ret && pass)
@@ -3212,26 +3414,34 @@ static int run_wait_ready(struct run *r)
     return r->ready ? 0 : -EIO;     /* the server has said why */
 }
 
+/* Follows no link and writes into nothing but a file: pidfiles lie in folders of many. */
 static int run_write_pidfile(struct run *r)
 {
-    FILE *f;
+    struct stat st;
+    int fd, ret = 0;
 
     if (!r->o->pidfile)
         return 0;
-    f = util_fault("pidfile") ? NULL : fopen(r->pidfile, "we");
-    if (!f)
+    fd = util_fault("pidfile") ? -1 : open(r->pidfile, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0644);
+    if (fd < 0)
         return msg_err(-errno, "%s: %s", r->pidfile, strerror(errno));
-    fprintf(f, "%d\n", (int)getpid());
-    if (fclose(f) == 0)
-        return 0;
-    unlink(r->pidfile);
-    return msg_err(-errno, "%s: %s", r->pidfile, strerror(errno));
+    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode))
+        ret = -EINVAL;
+    else if (ftruncate(fd, 0) < 0 || dprintf(fd, "%d\n", (int)getpid()) < 0)
+        ret = -errno;
+    close(fd);
+    return ret ? msg_err(ret, "%s: %s", r->pidfile, ret == -EINVAL ? "not a regular file" : strerror(-ret)) : 0;
 }
 
+/* Only while it says our number: another instance may have taken it over. */
 static void run_remove_pidfile(const struct run *r)
 {
-    if (r->o->pidfile)
+    int fd = r->o->pidfile ? open(r->pidfile, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC) : -1;
+    char text[16] = "";
+
+    if (fd >= 0 && read(fd, text, sizeof(text) - 1) > 0 && atoi(text) == (int)getpid())
         unlink(r->pidfile);
+    util_close(&fd);
 }
 
 /* systemd's readiness protocol: one datagram. */
@@ -3270,6 +3480,8 @@ static int run_announce(struct run *r)
         return msg_err(-EPIPE, "%s: whoever asked for it has gone, unmounting", r->mp.path);
     util_close(&r->shell_fd);
     run_notify("READY=1");
+    if (access("/dev/log", W_OK) < 0)
+        msg_kmsg = open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
     openlog("fuseexp", LOG_PID, LOG_DAEMON);
     msg_to_syslog = true;
     run_null_stdio(STDIN_FILENO, STDERR_FILENO);
@@ -3300,23 +3512,28 @@ static int run_start_command(struct run *r)
 /* Unmounts, waiting up to patience milliseconds for users to leave (udev looks at every new loop device). */
 static bool run_unmount(struct run *r, int patience)
 {
+    struct mount_entry where;
     int ret = 0;
 
-    for (; r->server > 0 && mnt_is_ours(&r->mp); patience -= 20) {
-        ret = mnt_unmount(r->mp.path, 0);
+    for (; r->server > 0 && mnt_where(&r->mp, &where); patience -= 20) {
+        ret = where.covered ? -EBUSY : mnt_unmount(where.path, 0);
         if (ret != -EBUSY || patience <= 0)
             break;
         run_poll(r, 20);
     }
-    if (!ret || ret == -EINVAL || r->server == 0)
+    if (r->server == 0 || !mnt_where(&r->mp, &where))
         return true;
+    if (where.covered) {
+        msg_err(0, "%s: something is mounted over it, which must go first", where.path);
+        return false;
+    }
     if (ret == -EBUSY)
         msg_say(MSG_NOTE, "%s: in use, detached; it ends with its last user (another signal cuts it off now)",
-                r->mp.path);
-    ret = mnt_unmount(r->mp.path, MNT_DETACH);
-    if (ret && ret != -EINVAL)
-        msg_err(ret, "%s: cannot unmount: %s", r->mp.path, *mnt_said ? mnt_last_words() : strerror(-ret));
-    return !ret || ret == -EINVAL;
+                where.path);
+    ret = mnt_unmount(where.path, MNT_DETACH);
+    if (ret)
+        msg_err(ret, "%s: cannot unmount: %s", where.path, *mnt_said ? mnt_last_words() : strerror(-ret));
+    return !ret;
 }
 
 /* The second signal: no more waiting for users. */
@@ -3324,6 +3541,30 @@ static void run_cut_off(struct run *r)
 {
     mnt_abort(&r->mp);
     kill(r->server, SIGKILL);
+}
+
+/* The last chance to leave nothing behind, so it takes more than one fork that fails to give up. */
+static void run_release_mount(struct run *r)
+{
+    struct mount_entry where;
+    int ret = 0;
+
+    for (int tries = 0; tries < 10 && mnt_where(&r->mp, &where); tries++) {
+        ret = mnt_unmount(where.path, MNT_DETACH);
+        if (ret)
+            poll(NULL, 0, 50);
+    }
+    if (ret && mnt_where(&r->mp, &where))
+        msg_err(ret, "%s: cannot unmount: %s", where.path, *mnt_said ? mnt_last_words() : strerror(-ret));
+    mnt_end_session(&r->mp);
+}
+
+static void run_report_death(const struct run *r)
+{
+    int sig = WTERMSIG(r->server_status);
+
+    if (r->server == 0 && WIFSIGNALED(r->server_status))
+        msg_err(0, "%s: the server was killed by signal %d (%s); the mount is gone", r->mp.path, sig, strsignal(sig));
 }
 
 /* Until the server is gone. Whoever unmounts ends it: we, umount(8), fusermount3, a kernel without memory. */
@@ -3342,21 +3583,32 @@ static void run_supervise(struct run *r)
         if (r->server > 0 && r->stop_signals == handled)
             run_poll(r, command_ended && !unmounted ? 1000 : -1);
     }
-    while (r->command > 0)          /* its disk is gone, but its status is still to be told */
+    run_report_death(r);
+    if (r->command > 0)
+        run_release_mount(r);
+    while (r->command > 0) /* its disk is gone, but its status is still to be told */
         run_poll(r, -1);
 }
 
-/* After a failure: ends the server, which has had no chance to write anything if it was not ready. */
+/*
+ * After a failure: ends the server. If it was ready, somebody may have the file open already; he is cut off, so that
+ * the server ends as after any unmount, with its flush.
+ */
 static void run_stop_server(struct run *r)
 {
     while (r->log_fd >= 0 && r->server > 0 && r->not_ready)
-        run_relay_log(r);           /* its last words: it is leaving by itself */
-    if (r->server > 0 && r->ready)
-        run_unmount(r, 0);
-    else if (r->server > 0)
+        run_relay_log(r); /* its last words: it is leaving by itself */
+    if (r->server > 0 && r->ready) {
+        run_release_mount(r);
+        mnt_abort(&r->mp);
+        for (int i = 0; i < 100 && r->server > 0; i++)
+            run_poll(r, 20);
+    }
+    if (r->server > 0) {
         kill(r->server, SIGKILL);
-    if (r->server > 0 && waitpid(r->server, &r->server_status, 0) == r->server)
-        r->server = 0;
+        if (waitpid(r->server, &r->server_status, 0) == r->server)
+            r->server = 0;
+    }
     while (r->log_fd >= 0)
         run_relay_log(r);
 }
@@ -3366,30 +3618,12 @@ static int run_status(const struct run *r)
 {
     bool good = WIFEXITED(r->server_status) && WEXITSTATUS(r->server_status) == EXIT_OK;
 
-    if (WIFSIGNALED(r->server_status))
-        msg_err(0, "%s: the server was killed by signal %d (%s); the mount is gone", r->mp.path,
-                WTERMSIG(r->server_status), strsignal(WTERMSIG(r->server_status)));
     if (!r->o->command)
         return good ? EXIT_OK : EXIT_FAILED;
     if (WIFSIGNALED(r->command_status))
         return 128 + WTERMSIG(r->command_status);
     return WEXITSTATUS(r->command_status) == 0 && !good ? EXIT_CMD_NOT_STARTED
                                                         : WEXITSTATUS(r->command_status);
-}
-
-/* The last chance to leave nothing behind, so it takes more than one fork that fails to give up. */
-static void run_release_mount(struct run *r)
-{
-    int ret = 0;
-
-    for (int tries = 0; tries < 10 && mnt_is_ours(&r->mp); tries++) {
-        ret = mnt_unmount(r->mp.path, MNT_DETACH);
-        if (ret)
-            poll(NULL, 0, 50);
-    }
-    if (ret && mnt_is_ours(&r->mp))
-        msg_err(ret, "%s: cannot unmount: %s", r->mp.path, *mnt_said ? mnt_last_words() : strerror(-ret));
-    mnt_end_session(&r->mp);
 }
 
 static unsigned run_threads(const struct options *o)
@@ -3419,10 +3653,12 @@ static int run_export(const struct options *o, int shell_fd)
         goto out_control;
     if (mnt_resolve(o->mountpoint, r->mp.path) || mnt_clear_stale(r->mp.path))
         goto out_control;
-    if (o->pidfile && mnt_resolve(o->pidfile, r->pidfile))
+    if (o->pidfile && mnt_resolve_folder(o->pidfile, r->pidfile))
         goto out_control;
     if (run_open_image(r))
         goto out_image;
+    if (shell_fd >= 0)
+        util_close_inherited();     /* not sooner: IMAGE may be /dev/fd/9 */
     run_setup_server(r);
     if (mnt_create(&r->mp))
         goto out_mountpoint;
@@ -3505,39 +3741,6 @@ static int run_background(int *shell_fd, int *status)
  * 13. One-shot commands
  * ******************************************************************************************************** */
 
-/* Connects to the control sockets of a mount: whose name begins with its minor, and which its owner holds. */
-static size_t cmd_find_servers(const struct mount_entry *entry, struct pollfd *fds, size_t most)
-{
-    FILE *table = fopen("/proc/net/unix", "re");
-    struct sockaddr_un addr = { .sun_family = AF_UNIX };
-    char line[512], want[32], *name;
-    struct ucred peer;
-    socklen_t len;
-    size_t n = 0;
-    int fd;
-
-    snprintf(want, sizeof(want), "@fuseexp:%u:", entry->minor);
-    while (table && n < most && fgets(line, sizeof(line), table)) {
-        line[strcspn(line, "\n")] = 0;
-        name = strstr(line, want);
-        if (!name || strlen(name) >= sizeof(addr.sun_path))
-            continue;
-        memcpy(addr.sun_path, name, strlen(name));
-        addr.sun_path[0] = 0;
-        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-        len = sizeof(peer);
-        if (connect(fd, (struct sockaddr *)&addr,
-                    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name))) < 0 ||
-            getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.uid != entry->owner)
-            util_close(&fd);
-        else
-            fds[n++] = (struct pollfd){ .fd = fd, .events = POLLIN };
-    }
-    if (table)
-        fclose(table);
-    return n;
-}
-
 /* Waits until every server of the mount has ended. */
 static int cmd_wait_for_servers(const char *path, struct pollfd *fds, size_t n)
 {
@@ -3551,7 +3754,7 @@ static int cmd_wait_for_servers(const char *path, struct pollfd *fds, size_t n)
             msg_err(0, "%s: its supervisor was killed, so nobody knows how it ended", path);
             status = EXIT_FAILED;
         } else if (byte != EXIT_OK) {
-            msg_err(0, "%s: unmounted, but it reported failure %d (see syslog)", path, byte);
+            msg_err(0, "%s: unmounted, but it reported failure %d (see syslog or dmesg)", path, byte);
             status = EXIT_FAILED;
         }
         close(fds[i].fd);
@@ -3563,20 +3766,23 @@ static int cmd_umount(const struct options *o)
 {
     struct pollfd fds[MAX_WAITERS];
     struct mount_entry entry = { 0 };
+    struct statfs fs;
     char path[PATH_MAX];
+    bool unseen;
     size_t n;
     int ret;
 
     if (mnt_resolve(o->mountpoint, path))
         return EXIT_FAILED;
-    ret = mnt_find(path, &entry);
+    ret = mnt_find(path, 0, &entry);
     if (ret < 0)
         return EXIT_FAILED;
     if (ret == 0 || !entry.fuseexp) {
         msg_err(0, "%s: fuseexp has nothing mounted there", o->mountpoint);
         return EXIT_FAILED;
     }
-    n = cmd_find_servers(&entry, fds, MAX_WAITERS);
+    n = mnt_connect_servers(&entry, fds, MAX_WAITERS);
+    unseen = n == 0 && statfs(path, &fs) == 0;
     ret = mnt_unmount(path, o->lazy ? MNT_DETACH : 0);
     for (int tries = 0; ret == -EBUSY && tries < 50; tries++) {     /* udev looks at every new loop device */
         poll(NULL, 0, 20);
@@ -3588,6 +3794,9 @@ static int cmd_umount(const struct options *o)
                                 "-z detaches it now)"
                 : *mnt_said   ? mnt_last_words()
                               : strerror(-ret));
+    else if (!o->lazy && unseen)
+        ret = msg_err(-ESRCH, "%s: unmounted, but its server cannot be waited for (it is not in this network namespace)",
+                      o->mountpoint);
     else if (!o->lazy)
         return cmd_wait_for_servers(o->mountpoint, fds, n);
     while (n)
@@ -3672,7 +3881,7 @@ static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
                           .mode = 0600 };
     struct worker w = { .srv = &srv, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
     struct part_wanted want = { .offset = 0 };
-    int ret = img_open(&im, &path, 1, "raw", false);
+    int ret = img_open(&im, &path, 1, "raw", false, false);
 
     srand(1);
     ret = ret ? ret : part_make_views(&im, &want, views, &srv.n_views);
@@ -3751,6 +3960,7 @@ static const struct opt {
     { 'v', "verbose", NULL, OPT_SET, OPT_AT(verbose), 0, "say what is decided" },
     { 'q', "quiet", NULL, OPT_SET, OPT_AT(quiet), 0, "errors only" },
     { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
+    { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0, "IMAGE alone, even if it looks like a part of a split image" },
     { 0, "offset", "N[kMGT]", OPT_SIZE, OPT_AT(offset), 0, "show the image from this byte on" },
     { 0, "size", "N[kMGT]", OPT_SIZE, OPT_AT(size), 1, "and so many bytes of it" },
     { 0, "partition", "N", OPT_COUNT, OPT_AT(partition), 1024 * 1024,
@@ -3779,7 +3989,7 @@ static const struct opt {
 
 /* fstab's own words, and what mount(8) adds: nothing to us. */
 static const char *const opt_ignored[] = {
-    "defaults", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group", "_netdev", "loop",
+    "defaults", "auto", "noauto", "nofail", "user", "nouser", "users", "owner",    "rw",       "dev",   "suid",  "relatime", "norelatime", "nodiratime", "strictatime", "lazytime", "group", "_netdev", "loop",
 };
 
 static int opt_usage(const char *text)
@@ -3884,16 +4094,15 @@ static int opt_pass_to_mount(struct options *o, const char *word)
 }
 
 /*
- * One word of -o: ours, fstab's, or the mount's. mount(8) says "rw" of itself, so only a person's "rw"
- * counts.
+ * One word of -o: ours, fstab's, or the mount's. mount(8) and mount.fuse3 say "rw,dev,suid" by themselves, so "rw" must
+ * not make anything writable.
  */
 static int opt_mount_option(struct options *o, char *word)
 {
     char *value = strchr(word, '=');
 
-    if (strcmp(word, "ro") == 0 || strcmp(word, "rw") == 0) {
-        if (!o->mount_helper || word[1] == 'o')
-            o->writable = word[1] == 'w';
+    if (strcmp(word, "ro") == 0) {
+        o->writable = false;
         return 0;
     }
     if (strcmp(word, "allow_other") == 0) {
@@ -3987,6 +4196,8 @@ static int opt_parse_helper(struct options *o, int argc, char **argv)
 
 static int opt_check(struct options *o)
 {
+    if (o->lazy && o->action != ACT_UMOUNT)
+        return msg_err(-EINVAL, "-z goes with --umount");
     if (o->growable && !o->writable)
         return msg_err(-EINVAL, "--growable goes with -w");
     if (o->growable && (o->offset || o->size || o->partition))
@@ -4013,7 +4224,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
     if (ret)
         return ret;
     n = (o->mount_helper ? argc : end) - optind;
-    if (end < argc && n < 2 && o->action == ACT_EXPORT) {
+    if (end < argc && n == 0 && o->action == ACT_EXPORT) {
         /* "fuseexp -r -- IMAGE MOUNTPOINT [-- COMMAND]" */
         memmove(&argv[end], &argv[end + 1], (size_t)(argc - end) * sizeof(*argv));
         for (argc--; end < argc && strcmp(argv[end], "--") != 0;)
@@ -4089,6 +4300,7 @@ int main(int argc, char **argv)
 #endif
 
     main_open_stdio();
+    util_note_inherited();
     if (!cmd_self_test(argc, argv, &status) && opt_parse(&o, argc, argv) == 0) {
         msg_verbosity = o.debug ? MSG_DEBUG : o.verbose ? MSG_INFO : o.quiet ? MSG_ERROR : MSG_NOTE;
         o.foreground |= o.debug;
@@ -4100,7 +4312,7 @@ int main(int argc, char **argv)
     }
     free(o.extra);
 #ifdef FUSEEXP_FAULTS
-    if (o.mountpoint && main_count_fds() != fds)
+    if (o.mountpoint && main_count_fds() > fds)
         status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", main_count_fds(), fds);
 #endif
     return status;

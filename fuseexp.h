@@ -109,6 +109,7 @@ struct image {
     const struct image_format *format;
     struct file *files;             /* MAX_PARTS of them, opened and owned by the core */
     unsigned n_files;
+    unsigned n_given;               /* named by the user */
     bool found_parts;               /* files past the first were found by name, not given by the user */
     bool writable, growable;
     void *state;                    /* the driver's */
@@ -120,11 +121,12 @@ struct image {
 
 /* ---- views: part_ -------------------------------------------------------------------------------------- */
 
-/* A window of the image that is shown as one file. May reach past the image's end: that part reads as EIO. */
+/* A window of the image that is shown as one file. Only its first `inside` bytes are there: the rest reads as EIO. */
 struct view {
     char name[16];                  /* "disk", "p1", ... */
     int number;                     /* the partition's number as Linux counts, 0 for the disk */
     uint64_t start;
+    uint64_t inside;                /* less than size: a partition that reaches past the end of its disk */
     uint64_t size;                  /* at open: where a view can be resized, image.size counts */
 };
 

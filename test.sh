@@ -404,6 +404,19 @@ for off in (65536, 70000, 2**50):
     done
 }
 
+t_opening_with_o_trunc_empties_only_growable_images() {
+    random img 64; random new 64
+    "$fx" -q -w img m
+    cp new m; cmp new m; same "$(stat -c %s m)" 262144
+    dd if=img of=m bs=4k count=10 status=none; same "$(stat -c %s m)" 262144
+    head -c 1000 new >m; cmp -n 1000 new m; same "$(stat -c %s m)" 262144
+    "$fx" --umount m
+    cmp new img
+    "$fx" -q -w --growable img m
+    head -c 1000 new >m; same "$(stat -c %s m)" 1000
+    "$fx" --umount m; same "$(stat -c %s img)" 1000
+}
+
 t_truncate_works_on_whole_raw_images_only() {
     random img 16; cp img copy
     "$fx" -q -w img m
@@ -491,6 +504,10 @@ t_image_truncated_underneath_gives_eio_past_its_end() {
         "$fx" --umount m
         cp copy img
     done
+    # Neither is what was lost a hole, which cp would fill with zeros.
+    random img 1024; "$fx" -q --no-passthrough img m; truncate -s 2M img
+    not cp m out 2>err; grep -q 'Input/output' err
+    "$fx" --umount m; cp copy img
     # The kernel serves an open file alone and would just end early: close(2) tells, and the next open is right.
     "$fx" -q img m
     py '
@@ -553,6 +570,9 @@ t_split_images_with_lost_or_damaged_parts_are_refused() {
     mv x part.003; truncate -s 99999 part.002; refused 1 'part.002: part of 99999 bytes' "$fx" -q part.001 m
     "$fx" -q part.001 part.002 part.003 part.004 part.005 m
     cat part.00? | cmp - m; "$fx" --umount m
+    "$fx" -q --no-parts part.001 m; cmp m part.001; "$fx" --umount m
+    "$fx" part.003 m 2>err; grep -q 'shown alone.*part.002 is there' err; "$fx" --umount m
+    cp part.001 part.002; cp part.001 part.000; refused 1 'part.000 is the first part' "$fx" -q part.001 m
 }
 
 t_written_parts_get_their_bytes() {
@@ -571,6 +591,7 @@ t_window_shows_its_bytes() {
     "$fx" -q --offset 4k --size 0x1001 img m; cmp -n 4097 -i 4096:0 img m; same "$(stat -c %s m)" 4097; "$fx" --umount m
     refused 1 'offset 300000 is past the end' "$fx" -q --offset 300000 img m
     refused 1 'reaches past the end' "$fx" -q --offset 1 --size 256k img m
+    "$fx" -q --offset 0512 img m; same "$(stat -c %s m)" 261632; "$fx" --umount m      # no octal
     for bad in -1 1x 8E 9223372036854775808 18446744073709551616 99999999999999999999 1kk '' ' 1' +1; do
         refused 2 "'$bad' is not a usable size" "$fx" -q --offset="$bad" img m
     done
@@ -653,6 +674,34 @@ t_partition_that_reaches_past_the_end_reads_as_eio_there() {
     not dd if=m of=/dev/null bs=4k skip=25 count=1 2>err; grep -q 'Input/output' err
     "$fx" --umount m
     refused 1 'no partition 2' "$fx" -q --partition 2 img m
+}
+
+t_writes_past_the_end_of_a_truncated_disk_fail() {
+    mbr_image; truncate -s $((2048 * 512 + 100000)) img; cp img copy
+    "$fx" -q -w --format raw --partition 1 img m
+    not dd if=/dev/zero of=m bs=4k seek=300 count=1 conv=notrunc 2>err; grep -q 'Input/output' err
+    not fallocate -z -o 200000 -l 4096 m 2>err
+    not dd if=m of=/dev/null bs=4k skip=30 count=1 2>err; grep -q 'Input/output' err
+    "$fx" --umount m
+    cmp img copy
+}
+
+t_partition_stays_inside_the_window() {
+    mbr_image; cp img copy
+    "$fx" --size $((2048 * 512 + 8192)) --partition 1 -w img m 2>err; grep -q 'reaches 2088960 bytes past' err
+    cmp -n 8192 -i $((2048 * 512)):0 img m
+    not dd if=m of=/dev/null bs=4k skip=2 count=1 2>err
+    not dd if=/dev/zero of=m bs=4k seek=2 count=1 conv=notrunc 2>err
+    "$fx" --umount m
+    cmp img copy
+}
+
+t_damaged_gpt_is_told_in_folder_mode_too() {
+    random img 1024; printf 'label: gpt\nstart=64,size=100\n' | sfdisk -q img
+    dd if=/dev/urandom of=img bs=512 seek=2 count=1 conv=notrunc status=none
+    dd if=/dev/urandom of=img bs=512 seek=$((8192 - 33)) count=1 conv=notrunc status=none
+    mkdir d; "$fx" --format raw img d 2>err; grep -q 'only the disk is shown: the GPT is damaged' err
+    umount d; gone
 }
 
 t_hostile_partition_tables_are_survived() {
@@ -827,9 +876,9 @@ t_signal_to_the_supervisor_reaches_the_command() {
     gone
 }
 
-t_int_term_and_hup_unmount() {
+t_int_term_hup_and_quit_unmount() {
     random img 16
-    for sig in INT TERM HUP; do
+    for sig in INT TERM HUP QUIT; do
         "$fx" -q img m; kill -$sig "$(supervisor_of)"; gone
         [ ! -e m ]
         # From a script's background INT is ignored, as sh(1) has it, so a fresh shell with job control.
@@ -854,6 +903,29 @@ t_signal_while_busy_detaches_and_the_second_one_cuts_off() {
     not head -c 100 <&9 2>err >/dev/null
     exec 9<&-
     gone
+}
+
+t_other_signals_and_limits_do_not_kill() {
+    random img 16; cp img copy
+    bash -c 'ulimit -f 64; exec "$0" -q -w --growable --no-passthrough img m' "$fx"
+    kill -USR2 "$(supervisor_of)"; kill -USR2 "$(server_of)"; kill -QUIT "$(server_of)"; kill -ALRM "$(supervisor_of)"
+    not dd if=/dev/zero of=m bs=64k count=4 conv=notrunc oflag=append 2>err
+    cmp -n 65536 m copy
+    kill "$(supervisor_of)"; gone
+}
+
+t_server_is_out_of_the_callers_way() {
+    random img 16; mkdir cwd
+    exec 8>lock
+    (cd cwd; flock 8; "$fx" -q ../img ../m)
+    exec 8>&-
+    flock -n lock true
+    same "$(readlink "/proc/$(server_of)/cwd")" /
+    not test "$(ps -o sid= "$(server_of)")" = "$(ps -o sid= $$)"
+    "$fx" --umount m
+    exec 8>lock
+    "$fx" -q img m -- sh -c 'echo still mine >&8'
+    same "$(cat lock)" 'still mine'
 }
 
 t_usr1_prints_counters() {
@@ -907,6 +979,10 @@ t_pidfile_is_written_and_removed() {
     [ ! -e pid ]
     refused 1 'folder it should be in' "$fx" -q --pidfile no/pid img m
     mkdir pid.d; refused 1 'Is a directory' "$fx" -q --format raw --pidfile pid.d img m
+    echo precious >victim; ln -s victim link
+    refused 1 'link: .*ymbolic' "$fx" -q --format raw --pidfile link img m
+    same "$(cat victim)" precious
+    "$fx" -q --pidfile pid img m; rm pid; echo other >pid; "$fx" --umount m; same "$(cat pid)" other
 }
 
 t_notify_socket_is_told() {
@@ -937,6 +1013,11 @@ t_killed_server_leaves_no_mount() {
     kill -9 "$(server_of)"
     not wait $pid
     grep -q 'killed by signal 9' log
+    # A command sees the mount go at once.
+    "$fx" -q img m -- sh -c "sleep 0.7; grep -q ' $PWD/m ' /proc/self/mountinfo && echo there || echo gone" >out 2>log & pid=$!
+    wait_for test -s m; kill -9 "$(server_of)"
+    not wait $pid
+    same "$(cat out)" gone
     expect 125 "$fx" -q img m -- sh -c "kill -9 \$(grep -l 'NoNewPrivs:.1' /proc/[0-9]*/status | xargs grep -l '^Name:.fuseexp' | cut -d/ -f3 |
         while read p; do grep -qz ^m\$ /proc/\$p/cmdline && echo \$p; done)"
 }
@@ -969,6 +1050,9 @@ t_busy_mountpoints_are_refused() {
     "$fx" -q img m
     refused 1 'fuseexp is mounted there already' "$fx" -q img m
     cmp img m; "$fx" --umount m
+    "$fx" -q img m; kill -STOP "$(server_of)"
+    refused 1 'fuseexp is mounted there already' timeout 5 "$fx" -q img m
+    kill -CONT "$(server_of)"; "$fx" --umount m
     mount -t tmpfs none d
     refused 1 'something else is mounted there' "$fx" -q img d
     umount d
@@ -987,6 +1071,26 @@ t_image_and_mountpoint_may_be_the_same_path() {
     kill -STOP "$sup"; kill -9 "$(server_of)"; kill -9 "$sup"
     wait_for sh -c '! cat img'
     "$fx" -q img img; cmp -i 3 img copy; "$fx" --umount img
+}
+
+t_moved_and_covered_mounts_are_found() {
+    random img 16; mkdir d sd other
+    "$fx" -q img d/m; mv d e; kill "$(supervisor_of)"
+    gone
+    "$fx" -q -f img sd 2>log & local pid=$!
+    wait_for test -s sd/disk
+    mount --bind other sd; kill -TERM $pid
+    wait_for grep -q 'something is mounted over it' log
+    umount sd; kill -TERM $pid; wait $pid
+    gone
+}
+
+t_umount_from_another_network_namespace_says_that_it_cannot_wait() {
+    random img 16; "$fx" -q img m
+    expect 1 unshare -n "$fx" --umount m
+    grep -q 'cannot be waited for' err; gone
+    mkdir 'user_id=1000'; cp img 'user_id=1000/i'
+    "$fx" -q 'user_id=1000/i' m; "$fx" --umount m; same "$(ours)" ""
 }
 
 t_existing_mountpoint_file_is_kept() {
@@ -1019,6 +1123,16 @@ t_mount_8_and_fstab_work() {
         mount -r -t fuse.fuseexp -o format=raw,writable img m; ! printf x 2>/dev/null >>m || exit 1; umount m'
     wait_for sh -c 'printf new | cmp -n 3 - img'
     gone
+}
+
+t_mount_fuse3_s_rw_writes_nothing() {
+    random img 16; cp img copy; mkdir bin; ln -s "$fx" bin/fuseexp
+    local helper; helper=$(find /sbin/mount.fuse3 /usr/sbin/mount.fuse3 2>/dev/null | head -n 1)
+    PATH=$PWD/bin:$PATH "$helper" img m -o rw,dev,suid,relatime,format=raw -t fuse.fuseexp
+    findmnt -no OPTIONS m >opts; grep -q '^ro,nosuid,nodev' opts
+    not dd if=/dev/zero of=m count=1 conv=notrunc 2>err
+    "$fx" --umount m
+    cmp img copy
 }
 
 t_mount_options_reach_the_mount() {
@@ -1137,6 +1251,8 @@ t_bad_input_is_refused_in_one_line() {
     refused 2 'usage' "$fx"
     refused 2 'usage' "$fx" img
     refused 2 'no command after' "$fx" img m --
+    refused 2 'usage' "$fx" img -- ls
+    refused 2 'goes with --umount' "$fx" -z img m
     refused 2 'one of auto' "$fx" --sandbox=maybe img m
     refused 2 'not a usable' "$fx" --threads=1000 img m
     refused 2 'not a usable' "$fx" --partition=x img m
