@@ -655,8 +655,8 @@ static bool file_splice(struct file *f, int pipe_fd, uint64_t len, uint64_t offs
 }
 
 /*
- * Data or a hole at offset, and for how long (at least 1, at most len)? Where the host cannot tell, it is data; and so
- * is what a truncated file has lost, because nobody must take that for zeros.
+ * Data or a hole at offset, and for how long (at least 1, at most len)? Where the host cannot tell, it is
+ * data; and so is what a truncated file has lost, because nobody must take that for zeros.
  */
 static void file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool *data, uint64_t *extent)
 {
@@ -730,7 +730,10 @@ static bool raw_part(const char *first, unsigned i, char name[PATH_MAX])
     return len && number <= (digits ? 1 : 0) && raw_name(first, len, digits, number + i, name);
 }
 
-/* A later part of a set, shown alone, looks like a broken disk; and .001 may be the first part or the second. */
+/*
+ * A later part of a set, shown alone, looks like a broken disk; and .001 may be the first part or the
+ * second.
+ */
 static int raw_check_first(const struct image *im)
 {
     char before[PATH_MAX];
@@ -742,10 +745,11 @@ static int raw_check_first(const struct image *im)
         access(before, F_OK) < 0)
         return 0;
     if (im->found_parts)
-        return msg_err(-EINVAL, "%s: %s is the first part; name that one, or take this one alone with --no-parts",
+        return msg_err(-EINVAL,
+                       "%s: %s is the first part; name that one, or take this one alone with --no-parts",
                        im->name, util_basename(before));
-    msg_say(MSG_NOTE, "%s: shown alone, though it may be a later part of a split image: %s is there", im->name,
-            util_basename(before));
+    msg_say(MSG_NOTE, "%s: shown alone, though it may be a later part of a split image: %s is there",
+            im->name, util_basename(before));
     return 0;
 }
 
@@ -968,8 +972,8 @@ static int img_find_parts(struct image *im)
         im->found_parts = true;
     }
     if (im->found_parts)
-        msg_say(MSG_NOTE, "%s: first of %u parts, the last is %s (--no-parts takes the first alone)", im->name,
-                im->n_files, util_basename(im->files[im->n_files - 1].path));
+        msg_say(MSG_NOTE, "%s: first of %u parts, the last is %s (--no-parts takes the first alone)",
+                im->name, im->n_files, util_basename(im->files[im->n_files - 1].path));
     return 0;
 }
 
@@ -989,7 +993,8 @@ static void img_close(struct image *im)
  * Leaves im half-built on failure: img_close() is due all the same. im->writable and growable are set by the
  * caller.
  */
-static int img_open(struct image *im, char *const *paths, unsigned n_paths, const char *format, bool parts, bool lock)
+static int img_open(struct image *im, char *const *paths, unsigned n_paths, const char *format, bool parts,
+                    bool lock)
 {
     int ret = 0;
 
@@ -1117,7 +1122,8 @@ static int img_change(struct image *im, const void *buf, int mode, uint64_t len,
 }
 
 /* With `grow` the image is made longer first where need be. *done bytes were written even on failure. */
-static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, bool grow, uint64_t *done)
+static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, bool grow,
+                     uint64_t *done)
 {
     int ret;
 
@@ -1153,7 +1159,10 @@ static void img_refresh_size(struct image *im)
     pthread_mutex_unlock(&im->size_lock);
 }
 
-/* What the kernel would not tell anyone: a file that passthrough serves was made shorter or longer underneath. */
+/*
+ * What the kernel would not tell anyone: a file that passthrough serves was made shorter or longer
+ * underneath.
+ */
 static bool img_resized_underneath(struct image *im)
 {
     struct stat st;
@@ -1576,8 +1585,8 @@ static uint64_t fop_inside(const struct server *srv, const struct view *v, uint6
         return len;
     if (offset < v->inside)
         return v->inside - offset;
-    msg_serving(0, "%s: %s: %" PRIu64 " bytes at %" PRIu64 " lie past the end of the disk", srv->im->name, v->name, len,
-                offset);
+    msg_serving(0, "%s: %s: %" PRIu64 " bytes at %" PRIu64 " lie past the end of the disk", srv->im->name,
+                v->name, len, offset);
     return 0;
 }
 
@@ -1839,8 +1848,8 @@ static int fop_write(struct worker *w, struct request *rq)
         if (len == 0 && in->size)
             return -EIO;
     }
-    ret = img_write(srv->im, (const uint8_t *)rq->arg + sizeof(*in), len, v->start + in->offset, fop_growable(srv, v),
-                    &done);
+    ret = img_write(srv->im, (const uint8_t *)rq->arg + sizeof(*in), len, v->start + in->offset,
+                    fop_growable(srv, v), &done);
     fop_count(&w->writes, 1);
     fop_count(&w->write_bytes, done);
     if (ret && !done)
@@ -1926,8 +1935,8 @@ static int fop_lseek(struct worker *w, struct request *rq)
         ext = (struct extent){ .kind = EXT_BAD, .length = size - at };
         ret = 0;
         if (fop_resizable(w->srv, v) || at < v->inside)
-            ret = img_map(w->srv->im, v->start + at, util_min(size, fop_resizable(w->srv, v) ? size : v->inside) - at, true,
-                          &ext);
+            ret = img_map(w->srv->im, v->start + at,
+                          util_min(size, fop_resizable(w->srv, v) ? size : v->inside) - at, true, &ext);
         if (ret)
             return ret;
         if ((ext.kind == EXT_ZERO) == (in->whence == SEEK_HOLE))
@@ -2283,10 +2292,10 @@ static void loop_release(struct server *srv, int session_fd)
 static void loop_fill_init(const struct server *srv, const struct fuse_init_in *in, uint64_t offered,
                            bool passthrough, struct fx_init_out *out)
 {
-    uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_ATOMIC_O_TRUNC |
-                    FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO | FUSE_MAX_PAGES | FUSE_EXPLICIT_INVAL_DATA |
-                    FUSE_INIT_EXT | (srv->direct_io ? FX_DIRECT_IO_ALLOW_MMAP : 0) |
-                    (passthrough ? FX_PASSTHROUGH : 0);
+    uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS |
+                    FUSE_ATOMIC_O_TRUNC | FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO | FUSE_MAX_PAGES |
+                    FUSE_EXPLICIT_INVAL_DATA | FUSE_INIT_EXT |
+                    (srv->direct_io ? FX_DIRECT_IO_ALLOW_MMAP : 0) | (passthrough ? FX_PASSTHROUGH : 0);
 
     want &= offered;
     *out = (struct fx_init_out){
@@ -2638,15 +2647,15 @@ static bool mnt_parse_line(char *line, struct mount_entry *entry)
         return false;
     rest = strstr(rest, " - ");
     entry->fuseexp = rest && strncmp(rest + 3, "fuse.fuseexp ", 13) == 0;
-    rest = entry->fuseexp ? strchr(rest + 16, ' ') : NULL;         /* behind the source, which may say anything */
+    rest = entry->fuseexp ? strchr(rest + 16, ' ') : NULL; /* behind the source, which may say anything */
     user = rest ? strstr(rest, "user_id=") : NULL;
     entry->owner = user ? (uid_t)strtoul(user + 8, NULL, 10) : 0;
     return true;
 }
 
 /*
- * The topmost mount at path; or, with path NULL, where the fuseexp mount of this minor is (it may have been moved), and
- * whether another mount covers it there. 1: found, 0: there is none.
+ * The topmost mount at path; or, with path NULL, where the fuseexp mount of this minor is (it may have been
+ * moved), and whether another mount covers it there. 1: found, 0: there is none.
  */
 static int mnt_find(const char *path, unsigned minor, struct mount_entry *entry)
 {
@@ -2729,7 +2738,10 @@ static size_t mnt_connect_servers(const struct mount_entry *entry, struct pollfd
     return n;
 }
 
-/* Detaches a mount whose server died; refuses to mount over anything that is alive. Asks no server that may hang. */
+/*
+ * Detaches a mount whose server died; refuses to mount over anything that is alive. Asks no server that may
+ * hang.
+ */
 static int mnt_clear_stale(const char *path)
 {
     struct pollfd fds[MAX_WAITERS];
@@ -3077,7 +3089,8 @@ enum opt_action { ACT_EXPORT, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
 struct options {
     char **images, **command, *mountpoint, *format, *pidfile, *extra;
     unsigned n_images;
-    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts, lazy, verbose, quiet;
+    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
+        lazy, verbose, quiet;
     bool mount_helper; /* called by mount(8) */
     uint64_t offset, size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
@@ -3170,7 +3183,8 @@ static void run_poll(struct run *r, int timeout)
 static int run_take_signals(struct run *r)
 {
     static const int taken[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCHLD, SIGUSR1 };
-    static const int deaf[] = { SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGXFSZ };    /* would kill us for nothing */
+    static const int deaf[] = { SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF,
+                                SIGXFSZ }; /* would kill us for nothing */
     sigset_t set;
 
     sigemptyset(&set);
@@ -3287,9 +3301,9 @@ static bool run_may_pass_through(const struct run *r)
 {
     const struct server *srv = &r->srv;
 
-    return !r->o->no_passthrough && !r->o->share && !srv->direct_io && r->im.format == &raw_format && r->im.n_files == 1 &&
-           !r->im.files[0].is_blk && srv->views[0].start == 0 && srv->views[0].size == r->im.size &&
-           (!srv->writable || (srv->growable && srv->resizable));
+    return !r->o->no_passthrough && !r->o->share && !srv->direct_io && r->im.format == &raw_format &&
+           r->im.n_files == 1 && !r->im.files[0].is_blk && srv->views[0].start == 0 &&
+           srv->views[0].size == r->im.size && (!srv->writable || (srv->growable && srv->resizable));
 }
 
 static int run_mount(struct run *r)
@@ -3321,8 +3335,11 @@ static int run_mount(struct run *r)
 static int run_server(struct run *r, int ready_fd)
 {
     /* The supervisor unmounts, and that ends us. */
-    static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGXFSZ };
-    struct sigaction usr1 = { .sa_handler = loop_on_usr1 }; /* without SA_RESTART: it must interrupt read(2) */
+    static const int ignored[] = { SIGINT,  SIGTERM,   SIGHUP,  SIGQUIT, SIGUSR2,
+                                   SIGALRM, SIGVTALRM, SIGPROF, SIGXFSZ };
+    struct sigaction usr1 = {
+        .sa_handler = loop_on_usr1
+    }; /* without SA_RESTART: it must interrupt read(2) */
     bool pass = run_may_pass_through(r);
     int fd = r->mp.session_fd, ret;
 
@@ -3422,7 +3439,9 @@ static int run_write_pidfile(struct run *r)
 
     if (!r->o->pidfile)
         return 0;
-    fd = util_fault("pidfile") ? -1 : open(r->pidfile, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0644);
+    fd = util_fault("pidfile")
+             ? -1
+             : open(r->pidfile, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0644);
     if (fd < 0)
         return msg_err(-errno, "%s: %s", r->pidfile, strerror(errno));
     if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode))
@@ -3430,7 +3449,8 @@ static int run_write_pidfile(struct run *r)
     else if (ftruncate(fd, 0) < 0 || dprintf(fd, "%d\n", (int)getpid()) < 0)
         ret = -errno;
     close(fd);
-    return ret ? msg_err(ret, "%s: %s", r->pidfile, ret == -EINVAL ? "not a regular file" : strerror(-ret)) : 0;
+    return ret ? msg_err(ret, "%s: %s", r->pidfile, ret == -EINVAL ? "not a regular file" : strerror(-ret))
+               : 0;
 }
 
 /* Only while it says our number: another instance may have taken it over. */
@@ -3564,7 +3584,8 @@ static void run_report_death(const struct run *r)
     int sig = WTERMSIG(r->server_status);
 
     if (r->server == 0 && WIFSIGNALED(r->server_status))
-        msg_err(0, "%s: the server was killed by signal %d (%s); the mount is gone", r->mp.path, sig, strsignal(sig));
+        msg_err(0, "%s: the server was killed by signal %d (%s); the mount is gone", r->mp.path, sig,
+                strsignal(sig));
 }
 
 /* Until the server is gone. Whoever unmounts ends it: we, umount(8), fusermount3, a kernel without memory. */
@@ -3591,8 +3612,8 @@ static void run_supervise(struct run *r)
 }
 
 /*
- * After a failure: ends the server. If it was ready, somebody may have the file open already; he is cut off, so that
- * the server ends as after any unmount, with its flush.
+ * After a failure: ends the server. If it was ready, somebody may have the file open already; he is cut off,
+ * so that the server ends as after any unmount, with its flush.
  */
 static void run_stop_server(struct run *r)
 {
@@ -3795,8 +3816,10 @@ static int cmd_umount(const struct options *o)
                 : *mnt_said   ? mnt_last_words()
                               : strerror(-ret));
     else if (!o->lazy && unseen)
-        ret = msg_err(-ESRCH, "%s: unmounted, but its server cannot be waited for (it is not in this network namespace)",
-                      o->mountpoint);
+        ret = msg_err(
+            -ESRCH,
+            "%s: unmounted, but its server cannot be waited for (it is not in this network namespace)",
+            o->mountpoint);
     else if (!o->lazy)
         return cmd_wait_for_servers(o->mountpoint, fds, n);
     while (n)
@@ -3960,7 +3983,8 @@ static const struct opt {
     { 'v', "verbose", NULL, OPT_SET, OPT_AT(verbose), 0, "say what is decided" },
     { 'q', "quiet", NULL, OPT_SET, OPT_AT(quiet), 0, "errors only" },
     { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
-    { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0, "IMAGE alone, even if it looks like a part of a split image" },
+    { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0,
+      "IMAGE alone, even if it looks like a part of a split image" },
     { 0, "offset", "N[kMGT]", OPT_SIZE, OPT_AT(offset), 0, "show the image from this byte on" },
     { 0, "size", "N[kMGT]", OPT_SIZE, OPT_AT(size), 1, "and so many bytes of it" },
     { 0, "partition", "N", OPT_COUNT, OPT_AT(partition), 1024 * 1024,
@@ -3989,7 +4013,9 @@ static const struct opt {
 
 /* fstab's own words, and what mount(8) adds: nothing to us. */
 static const char *const opt_ignored[] = {
-    "defaults", "auto", "noauto", "nofail", "user", "nouser", "users", "owner",    "rw",       "dev",   "suid",  "relatime", "norelatime", "nodiratime", "strictatime", "lazytime", "group", "_netdev", "loop",
+    "defaults",    "auto",     "noauto", "nofail",  "user",     "nouser",     "users",
+    "owner",       "rw",       "dev",    "suid",    "relatime", "norelatime", "nodiratime",
+    "strictatime", "lazytime", "group",  "_netdev", "loop",
 };
 
 static int opt_usage(const char *text)
@@ -4061,8 +4087,8 @@ static int opt_apply(struct options *o, const struct opt *opt, char *value)
         return 0;
     case OPT_COUNT:
     case OPT_ID:
-        if (!util_parse_size(value, &number) || number > opt->value || (number == 0 && opt->kind == OPT_COUNT) ||
-            !isdigit((unsigned char)value[strlen(value) - 1]))
+        if (!util_parse_size(value, &number) || number > opt->value ||
+            (number == 0 && opt->kind == OPT_COUNT) || !isdigit((unsigned char)value[strlen(value) - 1]))
             return opt_bad(opt, value);
         *(uint32_t *)at = (uint32_t)number;
         return 0;
@@ -4094,8 +4120,8 @@ static int opt_pass_to_mount(struct options *o, const char *word)
 }
 
 /*
- * One word of -o: ours, fstab's, or the mount's. mount(8) and mount.fuse3 say "rw,dev,suid" by themselves, so "rw" must
- * not make anything writable.
+ * One word of -o: ours, fstab's, or the mount's. mount(8) and mount.fuse3 say "rw,dev,suid" by themselves, so
+ * "rw" must not make anything writable.
  */
 static int opt_mount_option(struct options *o, char *word)
 {
