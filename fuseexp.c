@@ -105,7 +105,7 @@ __attribute__((format(printf, 1, 0))) static void msg_put(const char *fmt, va_li
             line[i] = '?';
     line[len] = msg_to_syslog ? 0 : '\n';
     if (msg_to_syslog && msg_kmsg >= 0)
-        dprintf(msg_kmsg, "<4>%s\n", line);
+        dprintf(msg_kmsg, "<4>%.900s\n", line);   /* it refuses more than about 1000 bytes */
     else if (msg_to_syslog)
         syslog(LOG_DAEMON | LOG_WARNING, "%s", line + head);
     else
@@ -241,20 +241,31 @@ static bool util_copy(char *to, size_t room, const char *from)
 }
 
 /* The descriptors that whoever started us left open: a lock held by us would never be free. */
-static uint8_t util_inherited[1024];
+static uint8_t util_inherited[1 << 16];
+static int util_n_closed;
 
 static void util_note_inherited(void)
 {
-    for (int fd = STDERR_FILENO + 1; fd < (int)sizeof(util_inherited); fd++)
-        util_inherited[fd] = fcntl(fd, F_GETFD) >= 0;
+    DIR *dir = opendir("/proc/self/fd");
+    struct dirent *e;
+    long fd;
+
+    while (dir && (e = readdir(dir))) {
+        fd = strtol(e->d_name, NULL, 10);
+        if (fd > STDERR_FILENO && fd < (long)sizeof(util_inherited) && fd != dirfd(dir))
+            util_inherited[fd] = 1;
+    }
+    if (dir)
+        closedir(dir);
 }
 
 static void util_close_inherited(void)
 {
     for (int fd = STDERR_FILENO + 1; fd < (int)sizeof(util_inherited); fd++)
-        if (util_inherited[fd])
-            close(fd);
-    memset(util_inherited, 0, sizeof(util_inherited));
+        if (util_inherited[fd]) {
+            util_inherited[fd] = 0;
+            util_n_closed += close(fd) == 0;
+        }
 }
 
 static void util_close(int *fd)
@@ -741,10 +752,10 @@ static int raw_check_first(const struct image *im)
     bool digits;
     size_t len = raw_suffix(im->name, &digits, &number);
 
-    if (im->n_given > 1 || !len || !number || !raw_name(im->name, len, digits, number - 1, before) ||
-        access(before, F_OK) < 0)
+    if (im->n_given > 1 || im->alone || !len || !number ||
+        !raw_name(im->name, len, digits, number - 1, before) || access(before, F_OK) < 0)
         return 0;
-    if (im->found_parts)
+    if (im->found_parts || number == 1)
         return msg_err(-EINVAL,
                        "%s: %s is the first part; name that one, or take this one alone with --no-parts",
                        im->name, util_basename(before));
@@ -1000,6 +1011,7 @@ static int img_open(struct image *im, char *const *paths, unsigned n_paths, cons
 
     im->name = paths[0];
     im->n_given = n_paths;
+    im->alone = !parts;
     im->files = util_fault("file table") ? NULL : calloc(MAX_PARTS, sizeof(*im->files));
     if (!im->files)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
@@ -1693,7 +1705,7 @@ static int fop_statx(struct worker *w, struct request *rq)
     return ret;
 }
 
-static int fop_set_size(struct server *srv, const struct view *v, uint64_t size)
+static int fop_set_size(const struct server *srv, const struct view *v, uint64_t size)
 {
     if (!v)
         return -EISDIR;
@@ -1735,8 +1747,8 @@ static int fop_setattr(struct worker *w, struct request *rq)
 }
 
 /*
- * A passed-through file that was cut short underneath is not passed through any more: then reads past its
- * end fail.
+ * A passed-through file whose length was changed underneath is not passed through any more: then reads past
+ * its end fail. O_TRUNC ("cp backup m", "> m") is refused unless what it empties may grow again.
  */
 static int fop_open(struct worker *w, struct request *rq)
 {
@@ -1750,8 +1762,13 @@ static int fop_open(struct worker *w, struct request *rq)
         return -EISDIR;
     if (!srv->writable && (in->flags & O_ACCMODE) != O_RDONLY)
         return -EROFS;
-    if ((in->flags & O_TRUNC) && fop_growable(srv, v)) {
-        ret = img_resize(srv->im, 0, false);
+    if ((in->flags & O_TRUNC) && fop_size(srv, v)) {
+        ret = fop_growable(srv, v)
+                  ? fop_set_size(srv, v, 0)
+                  : msg_serving(-EPERM,
+                                "%s: opened to be emptied, refused: write without truncating (dd "
+                                "conv=notrunc), or use --growable",
+                                srv->im->name);
         if (ret)
             return ret;
     }
@@ -1803,7 +1820,11 @@ static int fop_read(struct worker *w, struct request *rq)
         return 0;
     ref.length = util_min(util_min(in->size, FX_MAX_IO), size - in->offset);
     inside = fop_inside(srv, v, in->offset, ref.length);
-    if (inside == 0 || (inside < ref.length && !ref.front_will_do))
+    if (inside && inside < ref.length && !ref.front_will_do) /* larger ones come again page by page */
+        return ref.length > 4096
+                   ? -EIO
+                   : msg_serving(-EIO, "%s: %s: ends at %" PRIu64, srv->im->name, v->name, v->inside);
+    if (inside == 0)
         return -EIO;
     ref.length = inside;
     ref.offset = v->start + in->offset;
@@ -2575,6 +2596,7 @@ struct mountpoint {
     bool is_dir, created, mounted;
     dev_t dev;                      /* of the file we created, to remove that one only */
     ino_t ino;
+    uint64_t id;                    /* of the mount, see mnt_identity() */
     unsigned minor;                 /* of the mounted file system: the number of its FUSE connection */
     struct fuse_session *session;   /* libfuse's: owns session_fd until the server is forked */
     int session_fd;
@@ -2582,6 +2604,7 @@ struct mountpoint {
 
 struct mount_entry {
     char path[PATH_MAX];
+    uint64_t id;                    /* see mnt_identity() */
     unsigned major, minor;
     bool covered;                   /* by another mount at the same place */
     uid_t owner;                    /* who mounted it */
@@ -2654,15 +2677,34 @@ static bool mnt_parse_line(char *line, struct mount_entry *entry)
 }
 
 /*
- * The topmost mount at path; or, with path NULL, where the fuseexp mount of this minor is (it may have been
- * moved), and whether another mount covers it there. 1: found, 0: there is none.
+ * What tells this mount from all others there ever were: minors, and mountinfo's ids, are given to the next
+ * mount as soon as they are free. The number of the mount that is to be seen at the path; 0 before Linux 6.8,
+ * which has none. Asks the kernel's cache alone, so that no server, alive or dead, is waited for.
  */
-static int mnt_find(const char *path, unsigned minor, struct mount_entry *entry)
+static uint64_t mnt_identity(const char *path)
+{
+    union { uint8_t raw[256]; uint32_t mask; } stx;
+    uint64_t id = 0;
+
+    memset(&stx, 0, sizeof(stx));
+    if (syscall(SYS_statx, AT_FDCWD, path, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | FX_STATX_DONT_SYNC,
+                FX_STATX_MNT_ID_UNIQUE, stx.raw) == 0 && (stx.mask & FX_STATX_MNT_ID_UNIQUE))
+        memcpy(&id, stx.raw + FX_STATX_OFF_MNT_ID, sizeof(id));
+    return id;
+}
+
+/*
+ * The topmost mount at path; or, with path NULL, where the mount with this minor and identity is to be seen
+ * (it may have been moved). With covered set it is there, but another one lies over it. 1: found, 0: there is
+ * none.
+ */
+static int mnt_find(const char *path, unsigned minor, uint64_t id, struct mount_entry *entry)
 {
     FILE *table = fopen("/proc/self/mountinfo", "re");
     struct mount_entry *e = malloc(sizeof(*e));
     char *line = NULL;
     size_t size = 0;
+    char hidden[PATH_MAX] = "";
     int found = 0;
 
     memset(entry, 0, sizeof(*entry));
@@ -2676,9 +2718,15 @@ static int mnt_find(const char *path, unsigned minor, struct mount_entry *entry)
         if (!mnt_parse_line(line, e))
             continue;
         if (path ? strcmp(e->path, path) == 0 : e->fuseexp && e->major == 0 && e->minor == minor) {
+            e->id = mnt_identity(e->path);
+            if (!path && id && e->id != id) {
+                util_copy(hidden, sizeof(hidden),
+                          e->path); /* ours, out of sight, or one that has our minor now */
+                continue;
+            }
             *entry = *e;
             found = 1;
-        } else if (!path && found && strcmp(e->path, entry->path) == 0) {
+        } else if (!path && strcmp(e->path, found ? entry->path : hidden) == 0) {
             entry->covered = true;
         }
     }
@@ -2705,33 +2753,56 @@ static int mnt_unmount(const char *path, int flags)
     return strstr(mnt_said, "busy") ? -EBUSY : -EPERM;
 }
 
-/* Connects to the control sockets of a mount: whose name begins with its minor, and which its owner holds. */
-static size_t mnt_connect_servers(const struct mount_entry *entry, struct pollfd *fds, size_t most)
+/*
+ * What the names of the control sockets of a mount begin with. Root may not ask for the identity of a mount
+ * that a plain user keeps to himself; then the minor must do.
+ */
+static void mnt_control_prefix(uint64_t id, unsigned minor, char text[48])
+{
+    if (id)
+        snprintf(text, 48, "fuseexp:%u:%" PRIu64 ":", minor, id);
+    else
+        snprintf(text, 48, "fuseexp:%u:", minor);
+}
+
+/* One socket of that name, held by the mount's owner; or -1. */
+static int mnt_connect(const char *name, uid_t owner)
+{
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    struct ucred peer;
+    socklen_t len = sizeof(peer);
+    int fd;
+
+    if (strlen(name) >= sizeof(addr.sun_path))
+        return -1;
+    memcpy(addr.sun_path + 1, name + 1, strlen(name) - 1);
+    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (connect(fd, (struct sockaddr *)&addr,
+                (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name))) < 0 ||
+        getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.uid != owner)
+        util_close(&fd);
+    return fd;
+}
+
+/* Finds the control sockets of a mount; connects to them if fds is not NULL. Returns how many. */
+static size_t mnt_find_servers(const struct mount_entry *entry, struct pollfd *fds, size_t most)
 {
     FILE *table = fopen("/proc/net/unix", "re");
-    struct sockaddr_un addr = { .sun_family = AF_UNIX };
-    char line[512], want[32], *name;
-    struct ucred peer;
-    socklen_t len;
+    char line[512], want[50] = "@", *name;
     size_t n = 0;
     int fd;
 
-    snprintf(want, sizeof(want), "@fuseexp:%u:", entry->minor);
+    mnt_control_prefix(entry->id, entry->minor, want + 1);
     while (table && n < most && fgets(line, sizeof(line), table)) {
         line[strcspn(line, "\n")] = 0;
         name = strstr(line, want);
-        if (!name || strlen(name) >= sizeof(addr.sun_path))
+        if (!name)
             continue;
-        memcpy(addr.sun_path, name, strlen(name));
-        addr.sun_path[0] = 0;
-        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-        len = sizeof(peer);
-        if (connect(fd, (struct sockaddr *)&addr,
-                    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name))) < 0 ||
-            getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.uid != entry->owner)
-            util_close(&fd);
-        else
+        fd = fds ? mnt_connect(name, entry->owner) : -1;
+        if (fds && fd >= 0)
             fds[n++] = (struct pollfd){ .fd = fd, .events = POLLIN };
+        else if (!fds)
+            n++;
     }
     if (table)
         fclose(table);
@@ -2744,20 +2815,16 @@ static size_t mnt_connect_servers(const struct mount_entry *entry, struct pollfd
  */
 static int mnt_clear_stale(const char *path)
 {
-    struct pollfd fds[MAX_WAITERS];
     struct mount_entry entry;
     struct statfs fs;
-    int ret = mnt_find(path, 0, &entry);
-    size_t n;
+    int ret = mnt_find(path, 0, 0, &entry);
 
     if (ret <= 0)
         return ret;
     if (!entry.fuseexp)
         return msg_err(-EBUSY, "%s: something else is mounted there", path);
-    n = mnt_connect_servers(&entry, fds, MAX_WAITERS);
-    for (size_t i = 0; i < n; i++)
-        close(fds[i].fd);
-    if (n || statfs(path, &fs) == 0 || (errno != ENOTCONN && errno != ECONNABORTED))
+    if (mnt_find_servers(&entry, NULL, 1) || statfs(path, &fs) == 0 ||
+        (errno != ENOTCONN && errno != ECONNABORTED))
         return msg_err(-EBUSY, "%s: fuseexp is mounted there already; fuseexp --umount ends it", path);
     ret = mnt_unmount(path, MNT_DETACH);
     if (ret)
@@ -2837,7 +2904,7 @@ static void mnt_remove(struct mountpoint *mp)
     struct mount_entry entry = { 0 };
     struct stat st;
 
-    if (!mp->created || mnt_find(mp->path, 0, &entry) != 0)
+    if (!mp->created || mnt_find(mp->path, 0, 0, &entry) != 0)
         return;
     if (lstat(mp->path, &st) == 0 && st.st_dev == mp->dev && st.st_ino == mp->ino && st.st_size == 0)
         unlink(mp->path);
@@ -3031,28 +3098,40 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
         *want->allow_other = false;
     } while (true);
 
-    ret = util_fault("mount table") ? -EIO : mnt_find(mp->path, 0, &entry);
+    ret = util_fault("mount table") ? -EIO : mnt_find(mp->path, 0, 0, &entry);
     if (ret != 1)
         return msg_err(ret ? ret : -EIO, "%s: mounted, but the mount table does not show it", mp->path);
     mp->minor = entry.minor;
+    mp->id = entry.id;
     return 0;
 }
 
-/* Where our mount is now, wherever somebody moved it. False: it is nowhere. */
-static bool mnt_where(const struct mountpoint *mp, struct mount_entry *entry)
+/*
+ * Where our mount is to be seen now, wherever somebody moved it. False: nowhere, or (covered) not from here.
+ */
+static bool mnt_where(const struct mountpoint *mp, struct mount_entry *where)
 {
+    int found;
+
+    memset(where, 0, sizeof(*where));
     if (!mp->mounted)
         return false;
-    return (mp->minor ? mnt_find(NULL, mp->minor, entry) : mnt_find(mp->path, 0, entry)) == 1;
+    found = mp->minor ? mnt_find(NULL, mp->minor, mp->id, where) : mnt_find(mp->path, 0, 0, where);
+    return found == 1 && !where->covered;
 }
 
-/* Cuts the connection: every request fails at once. Needs fusectl; the caller has other means as well. */
+/*
+ * Cuts the connection: every request fails at once. Only while the mount is to be seen: later its number may
+ * be another one's. Needs fusectl; the caller has other means as well.
+ */
 static void mnt_abort(const struct mountpoint *mp)
 {
+    struct mount_entry where;
     char path[64];
 
     snprintf(path, sizeof(path), "/sys/fs/fuse/connections/%u/abort", mp->minor);
-    (void)util_write_file(path, "1");
+    if (mnt_where(mp, &where))
+        (void)util_write_file(path, "1");
 }
 
 /*
@@ -3077,9 +3156,9 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
  * cut, and the supervisor detaches the mount. OFD locks and the connection would outlive the server if the
  * supervisor kept copies.
  *
- * Control socket: an abstract UNIX socket "fuseexp:<minor of the mount>:<pid>" that nobody reads from.
- * Whoever waits for the end connects, and gets one byte, the exit status, when everything is over (or just
- * EOF, if we were killed).
+ * Control socket: an abstract UNIX socket "fuseexp:<minor>:<identity of the mount>:<pid>" that nobody reads
+ * from. Whoever waits for the end connects, and gets one byte, the exit status, when everything is over (or
+ * just EOF, if we were killed).
  * ******************************************************************************************************** */
 
 enum opt_allow_other { ALLOW_AUTO, ALLOW_ON, ALLOW_OFF };
@@ -3104,6 +3183,7 @@ struct run {
     unsigned n_views;
     struct server srv;
     struct mountpoint mp;
+    char source[PATH_MAX];          /* the image, as the mount table shows it */
     char pidfile[PATH_MAX];         /* absolute */
     sigset_t old_mask;
     struct rlimit old_files;        /* the command gets them back */
@@ -3112,6 +3192,8 @@ struct run {
     pid_t server, command;          /* 0: not running (any more) */
     int server_status, command_status;
     bool ready, not_ready;
+    int waiters[MAX_WAITERS];       /* connected to ctl_fd */
+    unsigned n_waiters;
     unsigned stop_signals;          /* INT, TERM, HUP so far */
 };
 
@@ -3128,6 +3210,28 @@ static void run_relay_log(struct run *r)
     text[n] = 0;
     for (char *save, *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
         msg_err(0, "%s", line + (strncmp(line, "fuseexp: ", 9) == 0 ? 9 : 0));
+}
+
+/* Whoever waits for the end is taken in; whoever gave up (the mount was busy) makes room. */
+static void run_accept_waiters(struct run *r)
+{
+    unsigned kept = 0;
+    char byte;
+    int fd;
+
+    for (unsigned i = 0; i < r->n_waiters; i++) {
+        if (recv(r->waiters[i], &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0)
+            close(r->waiters[i]);
+        else
+            r->waiters[kept++] = r->waiters[i];
+    }
+    r->n_waiters = kept;
+    while (r->ctl_fd >= 0 && (fd = accept4(r->ctl_fd, NULL, NULL, SOCK_CLOEXEC)) >= 0) {
+        if (r->n_waiters < MAX_WAITERS)
+            r->waiters[r->n_waiters++] = fd;
+        else
+            close(fd);
+    }
 }
 
 static void run_reap(pid_t *pid, int *status)
@@ -3163,12 +3267,15 @@ static void run_poll(struct run *r, int timeout)
         { .fd = r->sig_fd, .events = POLLIN },
         { .fd = r->ready_fd, .events = POLLIN },
         { .fd = r->log_fd, .events = POLLIN },
+        { .fd = r->server > 0 ? r->ctl_fd : -1, .events = POLLIN },
     };
     struct signalfd_siginfo si;
     char byte;
 
     if (poll(fds, ARRAY_LEN(fds), timeout) <= 0)
         return;
+    if (fds[3].revents)
+        run_accept_waiters(r);
     if (fds[2].revents)
         run_relay_log(r);
     if (fds[1].revents) {
@@ -3225,9 +3332,11 @@ static int run_make_control(struct run *r)
 static void run_name_control(struct run *r)
 {
     struct sockaddr_un addr = { .sun_family = AF_UNIX };
-    int len = snprintf(addr.sun_path + 1, sizeof(addr.sun_path) - 1, "fuseexp:%u:%d", r->mp.minor,
-                       (int)getpid());
+    char prefix[48];
+    int len;
 
+    mnt_control_prefix(r->mp.id, r->mp.minor, prefix);
+    len = snprintf(addr.sun_path + 1, sizeof(addr.sun_path) - 1, "%s%d", prefix, (int)getpid());
     if (bind(r->ctl_fd, (struct sockaddr *)&addr,
              (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)len)) < 0 ||
         listen(r->ctl_fd, MAX_WAITERS) < 0)
@@ -3238,11 +3347,11 @@ static void run_name_control(struct run *r)
 static void run_close_control(struct run *r, int status)
 {
     char byte = (char)status;
-    int fd;
 
-    while (r->ctl_fd >= 0 && (fd = accept(r->ctl_fd, NULL, NULL)) >= 0) {
-        (void)!send(fd, &byte, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
-        close(fd);
+    run_accept_waiters(r);
+    while (r->n_waiters) {
+        (void)!send(r->waiters[--r->n_waiters], &byte, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+        close(r->waiters[r->n_waiters]);
     }
     util_close(&r->ctl_fd);
 }
@@ -3256,6 +3365,8 @@ static int run_open_image(struct run *r)
     struct stat st;
     int ret;
 
+    if (!realpath(o->images[0], r->source) || strlen(r->source) >= 1024)
+        util_copy(r->source, sizeof(r->source), util_basename(o->images[0]));
     r->im.writable = o->writable;
     r->im.growable = o->growable;
     ret = img_open(&r->im, o->images, o->n_images, o->format, !o->no_parts, !o->share);
@@ -3309,15 +3420,13 @@ static bool run_may_pass_through(const struct run *r)
 static int run_mount(struct run *r)
 {
     const struct options *o = r->o;
-    char source[PATH_MAX];
     struct mount_wanted want = { .extra = o->extra,
                                  .writable = o->writable,
                                  .allow_other = &r->srv.allow_other,
                                  .may_drop_allow_other = o->allow_other == ALLOW_AUTO };
     int ret;
 
-    want.source = realpath(o->images[0], source) && strlen(source) < 1024 ? source
-                                                                          : util_basename(o->images[0]);
+    want.source = r->source;
     r->srv.allow_other = o->allow_other != ALLOW_OFF;
     ret = mnt_mount(&r->mp, &want);
     if (ret)
@@ -3449,6 +3558,8 @@ static int run_write_pidfile(struct run *r)
     else if (ftruncate(fd, 0) < 0 || dprintf(fd, "%d\n", (int)getpid()) < 0)
         ret = -errno;
     close(fd);
+    if (ret && ret != -EINVAL)
+        unlink(r->pidfile);
     return ret ? msg_err(ret, "%s: %s", r->pidfile, ret == -EINVAL ? "not a regular file" : strerror(-ret))
                : 0;
 }
@@ -3536,17 +3647,19 @@ static bool run_unmount(struct run *r, int patience)
     int ret = 0;
 
     for (; r->server > 0 && mnt_where(&r->mp, &where); patience -= 20) {
-        ret = where.covered ? -EBUSY : mnt_unmount(where.path, 0);
+        ret = mnt_unmount(where.path, 0);
+        if (ret == 0)
+            return true;
         if (ret != -EBUSY || patience <= 0)
             break;
         run_poll(r, 20);
     }
-    if (r->server == 0 || !mnt_where(&r->mp, &where))
-        return true;
-    if (where.covered) {
-        msg_err(0, "%s: something is mounted over it, which must go first", where.path);
+    if (r->server > 0 && where.covered) {
+        msg_err(0, "%s: something is mounted over it, which must go first", r->mp.path);
         return false;
     }
+    if (r->server == 0 || !mnt_where(&r->mp, &where))
+        return true;
     if (ret == -EBUSY)
         msg_say(MSG_NOTE, "%s: in use, detached; it ends with its last user (another signal cuts it off now)",
                 where.path);
@@ -3573,9 +3686,12 @@ static void run_release_mount(struct run *r)
         ret = mnt_unmount(where.path, MNT_DETACH);
         if (ret)
             poll(NULL, 0, 50);
+        else
+            r->mp.mounted = false;
     }
     if (ret && mnt_where(&r->mp, &where))
         msg_err(ret, "%s: cannot unmount: %s", where.path, *mnt_said ? mnt_last_words() : strerror(-ret));
+    r->mp.mounted = false;
     mnt_end_session(&r->mp);
 }
 
@@ -3605,8 +3721,7 @@ static void run_supervise(struct run *r)
             run_poll(r, command_ended && !unmounted ? 1000 : -1);
     }
     run_report_death(r);
-    if (r->command > 0)
-        run_release_mount(r);
+    run_release_mount(r);
     while (r->command > 0) /* its disk is gone, but its status is still to be told */
         run_poll(r, -1);
 }
@@ -3620,8 +3735,8 @@ static void run_stop_server(struct run *r)
     while (r->log_fd >= 0 && r->server > 0 && r->not_ready)
         run_relay_log(r); /* its last words: it is leaving by itself */
     if (r->server > 0 && r->ready) {
-        run_release_mount(r);
         mnt_abort(&r->mp);
+        run_release_mount(r);
         for (int i = 0; i < 100 && r->server > 0; i++)
             run_poll(r, 20);
     }
@@ -3795,14 +3910,14 @@ static int cmd_umount(const struct options *o)
 
     if (mnt_resolve(o->mountpoint, path))
         return EXIT_FAILED;
-    ret = mnt_find(path, 0, &entry);
+    ret = mnt_find(path, 0, 0, &entry);
     if (ret < 0)
         return EXIT_FAILED;
     if (ret == 0 || !entry.fuseexp) {
         msg_err(0, "%s: fuseexp has nothing mounted there", o->mountpoint);
         return EXIT_FAILED;
     }
-    n = mnt_connect_servers(&entry, fds, MAX_WAITERS);
+    n = mnt_find_servers(&entry, fds, MAX_WAITERS);
     unseen = n == 0 && statfs(path, &fs) == 0;
     ret = mnt_unmount(path, o->lazy ? MNT_DETACH : 0);
     for (int tries = 0; ret == -EBUSY && tries < 50; tries++) {     /* udev looks at every new loop device */
@@ -4338,7 +4453,7 @@ int main(int argc, char **argv)
     }
     free(o.extra);
 #ifdef FUSEEXP_FAULTS
-    if (o.mountpoint && main_count_fds() > fds)
+    if (o.mountpoint && main_count_fds() + util_n_closed != fds)
         status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", main_count_fds(), fds);
 #endif
     return status;

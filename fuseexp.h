@@ -110,6 +110,7 @@ struct image {
     struct file *files;             /* MAX_PARTS of them, opened and owned by the core */
     unsigned n_files;
     unsigned n_given;               /* named by the user */
+    bool alone;                     /* the user wants no other parts */
     bool found_parts;               /* files past the first were found by name, not given by the user */
     bool writable, growable;
     void *state;                    /* the driver's */
@@ -154,6 +155,9 @@ enum {
 #define FX_MAX_READ_OPTION "max_read=524288"
 #define FX_SPLICE_MIN (1u << 16)    /* below this copying is faster than referring (measured) */
 #define FX_RWF_NOWAIT 8
+#define FX_STATX_MNT_ID_UNIQUE 0x4000u          /* Linux 6.8 */
+#define FX_STATX_OFF_MNT_ID 144
+#define FX_STATX_DONT_SYNC 0x4000
 #define FX_TMPFS_MAGIC 0x01021994
 #define FX_RAMFS_MAGIC 0x858458f6
 #define FX_HEAD_ROOM 4096u          /* of a worker's buffer: request header and arguments, ahead of the data */
