@@ -111,7 +111,7 @@ __attribute__((format(printf, 1, 0))) static void msg_put(const char *fmt, va_li
             line[i] = '?';
     line[len] = msg_to_syslog ? 0 : '\n';
     if (msg_to_syslog && msg_kmsg >= 0)
-        dprintf(msg_kmsg, "<4>%s\n", line);
+        dprintf(msg_kmsg, "<4>%.900s\n", line);   /* it refuses more than about 1000 bytes */
     else if (msg_to_syslog)
         syslog(LOG_DAEMON | LOG_WARNING, "%s", line + head);
     else
@@ -262,20 +262,31 @@ static bool util_copy(char *to, size_t room, const char *from)
 }
 
 /* The descriptors that whoever started us left open: a lock held by us would never be free. */
-static uint8_t util_inherited[1024];
+static uint8_t util_inherited[1 << 16];
+static int util_n_closed;
 
 static void util_note_inherited(void)
 {
-    for (int fd = STDERR_FILENO + 1; fd < (int)sizeof(util_inherited); fd++)
-        util_inherited[fd] = fcntl(fd, F_GETFD) >= 0;
+    DIR *dir = opendir("/proc/self/fd");
+    struct dirent *e;
+    long fd;
+
+    while (dir && (e = readdir(dir))) {
+        fd = strtol(e->d_name, NULL, 10);
+        if (fd > STDERR_FILENO && fd < (long)sizeof(util_inherited) && fd != dirfd(dir))
+            util_inherited[fd] = 1;
+    }
+    if (dir)
+        closedir(dir);
 }
 
 static void util_close_inherited(void)
 {
     for (int fd = STDERR_FILENO + 1; fd < (int)sizeof(util_inherited); fd++)
-        if (util_inherited[fd])
-            close(fd);
-    memset(util_inherited, 0, sizeof(util_inherited));
+        if (util_inherited[fd]) {
+            util_inherited[fd] = 0;
+            util_n_closed += close(fd) == 0;
+        }
 }
 
 static void util_close(int *fd)
@@ -495,8 +506,8 @@ static int file_open(struct file *f, const char *path, bool writable)
 }
 
 /*
- * Opens a file that an image names, for reading: below `folder`, and not out of it by "..", links or mounts of /proc.
- * Kernels before 5.6 cannot promise that, so there no name with a slash is followed, and no link.
+ * Opens a file that an image names, for reading: below `folder`, and not out of it by "..", links or mounts
+ * of /proc. Kernels before 5.6 cannot promise that, so there no name with a slash is followed, and no link.
  */
 static int file_open_beneath(struct file *f, const char *folder, const char *name, const char *shown)
 {
@@ -512,10 +523,7 @@ static int file_open_beneath(struct file *f, const char *folder, const char *nam
         close(dir);
     }
     if (fd < 0)
-        return msg_err(-errno, "%s: %s", shown,
-                       errno == EXDEV || errno == ELOOP ? "leads out of the image's folder; --backing, --data-file or "
-                                                          "--allow-external allow it"
-                                                        : strerror(errno));
+        return -errno;              /* the caller knows who wanted it */
     return file_adopt(f, shown, fd, false);
 }
 
@@ -738,14 +746,16 @@ static void file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool
 /* ************************************************************************************************************ *
  * 5. Codecs
  *
- * One compressed cluster at a time, into a buffer of the size it must have: more or less is an error, and what a hostile
- * stream claims allocates nothing. Every thread keeps its own decoder and its own buffer for what it reads.
- * ************************************************************************************************************ */
+ * One compressed cluster at a time, into a buffer of the size it must have: more or less is an error, and
+ * what a hostile stream claims allocates nothing. Every thread keeps its own decoder and its own buffer for
+ * what it reads.
+ * ************************************************************************************************************
+ * */
 
 static _Thread_local struct {
     struct libdeflate_decompressor *deflate;
     ZSTD_DCtx *zstd;
-    uint8_t *coded;                 /* MAX_CLUSTER + 512: more is never needed for what decodes to MAX_CLUSTER */
+    uint8_t *coded; /* MAX_CLUSTER + 512: more is never needed for what decodes to MAX_CLUSTER */
 } codec_own;
 
 static bool codec_prepare(enum codec codec)
@@ -784,8 +794,9 @@ static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t o
 
     if (codec == CODEC_ZSTD)
         return codec_zstd(codec_own.coded, in_len, out, out_len);
-    return libdeflate_deflate_decompress_ex(codec_own.deflate, codec_own.coded, in_len, out, out_len, &used, &got) ==
-           LIBDEFLATE_SUCCESS && got == out_len;
+    return libdeflate_deflate_decompress_ex(codec_own.deflate, codec_own.coded, in_len, out, out_len, &used,
+                                            &got) == LIBDEFLATE_SUCCESS &&
+           got == out_len;
 }
 
 /* ************************************************************************************************************ *
@@ -793,16 +804,23 @@ static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t o
  *
  * One budget for all images (--cache-size), half for metadata tables, half for decoded clusters.
  *
- * Tables: slices of 4 KiB in sets of CACHE_WAYS slots. Whoever looks an entry up takes no lock: he reads the slot's tag
- * and sequence number, the entry, and the number again; when it changed, or was odd, the slot was being refilled, and he
- * goes the slow way. Refilling locks the set's lock. Slots are reused, never freed, so a late reader reads old words at
- * worst, and then throws them away.
+ * Tables: slices of 4 KiB in sets of CACHE_WAYS slots. Whoever looks an entry up takes no lock: he reads the
+ * slot's tag and sequence number, the entry, and the number again; when it changed, or was odd, the slot was
+ * being refilled, and he goes the slow way. Refilling locks the set's lock. Slots are reused, never freed, so
+ * a late reader reads old words at worst, and then throws them away.
  *
- * Decoded clusters: a list in the order of use under one lock. A cluster is decoded once: who comes second waits for the
- * first (single flight). An entry in use by somebody is not dropped.
- * ************************************************************************************************************ */
+ * Decoded clusters: a list in the order of use under one lock. A cluster is decoded once: who comes second
+ * waits for the first (single flight). An entry in use by somebody is not dropped.
+ * ************************************************************************************************************
+ * */
 
-enum { CACHE_SLICE = 4096, CACHE_WORDS = CACHE_SLICE / 8, CACHE_WAYS = 4, CACHE_LOCKS = 64, CACHE_BUCKETS = 1024 };
+enum {
+    CACHE_SLICE = 4096,
+    CACHE_WORDS = CACHE_SLICE / 8,
+    CACHE_WAYS = 4,
+    CACHE_LOCKS = 64,
+    CACHE_BUCKETS = 1024
+};
 
 struct cache_slot {
     _Atomic uint64_t tag;           /* 0: empty */
@@ -825,7 +843,7 @@ static struct {
     uint64_t n_sets;
     pthread_mutex_t set_lock[CACHE_LOCKS];
 
-    pthread_mutex_t lock;           /* protects all that follows, and every struct cache_cluster but its data */
+    pthread_mutex_t lock; /* protects all that follows, and every struct cache_cluster but its data */
     pthread_cond_t decoded;
     struct cache_cluster *bucket[CACHE_BUCKETS], *newest, *oldest;
     uint64_t used, most;
@@ -912,7 +930,10 @@ static void cache_fill(uint64_t set, uint64_t tag, const uint64_t *slice)
     pthread_mutex_unlock(lock);
 }
 
-/* The big-endian 8-byte entry of a table in f at offset (a multiple of 8, inside the file). -EIO: unreadable. */
+/*
+ * The big-endian 8-byte entry of a table in f at offset (a multiple of 8, inside the file). -EIO:
+ * unreadable.
+ */
 static int cache_entry(struct file *f, uint64_t offset, uint64_t *value)
 {
     uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_hash(f, start) % cache.n_sets, done;
@@ -1001,7 +1022,8 @@ static struct cache_cluster *cache_get_locked(const struct extent *ext, bool *ou
 
 static bool cache_decode(const struct extent *ext, uint8_t *out)
 {
-    uint64_t done, in_len = util_min(util_min(ext->coded_length, MAX_CLUSTER + 512), ext->file->size - ext->offset);
+    uint64_t done,
+        in_len = util_min(util_min(ext->coded_length, MAX_CLUSTER + 512), ext->file->size - ext->offset);
 
     if (!codec_prepare(ext->codec) || file_pread(ext->file, codec_own.coded, in_len, ext->offset, &done))
         return false;
@@ -1105,10 +1127,10 @@ static int raw_check_first(const struct image *im)
     bool digits;
     size_t len = raw_suffix(im->name, &digits, &number);
 
-    if (im->depth || im->n_given > 1 || !len || !number || !raw_name(im->name, len, digits, number - 1, before) ||
-        access(before, F_OK) < 0)
+    if (im->depth || im->n_given > 1 || !im->opt->parts || !len || !number ||
+        !raw_name(im->name, len, digits, number - 1, before) || access(before, F_OK) < 0)
         return 0;
-    if (im->found_parts)
+    if (im->found_parts || number == 1)
         return msg_err(-EINVAL,
                        "%s: %s is the first part; name that one, or take this one alone with --no-parts",
                        im->name, util_basename(before));
@@ -1200,7 +1222,8 @@ static const struct image_format raw_format = {
     .close = raw_close,
 };
 
-static int img_open_named(struct image *im, struct file *f, const char *name, const char *what, const char *option);
+static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
+                          const char *option);
 
 /* ************************************************************************************************************ *
  * 8. qcow2
@@ -1210,9 +1233,11 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
  *   header | L1 table -> L2 tables (one cluster each) -> clusters of data; refcounts are not needed for reading
  *   guest offset = L1 index | L2 index | offset in the cluster; an L2 entry is 8 bytes, or 16 with subclusters
  *
- * Nothing is loaded at open: L1 and L2 entries come through the table cache, so an image that claims petabytes costs
- * nothing. The L1 table must lie inside the file, and every pointer is checked where it is followed.
- * ************************************************************************************************************ */
+ * Nothing is loaded at open: L1 and L2 entries come through the table cache, so an image that claims
+ * petabytes costs nothing. The L1 table must lie inside the file, and every pointer is checked where it is
+ * followed.
+ * ************************************************************************************************************
+ * */
 
 enum {
     QCOW2_MAGIC = 0x514649fb, QCOW2_HEADER_V2 = 72, QCOW2_HEADER_V3 = 104,
@@ -1280,7 +1305,9 @@ static bool qcow2_copy_name(char *to, size_t room, const uint8_t *from, uint32_t
     return true;
 }
 
-/* Header extensions: type, length, data padded to 8 bytes, up to the end marker or the first cluster's end. */
+/*
+ * Header extensions: type, length, data padded to 8 bytes, up to the end marker or the first cluster's end.
+ */
 static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cluster, uint64_t len)
 {
     const uint64_t known = QCOW2_DIRTY | QCOW2_CORRUPT | QCOW2_DATA_FILE | QCOW2_COMPRESSION | QCOW2_EXTL2;
@@ -1297,14 +1324,17 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
         if (type == QCOW2_EXT_BACKING_FORMAT &&
             !qcow2_copy_name(im->backing_format, sizeof(im->backing_format), cluster + at + 8, n))
             return qcow2_bad(im, "the name of the backing format is too long", n);
-        if (type == QCOW2_EXT_DATA_FILE && !qcow2_copy_name(q->data_name, sizeof(q->data_name), cluster + at + 8, n))
+        if (type == QCOW2_EXT_DATA_FILE &&
+            !qcow2_copy_name(q->data_name, sizeof(q->data_name), cluster + at + 8, n))
             return qcow2_bad(im, "the name of the data file is too long", n);
         if (type == QCOW2_EXT_FEATURES) {
             features = cluster + at + 8;
             features_len = n;
         }
     }
-    return q->incompatible & ~known ? qcow2_unknown_feature(im, q->incompatible & ~known, features, features_len) : 0;
+    return q->incompatible & ~known
+               ? qcow2_unknown_feature(im, q->incompatible & ~known, features, features_len)
+               : 0;
 }
 
 static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *h)
@@ -1317,8 +1347,11 @@ static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *
         return qcow2_bad(im, "the cluster size", q->cluster_bits);
     if (util_be32(h + 32))
         return msg_err(-EOPNOTSUPP, "%s: is encrypted (%s), which is not supported", im->name,
-                       util_be32(h + 32) == 1 ? "AES" : util_be32(h + 32) == 2 ? "LUKS" : "unknown method");
-    if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) || q->header_length > 1u << q->cluster_bits)
+                       util_be32(h + 32) == 1   ? "AES"
+                       : util_be32(h + 32) == 2 ? "LUKS"
+                                                : "unknown method");
+    if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) ||
+        q->header_length > 1u << q->cluster_bits)
         return qcow2_bad(im, "the header's length", q->header_length);
     if (order > 6)
         return qcow2_bad(im, "the refcount width", order);
@@ -1351,24 +1384,30 @@ static int qcow2_read_header(struct image *im, struct qcow2 *q, const uint8_t *h
 }
 
 /* The name of the backing file lies in the first cluster. */
-static int qcow2_read_backing_name(struct image *im, const struct qcow2 *q, const uint8_t *cluster, uint64_t len)
+static int qcow2_read_backing_name(struct image *im, const struct qcow2 *q, const uint8_t *cluster,
+                                   uint64_t len)
 {
     uint64_t offset = util_be64(cluster + 8);
     uint32_t n = util_be32(cluster + 16);
 
     if (!offset)
         return 0;
-    if (n > QCOW2_MAX_NAME || offset > 1u << q->cluster_bits || n > (1u << q->cluster_bits) - offset || offset + n > len)
+    if (n > QCOW2_MAX_NAME || offset > 1u << q->cluster_bits || n > (1u << q->cluster_bits) - offset ||
+        offset + n > len)
         return qcow2_bad(im, "the name of the backing file", n);
     if (!qcow2_copy_name(im->backing_name, sizeof(im->backing_name), cluster + offset, n))
         return qcow2_bad(im, "the name of the backing file", n);
     return 0;
 }
 
-/* The L1 table (of the image or of a snapshot) must be whole, inside the file, and large enough for the size. */
+/*
+ * The L1 table (of the image or of a snapshot) must be whole, inside the file, and large enough for the
+ * size.
+ */
 static int qcow2_check_l1(struct image *im, const struct qcow2 *q)
 {
-    uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits, need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
+    uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits,
+             need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
 
     if (q->l1_entries > QCOW2_MAX_L1 / 8 || q->l1_entries < need)
         return qcow2_bad(im, "the size of the L1 table", q->l1_entries);
@@ -1383,9 +1422,10 @@ struct qcow2_snapshot {
     char id[256], name[1024];
 };
 
-static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t at, struct qcow2_snapshot *sn)
+static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t at,
+                               struct qcow2_snapshot *sn)
 {
-    uint8_t h[40], extra[16] = { 0 };
+    uint8_t h[40] = { 0 }, extra[16] = { 0 };
     uint32_t id_len, name_len, extra_len;
     int ret = qcow2_read(im, at, h, sizeof(h), "the snapshot table reaches past the end");
 
@@ -1400,7 +1440,8 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     if (!ret)
         ret = qcow2_read(im, at + 40 + extra_len, sn->id, id_len, "the snapshot table reaches past the end");
     if (!ret)
-        ret = qcow2_read(im, at + 40 + extra_len + id_len, sn->name, name_len, "the snapshot table reaches past the end");
+        ret = qcow2_read(im, at + 40 + extra_len + id_len, sn->name, name_len,
+                         "the snapshot table reaches past the end");
     sn->id[id_len] = sn->name[name_len] = 0;
     sn->l1_offset = util_be64(h);
     sn->l1_entries = util_be32(h + 8);
@@ -1412,7 +1453,7 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
 /* By id first, then by name, as qemu-img does. */
 static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const uint8_t *header, const char *wanted)
 {
-    struct qcow2_snapshot sn;
+    struct qcow2_snapshot sn = { 0 };
     uint32_t n = util_be32(header + 60);
     uint64_t at;
     int ret;
@@ -1443,13 +1484,15 @@ static int qcow2_open_data_file(struct image *im, struct qcow2 *q)
 
     q->data = &im->files[0];
     if (!(q->incompatible & QCOW2_DATA_FILE))
-        return user ? msg_err(-EINVAL, "%s: has no external data file, so --data-file is of no use", im->name) : 0;
+        return user ? msg_err(-EINVAL, "%s: has no external data file, so --data-file is of no use", im->name)
+                    : 0;
     if (!user && !*q->data_name)
         return msg_err(-EINVAL, "%s: does not name its external data file; --data-file FILE does", im->name);
     f->fd = -1;
     im->n_files = 2;
     q->data = f;
-    return user ? file_open(f, user, false) : img_open_named(im, f, q->data_name, "external data file", "--data-file");
+    return user ? file_open(f, user, false)
+                : img_open_named(im, f, q->data_name, "external data file", "--data-file");
 }
 
 static int qcow2_open(struct image *im)
@@ -1474,7 +1517,9 @@ static int qcow2_open(struct image *im)
     q->l2_bits = q->cluster_bits - (q->subclusters ? 4 : 3);
     len = util_min(1u << q->cluster_bits, im->files[0].size);
     cluster = calloc(1, 1u << q->cluster_bits);
-    ret = cluster ? file_pread(&im->files[0], cluster, len, 0, &done) : msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (!cluster)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = file_pread(&im->files[0], cluster, len, 0, &done);
     if (!ret)
         ret = qcow2_extensions(im, q, cluster, len);
     if (!ret)
@@ -1510,7 +1555,10 @@ static enum extent_kind qcow2_hole(const struct image *im)
     return *im->backing_name ? EXT_BACKING : EXT_ZERO;
 }
 
-/* Describes `length` bytes from `offset` of the cluster whose L2 entry is given; they are in one cluster (or subcluster). */
+/*
+ * Describes `length` bytes from `offset` of the cluster whose L2 entry is given; they are in one cluster (or
+ * subcluster).
+ */
 static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_kind kind, uint64_t in_cluster,
                             uint64_t length, struct extent *ext)
 {
@@ -1527,7 +1575,8 @@ static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_k
         ext->length = util_min(length, q->data->size - ext->offset);
 }
 
-static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t in_cluster, uint64_t length, struct extent *ext)
+static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t in_cluster, uint64_t length,
+                                 struct extent *ext)
 {
     uint32_t offset_bits = 62 - (q->cluster_bits - 8);
     uint64_t host = entry & ((1ull << offset_bits) - 1);
@@ -1549,8 +1598,8 @@ static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t
 }
 
 /* One subcluster: bits 0..31 of the bitmap say allocated, 32..63 reads as zeros. */
-static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, uint64_t entry, uint64_t bitmap,
-                                 uint64_t in_cluster, uint64_t length, struct extent *ext)
+static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, uint64_t entry,
+                                 uint64_t bitmap, uint64_t in_cluster, uint64_t length, struct extent *ext)
 {
     uint32_t sub_bits = q->cluster_bits - 5, i = (uint32_t)(in_cluster >> sub_bits);
     uint64_t state = (bitmap >> i & 1) | (bitmap >> (32 + i) & 1) << 1;
@@ -1565,14 +1614,19 @@ static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, 
     else if (state == 1 && !(entry & QCOW2_OFFSET) && q->data == &im->files[0])
         qcow2_bad_extent(ext, length, "a subcluster is allocated in no cluster");
     else
-        qcow2_map_plain(q, entry, state == 1 ? EXT_DATA : state == 2 ? EXT_ZERO : qcow2_hole(im), in_cluster, length, ext);
+        qcow2_map_plain(q, entry,
+                        state == 1   ? EXT_DATA
+                        : state == 2 ? EXT_ZERO
+                                     : qcow2_hole(im),
+                        in_cluster, length, ext);
 }
 
 /* What one L2 entry says about `length` bytes from in_cluster on, all in its cluster. */
 static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint64_t entry, uint64_t bitmap,
                             uint64_t in_cluster, uint64_t length, struct extent *ext)
 {
-    bool allocated = (entry & QCOW2_OFFSET) || ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
+    bool allocated = (entry & QCOW2_OFFSET) ||
+                     ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
 
     if (entry & QCOW2_COMPRESSED)
         qcow2_map_compressed(q, entry, in_cluster, length, ext);
@@ -1583,8 +1637,11 @@ static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint6
     else if ((entry & 1) && q->v2)
         qcow2_bad_extent(ext, length, "a zero cluster in a version 2 image");
     else
-        qcow2_map_plain(q, entry & ~1ull, entry & 1 ? EXT_ZERO : allocated ? EXT_DATA : qcow2_hole(im), in_cluster,
-                        length, ext);
+        qcow2_map_plain(q, entry & ~1ull,
+                        entry & 1   ? EXT_ZERO
+                        : allocated ? EXT_DATA
+                                    : qcow2_hole(im),
+                        in_cluster, length, ext);
 }
 
 /* Does b carry a on, so that both are one extent? */
@@ -1598,7 +1655,8 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
 {
     const struct qcow2 *q = im->state;
     uint64_t cluster = 1u << q->cluster_bits, l1, l2, entry, bitmap = 0, index, in_cluster, here, left;
-    uint64_t table_left = (1ull << (q->cluster_bits + q->l2_bits)) - (offset & ((1ull << (q->cluster_bits + q->l2_bits)) - 1));
+    uint64_t table_left = (1ull << (q->cluster_bits + q->l2_bits)) -
+                          (offset & ((1ull << (q->cluster_bits + q->l2_bits)) - 1));
     struct extent next;
 
     (void)exact;
@@ -1881,30 +1939,41 @@ static bool img_is_allowed(const struct image_options *opt, const char *path)
 }
 
 /*
- * Opens into f what the image calls `name`. The image does not choose freely: beside it, or below it, or where the user
- * allowed it. `what` and `option` are for the message.
+ * Opens into f what the image calls `name`. The image does not choose freely: beside it, or below it, or
+ * where the user allowed it. `what` and `option` are for the message.
  */
-static int img_open_named(struct image *im, struct file *f, const char *name, const char *what, const char *option)
+static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
+                          const char *option)
 {
     char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash;
+    int ret;
 
     if (img_is_url(name))
-        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name; %s FILE names one", im->name, what, name, option);
+        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name; %s FILE names one", im->name, what,
+                       name, option);
     if (!util_copy(folder, sizeof(folder), im->files[0].path))
         return msg_err(-ENAMETOOLONG, "%s: path too long", im->name);
     slash = strrchr(folder, '/');
-    snprintf(shown, sizeof(shown), "%.*s%s", name[0] == '/' || !slash ? 0 : (int)(slash - folder + 1), folder, name);
+    snprintf(shown, sizeof(shown), "%.*s%s", name[0] == '/' || !slash ? 0 : (int)(slash - folder + 1), folder,
+             name);
     if (slash)
         slash[slash == folder] = 0;
     if (realpath(shown, real) && img_is_allowed(im->opt, real))
         return file_open(f, real, false);
     f->fd = -1;
     if (name[0] == '/')
-        return msg_err(-EPERM, "%s: its %s is '%s', outside of its folder; %s FILE or --allow-external DIR allows it",
+        return msg_err(-EPERM,
+                       "%s: its %s is '%s', outside of its folder; %s FILE or --allow-external DIR allows it",
                        im->name, what, name, option);
-    if (file_open_beneath(f, slash ? folder : ".", name, shown) == 0)
-        return 0;
-    return msg_err(-ENOENT, "%s: cannot open its %s '%s'; %s FILE names another", im->name, what, name, option);
+    ret = file_open_beneath(f, slash ? folder : ".", name, shown);
+    if (ret == -EXDEV || ret == -ELOOP)
+        return msg_err(ret,
+                       "%s: its %s '%s' leads out of its folder; %s FILE or --allow-external DIR allows it",
+                       im->name, what, name, option);
+    if (ret)
+        msg_err(ret, "%s: cannot open its %s '%s': %s; %s FILE names another", im->name, what, name,
+                strerror(-ret), option);
+    return ret;
 }
 
 static const struct image_format *img_format_named(const char *name)
@@ -1921,15 +1990,20 @@ static int img_check_loop(const struct image *im)
     if (im->depth >= MAX_CHAIN)
         return msg_err(-ELOOP, "%s: a backing chain of more than %d images", im->name, MAX_CHAIN);
     for (const struct image *c = im->child; c; c = c->child)
-        if (c->files[0].st.st_dev == im->files[0].st.st_dev && c->files[0].st.st_ino == im->files[0].st.st_ino)
+        if (c->files[0].st.st_dev == im->files[0].st.st_dev &&
+            c->files[0].st.st_ino == im->files[0].st.st_ino)
             return msg_err(-ELOOP, "%s: is its own backing file", im->name);
     return 0;
 }
 
-/* The format of a backing file is never guessed: a guest that writes a header into its raw disk would choose files. */
+/*
+ * The format of a backing file is never guessed: a guest that writes a header into its raw disk would choose
+ * files.
+ */
 static int img_open_one_backing(struct image *im, struct image *base, const char *user_file)
 {
-    const char *format = im->depth == 0 && im->opt->backing_format ? im->opt->backing_format : im->backing_format;
+    const char *format = im->depth == 0 && im->opt->backing_format ? im->opt->backing_format
+                                                                   : im->backing_format;
     int ret = img_begin(base, im->backing_name);
 
     if (ret)
@@ -1937,12 +2011,14 @@ static int img_open_one_backing(struct image *im, struct image *base, const char
     base->n_files = 1;
     base->files[0].fd = -1;
     if (!*format)
-        return msg_err(-EINVAL, "%s: does not say which format its backing file '%s' has; --backing-format NAME does",
+        return msg_err(-EINVAL,
+                       "%s: does not say which format its backing file '%s' has; --backing-format NAME does",
                        im->name, im->backing_name);
     base->format = img_format_named(format);
     if (!base->format)
-        return msg_err(-EMEDIUMTYPE, "%s: its backing file '%s' is of format %s, which this version does not read", im->name,
-                       im->backing_name, format);
+        return msg_err(-EMEDIUMTYPE,
+                       "%s: its backing file '%s' is of format %s, which this version does not read",
+                       im->name, im->backing_name, format);
     ret = user_file ? file_open(&base->files[0], user_file, false)
                     : img_open_named(im, &base->files[0], im->backing_name, "backing file", "--backing");
     if (ret)
@@ -1960,7 +2036,8 @@ static int img_open_backing(struct image *im)
 
     for (; !ret && *im->backing_name; im = base) {
         if (im->opt->no_backing) {
-            msg_say(MSG_NOTE, "%s: without its backing file '%s', whose data reads as errors", im->name, im->backing_name);
+            msg_say(MSG_NOTE, "%s: without its backing file '%s', whose data reads as errors", im->name,
+                    im->backing_name);
             return 0;
         }
         user_file = im->depth == 0 ? im->opt->backing : NULL;
@@ -1976,8 +2053,9 @@ static int img_open_backing(struct image *im)
 }
 
 /*
- * As image_format.map, but for any offset and through the whole chain: never EXT_BACKING. What lies past the end of the
- * image is bad, not zero; past the end of a backing file that is shorter than its child it is zero.
+ * As image_format.map, but for any offset and through the whole chain: never EXT_BACKING. What lies past the
+ * end of the image is bad, not zero; past the end of a backing file that is shorter than its child it is
+ * zero.
  */
 static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
 {
@@ -2667,7 +2745,7 @@ static int fop_statx(struct worker *w, struct request *rq)
     return ret;
 }
 
-static int fop_set_size(struct server *srv, const struct view *v, uint64_t size)
+static int fop_set_size(const struct server *srv, const struct view *v, uint64_t size)
 {
     if (!v)
         return -EISDIR;
@@ -2709,8 +2787,8 @@ static int fop_setattr(struct worker *w, struct request *rq)
 }
 
 /*
- * A passed-through file that was cut short underneath is not passed through any more: then reads past its
- * end fail.
+ * A passed-through file whose length was changed underneath is not passed through any more: then reads past
+ * its end fail. O_TRUNC ("cp backup m", "> m") is refused unless what it empties may grow again.
  */
 static int fop_open(struct worker *w, struct request *rq)
 {
@@ -2724,8 +2802,13 @@ static int fop_open(struct worker *w, struct request *rq)
         return -EISDIR;
     if (!srv->writable && (in->flags & O_ACCMODE) != O_RDONLY)
         return -EROFS;
-    if ((in->flags & O_TRUNC) && fop_growable(srv, v)) {
-        ret = img_resize(srv->im, 0, false);
+    if ((in->flags & O_TRUNC) && fop_size(srv, v)) {
+        ret = fop_growable(srv, v)
+                  ? fop_set_size(srv, v, 0)
+                  : msg_serving(-EPERM,
+                                "%s: opened to be emptied, refused: write without truncating (dd "
+                                "conv=notrunc), or use --growable",
+                                srv->im->name);
         if (ret)
             return ret;
     }
@@ -2777,7 +2860,11 @@ static int fop_read(struct worker *w, struct request *rq)
         return 0;
     ref.length = util_min(util_min(in->size, FX_MAX_IO), size - in->offset);
     inside = fop_inside(srv, v, in->offset, ref.length);
-    if (inside == 0 || (inside < ref.length && !ref.front_will_do))
+    if (inside && inside < ref.length && !ref.front_will_do) /* larger ones come again page by page */
+        return ref.length > 4096
+                   ? -EIO
+                   : msg_serving(-EIO, "%s: %s: ends at %" PRIu64, srv->im->name, v->name, v->inside);
+    if (inside == 0)
         return -EIO;
     ref.length = inside;
     ref.offset = v->start + in->offset;
@@ -3549,6 +3636,7 @@ struct mountpoint {
     bool is_dir, created, mounted;
     dev_t dev;                      /* of the file we created, to remove that one only */
     ino_t ino;
+    uint64_t id;                    /* of the mount, see mnt_identity() */
     unsigned minor;                 /* of the mounted file system: the number of its FUSE connection */
     struct fuse_session *session;   /* libfuse's: owns session_fd until the server is forked */
     int session_fd;
@@ -3556,6 +3644,7 @@ struct mountpoint {
 
 struct mount_entry {
     char path[PATH_MAX];
+    uint64_t id;                    /* see mnt_identity() */
     unsigned major, minor;
     bool covered;                   /* by another mount at the same place */
     uid_t owner;                    /* who mounted it */
@@ -3628,15 +3717,34 @@ static bool mnt_parse_line(char *line, struct mount_entry *entry)
 }
 
 /*
- * The topmost mount at path; or, with path NULL, where the fuseexp mount of this minor is (it may have been
- * moved), and whether another mount covers it there. 1: found, 0: there is none.
+ * What tells this mount from all others there ever were: minors, and mountinfo's ids, are given to the next
+ * mount as soon as they are free. The number of the mount that is to be seen at the path; 0 before Linux 6.8,
+ * which has none. Asks the kernel's cache alone, so that no server, alive or dead, is waited for.
  */
-static int mnt_find(const char *path, unsigned minor, struct mount_entry *entry)
+static uint64_t mnt_identity(const char *path)
+{
+    union { uint8_t raw[256]; uint32_t mask; } stx;
+    uint64_t id = 0;
+
+    memset(&stx, 0, sizeof(stx));
+    if (syscall(SYS_statx, AT_FDCWD, path, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | FX_STATX_DONT_SYNC,
+                FX_STATX_MNT_ID_UNIQUE, stx.raw) == 0 && (stx.mask & FX_STATX_MNT_ID_UNIQUE))
+        memcpy(&id, stx.raw + FX_STATX_OFF_MNT_ID, sizeof(id));
+    return id;
+}
+
+/*
+ * The topmost mount at path; or, with path NULL, where the mount with this minor and identity is to be seen
+ * (it may have been moved). With covered set it is there, but another one lies over it. 1: found, 0: there is
+ * none.
+ */
+static int mnt_find(const char *path, unsigned minor, uint64_t id, struct mount_entry *entry)
 {
     FILE *table = fopen("/proc/self/mountinfo", "re");
     struct mount_entry *e = malloc(sizeof(*e));
     char *line = NULL;
     size_t size = 0;
+    char hidden[PATH_MAX] = "";
     int found = 0;
 
     memset(entry, 0, sizeof(*entry));
@@ -3650,9 +3758,15 @@ static int mnt_find(const char *path, unsigned minor, struct mount_entry *entry)
         if (!mnt_parse_line(line, e))
             continue;
         if (path ? strcmp(e->path, path) == 0 : e->fuseexp && e->major == 0 && e->minor == minor) {
+            e->id = mnt_identity(e->path);
+            if (!path && id && e->id != id) {
+                util_copy(hidden, sizeof(hidden),
+                          e->path); /* ours, out of sight, or one that has our minor now */
+                continue;
+            }
             *entry = *e;
             found = 1;
-        } else if (!path && found && strcmp(e->path, entry->path) == 0) {
+        } else if (!path && strcmp(e->path, found ? entry->path : hidden) == 0) {
             entry->covered = true;
         }
     }
@@ -3679,33 +3793,56 @@ static int mnt_unmount(const char *path, int flags)
     return strstr(mnt_said, "busy") ? -EBUSY : -EPERM;
 }
 
-/* Connects to the control sockets of a mount: whose name begins with its minor, and which its owner holds. */
-static size_t mnt_connect_servers(const struct mount_entry *entry, struct pollfd *fds, size_t most)
+/*
+ * What the names of the control sockets of a mount begin with. Root may not ask for the identity of a mount
+ * that a plain user keeps to himself; then the minor must do.
+ */
+static void mnt_control_prefix(uint64_t id, unsigned minor, char text[48])
+{
+    if (id)
+        snprintf(text, 48, "fuseexp:%u:%" PRIu64 ":", minor, id);
+    else
+        snprintf(text, 48, "fuseexp:%u:", minor);
+}
+
+/* One socket of that name, held by the mount's owner; or -1. */
+static int mnt_connect(const char *name, uid_t owner)
+{
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    struct ucred peer;
+    socklen_t len = sizeof(peer);
+    int fd;
+
+    if (strlen(name) >= sizeof(addr.sun_path))
+        return -1;
+    memcpy(addr.sun_path + 1, name + 1, strlen(name) - 1);
+    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (connect(fd, (struct sockaddr *)&addr,
+                (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name))) < 0 ||
+        getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.uid != owner)
+        util_close(&fd);
+    return fd;
+}
+
+/* Finds the control sockets of a mount; connects to them if fds is not NULL. Returns how many. */
+static size_t mnt_find_servers(const struct mount_entry *entry, struct pollfd *fds, size_t most)
 {
     FILE *table = fopen("/proc/net/unix", "re");
-    struct sockaddr_un addr = { .sun_family = AF_UNIX };
-    char line[512], want[32], *name;
-    struct ucred peer;
-    socklen_t len;
+    char line[512], want[50] = "@", *name;
     size_t n = 0;
     int fd;
 
-    snprintf(want, sizeof(want), "@fuseexp:%u:", entry->minor);
+    mnt_control_prefix(entry->id, entry->minor, want + 1);
     while (table && n < most && fgets(line, sizeof(line), table)) {
         line[strcspn(line, "\n")] = 0;
         name = strstr(line, want);
-        if (!name || strlen(name) >= sizeof(addr.sun_path))
+        if (!name)
             continue;
-        memcpy(addr.sun_path, name, strlen(name));
-        addr.sun_path[0] = 0;
-        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-        len = sizeof(peer);
-        if (connect(fd, (struct sockaddr *)&addr,
-                    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name))) < 0 ||
-            getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.uid != entry->owner)
-            util_close(&fd);
-        else
+        fd = fds ? mnt_connect(name, entry->owner) : -1;
+        if (fds && fd >= 0)
             fds[n++] = (struct pollfd){ .fd = fd, .events = POLLIN };
+        else if (!fds)
+            n++;
     }
     if (table)
         fclose(table);
@@ -3718,20 +3855,16 @@ static size_t mnt_connect_servers(const struct mount_entry *entry, struct pollfd
  */
 static int mnt_clear_stale(const char *path)
 {
-    struct pollfd fds[MAX_WAITERS];
     struct mount_entry entry;
     struct statfs fs;
-    int ret = mnt_find(path, 0, &entry);
-    size_t n;
+    int ret = mnt_find(path, 0, 0, &entry);
 
     if (ret <= 0)
         return ret;
     if (!entry.fuseexp)
         return msg_err(-EBUSY, "%s: something else is mounted there", path);
-    n = mnt_connect_servers(&entry, fds, MAX_WAITERS);
-    for (size_t i = 0; i < n; i++)
-        close(fds[i].fd);
-    if (n || statfs(path, &fs) == 0 || (errno != ENOTCONN && errno != ECONNABORTED))
+    if (mnt_find_servers(&entry, NULL, 1) || statfs(path, &fs) == 0 ||
+        (errno != ENOTCONN && errno != ECONNABORTED))
         return msg_err(-EBUSY, "%s: fuseexp is mounted there already; fuseexp --umount ends it", path);
     ret = mnt_unmount(path, MNT_DETACH);
     if (ret)
@@ -3811,7 +3944,7 @@ static void mnt_remove(struct mountpoint *mp)
     struct mount_entry entry = { 0 };
     struct stat st;
 
-    if (!mp->created || mnt_find(mp->path, 0, &entry) != 0)
+    if (!mp->created || mnt_find(mp->path, 0, 0, &entry) != 0)
         return;
     if (lstat(mp->path, &st) == 0 && st.st_dev == mp->dev && st.st_ino == mp->ino && st.st_size == 0)
         unlink(mp->path);
@@ -4005,28 +4138,40 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
         *want->allow_other = false;
     } while (true);
 
-    ret = util_fault("mount table") ? -EIO : mnt_find(mp->path, 0, &entry);
+    ret = util_fault("mount table") ? -EIO : mnt_find(mp->path, 0, 0, &entry);
     if (ret != 1)
         return msg_err(ret ? ret : -EIO, "%s: mounted, but the mount table does not show it", mp->path);
     mp->minor = entry.minor;
+    mp->id = entry.id;
     return 0;
 }
 
-/* Where our mount is now, wherever somebody moved it. False: it is nowhere. */
-static bool mnt_where(const struct mountpoint *mp, struct mount_entry *entry)
+/*
+ * Where our mount is to be seen now, wherever somebody moved it. False: nowhere, or (covered) not from here.
+ */
+static bool mnt_where(const struct mountpoint *mp, struct mount_entry *where)
 {
+    int found;
+
+    memset(where, 0, sizeof(*where));
     if (!mp->mounted)
         return false;
-    return (mp->minor ? mnt_find(NULL, mp->minor, entry) : mnt_find(mp->path, 0, entry)) == 1;
+    found = mp->minor ? mnt_find(NULL, mp->minor, mp->id, where) : mnt_find(mp->path, 0, 0, where);
+    return found == 1 && !where->covered;
 }
 
-/* Cuts the connection: every request fails at once. Needs fusectl; the caller has other means as well. */
+/*
+ * Cuts the connection: every request fails at once. Only while the mount is to be seen: later its number may
+ * be another one's. Needs fusectl; the caller has other means as well.
+ */
 static void mnt_abort(const struct mountpoint *mp)
 {
+    struct mount_entry where;
     char path[64];
 
     snprintf(path, sizeof(path), "/sys/fs/fuse/connections/%u/abort", mp->minor);
-    (void)util_write_file(path, "1");
+    if (mnt_where(mp, &where))
+        (void)util_write_file(path, "1");
 }
 
 /*
@@ -4051,9 +4196,9 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
  * cut, and the supervisor detaches the mount. OFD locks and the connection would outlive the server if the
  * supervisor kept copies.
  *
- * Control socket: an abstract UNIX socket "fuseexp:<minor of the mount>:<pid>" that nobody reads from.
- * Whoever waits for the end connects, and gets one byte, the exit status, when everything is over (or just
- * EOF, if we were killed).
+ * Control socket: an abstract UNIX socket "fuseexp:<minor>:<identity of the mount>:<pid>" that nobody reads
+ * from. Whoever waits for the end connects, and gets one byte, the exit status, when everything is over (or
+ * just EOF, if we were killed).
  * ******************************************************************************************************** */
 
 enum opt_allow_other { ALLOW_AUTO, ALLOW_ON, ALLOW_OFF };
@@ -4064,7 +4209,8 @@ struct options {
     char **images, **command, *mountpoint, *format, *pidfile, *extra;
     char *snapshot, *backing, *backing_format, *data_file, *allow_external;
     unsigned n_images;
-    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts, no_backing, lazy, verbose, quiet;
+    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
+        no_backing, lazy, verbose, quiet;
     bool mount_helper; /* called by mount(8) */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
@@ -4079,6 +4225,7 @@ struct run {
     unsigned n_views;
     struct server srv;
     struct mountpoint mp;
+    char source[PATH_MAX];          /* the image, as the mount table shows it */
     char pidfile[PATH_MAX];         /* absolute */
     sigset_t old_mask;
     struct rlimit old_files;        /* the command gets them back */
@@ -4087,6 +4234,8 @@ struct run {
     pid_t server, command;          /* 0: not running (any more) */
     int server_status, command_status;
     bool ready, not_ready;
+    int waiters[MAX_WAITERS];       /* connected to ctl_fd */
+    unsigned n_waiters;
     unsigned stop_signals;          /* INT, TERM, HUP so far */
 };
 
@@ -4103,6 +4252,28 @@ static void run_relay_log(struct run *r)
     text[n] = 0;
     for (char *save, *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
         msg_err(0, "%s", line + (strncmp(line, "fuseexp: ", 9) == 0 ? 9 : 0));
+}
+
+/* Whoever waits for the end is taken in; whoever gave up (the mount was busy) makes room. */
+static void run_accept_waiters(struct run *r)
+{
+    unsigned kept = 0;
+    char byte;
+    int fd;
+
+    for (unsigned i = 0; i < r->n_waiters; i++) {
+        if (recv(r->waiters[i], &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0)
+            close(r->waiters[i]);
+        else
+            r->waiters[kept++] = r->waiters[i];
+    }
+    r->n_waiters = kept;
+    while (r->ctl_fd >= 0 && (fd = accept4(r->ctl_fd, NULL, NULL, SOCK_CLOEXEC)) >= 0) {
+        if (r->n_waiters < MAX_WAITERS)
+            r->waiters[r->n_waiters++] = fd;
+        else
+            close(fd);
+    }
 }
 
 static void run_reap(pid_t *pid, int *status)
@@ -4138,12 +4309,15 @@ static void run_poll(struct run *r, int timeout)
         { .fd = r->sig_fd, .events = POLLIN },
         { .fd = r->ready_fd, .events = POLLIN },
         { .fd = r->log_fd, .events = POLLIN },
+        { .fd = r->server > 0 ? r->ctl_fd : -1, .events = POLLIN },
     };
     struct signalfd_siginfo si;
     char byte;
 
     if (poll(fds, ARRAY_LEN(fds), timeout) <= 0)
         return;
+    if (fds[3].revents)
+        run_accept_waiters(r);
     if (fds[2].revents)
         run_relay_log(r);
     if (fds[1].revents) {
@@ -4200,9 +4374,11 @@ static int run_make_control(struct run *r)
 static void run_name_control(struct run *r)
 {
     struct sockaddr_un addr = { .sun_family = AF_UNIX };
-    int len = snprintf(addr.sun_path + 1, sizeof(addr.sun_path) - 1, "fuseexp:%u:%d", r->mp.minor,
-                       (int)getpid());
+    char prefix[48];
+    int len;
 
+    mnt_control_prefix(r->mp.id, r->mp.minor, prefix);
+    len = snprintf(addr.sun_path + 1, sizeof(addr.sun_path) - 1, "%s%d", prefix, (int)getpid());
     if (bind(r->ctl_fd, (struct sockaddr *)&addr,
              (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)len)) < 0 ||
         listen(r->ctl_fd, MAX_WAITERS) < 0)
@@ -4213,11 +4389,11 @@ static void run_name_control(struct run *r)
 static void run_close_control(struct run *r, int status)
 {
     char byte = (char)status;
-    int fd;
 
-    while (r->ctl_fd >= 0 && (fd = accept(r->ctl_fd, NULL, NULL)) >= 0) {
-        (void)!send(fd, &byte, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
-        close(fd);
+    run_accept_waiters(r);
+    while (r->n_waiters) {
+        (void)!send(r->waiters[--r->n_waiters], &byte, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+        close(r->waiters[r->n_waiters]);
     }
     util_close(&r->ctl_fd);
 }
@@ -4231,12 +4407,20 @@ static int run_open_image(struct run *r)
     struct stat st;
     int ret;
 
+    if (!realpath(o->images[0], r->source) || strlen(r->source) >= 1024)
+        util_copy(r->source, sizeof(r->source), util_basename(o->images[0]));
     r->im.writable = o->writable;
     r->im.growable = o->growable;
     r->image_options = (struct image_options){
-        .format = o->format, .snapshot = o->snapshot, .backing = o->backing, .backing_format = o->backing_format,
-        .data_file = o->data_file, .allow_external = o->allow_external, .no_backing = o->no_backing,
-        .parts = !o->no_parts, .lock = !o->share,
+        .format = o->format,
+        .snapshot = o->snapshot,
+        .backing = o->backing,
+        .backing_format = o->backing_format,
+        .data_file = o->data_file,
+        .allow_external = o->allow_external,
+        .no_backing = o->no_backing,
+        .parts = !o->no_parts,
+        .lock = !o->share,
     };
     ret = cache_start(o->cache_size);
     if (!ret)
@@ -4291,15 +4475,13 @@ static bool run_may_pass_through(const struct run *r)
 static int run_mount(struct run *r)
 {
     const struct options *o = r->o;
-    char source[PATH_MAX];
     struct mount_wanted want = { .extra = o->extra,
                                  .writable = o->writable,
                                  .allow_other = &r->srv.allow_other,
                                  .may_drop_allow_other = o->allow_other == ALLOW_AUTO };
     int ret;
 
-    want.source = realpath(o->images[0], source) && strlen(source) < 1024 ? source
-                                                                          : util_basename(o->images[0]);
+    want.source = r->source;
     r->srv.allow_other = o->allow_other != ALLOW_OFF;
     ret = mnt_mount(&r->mp, &want);
     if (ret)
@@ -4432,6 +4614,8 @@ static int run_write_pidfile(struct run *r)
     else if (ftruncate(fd, 0) < 0 || dprintf(fd, "%d\n", (int)getpid()) < 0)
         ret = -errno;
     close(fd);
+    if (ret && ret != -EINVAL)
+        unlink(r->pidfile);
     return ret ? msg_err(ret, "%s: %s", r->pidfile, ret == -EINVAL ? "not a regular file" : strerror(-ret))
                : 0;
 }
@@ -4519,17 +4703,19 @@ static bool run_unmount(struct run *r, int patience)
     int ret = 0;
 
     for (; r->server > 0 && mnt_where(&r->mp, &where); patience -= 20) {
-        ret = where.covered ? -EBUSY : mnt_unmount(where.path, 0);
+        ret = mnt_unmount(where.path, 0);
+        if (ret == 0)
+            return true;
         if (ret != -EBUSY || patience <= 0)
             break;
         run_poll(r, 20);
     }
-    if (r->server == 0 || !mnt_where(&r->mp, &where))
-        return true;
-    if (where.covered) {
-        msg_err(0, "%s: something is mounted over it, which must go first", where.path);
+    if (r->server > 0 && where.covered) {
+        msg_err(0, "%s: something is mounted over it, which must go first", r->mp.path);
         return false;
     }
+    if (r->server == 0 || !mnt_where(&r->mp, &where))
+        return true;
     if (ret == -EBUSY)
         msg_say(MSG_NOTE, "%s: in use, detached; it ends with its last user (another signal cuts it off now)",
                 where.path);
@@ -4556,9 +4742,12 @@ static void run_release_mount(struct run *r)
         ret = mnt_unmount(where.path, MNT_DETACH);
         if (ret)
             poll(NULL, 0, 50);
+        else
+            r->mp.mounted = false;
     }
     if (ret && mnt_where(&r->mp, &where))
         msg_err(ret, "%s: cannot unmount: %s", where.path, *mnt_said ? mnt_last_words() : strerror(-ret));
+    r->mp.mounted = false;
     mnt_end_session(&r->mp);
 }
 
@@ -4588,8 +4777,7 @@ static void run_supervise(struct run *r)
             run_poll(r, command_ended && !unmounted ? 1000 : -1);
     }
     run_report_death(r);
-    if (r->command > 0)
-        run_release_mount(r);
+    run_release_mount(r);
     while (r->command > 0) /* its disk is gone, but its status is still to be told */
         run_poll(r, -1);
 }
@@ -4603,8 +4791,8 @@ static void run_stop_server(struct run *r)
     while (r->log_fd >= 0 && r->server > 0 && r->not_ready)
         run_relay_log(r); /* its last words: it is leaving by itself */
     if (r->server > 0 && r->ready) {
-        run_release_mount(r);
         mnt_abort(&r->mp);
+        run_release_mount(r);
         for (int i = 0; i < 100 && r->server > 0; i++)
             run_poll(r, 20);
     }
@@ -4779,14 +4967,14 @@ static int cmd_umount(const struct options *o)
 
     if (mnt_resolve(o->mountpoint, path))
         return EXIT_FAILED;
-    ret = mnt_find(path, 0, &entry);
+    ret = mnt_find(path, 0, 0, &entry);
     if (ret < 0)
         return EXIT_FAILED;
     if (ret == 0 || !entry.fuseexp) {
         msg_err(0, "%s: fuseexp has nothing mounted there", o->mountpoint);
         return EXIT_FAILED;
     }
-    n = mnt_connect_servers(&entry, fds, MAX_WAITERS);
+    n = mnt_find_servers(&entry, fds, MAX_WAITERS);
     unseen = n == 0 && statfs(path, &fs) == 0;
     ret = mnt_unmount(path, o->lazy ? MNT_DETACH : 0);
     for (int tries = 0; ret == -EBUSY && tries < 50; tries++) {     /* udev looks at every new loop device */
@@ -4969,11 +5157,14 @@ static const struct opt {
     { 'q', "quiet", NULL, OPT_SET, OPT_AT(quiet), 0, "errors only" },
     { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
     { 0, "snapshot", "ID|NAME", OPT_TEXT, OPT_AT(snapshot), 0, "show this internal snapshot" },
-    { 0, "backing", "FILE", OPT_TEXT, OPT_AT(backing), 0, "the backing file, instead of what the image says" },
+    { 0, "backing", "FILE", OPT_TEXT, OPT_AT(backing), 0,
+      "the backing file, instead of what the image says" },
     { 0, "backing-format", "NAME", OPT_TEXT, OPT_AT(backing_format), 0, "and its format" },
     { 0, "data-file", "FILE", OPT_TEXT, OPT_AT(data_file), 0, "the external data file" },
-    { 0, "allow-external", "DIR", OPT_TEXT, OPT_AT(allow_external), 0, "images may name files below this folder" },
-    { 0, "no-backing", NULL, OPT_SET, OPT_AT(no_backing), 0, "open no backing file; its data reads as errors" },
+    { 0, "allow-external", "DIR", OPT_TEXT, OPT_AT(allow_external), 0,
+      "images may name files below this folder" },
+    { 0, "no-backing", NULL, OPT_SET, OPT_AT(no_backing), 0,
+      "open no backing file; its data reads as errors" },
     { 0, "cache-size", "N[kMGT]", OPT_SIZE, OPT_AT(cache_size), 1, "for tables and decoded clusters (64M)" },
     { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0,
       "IMAGE alone, even if it looks like a part of a split image" },
@@ -5330,7 +5521,7 @@ int main(int argc, char **argv)
     }
     free(o.extra);
 #ifdef FUSEEXP_FAULTS
-    if (o.mountpoint && main_count_fds() > fds)
+    if (o.mountpoint && main_count_fds() + util_n_closed != fds)
         status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", main_count_fds(), fds);
 #endif
     return status;

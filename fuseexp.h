@@ -186,6 +186,9 @@ enum {
 struct fx_open_how {
     uint64_t flags, mode, resolve;
 };
+#define FX_STATX_MNT_ID_UNIQUE 0x4000u          /* Linux 6.8 */
+#define FX_STATX_OFF_MNT_ID 144
+#define FX_STATX_DONT_SYNC 0x4000
 #define FX_TMPFS_MAGIC 0x01021994
 #define FX_RAMFS_MAGIC 0x858458f6
 #define FX_HEAD_ROOM 4096u          /* of a worker's buffer: request header and arguments, ahead of the data */

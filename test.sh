@@ -405,16 +405,24 @@ for off in (65536, 70000, 2**50):
 }
 
 t_opening_with_o_trunc_empties_only_growable_images() {
-    random img 64; random new 64
+    random img 64; random new 64; cp img copy
+    for opt in "" --offset=4096; do
+        "$fx" -q -w $opt img m
+        not cp new m 2>err; grep -q 'not permitted' err
+        not sh -c ': >m' 2>err
+        not dd if=new of=m bs=4k count=10 2>err
+        cmp -i "${opt:+4096:}0" img m
+        "$fx" --umount m
+        cmp img copy
+    done
     "$fx" -q -w img m
-    cp new m; cmp new m; same "$(stat -c %s m)" 262144
-    dd if=img of=m bs=4k count=10 status=none; same "$(stat -c %s m)" 262144
-    head -c 1000 new >m; cmp -n 1000 new m; same "$(stat -c %s m)" 262144
+    cat new 1<>m; cmp new m; dd if=new of=m conv=notrunc status=none
     "$fx" --umount m
     cmp new img
     "$fx" -q -w --growable img m
     head -c 1000 new >m; same "$(stat -c %s m)" 1000
-    "$fx" --umount m; same "$(stat -c %s img)" 1000
+    head -c 20 new >m; echo BB >m; same "$(cat m)" BB
+    "$fx" --umount m; same "$(stat -c %s img)" 3
 }
 
 t_truncate_works_on_whole_raw_images_only() {
@@ -572,7 +580,7 @@ t_split_images_with_lost_or_damaged_parts_are_refused() {
     cat part.00? | cmp - m; "$fx" --umount m
     "$fx" -q --no-parts part.001 m; cmp m part.001; "$fx" --umount m
     "$fx" part.003 m 2>err; grep -q 'shown alone.*part.002 is there' err; "$fx" --umount m
-    cp part.001 part.002; cp part.001 part.000; refused 1 'part.000 is the first part' "$fx" -q part.001 m
+    cp part.001 part.000; refused 1 'part.000 is the first part' "$fx" -q part.001 m
 }
 
 t_written_parts_get_their_bytes() {
@@ -856,7 +864,8 @@ while off < size:
 
 # Random writes, zeros, discards and compressed clusters into an existing image.
 scribble() {        # IMAGE SEED [compressed]
-    local img=$1
+    local img=$1 size
+    size=$(qemu-img info --output=json "$img" | jq '."virtual-size"')
     py '
 rnd = random.Random(int(sys.argv[1]))
 size = int(sys.argv[2])
@@ -870,7 +879,7 @@ for i in range(60):
     elif kind < .8: print("write -P %d %d %d" % (rnd.randrange(256), off, n))
     elif kind < .9: print("write -z %d %d" % (off, n))
     else: print("discard %d %d" % (off, n))
-' "$2" "$(qemu-img info --output=json "$img" | jq '."virtual-size"')" "${@:3}" | qemu-io "$img" >io.log
+' "$2" "$size" "${@:3}" | qemu-io "$img" >io.log 2>&1 || grep -q wrote io.log     # some variants refuse a discard
 }
 
 t_qcow2_variants_read_back() {
@@ -896,7 +905,7 @@ t_qcow2_variants_read_back() {
         qemu-img convert -O raw img truth
         check_same img
         mv ext.raw elsewhere
-        refused 1 "cannot open its external data file 'ext.raw'" "$fx" -q img m 2>/dev/null || true
+        refused 1 "cannot open its external data file 'ext.raw'" "$fx" -q img m
         check_same img --data-file elsewhere
         mv elsewhere ext.raw
     done
@@ -945,9 +954,10 @@ t_qcow2_backing_files_are_opened_by_the_rules() {
     ln -s ../out/base in/link; qemu-img create -q -f qcow2 -b link -F raw in/linked
     qemu-img create -q -f qcow2 -u -b 'json:{"driver":"raw"}' -F raw in/json 400k
     qemu-img create -q -f qcow2 -u -b 'nbd://host/x' -F raw in/url 400k
-    qemu-img create -q -f qcow2 -u -b missing -F raw in/missing 400k
+    qemu-img create -q -f qcow2 -u -b absent -F raw in/missing 400k
     qemu-img create -q -f qcow2 -u -b base -F vmdk in/vmdk 400k
-    qemu-img create -q -f qcow2 -u -b ../out/base in/noformat 400k
+    qemu-img create -q -f qcow2 -u -b ../out/base -F raw in/noformat 400k
+    py 'd = open("in/noformat", "rb").read(); open("in/noformat", "wb").write(d.replace(b"\xe2\x79\x2a\xca", b"\x11\x11\x11\x11", 1))'
     for i in dots absolute linked; do
         expect 1 "$fx" -q in/$i m; grep -q 'allow-external' err
         check_same in/$i --allow-external out
@@ -956,7 +966,7 @@ t_qcow2_backing_files_are_opened_by_the_rules() {
     done
     refused 1 'not a plain file name' "$fx" -q in/json m
     refused 1 'not a plain file name' "$fx" -q in/url m
-    expect 1 "$fx" -q in/missing m; grep -q "in/missing: cannot open its backing file 'missing'" err
+    expect 1 "$fx" -q in/missing m; grep -q "in/missing: cannot open its backing file 'absent': No such" err
     refused 1 'of format vmdk' "$fx" -q in/vmdk m
     refused 1 'does not say which format.*--backing-format' "$fx" -q in/noformat m
     check_same in/noformat --backing-format raw --backing out/base
@@ -1002,7 +1012,7 @@ t_qcow2_damaged_headers_are_refused() {
     local rows='
 100 00020000 header.s length
 100 00000048 header.s length
-112 7fffffff reaches past the first cluster
+116 7fffffff reaches past the first cluster
 8 000000000000fff0000003ff name of the backing
 8 000000000000020000000fff name of the backing
 76 00000020 incompatible bit 5
@@ -1029,7 +1039,7 @@ t_qcow2_damaged_headers_are_refused() {
     done <<<"$rows"
     qemu-img create -q -f qcow2 -o cluster_size=8k good 64M
     poke bad 76 00000010; refused 1 'subclusters need' "$fx" -q bad m
-    head -c 71 good >bad; refused 1 'header' "$fx" -q bad m
+    head -c 71 good >bad; refused 1 'is not a qcow2' "$fx" -q bad m
     head -c 4000 good >bad; refused 1 'place of the L1' "$fx" -q bad m
 }
 
@@ -1401,6 +1411,43 @@ t_moved_and_covered_mounts_are_found() {
     gone
 }
 
+t_many_at_once_do_not_take_each_others_mounts() {
+    random img 16
+    for x in A B C; do
+        for i in $(seq 60); do "$fx" -q -f img $x -- cmp -s $x img || echo "$x $i"; done >failed.$x 2>&1 &
+    done
+    wait
+    same "$(cat failed.*)" ""
+    # The minor of one that is gone is the next one's.
+    "$fx" -q img a -- sleep 1 & local pid=$!
+    wait_for test -s a
+    umount -l a; "$fx" -q img b
+    wait $pid
+    cmp img b
+    "$fx" --umount b
+}
+
+t_foreign_mounts_over_ours_are_left_alone() {
+    random img 16; mkdir sd
+    "$fx" -q -f img sd 2>log & local pid=$!
+    wait_for test -s sd/disk
+    mount -t tmpfs foreign sd; echo precious >sd/file
+    kill -9 "$(server_of)"
+    not wait $pid
+    same "$(cat sd/file)" precious
+    umount sd; umount -l sd
+}
+
+t_refused_starts_do_not_use_up_the_waiters() {
+    random img 16; "$fx" -q img m
+    for i in $(seq 20); do not "$fx" -q img m 2>err; done
+    exec 9<m
+    for i in $(seq 20); do not timeout 0.1 "$fx" --umount m 2>err; done
+    exec 9<&-
+    "$fx" --umount m
+    same "$(ours)" ""
+}
+
 t_umount_from_another_network_namespace_says_that_it_cannot_wait() {
     random img 16; "$fx" -q img m
     expect 1 unshare -n "$fx" --umount m
@@ -1698,7 +1745,8 @@ demo() {
     set -e
     set -x
     mkfs.ext4 -q -d files disk.img 16M
-    fuseexp --format raw disk.img disk.raw
+    qemu-img convert -c -f raw -O qcow2 disk.img disk.qcow2
+    fuseexp disk.qcow2 disk.raw
     findmnt -o TARGET,SOURCE,FSTYPE,OPTIONS disk.raw
     mount -o ro,loop disk.raw mnt
     cat mnt/hello.txt
@@ -1706,7 +1754,7 @@ demo() {
     fuseexp --umount disk.raw
     ls
     { set +x; } 2>/dev/null
-    echo "The demo worked: an ext4 image was exported, loop-mounted, read, and everything is gone again."
+    echo "The demo worked: a compressed qcow2 image was exported, loop-mounted, read, and everything is gone again."
 }
 
 # One table, one run: rows are peers, columns are works; fio's JSON is the source. Images lie in a tmpfs.
