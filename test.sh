@@ -7,7 +7,7 @@
 #
 # KEEP=1 keeps the folders. TIMES=1 says how long each case took. Truth comes from elsewhere: cmp, mkfs, fsck, sfdisk, qemu-img.
 # Needs root; cases as a plain user become nobody. Cases on the corpus are skipped where ../shared/corpus is not there.
-# shellcheck disable=SC2013,SC2015,SC2016,SC2017,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
+# shellcheck disable=SC2013,SC2015,SC2016,SC2017,SC2001,SC2059,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
 set -u
 top=$(cd "$(dirname "$0")" && pwd)
 build=${BUILD:-$top/build}
@@ -912,7 +912,7 @@ t_qcow2_variants_read_back() {
 }
 
 t_qcow2_compressed_images_read_back() {
-    for i in $(seq 300); do cat "$top"/fuseexp.c | head -c $((i * 331)); done >truth
+    for i in $(seq 300); do head -c $((i * 331)) "$top"/fuseexp.c; done >truth
     truncate -s %512 truth
     for o in compression_type=zlib compression_type=zstd compression_type=zlib,cluster_size=2M compression_type=zstd,cluster_size=512; do
         qemu-img convert -c -f raw -O qcow2 -o "$o" truth img
@@ -1120,7 +1120,7 @@ for i in range(120):
 }
 
 t_qcow2_under_load_has_no_races() {
-    for i in $(seq 100); do cat "$top"/fuseexp.c | head -c $((i * 991)); done >truth; truncate -s %512 truth
+    for i in $(seq 100); do head -c $((i * 991)) "$top"/fuseexp.c; done >truth; truncate -s %512 truth
     qemu-img convert -c -f raw -O qcow2 truth base; qemu-img create -q -f qcow2 -b base -F qcow2 img; scribble img 3
     qemu-img convert -O raw img truth
     "$build/fuseexp-tsan" -q -f --sandbox=off --cache-size 1M img m 2>log & local pid=$!
