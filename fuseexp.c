@@ -511,20 +511,36 @@ static int file_open(struct file *f, const char *path, bool writable)
  */
 static int file_open_beneath(struct file *f, const char *folder, const char *name, const char *shown)
 {
-    struct fx_open_how how = { .flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK,
+    struct fx_open_how how = { .flags = O_PATH | O_CLOEXEC,
                                .resolve = FX_RESOLVE_BENEATH | FX_RESOLVE_NO_MAGICLINKS };
-    int dir = open(folder, O_PATH | O_DIRECTORY | O_CLOEXEC), fd = -1;
+    int dir = open(folder, O_PATH | O_DIRECTORY | O_CLOEXEC), path_fd = -1, fd = -1, ret;
+    char proc[40];
+    struct stat st;
 
     f->fd = -1;
     if (dir >= 0) {
-        fd = (int)syscall(SYS_openat2, dir, name, &how, sizeof(how));
-        if (fd < 0 && errno == ENOSYS && !strchr(name, '/'))
-            fd = openat(dir, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
-        close(dir);
+        path_fd = (int)syscall(SYS_openat2, dir, name, &how, sizeof(how));
+        if (path_fd < 0 && errno == ENOSYS && !strchr(name, '/'))
+            path_fd = openat(dir, name, O_PATH | O_CLOEXEC | O_NOFOLLOW);
     }
-    if (fd < 0)
-        return -errno;              /* the caller knows who wanted it */
+    ret = path_fd < 0 || fstat(path_fd, &st) < 0 ? -errno : S_ISREG(st.st_mode) ? 0 : -EMEDIUMTYPE;
+    if (!ret) {
+        snprintf(proc, sizeof(proc), "/proc/self/fd/%d", path_fd);     /* looked at before it is opened */
+        fd = open(proc, O_RDONLY | O_CLOEXEC);
+        ret = fd < 0 ? -errno : 0;
+    }
+    util_close(&path_fd);
+    util_close(&dir);
+    if (ret)
+        return ret;                 /* the caller knows who wanted it */
     return file_adopt(f, shown, fd, false);
+}
+
+static int file_measure(struct file *f)
+{
+    int ret = fstat(f->fd, &f->st) < 0 ? -errno : file_size(f);
+
+    return ret ? msg_err(ret, "%s: cannot tell its size: %s", f->path, strerror(-ret)) : 0;
 }
 
 static void file_close(struct file *f)
@@ -779,7 +795,7 @@ static bool codec_zstd(const uint8_t *in, size_t in_len, uint8_t *out, size_t ou
         if (ZSTD_isError(frame))
             return false;
         n = ZSTD_decompressDCtx(codec_own.zstd, out + done, out_len - done, in, frame);
-        if (ZSTD_isError(n) || n == 0)
+        if (ZSTD_isError(n))
             return false;
         done += n;
         in += frame;
@@ -832,7 +848,7 @@ struct cache_cluster {
     struct cache_cluster *hash_next, *newer, *older;
     const struct file *file;
     uint64_t offset;
-    uint32_t length, users;
+    uint32_t length, coded_length, users;
     enum { CACHE_DECODING, CACHE_READY, CACHE_BROKEN } state;
     uint8_t data[];
 };
@@ -999,7 +1015,8 @@ static struct cache_cluster *cache_get_locked(const struct extent *ext, bool *ou
     struct cache_cluster **bucket = &cache.bucket[cache_hash(ext->file, ext->offset) % CACHE_BUCKETS], *c;
 
     for (c = *bucket; c; c = c->hash_next)
-        if (c->file == ext->file && c->offset == ext->offset && c->length == ext->decoded_length)
+        if (c->file == ext->file && c->offset == ext->offset && c->length == ext->decoded_length &&
+            c->coded_length == ext->coded_length && c->state != CACHE_BROKEN)
             break;
     *ours = !c;
     if (c) {
@@ -1011,8 +1028,13 @@ static struct cache_cluster *cache_get_locked(const struct extent *ext, bool *ou
     c = malloc(sizeof(*c) + ext->decoded_length);
     if (!c)
         return NULL;
-    *c = (struct cache_cluster){ .hash_next = *bucket, .file = ext->file, .offset = ext->offset,
-                                 .length = ext->decoded_length, .users = 1, .state = CACHE_DECODING };
+    *c = (struct cache_cluster){ .hash_next = *bucket,
+                                 .file = ext->file,
+                                 .offset = ext->offset,
+                                 .length = ext->decoded_length,
+                                 .coded_length = ext->coded_length,
+                                 .users = 1,
+                                 .state = CACHE_DECODING };
     *bucket = c;
     cache_link_newest(c);
     cache.used += sizeof(*c) + c->length;
@@ -1240,10 +1262,20 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
  * */
 
 enum {
-    QCOW2_MAGIC = 0x514649fb, QCOW2_HEADER_V2 = 72, QCOW2_HEADER_V3 = 104,
-    QCOW2_DIRTY = 1, QCOW2_CORRUPT = 2, QCOW2_DATA_FILE = 4, QCOW2_COMPRESSION = 8, QCOW2_EXTL2 = 16,
-    QCOW2_RAW_DATA = 2,             /* autoclear */
-    QCOW2_MAX_L1 = 32 << 20, QCOW2_MAX_NAME = 1023, QCOW2_MAX_SNAPSHOTS = 65536, QCOW2_SUBCLUSTERS = 32,
+    QCOW2_MAGIC = 0x514649fb,
+    QCOW2_HEADER_V2 = 72,
+    QCOW2_HEADER_V3 = 104,
+    QCOW2_DIRTY = 1,
+    QCOW2_CORRUPT = 2,
+    QCOW2_DATA_FILE = 4,
+    QCOW2_COMPRESSION = 8,
+    QCOW2_EXTL2 = 16,
+    QCOW2_RAW_DATA = 2, /* autoclear */
+    QCOW2_MAX_L1 = 32 << 20,
+    QCOW2_MAX_NAME = 1023,
+    QCOW2_MAX_SNAPSHOTS = 65536,
+    QCOW2_LOOK_AHEAD = 128, /* entries looked at for one extent: below us they may all be looked up again */
+    QCOW2_SUBCLUSTERS = 32,
 };
 #define QCOW2_OFFSET 0x00fffffffffffe00u
 #define QCOW2_COPIED (1ull << 63)
@@ -1312,7 +1344,12 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
 {
     const uint64_t known = QCOW2_DIRTY | QCOW2_CORRUPT | QCOW2_DATA_FILE | QCOW2_COMPRESSION | QCOW2_EXTL2;
     const uint8_t *features = NULL;
+    uint64_t name = util_be64(cluster + 8);
     uint32_t type, n, features_len = 0;
+
+    if (name >= q->header_length)
+        len = util_min(
+            len, name); /* images without an end marker: the name of the backing file ends the extensions */
 
     for (uint64_t at = q->header_length; at + 8 <= len; at += 8 + ((uint64_t)n + 7) / 8 * 8) {
         type = util_be32(cluster + at);
@@ -1597,6 +1634,12 @@ static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t
     };
 }
 
+/* In an external data file offset 0 is a place like any other; COPIED tells it from none. */
+static bool qcow2_allocated(const struct qcow2 *q, uint64_t entry)
+{
+    return (entry & QCOW2_OFFSET) || ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
+}
+
 /* One subcluster: bits 0..31 of the bitmap say allocated, 32..63 reads as zeros. */
 static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, uint64_t entry,
                                  uint64_t bitmap, uint64_t in_cluster, uint64_t length, struct extent *ext)
@@ -1611,7 +1654,7 @@ static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, 
     length = util_min(length, end - in_cluster);
     if (state == 3)
         qcow2_bad_extent(ext, length, "a subcluster is both allocated and zero");
-    else if (state == 1 && !(entry & QCOW2_OFFSET) && q->data == &im->files[0])
+    else if (state == 1 && !qcow2_allocated(q, entry))
         qcow2_bad_extent(ext, length, "a subcluster is allocated in no cluster");
     else
         qcow2_map_plain(q, entry,
@@ -1625,8 +1668,7 @@ static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, 
 static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint64_t entry, uint64_t bitmap,
                             uint64_t in_cluster, uint64_t length, struct extent *ext)
 {
-    bool allocated = (entry & QCOW2_OFFSET) ||
-                     ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
+    bool allocated = qcow2_allocated(q, entry);
 
     if (entry & QCOW2_COMPRESSED)
         qcow2_map_compressed(q, entry, in_cluster, length, ext);
@@ -1658,6 +1700,7 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
     uint64_t table_left = (1ull << (q->cluster_bits + q->l2_bits)) -
                           (offset & ((1ull << (q->cluster_bits + q->l2_bits)) - 1));
     struct extent next;
+    unsigned n = 0;
 
     (void)exact;
     length = util_min(length, table_left);
@@ -1673,7 +1716,8 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
     }
     if (l2 >= im->files[0].size || cluster > im->files[0].size - l2)
         return qcow2_bad_extent(ext, length, "its L2 table lies past the end of the file");
-    for (left = length, ext->length = 0; left; left -= next.length, offset += next.length) {
+    for (left = length, ext->length = 0; left && n++ < QCOW2_LOOK_AHEAD;
+         left -= next.length, offset += next.length) {
         index = offset >> q->cluster_bits & ((1ull << q->l2_bits) - 1);
         in_cluster = offset & (cluster - 1);
         here = util_min(left, cluster - in_cluster);
@@ -1884,22 +1928,43 @@ static int img_begin(struct image *im, const char *name)
 /* Once the files are open: parts, locks, the driver. */
 static int img_finish(struct image *im)
 {
+    unsigned locked = 0;
     int ret = 0;
 
     if (im->writable && !im->format->writable)
         return msg_err(-EROFS, "%s: %s images cannot be written by this version", im->name, im->format->name);
     if (im->opt->parts && im->depth == 0)
         ret = img_find_parts(im);
+    /* Locked before it is read: the header that counts is the one that nobody changes any more. */
+    for (; im->opt->lock && locked < im->n_files && !ret; locked++)
+        ret = file_lock(&im->files[locked]);
+    for (unsigned i = 0; i < im->n_files && !ret; i++)
+        ret = file_measure(&im->files[i]);
     if (!ret)
         ret = im->format->open(im);
-    for (unsigned i = 0; im->opt->lock && i < im->n_files && !ret; i++)
-        ret = file_lock(&im->files[i]);
-    if (!ret && im->size == 0 && !im->growable)
+    for (; im->opt->lock && locked < im->n_files && !ret; locked++)
+        ret = file_lock(&im->files[locked]);
+    if (!ret && im->size == 0 && !im->growable && im->depth == 0)
         ret = msg_err(-EINVAL, "%s: is empty", im->name);
     return ret;
 }
 
 static int img_open_backing(struct image *im);
+
+/*
+ * An option that has no meaning for this image was meant for another one: better no disk than the wrong one.
+ */
+static int img_check_options(const struct image *im)
+{
+    const struct image_options *opt = im->opt;
+
+    if ((opt->snapshot || opt->data_file) && im->format != &qcow2_format)
+        return msg_err(-EINVAL, "%s: is %s, so --%s is of no use", im->name, im->format->name,
+                       opt->snapshot ? "snapshot" : "data-file");
+    if ((opt->backing || opt->backing_format) && !*im->backing_name)
+        return msg_err(-EINVAL, "%s: has no backing file, so --backing is of no use", im->name);
+    return 0;
+}
 
 /* Leaves im half-built on failure: img_close() is due all the same. Set before: writable, growable. */
 static int img_open(struct image *im, char *const *paths, unsigned n_paths, const struct image_options *opt)
@@ -1915,6 +1980,8 @@ static int img_open(struct image *im, char *const *paths, unsigned n_paths, cons
         ret = img_probe(im, opt->format);
     if (!ret)
         ret = img_finish(im);
+    if (!ret)
+        ret = img_check_options(im);
     return ret ? ret : img_open_backing(im);
 }
 
@@ -1961,7 +2028,7 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
     if (realpath(shown, real) && img_is_allowed(im->opt, real))
         return file_open(f, real, false);
     f->fd = -1;
-    if (name[0] == '/')
+    if (name[0] == '/' || im->files[0].is_blk)
         return msg_err(-EPERM,
                        "%s: its %s is '%s', outside of its folder; %s FILE or --allow-external DIR allows it",
                        im->name, what, name, option);
@@ -2002,8 +2069,8 @@ static int img_check_loop(const struct image *im)
  */
 static int img_open_one_backing(struct image *im, struct image *base, const char *user_file)
 {
-    const char *format = im->depth == 0 && im->opt->backing_format ? im->opt->backing_format
-                                                                   : im->backing_format;
+    bool user = im->opt->backing_format && (!*im->backing_format || (im->depth == 0 && user_file));
+    const char *format = user ? im->opt->backing_format : im->backing_format;
     int ret = img_begin(base, im->backing_name);
 
     if (ret)

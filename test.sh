@@ -972,6 +972,22 @@ t_qcow2_backing_files_are_opened_by_the_rules() {
     check_same in/noformat --backing-format raw --backing out/base
     qemu-img create -q -f qcow2 -u -b b -F qcow2 in/a 400k; qemu-img create -q -f qcow2 -u -b a -F qcow2 in/b 400k
     refused 1 'is its own backing file' "$fx" -q in/a m
+    mkfifo in/fifo; qemu-img create -q -f qcow2 -u -b fifo -F raw in/onfifo 400k
+    refused 1 "cannot open its backing file 'fifo'" timeout 5 "$fx" -q in/onfifo m
+    : >in/none; qemu-img create -q -f qcow2 -u -b none -F raw in/onempty 400k
+    head -c 400k /dev/zero >truth; check_same in/onempty
+    refused 1 'so --snapshot is of no use' "$fx" -q --snapshot x out/base m
+    refused 1 'has no backing file' "$fx" -q --backing out/base --format raw out/base m
+    # A chain whose middle does not say the format: the option serves there too, and only there.
+    cp in/noformat mid; cp out/base base; python3 -c "
+d = open('mid', 'rb').read(); open('mid', 'wb').write(d.replace(b'../out/base', b'base' + bytes(7)))
+import struct; f = open('mid', 'r+b'); f.seek(16); f.write(struct.pack('>I', 4))"
+    qemu-img create -q -f qcow2 -u -b mid -F qcow2 ontop 400k
+    cp out/base truth; check_same ontop --backing-format raw
+    cp in/dots padded; truncate -s %4096 padded
+    local dev; dev=$(losetup -f --show padded)
+    refused 1 'outside of its folder' "$fx" -q "$dev" m
+    losetup -d "$dev"
     "$fx" --no-backing in/absolute m 2>err; grep -q 'without its backing file' err
     not cat m 2>err >out/none; grep -q 'Input/output' err
     "$fx" --umount m
@@ -1727,7 +1743,8 @@ t_malformed_requests_are_survived() {
 
 lint() {
     local bad=0 contents banners
-    contents=$(sed -n 's/^ \*  *\([0-9]*\)\. \([A-Z][A-Za-z -]*[a-z]\)  *.*/\1 \2/p; s/^ \*  *\([0-9]*\)\. \(Main\)$/\1 \2/p' "$top/fuseexp.c" | sed -n '1,/ Main/p')
+    contents=$(sed -n 's/^ \*  *\([0-9]*\)\. \([A-Za-z][A-Za-z0-9 -]*[a-z0-9]\)  *[a-z0-9]*_ .*/\1 \2/p; s/^ \*  *\([0-9]*\)\. \(Main\)$/\1 \2/p' \
+        "$top/fuseexp.c" | sed -n '1,/ Main/p')
     banners=$(grep -A1 '^/\* \*\*\*\*' "$top/fuseexp.c" | sed -n 's/^ \* \([0-9]*\)\. \(.*\)/\1 \2/p')
     [ "$contents" = "$banners" ] || { diff <(echo "$contents") <(echo "$banners"); bad=1; }
     awk 'length > 120 { print FILENAME ":" FNR ": longer than 120 columns"; bad = 1 } END { exit bad }' "$top/fuseexp.c" "$top/fuseexp.h" || bad=1
