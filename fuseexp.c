@@ -9,17 +9,20 @@
  *    2. Utilities               util_    bytes, numbers, fault injection
  *    3. Worker pool             pool_    how many workers run
  *    4. Host files              file_    every system call on an image
- *    5. Raw images              raw_     the driver to copy
- *    6. Image core              img_     probing, the loops over extents, resizing
- *    7. Partitions              part_    MBR, GPT, the views
- *    8. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
- *    9. Worker loop             loop_    the transport
- *   10. Sandbox                 box_     what the serving process gives up
- *   11. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
- *   12. Life cycle              run_     supervisor and server, the clean-up chain
- *   13. One-shot commands       cmd_     --umount, --formats, --version
- *   14. Options                 opt_     one table for getopt, -o and --help
- *   15. Main
+ *    5. Codecs                  codec_   one compressed cluster
+ *    6. Cache                   cache_   tables and decoded clusters in one budget
+ *    7. Raw images              raw_     the driver to copy
+ *    8. qcow2                   qcow2_   QEMU's format, for reading
+ *    9. Image core              img_     probing, chains, the loops over extents, resizing
+ *   10. Partitions              part_    MBR, GPT, the views
+ *   11. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
+ *   12. Worker loop             loop_    the transport
+ *   13. Sandbox                 box_     what the serving process gives up
+ *   14. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
+ *   15. Life cycle              run_     supervisor and server, the clean-up chain
+ *   16. One-shot commands       cmd_     --umount, --formats, --version
+ *   17. Options                 opt_     one table for getopt, -o and --help
+ *   18. Main
  *
  * Processes: the supervisor (this program as started, or its background child) mounts, forks the server,
  * unmounts and cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker
@@ -27,6 +30,8 @@
  *
  * Locks, all in the server:
  *   image.size_lock   growing and truncating; readers take the atomic size without it
+ *   cache.set_lock    refilling table slots of a set; readers take none
+ *   cache.lock        the list of decoded clusters; not held while decoding
  *   pool.lock         parking and waking workers; taken only around operations that may sleep
  *   everything else is immutable once the workers run, or an atomic of its own, or belongs to one worker
  *
@@ -73,6 +78,7 @@
 #include <syslog.h>
 #include <time.h>
 #include <unistd.h>
+#include <zstd.h>
 
 /* ******************************************************************************************************** *
  * 1. Messages
@@ -182,6 +188,21 @@ static uint16_t util_le16(const uint8_t *p)
 static uint32_t util_le32(const uint8_t *p)
 {
     return (uint32_t)util_le16(p) | (uint32_t)util_le16(p + 2) << 16;
+}
+
+static uint16_t util_be16(const uint8_t *p)
+{
+    return (uint16_t)(p[0] << 8 | p[1]);
+}
+
+static uint32_t util_be32(const uint8_t *p)
+{
+    return (uint32_t)util_be16(p) << 16 | util_be16(p + 2);
+}
+
+static uint64_t util_be64(const uint8_t *p)
+{
+    return (uint64_t)util_be32(p) << 32 | util_be32(p + 4);
 }
 
 static uint64_t util_le64(const uint8_t *p)
@@ -432,37 +453,25 @@ static void file_ask_sleep(struct file *f)
                        ? FILE_NEVER_SLEEPS : FILE_ALWAYS_SLEEPS;
 }
 
-/*
- * Refuses what is neither a file nor a block device before opening it: opening a pipe or a tape has effects.
- */
-static int file_open(struct file *f, const char *path, bool writable)
+/* What was opened becomes f, which owns it from here on. */
+static int file_adopt(struct file *f, const char *path, int fd, bool writable)
 {
-    int flags = O_CLOEXEC | (writable ? O_RDWR : O_RDONLY);
-    int ret = -EIO;
+    static uint16_t ids;
+    int ret;
 
-    f->fd = -1;
+    f->fd = fd;
+    f->id = ids++;
     f->writable = writable;
     f->path = strdup(path);
     if (!f->path)
         return msg_err(-ENOMEM, "%s: out of memory", path);
-    if (util_fault("open") || stat(path, &f->st) < 0)
+    if (fstat(f->fd, &f->st) < 0)
         return msg_err(-errno, "%s: %s", path, strerror(errno));
     if (S_ISDIR(f->st.st_mode))
         return msg_err(-EISDIR, "%s: is a directory, not a disk image", path);
     if (!S_ISREG(f->st.st_mode) && !S_ISBLK(f->st.st_mode))
         return msg_err(-EINVAL, "%s: neither a regular file nor a block device", path);
     f->is_blk = S_ISBLK(f->st.st_mode);
-    if (f->is_blk && writable)
-        flags |= O_EXCL;
-
-    f->fd = open(path, flags | O_NOATIME);
-    if (f->fd < 0 && errno == EPERM)
-        f->fd = open(path, flags);
-    if (f->fd < 0)
-        return msg_err(-errno, "%s: %s%s", path, strerror(errno),
-                       errno == EBUSY ? " (mounted, or used by another program)" : "");
-    if (fstat(f->fd, &f->st) < 0)
-        return msg_err(-errno, "%s: %s", path, strerror(errno));
     ret = file_size(f);
     if (ret)
         return msg_err(ret, "%s: cannot tell its size: %s", path, strerror(-ret));
@@ -470,6 +479,68 @@ static int file_open(struct file *f, const char *path, bool writable)
         return msg_err(-EFBIG, "%s: too large (%" PRIu64 " bytes)", path, f->size);
     file_ask_sleep(f);
     return 0;
+}
+
+/* Looks at what it is before opening it: opening a pipe or a tape has effects. */
+static int file_open(struct file *f, const char *path, bool writable)
+{
+    int flags = O_CLOEXEC | O_NONBLOCK | (writable ? O_RDWR : O_RDONLY), fd;
+    struct stat st;
+
+    f->fd = -1;
+    if (util_fault("open") || stat(path, &st) < 0)
+        return msg_err(-errno, "%s: %s", path, strerror(errno));
+    if (S_ISDIR(st.st_mode))
+        return msg_err(-EISDIR, "%s: is a directory, not a disk image", path);
+    if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+        return msg_err(-EINVAL, "%s: neither a regular file nor a block device", path);
+    if (S_ISBLK(st.st_mode) && writable)
+        flags |= O_EXCL;
+    fd = open(path, flags | O_NOATIME);
+    if (fd < 0 && errno == EPERM)
+        fd = open(path, flags);
+    if (fd < 0)
+        return msg_err(-errno, "%s: %s%s", path, strerror(errno),
+                       errno == EBUSY ? " (mounted, or used by another program)" : "");
+    return file_adopt(f, path, fd, writable);
+}
+
+/*
+ * Opens a file that an image names, for reading: below `folder`, and not out of it by "..", links or mounts
+ * of /proc. Kernels before 5.6 cannot promise that, so there no name with a slash is followed, and no link.
+ */
+static int file_open_beneath(struct file *f, const char *folder, const char *name, const char *shown)
+{
+    struct fx_open_how how = { .flags = O_PATH | O_CLOEXEC,
+                               .resolve = FX_RESOLVE_BENEATH | FX_RESOLVE_NO_MAGICLINKS };
+    int dir = open(folder, O_PATH | O_DIRECTORY | O_CLOEXEC), path_fd = -1, fd = -1, ret;
+    char proc[40];
+    struct stat st;
+
+    f->fd = -1;
+    if (dir >= 0) {
+        path_fd = (int)syscall(SYS_openat2, dir, name, &how, sizeof(how));
+        if (path_fd < 0 && errno == ENOSYS && !strchr(name, '/'))
+            path_fd = openat(dir, name, O_PATH | O_CLOEXEC | O_NOFOLLOW);
+    }
+    ret = path_fd < 0 || fstat(path_fd, &st) < 0 ? -errno : S_ISREG(st.st_mode) ? 0 : -EMEDIUMTYPE;
+    if (!ret) {
+        snprintf(proc, sizeof(proc), "/proc/self/fd/%d", path_fd);     /* looked at before it is opened */
+        fd = open(proc, O_RDONLY | O_CLOEXEC);
+        ret = fd < 0 ? -errno : 0;
+    }
+    util_close(&path_fd);
+    util_close(&dir);
+    if (ret)
+        return ret;                 /* the caller knows who wanted it */
+    return file_adopt(f, shown, fd, false);
+}
+
+static int file_measure(struct file *f)
+{
+    int ret = fstat(f->fd, &f->st) < 0 ? -errno : file_size(f);
+
+    return ret ? msg_err(ret, "%s: cannot tell its size: %s", f->path, strerror(-ret)) : 0;
 }
 
 static void file_close(struct file *f)
@@ -688,8 +759,334 @@ static void file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool
         *extent = util_min(len, (uint64_t)at - offset);
 }
 
+/* ************************************************************************************************************ *
+ * 5. Codecs
+ *
+ * One compressed cluster at a time, into a buffer of the size it must have: more or less is an error, and
+ * what a hostile stream claims allocates nothing. Every thread keeps its own decoder and its own buffer for
+ * what it reads.
+ * ************************************************************************************************************
+ * */
+
+static _Thread_local struct {
+    struct libdeflate_decompressor *deflate;
+    ZSTD_DCtx *zstd;
+    uint8_t *coded; /* MAX_CLUSTER + 512: more is never needed for what decodes to MAX_CLUSTER */
+} codec_own;
+
+static bool codec_prepare(enum codec codec)
+{
+    if (!codec_own.coded)
+        codec_own.coded = malloc(MAX_CLUSTER + 512);
+    if (codec == CODEC_DEFLATE && !codec_own.deflate)
+        codec_own.deflate = libdeflate_alloc_decompressor();
+    if (codec == CODEC_ZSTD && !codec_own.zstd)
+        codec_own.zstd = ZSTD_createDCtx();
+    return codec_own.coded && (codec == CODEC_DEFLATE ? (void *)codec_own.deflate : (void *)codec_own.zstd);
+}
+
+/* Frame by frame, since several may follow each other and padding follows the last. */
+static bool codec_zstd(const uint8_t *in, size_t in_len, uint8_t *out, size_t out_len)
+{
+    size_t done = 0, frame, n;
+
+    while (done < out_len) {
+        frame = ZSTD_findFrameCompressedSize(in, in_len);
+        if (ZSTD_isError(frame))
+            return false;
+        n = ZSTD_decompressDCtx(codec_own.zstd, out + done, out_len - done, in, frame);
+        if (ZSTD_isError(n))
+            return false;
+        done += n;
+        in += frame;
+        in_len -= frame;
+    }
+    return true;
+}
+
+static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t out_len)
+{
+    size_t used, got;
+
+    if (codec == CODEC_ZSTD)
+        return codec_zstd(codec_own.coded, in_len, out, out_len);
+    return libdeflate_deflate_decompress_ex(codec_own.deflate, codec_own.coded, in_len, out, out_len, &used,
+                                            &got) == LIBDEFLATE_SUCCESS &&
+           got == out_len;
+}
+
+/* ************************************************************************************************************ *
+ * 6. Cache
+ *
+ * One budget for all images (--cache-size), half for metadata tables, half for decoded clusters.
+ *
+ * Tables: slices of 4 KiB in sets of CACHE_WAYS slots. Whoever looks an entry up takes no lock: he reads the
+ * slot's tag and sequence number, the entry, and the number again; when it changed, or was odd, the slot was
+ * being refilled, and he goes the slow way. Refilling locks the set's lock. Slots are reused, never freed, so
+ * a late reader reads old words at worst, and then throws them away.
+ *
+ * Decoded clusters: a list in the order of use under one lock. A cluster is decoded once: who comes second
+ * waits for the first (single flight). An entry in use by somebody is not dropped.
+ * ************************************************************************************************************
+ * */
+
+enum {
+    CACHE_SLICE = 4096,
+    CACHE_WORDS = CACHE_SLICE / 8,
+    CACHE_WAYS = 4,
+    CACHE_LOCKS = 64,
+    CACHE_BUCKETS = 1024
+};
+
+struct cache_slot {
+    _Atomic uint64_t tag;           /* 0: empty */
+    _Atomic uint32_t sequence;      /* odd while being refilled */
+    uint32_t next_way;              /* of the set, in its first slot; under the set's lock */
+};
+
+struct cache_cluster {
+    struct cache_cluster *hash_next, *newer, *older;
+    const struct file *file;
+    uint64_t offset;
+    uint32_t length, coded_length, users;
+    enum { CACHE_DECODING, CACHE_READY, CACHE_BROKEN } state;
+    uint8_t data[];
+};
+
+static struct {
+    struct cache_slot *slots;
+    _Atomic uint64_t *words;        /* CACHE_WORDS per slot, as they lie in the file */
+    uint64_t n_sets;
+    pthread_mutex_t set_lock[CACHE_LOCKS];
+
+    pthread_mutex_t lock; /* protects all that follows, and every struct cache_cluster but its data */
+    pthread_cond_t decoded;
+    struct cache_cluster *bucket[CACHE_BUCKETS], *newest, *oldest;
+    uint64_t used, most;
+} cache = { .lock = PTHREAD_MUTEX_INITIALIZER, .decoded = PTHREAD_COND_INITIALIZER };
+
+static int cache_start(uint64_t budget)
+{
+    uint64_t sets = 1, slots;
+
+    while (sets * 2 * CACHE_WAYS * (CACHE_SLICE + sizeof(struct cache_slot)) <= budget / 2)
+        sets *= 2;
+    slots = sets * CACHE_WAYS;
+    cache.slots = util_fault("cache slots") ? NULL : calloc(slots, sizeof(*cache.slots));
+    cache.words = util_fault("cache words") ? MAP_FAILED
+                                            : mmap(NULL, slots * CACHE_SLICE, PROT_READ | PROT_WRITE,
+                                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (cache.words == MAP_FAILED)
+        cache.words = NULL;
+    cache.n_sets = sets;
+    cache.most = budget / 2;
+    for (size_t i = 0; i < CACHE_LOCKS; i++)
+        pthread_mutex_init(&cache.set_lock[i], NULL);
+    return cache.slots && cache.words ? 0 : msg_err(-ENOMEM, "out of memory for the cache");
+}
+
+static void cache_stop(void)
+{
+    free(cache.slots);
+    if (cache.words)
+        munmap((void *)cache.words, cache.n_sets * CACHE_WAYS * CACHE_SLICE);
+    cache.slots = NULL;
+    cache.words = NULL;
+    while (cache.oldest) {
+        struct cache_cluster *c = cache.oldest;
+        cache.oldest = c->newer;
+        free(c);
+    }
+    cache.newest = NULL;
+    memset(cache.bucket, 0, sizeof(cache.bucket));
+    cache.used = 0;
+}
+
+static uint64_t cache_hash(const struct file *f, uint64_t offset)
+{
+    uint64_t x = offset ^ (uint64_t)f->id << 48;
+
+    x = (x ^ x >> 31) * 0x9e3779b97f4a7c15u;
+    return x ^ x >> 29;
+}
+
+/* The 8-byte word of the slot, if it (still) holds the slice. */
+static bool cache_peek(uint64_t slot, uint64_t tag, size_t word, uint64_t *value)
+{
+    struct cache_slot *s = &cache.slots[slot];
+    uint32_t before;
+
+    if (atomic_load_explicit(&s->tag, memory_order_relaxed) != tag)
+        return false;
+    before = atomic_load_explicit(&s->sequence, memory_order_acquire);
+    if (before & 1 || atomic_load_explicit(&s->tag, memory_order_acquire) != tag)
+        return false;
+    /* acquire: the check below may not be made before the word was read */
+    *value = atomic_load_explicit(&cache.words[slot * CACHE_WORDS + word], memory_order_acquire);
+    return atomic_load_explicit(&s->sequence, memory_order_relaxed) == before;
+}
+
+static void cache_fill(uint64_t set, uint64_t tag, const uint64_t *slice)
+{
+    pthread_mutex_t *lock = &cache.set_lock[set % CACHE_LOCKS];
+    struct cache_slot *first = &cache.slots[set * CACHE_WAYS], *s;
+    uint64_t slot;
+    uint32_t sequence;
+
+    pthread_mutex_lock(lock);
+    slot = set * CACHE_WAYS + first->next_way++ % CACHE_WAYS;
+    s = &cache.slots[slot];
+    sequence = atomic_load_explicit(&s->sequence, memory_order_relaxed);
+    atomic_store_explicit(&s->sequence, sequence + 1, memory_order_seq_cst);
+    atomic_store_explicit(&s->tag, 0, memory_order_seq_cst);
+    for (size_t i = 0; i < CACHE_WORDS; i++)
+        atomic_store_explicit(&cache.words[slot * CACHE_WORDS + i], slice[i], memory_order_release);
+    atomic_store_explicit(&s->tag, tag, memory_order_release);
+    atomic_store_explicit(&s->sequence, sequence + 2, memory_order_release);
+    pthread_mutex_unlock(lock);
+}
+
+/*
+ * The big-endian 8-byte entry of a table in f at offset (a multiple of 8, inside the file). -EIO:
+ * unreadable.
+ */
+static int cache_entry(struct file *f, uint64_t offset, uint64_t *value)
+{
+    uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_hash(f, start) % cache.n_sets, done;
+    uint64_t slice[CACHE_WORDS], tag = start | (uint64_t)(f->id & 0x7ff) << 1 | 1;
+    size_t word = (offset - start) / 8;
+    bool hit = false;
+
+    for (uint64_t way = 0; way < CACHE_WAYS && !hit; way++)
+        hit = cache_peek(set * CACHE_WAYS + way, tag, word, value);
+    if (!hit) {
+        if (start >= f->size || file_pread(f, slice, util_min(CACHE_SLICE, f->size - start), start, &done))
+            return -EIO;
+        memset((uint8_t *)slice + done, 0, CACHE_SLICE - done);
+        cache_fill(set, tag, slice);
+        *value = slice[word];
+    }
+    *value = util_be64((const uint8_t *)value);
+    return 0;
+}
+
+/* -- decoded clusters -- */
+
+static void cache_unlink(struct cache_cluster *c)
+{
+    *(c->newer ? &c->newer->older : &cache.newest) = c->older;
+    *(c->older ? &c->older->newer : &cache.oldest) = c->newer;
+}
+
+static void cache_link_newest(struct cache_cluster *c)
+{
+    c->newer = NULL;
+    c->older = cache.newest;
+    *(cache.newest ? &cache.newest->newer : &cache.oldest) = c;
+    cache.newest = c;
+}
+
+static void cache_drop(struct cache_cluster *c)
+{
+    struct cache_cluster **p = &cache.bucket[cache_hash(c->file, c->offset) % CACHE_BUCKETS];
+
+    while (*p != c)
+        p = &(*p)->hash_next;
+    *p = c->hash_next;
+    cache_unlink(c);
+    cache.used -= sizeof(*c) + c->length;
+    free(c);
+}
+
+static void cache_make_room(void)
+{
+    struct cache_cluster *c = cache.oldest, *newer;
+
+    for (; c && cache.used > cache.most; c = newer) {
+        newer = c->newer;
+        if (c->users == 0)
+            cache_drop(c);
+    }
+}
+
+/* The cluster's entry, with us among its users; new (state CACHE_DECODING, to be decoded by us) if *ours. */
+static struct cache_cluster *cache_get_locked(const struct extent *ext, bool *ours)
+{
+    struct cache_cluster **bucket = &cache.bucket[cache_hash(ext->file, ext->offset) % CACHE_BUCKETS], *c;
+
+    for (c = *bucket; c; c = c->hash_next)
+        if (c->file == ext->file && c->offset == ext->offset && c->length == ext->decoded_length &&
+            c->coded_length == ext->coded_length && c->state != CACHE_BROKEN)
+            break;
+    *ours = !c;
+    if (c) {
+        c->users++;
+        cache_unlink(c);
+        cache_link_newest(c);
+        return c;
+    }
+    c = malloc(sizeof(*c) + ext->decoded_length);
+    if (!c)
+        return NULL;
+    *c = (struct cache_cluster){ .hash_next = *bucket,
+                                 .file = ext->file,
+                                 .offset = ext->offset,
+                                 .length = ext->decoded_length,
+                                 .coded_length = ext->coded_length,
+                                 .users = 1,
+                                 .state = CACHE_DECODING };
+    *bucket = c;
+    cache_link_newest(c);
+    cache.used += sizeof(*c) + c->length;
+    cache_make_room();
+    return c;
+}
+
+static bool cache_decode(const struct extent *ext, uint8_t *out)
+{
+    uint64_t done,
+        in_len = util_min(util_min(ext->coded_length, MAX_CLUSTER + 512), ext->file->size - ext->offset);
+
+    if (!codec_prepare(ext->codec) || file_pread(ext->file, codec_own.coded, in_len, ext->offset, &done))
+        return false;
+    if (codec_decode(ext->codec, in_len, out, ext->decoded_length))
+        return true;
+    msg_serving(0, "%s: the compressed cluster at %" PRIu64 " does not decode", ext->file->path, ext->offset);
+    return false;
+}
+
+/* Reads len bytes from ext->skip on of what a compressed extent decodes to. */
+static int cache_read_decoded(const struct extent *ext, uint8_t *buf, uint64_t len)
+{
+    struct cache_cluster *c;
+    bool ours, good;
+
+    pthread_mutex_lock(&cache.lock);
+    c = cache_get_locked(ext, &ours);
+    if (c && ours) {
+        pthread_mutex_unlock(&cache.lock);
+        good = cache_decode(ext, c->data);
+        pthread_mutex_lock(&cache.lock);
+        c->state = good ? CACHE_READY : CACHE_BROKEN;
+        pthread_cond_broadcast(&cache.decoded);
+    }
+    while (c && c->state == CACHE_DECODING)
+        pthread_cond_wait(&cache.decoded, &cache.lock);
+    pthread_mutex_unlock(&cache.lock);
+    if (!c)
+        return -ENOMEM;
+    good = c->state == CACHE_READY;
+    if (good)
+        memcpy(buf, c->data + ext->skip, len);
+    pthread_mutex_lock(&cache.lock);
+    if (--c->users == 0 && !good)
+        cache_drop(c);              /* a read error may go away; a bad cluster is tried again */
+    pthread_mutex_unlock(&cache.lock);
+    return good ? 0 : -EIO;
+}
+
 /* ******************************************************************************************************** *
- * 5. Raw images
+ * 7. Raw images
  *
  * No metadata: the bytes of one file or block device, or of several files in a row. The parts of a split
  * image are numbered (.000 or .001 onwards, any width from two digits) or lettered (.aa onwards, as split(1)
@@ -752,7 +1149,7 @@ static int raw_check_first(const struct image *im)
     bool digits;
     size_t len = raw_suffix(im->name, &digits, &number);
 
-    if (im->n_given > 1 || im->alone || !len || !number ||
+    if (im->depth || im->n_given > 1 || !im->opt->parts || !len || !number ||
         !raw_name(im->name, len, digits, number - 1, before) || access(before, F_OK) < 0)
         return 0;
     if (im->found_parts || number == 1)
@@ -838,6 +1235,7 @@ static const struct image_format raw_format = {
     .name = "raw",
     .describe = "raw files, split raw files (.000 .001 .aa), block devices",
     .writes = "in place",
+    .writable = true,
     .probe = raw_probe,
     .part = raw_part,
     .open = raw_open,
@@ -846,13 +1244,517 @@ static const struct image_format raw_format = {
     .close = raw_close,
 };
 
+static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
+                          const char *option);
+
+/* ************************************************************************************************************ *
+ * 8. qcow2
+ *
+ * QEMU docs/interop/qcow2.rst, versions 2 and 3, for reading. All numbers are big-endian.
+ *
+ *   header | L1 table -> L2 tables (one cluster each) -> clusters of data; refcounts are not needed for reading
+ *   guest offset = L1 index | L2 index | offset in the cluster; an L2 entry is 8 bytes, or 16 with subclusters
+ *
+ * Nothing is loaded at open: L1 and L2 entries come through the table cache, so an image that claims
+ * petabytes costs nothing. The L1 table must lie inside the file, and every pointer is checked where it is
+ * followed.
+ * ************************************************************************************************************
+ * */
+
+enum {
+    QCOW2_MAGIC = 0x514649fb,
+    QCOW2_HEADER_V2 = 72,
+    QCOW2_HEADER_V3 = 104,
+    QCOW2_DIRTY = 1,
+    QCOW2_CORRUPT = 2,
+    QCOW2_DATA_FILE = 4,
+    QCOW2_COMPRESSION = 8,
+    QCOW2_EXTL2 = 16,
+    QCOW2_RAW_DATA = 2, /* autoclear */
+    QCOW2_MAX_L1 = 32 << 20,
+    QCOW2_MAX_NAME = 1023,
+    QCOW2_MAX_SNAPSHOTS = 65536,
+    QCOW2_LOOK_AHEAD = 128, /* entries looked at for one extent: below us they may all be looked up again */
+    QCOW2_SUBCLUSTERS = 32,
+};
+#define QCOW2_OFFSET 0x00fffffffffffe00u
+#define QCOW2_COPIED (1ull << 63)
+#define QCOW2_COMPRESSED (1ull << 62)
+#define QCOW2_EXT_BACKING_FORMAT 0xe2792acau
+#define QCOW2_EXT_FEATURES 0x6803f857u
+#define QCOW2_EXT_DATA_FILE 0x44415441u
+
+struct qcow2 {
+    uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
+    uint64_t size, l1_offset, l1_entries, incompatible, autoclear;
+    uint32_t header_length;
+    bool subclusters, v2;
+    enum codec codec;
+    struct file *data;              /* where clusters lie: the image itself or the external data file */
+    char data_name[QCOW2_MAX_NAME + 1];
+};
+
+static int qcow2_probe(const struct probe *p)
+{
+    return p->head_len >= 8 && util_be32(p->head) == QCOW2_MAGIC && util_be32(p->head + 4) >= 2 ? 100 : 0;
+}
+
+static int qcow2_bad(const struct image *im, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile qcow2: %s (0x%" PRIx64 ")", im->name, what, value);
+}
+
+static int qcow2_read(struct image *im, uint64_t offset, void *buf, uint64_t len, const char *what)
+{
+    uint64_t done;
+
+    if (offset > im->files[0].size || len > im->files[0].size - offset)
+        return qcow2_bad(im, what, offset);
+    return file_pread(&im->files[0], buf, len, offset, &done);
+}
+
+/* Names unknown incompatible features, from the image's own table where it has one. */
+static int qcow2_unknown_feature(const struct image *im, uint64_t bits, const uint8_t *table, uint32_t len)
+{
+    unsigned bit = 0;
+
+    while (!(bits >> bit & 1))
+        bit++;
+    for (uint32_t at = 0; table && at + 48 <= len; at += 48)
+        if (table[at] == 0 && table[at + 1] == bit)
+            return msg_err(-EOPNOTSUPP, "%s: needs the unknown qcow2 feature '%.46s' (bit %u)", im->name,
+                           (const char *)table + at + 2, bit);
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown qcow2 feature (incompatible bit %u)", im->name, bit);
+}
+
+/* Copies a name of n bytes; zeros inside would make it another one. */
+static bool qcow2_copy_name(char *to, size_t room, const uint8_t *from, uint32_t n)
+{
+    if (n >= room || memchr(from, 0, n))
+        return false;
+    memcpy(to, from, n);
+    to[n] = 0;
+    return true;
+}
+
+/*
+ * Header extensions: type, length, data padded to 8 bytes, up to the end marker or the first cluster's end.
+ */
+static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cluster, uint64_t len)
+{
+    const uint64_t known = QCOW2_DIRTY | QCOW2_CORRUPT | QCOW2_DATA_FILE | QCOW2_COMPRESSION | QCOW2_EXTL2;
+    const uint8_t *features = NULL;
+    uint64_t name = util_be64(cluster + 8);
+    uint32_t type, n, features_len = 0;
+
+    if (name >= q->header_length)
+        len = util_min(
+            len, name); /* images without an end marker: the name of the backing file ends the extensions */
+
+    for (uint64_t at = q->header_length; at + 8 <= len; at += 8 + ((uint64_t)n + 7) / 8 * 8) {
+        type = util_be32(cluster + at);
+        n = util_be32(cluster + at + 4);
+        if (type == 0)
+            break;
+        if (n > len - at - 8)
+            return qcow2_bad(im, "a header extension reaches past the first cluster", n);
+        if (type == QCOW2_EXT_BACKING_FORMAT &&
+            !qcow2_copy_name(im->backing_format, sizeof(im->backing_format), cluster + at + 8, n))
+            return qcow2_bad(im, "the name of the backing format is too long", n);
+        if (type == QCOW2_EXT_DATA_FILE &&
+            !qcow2_copy_name(q->data_name, sizeof(q->data_name), cluster + at + 8, n))
+            return qcow2_bad(im, "the name of the data file is too long", n);
+        if (type == QCOW2_EXT_FEATURES) {
+            features = cluster + at + 8;
+            features_len = n;
+        }
+    }
+    return q->incompatible & ~known
+               ? qcow2_unknown_feature(im, q->incompatible & ~known, features, features_len)
+               : 0;
+}
+
+static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *h)
+{
+    uint32_t compression = q->header_length > 104 ? h[104] : 0, order = q->v2 ? 4 : util_be32(h + 96);
+
+    if (q->version != 2 && q->version != 3)
+        return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u", im->name, q->version);
+    if (q->cluster_bits < 9 || q->cluster_bits > 21)
+        return qcow2_bad(im, "the cluster size", q->cluster_bits);
+    if (util_be32(h + 32))
+        return msg_err(-EOPNOTSUPP, "%s: is encrypted (%s), which is not supported", im->name,
+                       util_be32(h + 32) == 1   ? "AES"
+                       : util_be32(h + 32) == 2 ? "LUKS"
+                                                : "unknown method");
+    if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) ||
+        q->header_length > 1u << q->cluster_bits)
+        return qcow2_bad(im, "the header's length", q->header_length);
+    if (order > 6)
+        return qcow2_bad(im, "the refcount width", order);
+    if ((compression != 0) != !!(q->incompatible & QCOW2_COMPRESSION) || compression > 1)
+        return qcow2_bad(im, "the compression type", compression);
+    q->codec = compression ? CODEC_ZSTD : CODEC_DEFLATE;
+    if ((q->autoclear & QCOW2_RAW_DATA) && !(q->incompatible & QCOW2_DATA_FILE))
+        return qcow2_bad(im, "raw external data without a data file", q->autoclear);
+    if (q->subclusters && q->cluster_bits < 14)
+        return qcow2_bad(im, "subclusters need clusters of 16 KiB at least", q->cluster_bits);
+    if (q->size > (uint64_t)MAX_IMAGE_SIZE)
+        return qcow2_bad(im, "the size", q->size);
+    return 0;
+}
+
+static int qcow2_read_header(struct image *im, struct qcow2 *q, const uint8_t *h)
+{
+    q->version = util_be32(h + 4);
+    q->v2 = q->version == 2;
+    q->cluster_bits = util_be32(h + 20);
+    q->size = util_be64(h + 24);
+    q->l1_entries = util_be32(h + 36);
+    q->l1_offset = util_be64(h + 40);
+    q->incompatible = q->v2 ? 0 : util_be64(h + 72);
+    q->autoclear = q->v2 ? 0 : util_be64(h + 88);
+    q->header_length = q->v2 ? QCOW2_HEADER_V2 : util_be32(h + 100);
+    q->subclusters = q->incompatible & QCOW2_EXTL2;
+    q->entry_size = q->subclusters ? 16 : 8;
+    return qcow2_check_header(im, q, h);
+}
+
+/* The name of the backing file lies in the first cluster. */
+static int qcow2_read_backing_name(struct image *im, const struct qcow2 *q, const uint8_t *cluster,
+                                   uint64_t len)
+{
+    uint64_t offset = util_be64(cluster + 8);
+    uint32_t n = util_be32(cluster + 16);
+
+    if (!offset)
+        return 0;
+    if (n > QCOW2_MAX_NAME || offset > 1u << q->cluster_bits || n > (1u << q->cluster_bits) - offset ||
+        offset + n > len)
+        return qcow2_bad(im, "the name of the backing file", n);
+    if (!qcow2_copy_name(im->backing_name, sizeof(im->backing_name), cluster + offset, n))
+        return qcow2_bad(im, "the name of the backing file", n);
+    return 0;
+}
+
+/*
+ * The L1 table (of the image or of a snapshot) must be whole, inside the file, and large enough for the
+ * size.
+ */
+static int qcow2_check_l1(struct image *im, const struct qcow2 *q)
+{
+    uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits,
+             need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
+
+    if (q->l1_entries > QCOW2_MAX_L1 / 8 || q->l1_entries < need)
+        return qcow2_bad(im, "the size of the L1 table", q->l1_entries);
+    if (need && (q->l1_offset % (1u << q->cluster_bits) || q->l1_offset > im->files[0].size ||
+                 need * 8 > im->files[0].size - q->l1_offset))
+        return qcow2_bad(im, "the place of the L1 table", q->l1_offset);
+    return 0;
+}
+
+struct qcow2_snapshot {
+    uint64_t l1_offset, l1_entries, size, next;
+    char id[256], name[1024];
+};
+
+static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t at,
+                               struct qcow2_snapshot *sn)
+{
+    uint8_t h[40] = { 0 }, extra[16] = { 0 };
+    uint32_t id_len, name_len, extra_len;
+    int ret = qcow2_read(im, at, h, sizeof(h), "the snapshot table reaches past the end");
+
+    if (ret)
+        return ret;
+    id_len = util_be16(h + 12);
+    name_len = util_be16(h + 14);
+    extra_len = util_be32(h + 36);
+    if (extra_len > 1024 || id_len >= sizeof(sn->id) || name_len >= sizeof(sn->name))
+        return qcow2_bad(im, "a snapshot's entry", extra_len);
+    ret = qcow2_read(im, at + 40, extra, util_min(extra_len, 16), "the snapshot table reaches past the end");
+    if (!ret)
+        ret = qcow2_read(im, at + 40 + extra_len, sn->id, id_len, "the snapshot table reaches past the end");
+    if (!ret)
+        ret = qcow2_read(im, at + 40 + extra_len + id_len, sn->name, name_len,
+                         "the snapshot table reaches past the end");
+    sn->id[id_len] = sn->name[name_len] = 0;
+    sn->l1_offset = util_be64(h);
+    sn->l1_entries = util_be32(h + 8);
+    sn->size = extra_len >= 16 ? util_be64(extra + 8) : q->size;
+    sn->next = at + (40 + (uint64_t)extra_len + id_len + name_len + 7) / 8 * 8;
+    return ret;
+}
+
+/* By id first, then by name, as qemu-img does. */
+static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const uint8_t *header, const char *wanted)
+{
+    struct qcow2_snapshot sn = { 0 };
+    uint32_t n = util_be32(header + 60);
+    uint64_t at;
+    int ret;
+
+    if (n > QCOW2_MAX_SNAPSHOTS)
+        return qcow2_bad(im, "the number of snapshots", n);
+    for (int by_name = 0; by_name < 2; by_name++) {
+        at = util_be64(header + 64);
+        for (uint32_t i = 0; i < n; i++, at = sn.next) {
+            ret = qcow2_read_snapshot(im, q, at, &sn);
+            if (ret)
+                return ret;
+            if (strcmp(by_name ? sn.name : sn.id, wanted) != 0)
+                continue;
+            q->l1_offset = sn.l1_offset;
+            q->l1_entries = sn.l1_entries;
+            q->size = sn.size;
+            return q->size > (uint64_t)MAX_IMAGE_SIZE ? qcow2_bad(im, "the snapshot's size", q->size) : 0;
+        }
+    }
+    return msg_err(-ENOENT, "%s: has no snapshot '%s' (it has %u)", im->name, wanted, n);
+}
+
+static int qcow2_open_data_file(struct image *im, struct qcow2 *q)
+{
+    struct file *f = &im->files[1];
+    const char *user = im->depth == 0 ? im->opt->data_file : NULL;
+
+    q->data = &im->files[0];
+    if (!(q->incompatible & QCOW2_DATA_FILE))
+        return user ? msg_err(-EINVAL, "%s: has no external data file, so --data-file is of no use", im->name)
+                    : 0;
+    if (!user && !*q->data_name)
+        return msg_err(-EINVAL, "%s: does not name its external data file; --data-file FILE does", im->name);
+    f->fd = -1;
+    im->n_files = 2;
+    q->data = f;
+    return user ? file_open(f, user, false)
+                : img_open_named(im, f, q->data_name, "external data file", "--data-file");
+}
+
+static int qcow2_open(struct image *im)
+{
+    struct qcow2 *q = im->state = util_fault("qcow2") ? NULL : calloc(1, sizeof(*q));
+    uint8_t header[112] = { 0 }, *cluster = NULL;
+    const char *snapshot = im->depth == 0 ? im->opt->snapshot : NULL;
+    uint64_t len, done;
+    int ret;
+
+    if (!q)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: a qcow2 image is one file", im->name);
+    ret = qcow2_read(im, 0, header, util_min(im->files[0].size, sizeof(header)), "the header");
+    if (!ret && (im->files[0].size < QCOW2_HEADER_V2 || util_be32(header) != QCOW2_MAGIC))
+        ret = msg_err(-EINVAL, "%s: is not a qcow2 image", im->name);
+    if (!ret)
+        ret = qcow2_read_header(im, q, header);
+    if (ret)
+        return ret;
+    q->l2_bits = q->cluster_bits - (q->subclusters ? 4 : 3);
+    len = util_min(1u << q->cluster_bits, im->files[0].size);
+    cluster = calloc(1, 1u << q->cluster_bits);
+    if (!cluster)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = file_pread(&im->files[0], cluster, len, 0, &done);
+    if (!ret)
+        ret = qcow2_extensions(im, q, cluster, len);
+    if (!ret)
+        ret = qcow2_read_backing_name(im, q, cluster, len);
+    if (!ret && snapshot)
+        ret = qcow2_use_snapshot(im, q, header, snapshot);
+    if (!ret)
+        ret = qcow2_check_l1(im, q);
+    if (!ret)
+        ret = qcow2_open_data_file(im, q);
+    free(cluster);
+    im->size = q->size;
+    if (!ret && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
+        msg_say(MSG_NOTE, "%s: is marked %s; reading it is safe", im->name,
+                q->incompatible & QCOW2_CORRUPT ? "corrupt" : "dirty (not closed properly)");
+    return ret;
+}
+
+static void qcow2_close(struct image *im)
+{
+    free(im->state);
+}
+
+static int qcow2_bad_extent(struct extent *ext, uint64_t length, const char *why)
+{
+    *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
+    return 0;
+}
+
+/* Unallocated: what the backing file has, or zeros if there is none. */
+static enum extent_kind qcow2_hole(const struct image *im)
+{
+    return *im->backing_name ? EXT_BACKING : EXT_ZERO;
+}
+
+/*
+ * Describes `length` bytes from `offset` of the cluster whose L2 entry is given; they are in one cluster (or
+ * subcluster).
+ */
+static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_kind kind, uint64_t in_cluster,
+                            uint64_t length, struct extent *ext)
+{
+    uint64_t host = entry & QCOW2_OFFSET;
+
+    *ext = (struct extent){ .kind = kind, .length = length, .file = q->data, .offset = host + in_cluster };
+    if (host % (1u << q->cluster_bits))
+        qcow2_bad_extent(ext, length, "its L2 entry is not aligned");
+    else if (entry & 0x3f000000000001feu)
+        qcow2_bad_extent(ext, length, "its L2 entry has reserved bits set");
+    else if (kind == EXT_DATA && ext->offset >= q->data->size)
+        qcow2_bad_extent(ext, length, "its cluster lies past the end of the file");
+    else if (kind == EXT_DATA)
+        ext->length = util_min(length, q->data->size - ext->offset);
+}
+
+static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t in_cluster, uint64_t length,
+                                 struct extent *ext)
+{
+    uint32_t offset_bits = 62 - (q->cluster_bits - 8);
+    uint64_t host = entry & ((1ull << offset_bits) - 1);
+    uint64_t sectors = (entry & (QCOW2_COMPRESSED - 1)) >> offset_bits;
+
+    if (q->incompatible & QCOW2_DATA_FILE) {
+        qcow2_bad_extent(ext, length, "a compressed cluster in an image with an external data file");
+        return;
+    }
+    if (host >= q->data->size) {
+        qcow2_bad_extent(ext, length, "its compressed cluster lies past the end of the file");
+        return;
+    }
+    *ext = (struct extent){
+        .kind = EXT_COMPRESSED, .length = length, .file = q->data, .offset = host, .codec = q->codec,
+        .coded_length = (uint32_t)((sectors + 1) * 512 - host % 512), .decoded_length = 1u << q->cluster_bits,
+        .skip = (uint32_t)in_cluster,
+    };
+}
+
+/* In an external data file offset 0 is a place like any other; COPIED tells it from none. */
+static bool qcow2_allocated(const struct qcow2 *q, uint64_t entry)
+{
+    return (entry & QCOW2_OFFSET) || ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
+}
+
+/* One subcluster: bits 0..31 of the bitmap say allocated, 32..63 reads as zeros. */
+static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, uint64_t entry,
+                                 uint64_t bitmap, uint64_t in_cluster, uint64_t length, struct extent *ext)
+{
+    uint32_t sub_bits = q->cluster_bits - 5, i = (uint32_t)(in_cluster >> sub_bits);
+    uint64_t state = (bitmap >> i & 1) | (bitmap >> (32 + i) & 1) << 1;
+    uint64_t end;
+
+    while (i < QCOW2_SUBCLUSTERS && ((bitmap >> i & 1) | (bitmap >> (32 + i) & 1) << 1) == state)
+        i++;
+    end = (uint64_t)i << sub_bits;
+    length = util_min(length, end - in_cluster);
+    if (state == 3)
+        qcow2_bad_extent(ext, length, "a subcluster is both allocated and zero");
+    else if (state == 1 && !qcow2_allocated(q, entry))
+        qcow2_bad_extent(ext, length, "a subcluster is allocated in no cluster");
+    else
+        qcow2_map_plain(q, entry,
+                        state == 1   ? EXT_DATA
+                        : state == 2 ? EXT_ZERO
+                                     : qcow2_hole(im),
+                        in_cluster, length, ext);
+}
+
+/* What one L2 entry says about `length` bytes from in_cluster on, all in its cluster. */
+static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint64_t entry, uint64_t bitmap,
+                            uint64_t in_cluster, uint64_t length, struct extent *ext)
+{
+    bool allocated = qcow2_allocated(q, entry);
+
+    if (entry & QCOW2_COMPRESSED)
+        qcow2_map_compressed(q, entry, in_cluster, length, ext);
+    else if (q->subclusters && (entry & 1))
+        qcow2_bad_extent(ext, length, "its L2 entry has reserved bits set");
+    else if (q->subclusters)
+        qcow2_map_subcluster(im, q, entry, bitmap, in_cluster, length, ext);
+    else if ((entry & 1) && q->v2)
+        qcow2_bad_extent(ext, length, "a zero cluster in a version 2 image");
+    else
+        qcow2_map_plain(q, entry & ~1ull,
+                        entry & 1   ? EXT_ZERO
+                        : allocated ? EXT_DATA
+                                    : qcow2_hole(im),
+                        in_cluster, length, ext);
+}
+
+/* Does b carry a on, so that both are one extent? */
+static bool qcow2_continues(const struct extent *a, const struct extent *b)
+{
+    return a->kind == b->kind && (a->kind == EXT_ZERO || a->kind == EXT_BACKING ||
+                                  (a->kind == EXT_DATA && a->offset + a->length == b->offset));
+}
+
+static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t cluster = 1u << q->cluster_bits, l1, l2, entry, bitmap = 0, index, in_cluster, here, left;
+    uint64_t table_left = (1ull << (q->cluster_bits + q->l2_bits)) -
+                          (offset & ((1ull << (q->cluster_bits + q->l2_bits)) - 1));
+    struct extent next;
+    unsigned n = 0;
+
+    (void)exact;
+    length = util_min(length, table_left);
+    l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8;
+    if (cache_entry(&im->files[0], l1, &entry))
+        return qcow2_bad_extent(ext, length, "the L1 table cannot be read");
+    l2 = entry & QCOW2_OFFSET;
+    if (entry & 0x7f000000000001ffu || l2 % cluster)
+        return qcow2_bad_extent(ext, length, "its L1 entry is damaged");
+    if (!l2) {
+        *ext = (struct extent){ .kind = qcow2_hole(im), .length = length };
+        return 0;
+    }
+    if (l2 >= im->files[0].size || cluster > im->files[0].size - l2)
+        return qcow2_bad_extent(ext, length, "its L2 table lies past the end of the file");
+    for (left = length, ext->length = 0; left && n++ < QCOW2_LOOK_AHEAD;
+         left -= next.length, offset += next.length) {
+        index = offset >> q->cluster_bits & ((1ull << q->l2_bits) - 1);
+        in_cluster = offset & (cluster - 1);
+        here = util_min(left, cluster - in_cluster);
+        if (cache_entry(&im->files[0], l2 + index * q->entry_size, &entry) ||
+            (q->subclusters && cache_entry(&im->files[0], l2 + index * q->entry_size + 8, &bitmap)))
+            qcow2_bad_extent(&next, here, "its L2 table cannot be read");
+        else
+            qcow2_map_entry(im, q, entry, bitmap, in_cluster, here, &next);
+        if (ext->length == 0)
+            *ext = next;
+        else if (qcow2_continues(ext, &next))
+            ext->length += next.length;
+        else
+            break;
+        if (next.length < here && next.kind == EXT_DATA)
+            break;                  /* cut by the end of the file */
+    }
+    return 0;
+}
+
+static const struct image_format qcow2_format = {
+    .name = "qcow2",
+    .describe = "QEMU images: backing chains, zlib and zstd, snapshots, subclusters, external data",
+    .writes = "-",
+    .probe = qcow2_probe,
+    .open = qcow2_open,
+    .map = qcow2_map,
+    .close = qcow2_close,
+};
+
 /* ******************************************************************************************************** *
- * 6. Image core
+ * 9. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
 
-static const struct image_format *const img_formats[] = { &raw_format };
+static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format };
 
 enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
 
@@ -867,7 +1769,7 @@ static const struct {
     bool tail;                      /* offset counts from the start of the last 512 bytes */
     const char *magic;
 } img_foreign[] = {
-    { "a qcow2 image", 0, 4, false, "QFI\xfb" },
+    { "a qcow image (version 1)", 0, 4, false, "QFI\xfb" },
     { "a QED image", 0, 4, false, "QED\0" },
     { "a VMDK image", 0, 4, false, "KDMV" },
     { "a VMDK image (COWD)", 0, 4, false, "COWD" },
@@ -988,7 +1890,7 @@ static int img_find_parts(struct image *im)
     return 0;
 }
 
-static void img_close(struct image *im)
+static void img_close_one(struct image *im)
 {
     if (im->format && im->format->close)
         im->format->close(im);
@@ -1000,47 +1902,249 @@ static void img_close(struct image *im)
     memset(im, 0, sizeof(*im));
 }
 
-/*
- * Leaves im half-built on failure: img_close() is due all the same. im->writable and growable are set by the
- * caller.
- */
-static int img_open(struct image *im, char *const *paths, unsigned n_paths, const char *format, bool parts,
-                    bool lock)
+static void img_close(struct image *im)
 {
-    int ret = 0;
+    struct image *next = im->backing;
 
-    im->name = paths[0];
-    im->n_given = n_paths;
-    im->alone = !parts;
-    im->files = util_fault("file table") ? NULL : calloc(MAX_PARTS, sizeof(*im->files));
+    img_close_one(im);
+    while ((im = next)) {
+        next = im->backing;
+        img_close_one(im);
+        free(im);
+    }
+}
+
+/* Holds files and a lock; the caller has set writable, growable, opt, depth and child. */
+static int img_begin(struct image *im, const char *name)
+{
+    im->name = name;
+    im->files = util_fault("file table") ? NULL : calloc(im->depth ? 4 : MAX_PARTS, sizeof(*im->files));
     if (!im->files)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     pthread_mutex_init(&im->size_lock, NULL);
-    for (unsigned i = 0; i < n_paths && !ret; i++)
-        ret = img_add_file(im, paths[i]);
-    if (!ret)
-        ret = img_probe(im, format);
-    if (!ret)
-        ret = parts ? img_find_parts(im) : 0;
-    for (unsigned i = 0; lock && i < im->n_files && !ret; i++)
-        ret = file_lock(&im->files[i]);
+    return 0;
+}
+
+/* Once the files are open: parts, locks, the driver. */
+static int img_finish(struct image *im)
+{
+    unsigned locked = 0;
+    int ret = 0;
+
+    if (im->writable && !im->format->writable)
+        return msg_err(-EROFS, "%s: %s images cannot be written by this version", im->name, im->format->name);
+    if (im->opt->parts && im->depth == 0)
+        ret = img_find_parts(im);
+    /* Locked before it is read: the header that counts is the one that nobody changes any more. */
+    for (; im->opt->lock && locked < im->n_files && !ret; locked++)
+        ret = file_lock(&im->files[locked]);
+    for (unsigned i = 0; i < im->n_files && !ret; i++)
+        ret = file_measure(&im->files[i]);
     if (!ret)
         ret = im->format->open(im);
-    if (!ret && im->size == 0 && !im->growable)
+    for (; im->opt->lock && locked < im->n_files && !ret; locked++)
+        ret = file_lock(&im->files[locked]);
+    if (!ret && im->size == 0 && !im->growable && im->depth == 0)
         ret = msg_err(-EINVAL, "%s: is empty", im->name);
     return ret;
 }
 
-/* As image_format.map, but for any offset: what lies past the image's end is bad, not zero. */
+static int img_open_backing(struct image *im);
+
+/*
+ * An option that has no meaning for this image was meant for another one: better no disk than the wrong one.
+ */
+static int img_check_options(const struct image *im)
+{
+    const struct image_options *opt = im->opt;
+
+    if ((opt->snapshot || opt->data_file) && im->format != &qcow2_format)
+        return msg_err(-EINVAL, "%s: is %s, so --%s is of no use", im->name, im->format->name,
+                       opt->snapshot ? "snapshot" : "data-file");
+    if ((opt->backing || opt->backing_format) && !*im->backing_name)
+        return msg_err(-EINVAL, "%s: has no backing file, so --backing is of no use", im->name);
+    return 0;
+}
+
+/* Leaves im half-built on failure: img_close() is due all the same. Set before: writable, growable. */
+static int img_open(struct image *im, char *const *paths, unsigned n_paths, const struct image_options *opt)
+{
+    int ret;
+
+    im->opt = opt;
+    im->n_given = n_paths;
+    ret = img_begin(im, paths[0]);
+    for (unsigned i = 0; i < n_paths && !ret; i++)
+        ret = img_add_file(im, paths[i]);
+    if (!ret)
+        ret = img_probe(im, opt->format);
+    if (!ret)
+        ret = img_finish(im);
+    if (!ret)
+        ret = img_check_options(im);
+    return ret ? ret : img_open_backing(im);
+}
+
+/* Names that are no plain file name of this host, or could be meant as something else. */
+static bool img_is_url(const char *name)
+{
+    size_t n = strcspn(name, ":/");
+
+    return name[n] == ':' && n > 1;
+}
+
+/* Is `path` (absolute, resolved) below the folder that the user allowed? */
+static bool img_is_allowed(const struct image_options *opt, const char *path)
+{
+    char folder[PATH_MAX];
+    size_t len;
+
+    if (!opt->allow_external || !realpath(opt->allow_external, folder))
+        return false;
+    len = strlen(folder);
+    return strncmp(folder, path, len) == 0 && (path[len] == '/' || len == 1);
+}
+
+/*
+ * Opens into f what the image calls `name`. The image does not choose freely: beside it, or below it, or
+ * where the user allowed it. `what` and `option` are for the message.
+ */
+static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
+                          const char *option)
+{
+    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash;
+    int ret;
+
+    if (img_is_url(name))
+        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name; %s FILE names one", im->name, what,
+                       name, option);
+    if (!util_copy(folder, sizeof(folder), im->files[0].path))
+        return msg_err(-ENAMETOOLONG, "%s: path too long", im->name);
+    slash = strrchr(folder, '/');
+    snprintf(shown, sizeof(shown), "%.*s%s", name[0] == '/' || !slash ? 0 : (int)(slash - folder + 1), folder,
+             name);
+    if (slash)
+        slash[slash == folder] = 0;
+    if (realpath(shown, real) && img_is_allowed(im->opt, real))
+        return file_open(f, real, false);
+    f->fd = -1;
+    if (name[0] == '/' || im->files[0].is_blk)
+        return msg_err(-EPERM,
+                       "%s: its %s is '%s', outside of its folder; %s FILE or --allow-external DIR allows it",
+                       im->name, what, name, option);
+    ret = file_open_beneath(f, slash ? folder : ".", name, shown);
+    if (ret == -EXDEV || ret == -ELOOP)
+        return msg_err(ret,
+                       "%s: its %s '%s' leads out of its folder; %s FILE or --allow-external DIR allows it",
+                       im->name, what, name, option);
+    if (ret)
+        msg_err(ret, "%s: cannot open its %s '%s': %s; %s FILE names another", im->name, what, name,
+                strerror(-ret), option);
+    return ret;
+}
+
+static const struct image_format *img_format_named(const char *name)
+{
+    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++)
+        if (strcmp(name, img_formats[i]->name) == 0)
+            return img_formats[i];
+    return NULL;
+}
+
+/* A chain that bites its tail would be endless. */
+static int img_check_loop(const struct image *im)
+{
+    if (im->depth >= MAX_CHAIN)
+        return msg_err(-ELOOP, "%s: a backing chain of more than %d images", im->name, MAX_CHAIN);
+    for (const struct image *c = im->child; c; c = c->child)
+        if (c->files[0].st.st_dev == im->files[0].st.st_dev &&
+            c->files[0].st.st_ino == im->files[0].st.st_ino)
+            return msg_err(-ELOOP, "%s: is its own backing file", im->name);
+    return 0;
+}
+
+/*
+ * The format of a backing file is never guessed: a guest that writes a header into its raw disk would choose
+ * files.
+ */
+static int img_open_one_backing(struct image *im, struct image *base, const char *user_file)
+{
+    bool user = im->opt->backing_format && (!*im->backing_format || (im->depth == 0 && user_file));
+    const char *format = user ? im->opt->backing_format : im->backing_format;
+    int ret = img_begin(base, im->backing_name);
+
+    if (ret)
+        return ret;
+    base->n_files = 1;
+    base->files[0].fd = -1;
+    if (!*format)
+        return msg_err(-EINVAL,
+                       "%s: does not say which format its backing file '%s' has; --backing-format NAME does",
+                       im->name, im->backing_name);
+    base->format = img_format_named(format);
+    if (!base->format)
+        return msg_err(-EMEDIUMTYPE,
+                       "%s: its backing file '%s' is of format %s, which this version does not read",
+                       im->name, im->backing_name, format);
+    ret = user_file ? file_open(&base->files[0], user_file, false)
+                    : img_open_named(im, &base->files[0], im->backing_name, "backing file", "--backing");
+    if (ret)
+        return ret;
+    base->name = base->files[0].path;
+    ret = img_check_loop(base);
+    return ret ? ret : img_finish(base);
+}
+
+static int img_open_backing(struct image *im)
+{
+    const char *user_file;
+    struct image *base;
+    int ret = 0;
+
+    for (; !ret && *im->backing_name; im = base) {
+        if (im->opt->no_backing) {
+            msg_say(MSG_NOTE, "%s: without its backing file '%s', whose data reads as errors", im->name,
+                    im->backing_name);
+            return 0;
+        }
+        user_file = im->depth == 0 ? im->opt->backing : NULL;
+        im->backing = base = util_fault("backing image") ? NULL : calloc(1, sizeof(*base));
+        if (!base)
+            return msg_err(-ENOMEM, "%s: out of memory", im->name);
+        base->opt = im->opt;
+        base->depth = im->depth + 1;
+        base->child = im;
+        ret = img_open_one_backing(im, base, user_file);
+    }
+    return ret;
+}
+
+/*
+ * As image_format.map, but for any offset and through the whole chain: never EXT_BACKING. What lies past the
+ * end of the image is bad, not zero; past the end of a backing file that is shorter than its child it is
+ * zero.
+ */
 static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
 {
-    uint64_t size = im->size;
+    uint64_t size;
+    int ret;
 
-    if (offset >= size) {
-        *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = "past the end of the image" };
-        return 0;
+    for (;; im = im->backing, length = ext->length) {
+        size = im->size;
+        if (offset >= size) {
+            *ext = (struct extent){ .kind = im->depth ? EXT_ZERO : EXT_BAD, .length = length,
+                                    .why = "past the end of the image" };
+            return 0;
+        }
+        ret = im->format->map(im, offset, util_min(length, size - offset), exact, ext);
+        if (ret || ext->kind != EXT_BACKING)
+            return ret;
+        if (!im->backing) {
+            ext->kind = EXT_BAD;
+            ext->why = "in the backing file, which was not opened";
+            return 0;
+        }
     }
-    return im->format->map(im, offset, util_min(length, size - offset), exact, ext);
 }
 
 /* Fills buf or fails; *done bytes at its front are good either way. */
@@ -1061,6 +2165,9 @@ static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, 
         } else if (ext.kind == EXT_ZERO) {
             memset((uint8_t *)buf + *done, 0, n);
             part = n;
+        } else if (ext.kind == EXT_COMPRESSED) {
+            ret = cache_read_decoded(&ext, (uint8_t *)buf + *done, n);
+            part = ret ? 0 : n;
         } else {
             ret = msg_serving(-EIO, "%s: cannot read %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, n,
                               offset + *done, ext.why);
@@ -1199,7 +2306,7 @@ static uint64_t img_blocks(const struct image *im)
 }
 
 /* ******************************************************************************************************** *
- * 7. Partitions
+ * 10. Partitions
  *
  * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is
  * hostile: LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and
@@ -1512,7 +2619,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
 }
 
 /* ******************************************************************************************************** *
- * 8. FUSE operations
+ * 11. FUSE operations
  *
  * fop_handle() turns one request into one reply inside the worker's buffer; it does no FUSE I/O, so any
  * transport can carry it. Node 1 is the mountpoint: the file itself, or the directory, whose files are the
@@ -2144,7 +3251,7 @@ static size_t fop_fetch(struct worker *w)
 }
 
 /* ******************************************************************************************************** *
- * 9. Worker loop
+ * 12. Worker loop
  *
  * The transport: read(2) a request, fop_handle() it, write(2) the reply. Every worker does all three alone,
  * so there is no queue and no lock between threads; the kernel hands a request to whoever reads. The workers
@@ -2418,7 +3525,7 @@ static int loop_run(struct server *srv)
 }
 
 /* ******************************************************************************************************** *
- * 10. Sandbox
+ * 13. Sandbox
  *
  * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file
  * system (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open
@@ -2584,7 +3691,7 @@ static int box_enter(enum box_mode mode)
 }
 
 /* ******************************************************************************************************** *
- * 11. Mounts
+ * 14. Mounts
  *
  * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own
  * server. Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one
@@ -3148,7 +4255,7 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 }
 
 /* ******************************************************************************************************** *
- * 12. Life cycle
+ * 15. Life cycle
  *
  * run_export() takes what an export needs one by one and releases it in reverse order, whichever step fails.
  * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open,
@@ -3167,17 +4274,19 @@ enum opt_action { ACT_EXPORT, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
 
 struct options {
     char **images, **command, *mountpoint, *format, *pidfile, *extra;
+    char *snapshot, *backing, *backing_format, *data_file, *allow_external;
     unsigned n_images;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        lazy, verbose, quiet;
+        no_backing, lazy, verbose, quiet;
     bool mount_helper; /* called by mount(8) */
-    uint64_t offset, size;
+    uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
     uint32_t sandbox, allow_other, action;
 };
 
 struct run {
     const struct options *o;
+    struct image_options image_options;
     struct image im;
     struct view views[MAX_VIEWS];
     unsigned n_views;
@@ -3369,7 +4478,20 @@ static int run_open_image(struct run *r)
         util_copy(r->source, sizeof(r->source), util_basename(o->images[0]));
     r->im.writable = o->writable;
     r->im.growable = o->growable;
-    ret = img_open(&r->im, o->images, o->n_images, o->format, !o->no_parts, !o->share);
+    r->image_options = (struct image_options){
+        .format = o->format,
+        .snapshot = o->snapshot,
+        .backing = o->backing,
+        .backing_format = o->backing_format,
+        .data_file = o->data_file,
+        .allow_external = o->allow_external,
+        .no_backing = o->no_backing,
+        .parts = !o->no_parts,
+        .lock = !o->share,
+    };
+    ret = cache_start(o->cache_size);
+    if (!ret)
+        ret = img_open(&r->im, o->images, o->n_images, &r->image_options);
     if (ret)
         return ret;
     /* Looked at before anything is mounted there: a folder shows the partitions too. */
@@ -3497,6 +4619,7 @@ static void run_let_go(struct run *r)
     loop_release(&r->srv, r->mp.session_fd);
     mnt_end_session(&r->mp);
     img_close(&r->im);
+    cache_stop();
 }
 
 static int run_fork_server(struct run *r)
@@ -3828,6 +4951,7 @@ out_mountpoint:
     mnt_remove(&r->mp);
 out_image:
     img_close(&r->im);
+    cache_stop();
 out_control:
     run_close_control(r, status);
 out_signals:
@@ -3874,7 +4998,7 @@ static int run_background(int *shell_fd, int *status)
 }
 
 /* ******************************************************************************************************** *
- * 13. One-shot commands
+ * 16. One-shot commands
  * ******************************************************************************************************** */
 
 /* Waits until every server of the mount has ended. */
@@ -4019,7 +5143,8 @@ static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
                           .mode = 0600 };
     struct worker w = { .srv = &srv, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
     struct part_wanted want = { .offset = 0 };
-    int ret = img_open(&im, &path, 1, "raw", false, false);
+    struct image_options opt = { .format = "raw" };
+    int ret = img_open(&im, &path, 1, &opt);
 
     srand(1);
     ret = ret ? ret : part_make_views(&im, &want, views, &srv.n_views);
@@ -4060,7 +5185,7 @@ static bool cmd_self_test(int argc, char **argv, int *status)
 #endif
 
 /* ******************************************************************************************************** *
- * 14. Options
+ * 17. Options
  *
  * opt_table feeds getopt_long(3), -o (by the long names) and --help. What -o does not know goes to the mount.
  * ******************************************************************************************************** */
@@ -4098,6 +5223,16 @@ static const struct opt {
     { 'v', "verbose", NULL, OPT_SET, OPT_AT(verbose), 0, "say what is decided" },
     { 'q', "quiet", NULL, OPT_SET, OPT_AT(quiet), 0, "errors only" },
     { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
+    { 0, "snapshot", "ID|NAME", OPT_TEXT, OPT_AT(snapshot), 0, "show this internal snapshot" },
+    { 0, "backing", "FILE", OPT_TEXT, OPT_AT(backing), 0,
+      "the backing file, instead of what the image says" },
+    { 0, "backing-format", "NAME", OPT_TEXT, OPT_AT(backing_format), 0, "and its format" },
+    { 0, "data-file", "FILE", OPT_TEXT, OPT_AT(data_file), 0, "the external data file" },
+    { 0, "allow-external", "DIR", OPT_TEXT, OPT_AT(allow_external), 0,
+      "images may name files below this folder" },
+    { 0, "no-backing", NULL, OPT_SET, OPT_AT(no_backing), 0,
+      "open no backing file; its data reads as errors" },
+    { 0, "cache-size", "N[kMGT]", OPT_SIZE, OPT_AT(cache_size), 1, "for tables and decoded clusters (64M)" },
     { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0,
       "IMAGE alone, even if it looks like a part of a split image" },
     { 0, "offset", "N[kMGT]", OPT_SIZE, OPT_AT(offset), 0, "show the image from this byte on" },
@@ -4394,7 +5529,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
 }
 
 /* ******************************************************************************************************** *
- * 15. Main
+ * 18. Main
  * ******************************************************************************************************** */
 
 /* Whoever started us with a standard stream closed must not find an image in its place. */
@@ -4434,7 +5569,7 @@ static int main_export(const struct options *o)
 
 int main(int argc, char **argv)
 {
-    struct options o = { .mode = OPT_UNSET, .uid = OPT_UNSET, .gid = OPT_UNSET };
+    struct options o = { .cache_size = 64 << 20, .mode = OPT_UNSET, .uid = OPT_UNSET, .gid = OPT_UNSET };
     int status = EXIT_USAGE;
 #ifdef FUSEEXP_FAULTS
     int fds = main_count_fds();

@@ -22,6 +22,8 @@
 /* ---- limits -------------------------------------------------------------------------------------------- */
 
 #define MAX_PARTS 4096              /* files of one split image */
+#define MAX_CLUSTER (2u << 20)      /* bytes that one compressed cluster decodes to */
+#define MAX_CHAIN 200               /* images of one backing chain */
 #define MAX_VIEWS 256               /* files shown in a directory mount: the disk and its partitions */
 #define MAX_LOGICAL 128             /* logical partitions followed in one extended partition */
 #define MAX_GPT_ENTRIES 1024        /* more than any tool writes (128 is usual): bounds the table's allocation */
@@ -41,6 +43,7 @@
  */
 struct file {
     int fd;
+    uint16_t id;                    /* for the cache's keys: no two files of this process share one */
     bool is_blk;
     bool writable;
     char *path;                     /* as the user named it: for messages */
@@ -61,18 +64,35 @@ enum {
 
 struct image;
 
+/* What the user said about images; the same for all of a chain unless it says "top". */
+struct image_options {
+    const char *format;             /* of the top image; NULL: probed */
+    const char *snapshot;           /* top: id or name */
+    const char *backing, *backing_format;   /* top: instead of what it says */
+    const char *data_file;          /* top */
+    const char *allow_external;     /* a folder that names in images may lead to */
+    bool no_backing, parts, lock;
+};
+
 enum extent_kind {
     EXT_DATA,                       /* bytes of `file` at `offset` */
     EXT_ZERO,                       /* reads as zeros, takes no room */
     EXT_BAD,                        /* cannot be read: -EIO; `why` says it */
+    EXT_BACKING,                    /* what im->backing has at the same offset; zeros past its end */
+    EXT_COMPRESSED,                 /* `skip` bytes into what coded_length bytes of `file` at `offset` decode to */
 };
+
+enum codec { CODEC_DEFLATE, CODEC_ZSTD };   /* raw deflate without a header; one or several zstd frames */
 
 /* What lies at one offset of an image. Filled by image_format.map, consumed by the image core alone. */
 struct extent {
     enum extent_kind kind;
     uint64_t length;                /* >= 1: how far this description holds from the offset asked for */
     struct file *file;              /* EXT_DATA */
-    uint64_t offset;                /* EXT_DATA: in file */
+    uint64_t offset;                /* EXT_DATA, EXT_COMPRESSED: in file */
+    uint32_t coded_length;          /* EXT_COMPRESSED: at most; what follows the last frame is ignored */
+    uint32_t decoded_length, skip;  /* EXT_COMPRESSED: exactly; at most MAX_CLUSTER */
+    enum codec codec;               /* EXT_COMPRESSED */
     const char *why;                /* EXT_BAD: static text */
 };
 
@@ -97,6 +117,7 @@ struct probe {
  */
 struct image_format {
     const char *name, *describe, *writes;
+    bool writable;                  /* in place */
     int (*probe)(const struct probe *p);
     bool (*part)(const char *first, unsigned i, char name[PATH_MAX]);
     int (*open)(struct image *im);
@@ -110,10 +131,15 @@ struct image {
     struct file *files;             /* MAX_PARTS of them, opened and owned by the core */
     unsigned n_files;
     unsigned n_given;               /* named by the user */
-    bool alone;                     /* the user wants no other parts */
     bool found_parts;               /* files past the first were found by name, not given by the user */
     bool writable, growable;
     void *state;                    /* the driver's */
+    const struct image_options *opt;
+    struct image *backing;          /* opened and owned by the core; NULL: EXT_BACKING does not occur */
+    char backing_name[1024];        /* set by the driver's open(): as the image says it; empty: none */
+    char backing_format[32];        /* likewise; empty: the image does not say */
+    unsigned depth;                 /* 0: the image that the user named */
+    struct image *child;            /* whose backing file this is */
     const char *name;               /* the first file's path */
     _Atomic uint64_t size;          /* changes only under size_lock */
     _Atomic bool failed;            /* a write, a flush or a resize went wrong: the exit status will say so */
@@ -155,6 +181,11 @@ enum {
 #define FX_MAX_READ_OPTION "max_read=524288"
 #define FX_SPLICE_MIN (1u << 16)    /* below this copying is faster than referring (measured) */
 #define FX_RWF_NOWAIT 8
+#define FX_RESOLVE_NO_MAGICLINKS 0x02
+#define FX_RESOLVE_BENEATH 0x08
+struct fx_open_how {
+    uint64_t flags, mode, resolve;
+};
 #define FX_STATX_MNT_ID_UNIQUE 0x4000u          /* Linux 6.8 */
 #define FX_STATX_OFF_MNT_ID 144
 #define FX_STATX_DONT_SYNC 0x4000

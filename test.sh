@@ -7,7 +7,7 @@
 #
 # KEEP=1 keeps the folders. TIMES=1 says how long each case took. Truth comes from elsewhere: cmp, mkfs, fsck, sfdisk, qemu-img.
 # Needs root; cases as a plain user become nobody. Cases on the corpus are skipped where ../shared/corpus is not there.
-# shellcheck disable=SC2013,SC2015,SC2016,SC2017,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
+# shellcheck disable=SC2013,SC2015,SC2016,SC2017,SC2001,SC2059,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
 set -u
 top=$(cd "$(dirname "$0")" && pwd)
 build=${BUILD:-$top/build}
@@ -767,7 +767,7 @@ t_writable_folder_keeps_disk_and_partitions_coherent() {
 # ---- formats, locks --------------------------------------------------------------------------------------------
 
 t_containers_that_are_not_read_are_refused_by_name() {
-    for f in qcow2 qed vmdk vhdx vpc vdi parallels; do
+    for f in qed vmdk vhdx vpc vdi parallels; do
         qemu-img create -q -f $f x.$f 4M
         refused 1 'which this version does not read' "$fx" -q x.$f m
         "$fx" -q --format raw x.$f m; cmp x.$f m; "$fx" --umount m
@@ -804,7 +804,7 @@ t_corpus_containers_are_never_shown_as_raw() {
     [ -d "$corpus" ] || skip "no corpus"
     "$corpus/unpack" c
     while IFS=$'\t' read -r path format _; do
-        case $format:$path in raw:* | path:* | ddrescue*:* | *.hds | *DiskDescriptor.xml | *:bad/*) continue ;; esac
+        case $format:$path in raw:* | qcow2:* | path:* | ddrescue*:* | *.hds | *DiskDescriptor.xml | *:bad/*) continue ;; esac
         if [ -s "c/$path" ] && "$fx" -q "c/$path" m 2>err; then "$fx" --umount m; echo "$path"; fi
     done <c/MANIFEST.tsv >served
     same "$(cat served)" ""
@@ -829,6 +829,340 @@ t_locks_are_qemus() {
     not qemu-io -f raw -c 'write 0 512' img 2>err; grep -q lock err
     "$fx" -q img m2; "$fx" --umount m2
     "$fx" --umount m
+}
+
+# ---- qcow2 -----------------------------------------------------------------------------------------------------
+
+# check_same IMAGE [OPTION...]: the export against qemu-img's own conversion in ./truth: whole, at odd offsets, holes
+check_same() {
+    local img=$1
+    shift
+    "$fx" -q --no-passthrough "$@" "$img" m
+    cmp m truth
+    py '
+a, b = os.open("truth", os.O_RDONLY), os.open("m", os.O_RDONLY)
+size = os.fstat(a).st_size
+assert os.fstat(b).st_size == size
+rnd = random.Random(size)
+for i in range(150):
+    off = rnd.randrange(size); n = rnd.choice([1, 511, 4097, 65536, 300000])
+    assert os.pread(a, n, off) == os.pread(b, n, off), (off, n)
+off = 0
+while off < size:
+    hole = os.lseek(b, off, os.SEEK_HOLE)
+    try: data = os.lseek(b, hole, os.SEEK_DATA)
+    except OSError: data = size
+    assert os.pread(a, min(data - hole, 1 << 22), hole).count(0) == min(data - hole, 1 << 22), (hole, data)
+    assert data > off or off == 0
+    off = max(data, off + 1)
+'
+    dd if=m of=direct iflag=direct bs=1000k status=none
+    cmp direct truth
+    "$fx" --umount m
+    rm -f direct
+}
+
+# Random writes, zeros, discards and compressed clusters into an existing image.
+scribble() {        # IMAGE SEED [compressed]
+    local img=$1 size
+    size=$(qemu-img info --output=json "$img" | jq '."virtual-size"')
+    py '
+rnd = random.Random(int(sys.argv[1]))
+size = int(sys.argv[2])
+for i in range(60):
+    off = rnd.randrange(size) & ~511; n = min(rnd.choice([512, 4096, 65536, 200704, 1 << 20]), size - off) & ~511
+    if not n: continue
+    kind = rnd.random()
+    if len(sys.argv) > 3 and kind < .5:
+        c = int(sys.argv[3]); off = off // c * c
+        print("write -c -P %d %d %d" % (rnd.randrange(256), off, min(c, size - off)))
+    elif kind < .8: print("write -P %d %d %d" % (rnd.randrange(256), off, n))
+    elif kind < .9: print("write -z %d %d" % (off, n))
+    else: print("discard %d %d" % (off, n))
+' "$2" "$size" "${@:3}" | qemu-io "$img" >io.log 2>&1 || grep -q wrote io.log     # some variants refuse a discard
+}
+
+t_qcow2_variants_read_back() {
+    local n=0 o cluster
+    for o in compat=0.10 compat=0.10,cluster_size=512 compat=1.1,cluster_size=512 cluster_size=4k cluster_size=2M \
+        refcount_bits=1 refcount_bits=64,lazy_refcounts=on compression_type=zstd compression_type=zstd,cluster_size=2M \
+        compression_type=zstd,cluster_size=4k extended_l2=on extended_l2=on,cluster_size=16k \
+        extended_l2=on,cluster_size=2M,compression_type=zstd preallocation=metadata preallocation=falloc; do
+        n=$((n + 1))
+        rm -f img
+        qemu-img create -q -f qcow2 -o "$o" img 12345k
+        cluster=$(qemu-img info --output=json img | jq '."cluster-size"')
+        scribble img $n
+        scribble img $((n + 100)) "$cluster"
+        scribble img $((n + 200))
+        qemu-img convert -O raw img truth
+        check_same img
+    done
+    for o in data_file=ext.raw data_file=ext.raw,data_file_raw=on extended_l2=on,data_file=ext.raw; do
+        rm -f img ext.raw
+        qemu-img create -q -f qcow2 -o "$o" img 12345k
+        scribble img 7
+        qemu-img convert -O raw img truth
+        check_same img
+        mv ext.raw elsewhere
+        refused 1 "cannot open its external data file 'ext.raw'" "$fx" -q img m
+        check_same img --data-file elsewhere
+        mv elsewhere ext.raw
+    done
+}
+
+t_qcow2_compressed_images_read_back() {
+    for i in $(seq 300); do head -c $((i * 331)) "$top"/fuseexp.c; done >truth
+    truncate -s %512 truth
+    for o in compression_type=zlib compression_type=zstd compression_type=zlib,cluster_size=2M compression_type=zstd,cluster_size=512; do
+        qemu-img convert -c -f raw -O qcow2 -o "$o" truth img
+        check_same img
+        check_same img --cache-size 1M
+        "$fx" -q img m
+        cmp m truth & local a=$!
+        cmp m truth & local b=$!
+        fio --name=r --filename="$PWD/m" --readonly --rw=randread --bs=4k --ioengine=libaio --iodepth=8 --direct=1 \
+            --number_ios=300 --output=fio.log
+        wait $a; wait $b
+        "$fx" --umount m
+    done
+}
+
+t_qcow2_chains_of_mixed_formats() {
+    mkdir sub
+    random sub/base.raw 1000
+    qemu-img create -q -f qcow2 -b base.raw -F raw sub/mid.qcow2 6M         # longer than its base
+    scribble sub/mid.qcow2 1 65536
+    qemu-img create -q -f qcow2 -o extended_l2=on -b sub/mid.qcow2 -F qcow2 top.qcow2 9M
+    scribble top.qcow2 2
+    qemu-img convert -O raw top.qcow2 truth
+    check_same top.qcow2
+    qemu-img create -q -f qcow2 -b top.qcow2 -F qcow2 shrunk.qcow2 3M
+    qemu-img convert -O raw shrunk.qcow2 truth
+    check_same shrunk.qcow2
+    for i in $(seq 60); do
+        qemu-img create -q -f qcow2 -b "$([ "$i" = 1 ] && echo top.qcow2 || echo "c$((i - 1))")" -F qcow2 "c$i"
+    done
+    qemu-img convert -O raw c60 truth
+    check_same c60
+}
+
+t_qcow2_backing_files_are_opened_by_the_rules() {
+    mkdir in out; random out/base 100; cp out/base truth
+    qemu-img create -q -f qcow2 -b ../out/base -F raw in/dots
+    qemu-img create -q -f qcow2 -b "$PWD/out/base" -F raw in/absolute
+    ln -s ../out/base in/link; qemu-img create -q -f qcow2 -b link -F raw in/linked
+    qemu-img create -q -f qcow2 -u -b 'json:{"driver":"raw"}' -F raw in/json 400k
+    qemu-img create -q -f qcow2 -u -b 'nbd://host/x' -F raw in/url 400k
+    qemu-img create -q -f qcow2 -u -b absent -F raw in/missing 400k
+    qemu-img create -q -f qcow2 -u -b base -F vmdk in/vmdk 400k
+    qemu-img create -q -f qcow2 -u -b ../out/base -F raw in/noformat 400k
+    py 'd = open("in/noformat", "rb").read(); open("in/noformat", "wb").write(d.replace(b"\xe2\x79\x2a\xca", b"\x11\x11\x11\x11", 1))'
+    for i in dots absolute linked; do
+        expect 1 "$fx" -q in/$i m; grep -q 'allow-external' err
+        check_same in/$i --allow-external out
+        check_same in/$i --backing out/base
+        expect 1 "$fx" -q --allow-external in in/$i m
+    done
+    refused 1 'not a plain file name' "$fx" -q in/json m
+    refused 1 'not a plain file name' "$fx" -q in/url m
+    expect 1 "$fx" -q in/missing m; grep -q "in/missing: cannot open its backing file 'absent': No such" err
+    refused 1 'of format vmdk' "$fx" -q in/vmdk m
+    refused 1 'does not say which format.*--backing-format' "$fx" -q in/noformat m
+    check_same in/noformat --backing-format raw --backing out/base
+    qemu-img create -q -f qcow2 -u -b b -F qcow2 in/a 400k; qemu-img create -q -f qcow2 -u -b a -F qcow2 in/b 400k
+    refused 1 'is its own backing file' "$fx" -q in/a m
+    mkfifo in/fifo; qemu-img create -q -f qcow2 -u -b fifo -F raw in/onfifo 400k
+    refused 1 "cannot open its backing file 'fifo'" timeout 5 "$fx" -q in/onfifo m
+    : >in/none; qemu-img create -q -f qcow2 -u -b none -F raw in/onempty 400k
+    head -c 400k /dev/zero >truth; check_same in/onempty
+    refused 1 'so --snapshot is of no use' "$fx" -q --snapshot x out/base m
+    refused 1 'has no backing file' "$fx" -q --backing out/base --format raw out/base m
+    # A chain whose middle does not say the format: the option serves there too, and only there.
+    cp in/noformat mid; cp out/base base; python3 -c "
+d = open('mid', 'rb').read(); open('mid', 'wb').write(d.replace(b'../out/base', b'base' + bytes(7)))
+import struct; f = open('mid', 'r+b'); f.seek(16); f.write(struct.pack('>I', 4))"
+    qemu-img create -q -f qcow2 -u -b mid -F qcow2 ontop 400k
+    cp out/base truth; check_same ontop --backing-format raw
+    cp in/dots padded; truncate -s %4096 padded
+    local dev; dev=$(losetup -f --show padded)
+    refused 1 'outside of its folder' "$fx" -q "$dev" m
+    losetup -d "$dev"
+    "$fx" --no-backing in/absolute m 2>err; grep -q 'without its backing file' err
+    not cat m 2>err >out/none; grep -q 'Input/output' err
+    "$fx" --umount m
+}
+
+t_qcow2_backing_format_is_not_probed() {
+    random base 100; qemu-img create -q -f qcow2 -b base -F raw img
+    qemu-img create -q -f qcow2 -b /etc/passwd -F raw evil 400k
+    dd if=evil of=base conv=notrunc status=none                            # the guest wrote a header into its disk
+    cp base truth
+    check_same img
+}
+
+t_qcow2_snapshots_are_chosen_by_id_or_name() {
+    qemu-img create -q -f qcow2 img 4M
+    scribble img 1; qemu-img convert -O raw img one; qemu-img snapshot -c first img
+    scribble img 2 65536; qemu-img convert -O raw img two; qemu-img snapshot -c second img
+    qemu-img resize -q img 6M; scribble img 3
+    qemu-img convert -O raw img truth; check_same img
+    cp one truth; check_same img --snapshot first; check_same img --snapshot 1
+    cp two truth; check_same img --snapshot second
+    refused 1 "has no snapshot 'third'" "$fx" -q --snapshot third img m
+}
+
+# poke FILE OFFSET HEX...: damages a copy of ./good into FILE
+poke() {
+    local f=$1
+    shift
+    cp good "$f"
+    while [ $# -gt 0 ]; do
+        printf "$(echo "$2" | sed 's/../\\x&/g')" | dd of="$f" bs=1 seek=$(($1)) conv=notrunc status=none
+        shift 2
+    done
+}
+
+t_qcow2_damaged_headers_are_refused() {
+    qemu-img create -q -f qcow2 good 64M; qemu-io -c 'write -P 1 0 1M' good >/dev/null
+    local rows='
+100 00020000 header.s length
+100 00000048 header.s length
+116 7fffffff reaches past the first cluster
+8 000000000000fff0000003ff name of the backing
+8 000000000000020000000fff name of the backing
+76 00000020 incompatible bit 5
+72 80000000 incompatible bit 63
+76 00000008 compression type
+104 01 compression type
+96 00000007 refcount width
+36 00500000 size of the L1
+36 00000000 size of the L1
+40 0000000000030200 place of the L1
+40 0000400000000000 place of the L1
+32 00000001 encrypted
+32 00000002 encrypted
+4 00000004 unknown version 4
+20 00000008 cluster size
+20 00000016 cluster size
+88 0000000000000002 raw external data
+24 ffffffffffffffff the size
+76 00000004 does not name its external data'
+    while read -r offset hex pattern; do
+        [ -n "$offset" ] || continue
+        poke bad "$offset" "$hex"
+        refused 1 "$pattern" "$fx" -q bad m
+    done <<<"$rows"
+    qemu-img create -q -f qcow2 -o cluster_size=8k good 64M
+    poke bad 76 00000010; refused 1 'subclusters need' "$fx" -q bad m
+    head -c 71 good >bad; refused 1 'is not a qcow2' "$fx" -q bad m
+    head -c 4000 good >bad; refused 1 'place of the L1' "$fx" -q bad m
+}
+
+t_qcow2_damaged_tables_cost_their_range_only() {
+    qemu-img create -q -f qcow2 good 1G; qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 512M 1M' good >/dev/null
+    qemu-img convert -O raw good truth
+    local l1 l2
+    l1=$(od -An -tu8 --endian=big -j40 -N8 good | tr -d ' '); l2=$(($(od -An -tu8 --endian=big -j"$l1" -N8 good) & 0xffffffffffff))
+    # L1[0]: not aligned, past the end, reserved bits; L2[0]: not aligned, past the end, reserved bits
+    for row in "$l1 8000000000040200" "$l1 8000004000000000" "$l1 8100000000040000" \
+        "$l2 8000000000050200" "$l2 8000004000000000" "$l2 8000000000050010"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        "$fx" -q bad m
+        not dd if=m of=/dev/null bs=4k count=1 2>err; grep -q 'Input/output' err
+        cmp -n 1048576 -i $((512 << 20)) m truth
+        [ "${row%% *}" = "$l1" ] || cmp -n 983040 -i 65536 m truth
+        "$fx" --umount m
+    done
+    # Truncated: what is there reads, the rest is EIO and not zeros, and cp notices.
+    cp good bad; truncate -s $(($(stat -c %s good) - 300000)) bad
+    "$fx" -q bad m; cmp -n 1048576 m truth
+    not cmp -n 1048576 -i $((512 << 20)) m truth
+    not dd if=m of=/dev/null bs=4k skip=$(((513 << 20) / 4096 - 1)) count=1 2>err; grep -q 'Input/output' err
+    not cp m copy 2>err
+    "$fx" --umount m
+    # A zero flag where version 2 has none; a compressed cluster of garbage.
+    qemu-img create -q -f qcow2 -o compat=0.10 good 1M; qemu-io -c 'write -P 1 0 128k' good >/dev/null
+    l1=$(od -An -tu8 --endian=big -j40 -N8 good); l2=$(($(od -An -tu8 --endian=big -j$((l1)) -N8 good) & 0xffffffffffff))
+    poke bad $((l2 + 7)) 01
+    "$fx" -q bad m; not head -c 1 m 2>err; dd if=m bs=64k skip=1 count=1 status=none | cmp -n 65536 - <(head -c 65536 /dev/zero | tr '\0' '\1')
+    "$fx" --umount m
+    head -c 300000 "$top"/fuseexp.c >raw; truncate -s 300032 raw
+    for c in zlib zstd; do
+        qemu-img convert -c -O qcow2 -o compression_type=$c -f raw raw good
+        l1=$(od -An -tu8 --endian=big -j40 -N8 good); l2=$(($(od -An -tu8 --endian=big -j$((l1)) -N8 good) & 0xffffffffffff))
+        local host; host=$(($(od -An -tu8 --endian=big -j$l2 -N8 good) & 0x3fffffffffffff))
+        poke bad $((host + 20)) ffffffffffffffff
+        "$fx" -q bad m; not head -c 1 m 2>err; grep -q 'Input/output' err
+        cmp -i 65536 m raw; "$fx" --umount m
+    done
+}
+
+t_qcow2_marked_dirty_or_corrupt_is_read() {
+    qemu-img create -q -f qcow2 good 64M; qemu-io -c 'write -P 1 0 1M' good >/dev/null; qemu-img convert -O raw good truth
+    for bit in 01 02; do
+        poke bad 79 $bit; cp bad copy
+        check_same bad
+        cmp bad copy
+    done
+    refused 1 'cannot be written by this version' "$fx" -q -w good m
+    not "$fx" -q --format qcow2 truth m 2>err; grep -q 'is not a qcow2 image' err
+}
+
+t_qcow2_of_absurd_size_costs_nothing() {
+    qemu-img create -q -f qcow2 -o cluster_size=2M img 4P
+    "$fx" -q img m
+    same "$(stat -c %s m)" $((4 << 50))
+    same "$(dd if=m bs=4k skip=$((1 << 39)) count=1 status=none | tr -d '\0' | wc -c)" 0
+    [ "$(awk '/VmHWM/ { print $2 }' "/proc/$(server_of)/status")" -lt 8000 ]
+    "$fx" --umount m
+}
+
+t_qcow2_random_damage_is_survived() {
+    qemu-img create -q -f qcow2 -o cluster_size=4k good 2M; scribble good 5 4096; scribble good 6
+    py '
+import subprocess
+rnd = random.Random(11)
+good = open("good", "rb").read()
+for i in range(120):
+    bad = bytearray(good)
+    for j in range(rnd.randrange(1, 4)): bad[rnd.choice([rnd.randrange(112), rnd.randrange(4096, min(len(bad), 40000))])] = rnd.randrange(256)
+    open("bad", "wb").write(bad)
+    p = subprocess.run([sys.argv[1], "-q", "--sandbox=off", "--no-backing", "--format", "qcow2", "bad", "m", "--", "dd", "if=m", "of=/dev/null",
+                        "bs=64k", "count=40", "conv=noerror"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert p.returncode in (0, 1, 125) and b"Sanitizer" not in p.stderr and b"killed" not in p.stderr, (i, p.returncode, p.stderr)
+' "$build/fuseexp-asan"
+}
+
+t_qcow2_under_load_has_no_races() {
+    for i in $(seq 100); do head -c $((i * 991)) "$top"/fuseexp.c; done >truth; truncate -s %512 truth
+    qemu-img convert -c -f raw -O qcow2 truth base; qemu-img create -q -f qcow2 -b base -F qcow2 img; scribble img 3
+    qemu-img convert -O raw img truth
+    "$build/fuseexp-tsan" -q -f --sandbox=off --cache-size 1M img m 2>log & local pid=$!
+    wait_for test -s m
+    cmp m truth & local a=$!
+    fio --name=r --filename="$PWD/m" --readonly --rw=randread --bs=4k --ioengine=libaio --iodepth=8 --direct=1 --numjobs=3 \
+        --runtime=3 --time_based --output=fio.log
+    wait $a
+    umount m
+    wait $pid || { cat log; false; }
+    not grep -q Sanitizer log
+}
+
+t_corpus_qcow2_images_are_right() {
+    [ -d "$corpus" ] || skip "no corpus"
+    "$corpus/unpack" c
+    local n=0
+    while IFS=$'\t' read -r path format _ size sum _ expected _; do
+        [ "$format" = qcow2 ] && [ "$expected" = ok ] || continue
+        "$fx" -q "c/$path" m
+        same "$(stat -c %s m)" "$size"
+        [ "$sum" = - ] || same "$(sha256sum <m | cut -d' ' -f1)" "$sum"
+        "$fx" --umount m
+        n=$((n + 1))
+    done <c/MANIFEST.tsv
+    [ $n -ge 8 ] || fail "only $n"
 }
 
 # ---- life cycle ------------------------------------------------------------------------------------------------
@@ -1409,7 +1743,8 @@ t_malformed_requests_are_survived() {
 
 lint() {
     local bad=0 contents banners
-    contents=$(sed -n 's/^ \*  *\([0-9]*\)\. \([A-Z][A-Za-z -]*[a-z]\)  *.*/\1 \2/p; s/^ \*  *\([0-9]*\)\. \(Main\)$/\1 \2/p' "$top/fuseexp.c" | sed -n '1,/ Main/p')
+    contents=$(sed -n 's/^ \*  *\([0-9]*\)\. \([A-Za-z][A-Za-z0-9 -]*[a-z0-9]\)  *[a-z0-9]*_ .*/\1 \2/p; s/^ \*  *\([0-9]*\)\. \(Main\)$/\1 \2/p' \
+        "$top/fuseexp.c" | sed -n '1,/ Main/p')
     banners=$(grep -A1 '^/\* \*\*\*\*' "$top/fuseexp.c" | sed -n 's/^ \* \([0-9]*\)\. \(.*\)/\1 \2/p')
     [ "$contents" = "$banners" ] || { diff <(echo "$contents") <(echo "$banners"); bad=1; }
     awk 'length > 120 { print FILENAME ":" FNR ": longer than 120 columns"; bad = 1 } END { exit bad }' "$top/fuseexp.c" "$top/fuseexp.h" || bad=1
@@ -1427,7 +1762,8 @@ demo() {
     set -e
     set -x
     mkfs.ext4 -q -d files disk.img 16M
-    fuseexp --format raw disk.img disk.raw
+    qemu-img convert -c -f raw -O qcow2 disk.img disk.qcow2
+    fuseexp disk.qcow2 disk.raw
     findmnt -o TARGET,SOURCE,FSTYPE,OPTIONS disk.raw
     mount -o ro,loop disk.raw mnt
     cat mnt/hello.txt
@@ -1435,7 +1771,7 @@ demo() {
     fuseexp --umount disk.raw
     ls
     { set +x; } 2>/dev/null
-    echo "The demo worked: an ext4 image was exported, loop-mounted, read, and everything is gone again."
+    echo "The demo worked: a compressed qcow2 image was exported, loop-mounted, read, and everything is gone again."
 }
 
 # One table, one run: rows are peers, columns are works; fio's JSON is the source. Images lie in a tmpfs.
