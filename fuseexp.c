@@ -481,6 +481,14 @@ static int file_adopt(struct file *f, const char *path, int fd, bool writable)
     return 0;
 }
 
+/* Without touching the access time where we may: looking must not change a thing. */
+static int file_open_fd(const char *path, int flags)
+{
+    int fd = open(path, flags | O_NOATIME);
+
+    return fd < 0 && errno == EPERM ? open(path, flags) : fd;
+}
+
 /* Looks at what it is before opening it: opening a pipe or a tape has effects. */
 static int file_open(struct file *f, const char *path, bool writable)
 {
@@ -496,9 +504,7 @@ static int file_open(struct file *f, const char *path, bool writable)
         return msg_err(-EINVAL, "%s: neither a regular file nor a block device", path);
     if (S_ISBLK(st.st_mode) && writable)
         flags |= O_EXCL;
-    fd = open(path, flags | O_NOATIME);
-    if (fd < 0 && errno == EPERM)
-        fd = open(path, flags);
+    fd = file_open_fd(path, flags);
     if (fd < 0)
         return msg_err(-errno, "%s: %s%s", path, strerror(errno),
                        errno == EBUSY ? " (mounted, or used by another program)" : "");
@@ -526,7 +532,7 @@ static int file_open_beneath(struct file *f, const char *folder, const char *nam
     ret = path_fd < 0 || fstat(path_fd, &st) < 0 ? -errno : S_ISREG(st.st_mode) ? 0 : -EMEDIUMTYPE;
     if (!ret) {
         snprintf(proc, sizeof(proc), "/proc/self/fd/%d", path_fd);     /* looked at before it is opened */
-        fd = open(proc, O_RDONLY | O_CLOEXEC);
+        fd = file_open_fd(proc, O_RDONLY | O_CLOEXEC);
         ret = fd < 0 ? -errno : 0;
     }
     util_close(&path_fd);
@@ -759,14 +765,13 @@ static void file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool
         *extent = util_min(len, (uint64_t)at - offset);
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 5. Codecs
  *
  * One compressed cluster at a time, into a buffer of the size it must have: more or less is an error, and
  * what a hostile stream claims allocates nothing. Every thread keeps its own decoder and its own buffer for
  * what it reads.
- * ************************************************************************************************************
- * */
+ * ******************************************************************************************************** */
 
 static _Thread_local struct {
     struct libdeflate_decompressor *deflate;
@@ -815,7 +820,7 @@ static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t o
            got == out_len;
 }
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 6. Cache
  *
  * One budget for all images (--cache-size), half for metadata tables, half for decoded clusters.
@@ -827,8 +832,7 @@ static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t o
  *
  * Decoded clusters: a list in the order of use under one lock. A cluster is decoded once: who comes second
  * waits for the first (single flight). An entry in use by somebody is not dropped.
- * ************************************************************************************************************
- * */
+ * ******************************************************************************************************** */
 
 enum {
     CACHE_SLICE = 4096,
@@ -1247,7 +1251,7 @@ static const struct image_format raw_format = {
 static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
                           const char *option);
 
-/* ************************************************************************************************************ *
+/* ******************************************************************************************************** *
  * 8. qcow2
  *
  * QEMU docs/interop/qcow2.rst, versions 2 and 3, for reading. All numbers are big-endian.
@@ -1258,8 +1262,7 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
  * Nothing is loaded at open: L1 and L2 entries come through the table cache, so an image that claims
  * petabytes costs nothing. The L1 table must lie inside the file, and every pointer is checked where it is
  * followed.
- * ************************************************************************************************************
- * */
+ * ******************************************************************************************************** */
 
 enum {
     QCOW2_MAGIC = 0x514649fb,
@@ -1812,6 +1815,14 @@ static const char *img_find_foreign(const struct probe *p)
     return NULL;
 }
 
+static const struct image_format *img_format_named(const char *name)
+{
+    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++)
+        if (strcmp(name, img_formats[i]->name) == 0)
+            return img_formats[i];
+    return NULL;
+}
+
 /* Sets im->format: the one named, or the most certain. Raw by default is said aloud: it is an assumption. */
 static int img_probe(struct image *im, const char *wanted)
 {
@@ -1823,9 +1834,8 @@ static int img_probe(struct image *im, const char *wanted)
     uint64_t done;
     int best = 0, score;
 
-    for (size_t i = 0; wanted && i < ARRAY_LEN(img_formats); i++)
-        if (strcmp(wanted, img_formats[i]->name) == 0)
-            im->format = img_formats[i];
+    if (wanted)
+        im->format = img_format_named(wanted);
     if (wanted)
         return im->format ? 0 : msg_err(-EINVAL, "unknown format '%s' (see fuseexp --formats)", wanted);
 
@@ -2041,14 +2051,6 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
         msg_err(ret, "%s: cannot open its %s '%s': %s; %s FILE names another", im->name, what, name,
                 strerror(-ret), option);
     return ret;
-}
-
-static const struct image_format *img_format_named(const char *name)
-{
-    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++)
-        if (strcmp(name, img_formats[i]->name) == 0)
-            return img_formats[i];
-    return NULL;
 }
 
 /* A chain that bites its tail would be endless. */
@@ -2290,18 +2292,19 @@ static bool img_resized_underneath(struct image *im)
            (uint64_t)st.st_size != im->size;
 }
 
-/* Host space in use, in units of 512 bytes, and at least as much as the image's data can be. */
+/* Host space that the chain takes, in units of 512 bytes. */
 static uint64_t img_blocks(const struct image *im)
 {
     uint64_t blocks = 0;
     struct stat st;
 
-    for (unsigned i = 0; i < im->n_files; i++) {
-        if (im->files[i].is_blk)
-            blocks += (im->files[i].size + 511) / 512;
-        else if (fstat(im->files[i].fd, &st) == 0)
-            blocks += (uint64_t)st.st_blocks;
-    }
+    for (; im; im = im->backing)
+        for (unsigned i = 0; i < im->n_files; i++) {
+            if (im->files[i].is_blk)
+                blocks += (im->files[i].size + 511) / 512;
+            else if (fstat(im->files[i].fd, &st) == 0)
+                blocks += (uint64_t)st.st_blocks;
+        }
     return blocks;
 }
 
