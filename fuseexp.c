@@ -7,22 +7,23 @@
  *
  *    1. Messages                msg_     the only writer of stderr; four levels
  *    2. Utilities               util_    bytes, numbers, fault injection
- *    3. Worker pool             pool_    how many workers run
- *    4. Host files              file_    every system call on an image
- *    5. Codecs                  codec_   one compressed cluster
- *    6. Cache                   cache_   tables and decoded clusters in one budget
- *    7. Raw images              raw_     the driver to copy
- *    8. qcow2                   qcow2_   QEMU's format, for reading
- *    9. Image core              img_     probing, chains, the loops over extents, resizing
- *   10. Partitions              part_    MBR, GPT, the views
- *   11. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
- *   12. Worker loop             loop_    the transport
- *   13. Sandbox                 box_     what the serving process gives up
- *   14. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
- *   15. Life cycle              run_     supervisor and server, the clean-up chain
- *   16. One-shot commands       cmd_     --umount, --formats, --version
- *   17. Options                 opt_     one table for getopt, -o and --help
- *   18. Main
+ *    3. Output                  out_     JSON, or lines for people
+ *    4. Worker pool             pool_    how many workers run
+ *    5. Host files              file_    every system call on an image
+ *    6. Codecs                  codec_   one compressed cluster
+ *    7. Cache                   cache_   tables and decoded clusters in one budget
+ *    8. Raw images              raw_     the driver to copy
+ *    9. qcow2                   qcow2_   QEMU's format, for reading
+ *   10. Image core              img_     probing, chains, the loops over extents, resizing
+ *   11. Partitions              part_    MBR, GPT, the views
+ *   12. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
+ *   13. Worker loop             loop_    the transport
+ *   14. Sandbox                 box_     what the serving process gives up
+ *   15. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
+ *   16. Life cycle              run_     supervisor and server, the clean-up chain
+ *   17. One-shot commands       cmd_     --umount, --formats, --version
+ *   18. Options                 opt_     one table for getopt, -o and --help
+ *   19. Main
  *
  * Processes: the supervisor (this program as started, or its background child) mounts, forks the server,
  * unmounts and cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker
@@ -245,6 +246,14 @@ static const char *util_basename(const char *path)
     return slash ? slash + 1 : path;
 }
 
+/* hex: 2 * len + 1 bytes. */
+static void util_hex(const uint8_t *bytes, size_t len, char *hex)
+{
+    *hex = 0;
+    for (size_t i = 0; i < len; i++)
+        snprintf(hex + 2 * i, 3, "%02x", bytes[i]);
+}
+
 /* musl declares the request as int, glibc as unsigned long; the kernel looks at 32 bits. */
 static int util_ioctl(int fd, uint32_t request, void *arg)
 {
@@ -345,7 +354,139 @@ static bool util_fault_op(const char *what)
 #endif
 
 /* ******************************************************************************************************** *
- * 3. Worker pool
+ * 3. Output
+ *
+ * What --info, --map and --check say on stdout: one document of named values, as JSON or for people. The
+ * names are the JSON ones; for people their dashes become blanks.
+ * ******************************************************************************************************** */
+
+enum { OUT_DEPTH = 8 };
+
+struct out {
+    bool json;
+    unsigned depth;
+    struct { char end; bool filled; } level[OUT_DEPTH];
+};
+
+/* A JSON string; bytes that are not UTF-8 become U+FFFD: names come from strangers' disks. */
+static void out_string(const char *text)
+{
+    const uint8_t *p = (const uint8_t *)text;
+
+    putchar('"');
+    while (*p) {
+        static const uint8_t lead[] = { 0x80, 0xe0, 0xf0, 0xf8 }, mark[] = { 0, 0xc0, 0xe0, 0xf0 };
+        unsigned n = 0, i = 1;
+        while (n < 4 && (*p & lead[n]) != mark[n])
+            n++;
+        while (n < 4 && i <= n && (p[i] & 0xc0) == 0x80)
+            i++;
+        if (*p == '"' || *p == '\\')
+            printf("\\%c", *p);
+        else if (*p < ' ' || *p == 0x7f)
+            printf("\\u%04x", *p);
+        else if (n == 4 || i <= n)
+            fputs("\\ufffd", stdout);
+        else
+            fwrite(p, 1, i, stdout);
+        p += n < 4 && i > n ? i : 1;
+    }
+    putchar('"');
+}
+
+/* What comes before every value: the comma, the new line, the indentation and the name (NULL: in a list). */
+static void out_key(struct out *o, const char *key)
+{
+    if (o->json && o->depth && o->level[o->depth - 1].filled)
+        putchar(',');
+    if (o->depth) {
+        if (o->json || o->level[o->depth - 1].filled || o->depth > 1)
+            putchar('\n');
+        o->level[o->depth - 1].filled = true;
+    }
+    for (unsigned i = o->json ? 0 : 1; i < o->depth; i++)
+        fputs("    ", stdout);
+    if (key && o->json)
+        printf("\"%s\": ", key);
+    else if (!o->json && !key)
+        fputs("-", stdout);
+    for (const char *p = key; p && !o->json; p++) {
+        if (!*p) {
+            fputs(":", stdout);
+            break;
+        }
+        putchar(*p == '-' ? ' ' : *p);
+    }
+}
+
+/* bracket: { or [ */
+static void out_open(struct out *o, const char *key, char bracket)
+{
+    if (o->depth || o->json)
+        out_key(o, key);
+    if (o->json)
+        putchar(bracket);
+    o->level[o->depth].end = bracket == '{' ? '}' : ']';
+    o->level[o->depth++].filled = false;
+}
+
+static void out_close(struct out *o)
+{
+    bool filled = o->level[--o->depth].filled;
+
+    if (o->json && filled) {
+        putchar('\n');
+        for (unsigned i = 0; i < o->depth; i++)
+            fputs("    ", stdout);
+    }
+    if (o->json)
+        putchar(o->level[o->depth].end);
+    if (!o->depth)
+        putchar('\n');
+}
+
+static void out_number(struct out *o, const char *key, uint64_t value)
+{
+    out_key(o, key);
+    printf(o->json ? "%" PRIu64 : " %" PRIu64, value);
+}
+
+/* Bytes: for people also in the largest unit that leaves a number. */
+static void out_size(struct out *o, const char *key, uint64_t value)
+{
+    static const char *const units[] = { "KiB", "MiB", "GiB", "TiB", "PiB", "EiB" };
+    double in = (double)value / 1024;
+    size_t unit = 0;
+
+    out_number(o, key, value);
+    if (o->json || value < 1024)
+        return;
+    for (; in >= 1024; in /= 1024)
+        unit++;
+    printf(" (%.3g %s)", in, units[unit]);
+}
+
+static void out_text(struct out *o, const char *key, const char *value)
+{
+    out_key(o, key);
+    if (o->json) {
+        out_string(value);
+        return;
+    }
+    putchar(' ');
+    for (; *value; value++)
+        putchar((unsigned char)*value < ' ' || *value == 0x7f ? '?' : *value);
+}
+
+static void out_flag(struct out *o, const char *key, bool value)
+{
+    out_key(o, key);
+    fputs(o->json ? "" : " ", stdout);
+    fputs(value ? "true" : "false", stdout);
+}
+
+/* ******************************************************************************************************** *
+ * 4. Worker pool
  *
  * Who may run. As many workers as there are processors wait for requests; the others are parked. A worker
  * that is about to sleep in an operation on the image (the data is not in the page cache) says so, and one of
@@ -423,7 +564,7 @@ static void pool_close(void)
 }
 
 /* ******************************************************************************************************** *
- * 4. Host files
+ * 5. Host files
  *
  * Contract in fuseexp.h. Every system call on an image is made here.
  * ******************************************************************************************************** */
@@ -766,7 +907,7 @@ static void file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool
 }
 
 /* ******************************************************************************************************** *
- * 5. Codecs
+ * 6. Codecs
  *
  * One compressed cluster at a time, into a buffer of the size it must have: more or less is an error, and
  * what a hostile stream claims allocates nothing. Every thread keeps its own decoder and its own buffer for
@@ -783,11 +924,11 @@ static bool codec_prepare(enum codec codec)
 {
     if (!codec_own.coded)
         codec_own.coded = malloc(MAX_CLUSTER + 512);
-    if (codec == CODEC_DEFLATE && !codec_own.deflate)
+    if (codec != CODEC_ZSTD && !codec_own.deflate)
         codec_own.deflate = libdeflate_alloc_decompressor();
     if (codec == CODEC_ZSTD && !codec_own.zstd)
         codec_own.zstd = ZSTD_createDCtx();
-    return codec_own.coded && (codec == CODEC_DEFLATE ? (void *)codec_own.deflate : (void *)codec_own.zstd);
+    return codec_own.coded && (codec == CODEC_ZSTD ? (void *)codec_own.zstd : (void *)codec_own.deflate);
 }
 
 /* Frame by frame, since several may follow each other and padding follows the last. */
@@ -815,13 +956,13 @@ static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t o
 
     if (codec == CODEC_ZSTD)
         return codec_zstd(codec_own.coded, in_len, out, out_len);
-    return libdeflate_deflate_decompress_ex(codec_own.deflate, codec_own.coded, in_len, out, out_len, &used,
-                                            &got) == LIBDEFLATE_SUCCESS &&
+    return (codec == CODEC_ZLIB ? libdeflate_zlib_decompress_ex : libdeflate_deflate_decompress_ex)(
+               codec_own.deflate, codec_own.coded, in_len, out, out_len, &used, &got) == LIBDEFLATE_SUCCESS &&
            got == out_len;
 }
 
 /* ******************************************************************************************************** *
- * 6. Cache
+ * 7. Cache
  *
  * One budget for all images (--cache-size), half for metadata tables, half for decoded clusters.
  *
@@ -951,27 +1092,33 @@ static void cache_fill(uint64_t set, uint64_t tag, const uint64_t *slice)
 }
 
 /*
- * The big-endian 8-byte entry of a table in f at offset (a multiple of 8, inside the file). -EIO:
+ * Eight bytes of a table in f at offset (a multiple of 8), as they lie there; past the file's end zeros. -EIO:
  * unreadable.
  */
-static int cache_entry(struct file *f, uint64_t offset, uint64_t *value)
+static int cache_word(struct file *f, uint64_t offset, uint64_t *value)
 {
     uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_hash(f, start) % cache.n_sets, done;
     uint64_t slice[CACHE_WORDS], tag = start | (uint64_t)(f->id & 0x7ff) << 1 | 1;
     size_t word = (offset - start) / 8;
-    bool hit = false;
 
-    for (uint64_t way = 0; way < CACHE_WAYS && !hit; way++)
-        hit = cache_peek(set * CACHE_WAYS + way, tag, word, value);
-    if (!hit) {
-        if (start >= f->size || file_pread(f, slice, util_min(CACHE_SLICE, f->size - start), start, &done))
-            return -EIO;
-        memset((uint8_t *)slice + done, 0, CACHE_SLICE - done);
-        cache_fill(set, tag, slice);
-        *value = slice[word];
-    }
-    *value = util_be64((const uint8_t *)value);
+    for (uint64_t way = 0; way < CACHE_WAYS; way++)
+        if (cache_peek(set * CACHE_WAYS + way, tag, word, value))
+            return 0;
+    if (start >= f->size || file_pread(f, slice, util_min(CACHE_SLICE, f->size - start), start, &done))
+        return -EIO;
+    memset((uint8_t *)slice + done, 0, CACHE_SLICE - done);
+    cache_fill(set, tag, slice);
+    *value = slice[word];
     return 0;
+}
+
+static int cache_be64(struct file *f, uint64_t offset, uint64_t *value)
+{
+    uint64_t word;
+    int ret = cache_word(f, offset, &word);
+
+    *value = ret ? 0 : util_be64((const uint8_t *)&word);
+    return ret;
 }
 
 /* -- decoded clusters -- */
@@ -1090,7 +1237,7 @@ static int cache_read_decoded(const struct extent *ext, uint8_t *buf, uint64_t l
 }
 
 /* ******************************************************************************************************** *
- * 7. Raw images
+ * 8. Raw images
  *
  * No metadata: the bytes of one file or block device, or of several files in a row. The parts of a split
  * image are numbered (.000 or .001 onwards, any width from two digits) or lettered (.aa onwards, as split(1)
@@ -1252,7 +1399,7 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
                           const char *option);
 
 /* ******************************************************************************************************** *
- * 8. qcow2
+ * 9. qcow2
  *
  * QEMU docs/interop/qcow2.rst, versions 2 and 3, for reading. All numbers are big-endian.
  *
@@ -1708,7 +1855,7 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
     (void)exact;
     length = util_min(length, table_left);
     l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8;
-    if (cache_entry(&im->files[0], l1, &entry))
+    if (cache_be64(&im->files[0], l1, &entry))
         return qcow2_bad_extent(ext, length, "the L1 table cannot be read");
     l2 = entry & QCOW2_OFFSET;
     if (entry & 0x7f000000000001ffu || l2 % cluster)
@@ -1724,8 +1871,8 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
         index = offset >> q->cluster_bits & ((1ull << q->l2_bits) - 1);
         in_cluster = offset & (cluster - 1);
         here = util_min(left, cluster - in_cluster);
-        if (cache_entry(&im->files[0], l2 + index * q->entry_size, &entry) ||
-            (q->subclusters && cache_entry(&im->files[0], l2 + index * q->entry_size + 8, &bitmap)))
+        if (cache_be64(&im->files[0], l2 + index * q->entry_size, &entry) ||
+            (q->subclusters && cache_be64(&im->files[0], l2 + index * q->entry_size + 8, &bitmap)))
             qcow2_bad_extent(&next, here, "its L2 table cannot be read");
         else
             qcow2_map_entry(im, q, entry, bitmap, in_cluster, here, &next);
@@ -1752,7 +1899,7 @@ static const struct image_format qcow2_format = {
 };
 
 /* ******************************************************************************************************** *
- * 9. Image core
+ * 10. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
@@ -1928,7 +2075,7 @@ static void img_close(struct image *im)
 static int img_begin(struct image *im, const char *name)
 {
     im->name = name;
-    im->files = util_fault("file table") ? NULL : calloc(im->depth ? 4 : MAX_PARTS, sizeof(*im->files));
+    im->files = util_fault("file table") ? NULL : calloc(MAX_PARTS, sizeof(*im->files));
     if (!im->files)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     pthread_mutex_init(&im->size_lock, NULL);
@@ -2065,6 +2212,23 @@ static int img_check_loop(const struct image *im)
     return 0;
 }
 
+/* A differencing disk over another parent than its own would be a wrong disk that looks right. */
+static int img_check_identity(const struct image *im, const struct image *base)
+{
+    char want[2 * sizeof(im->id) + 1], got[2 * sizeof(im->id) + 1];
+
+    if (!im->has_parent_id || memcmp(im->parent_id, base->id, sizeof(im->id)) == 0)
+        return 0;
+    util_hex(im->parent_id, sizeof(im->id), want);
+    util_hex(base->id, sizeof(im->id), got);
+    if (!im->opt->force_parent)
+        return msg_err(-EINVAL, "%s: is not the parent of %s, or was changed since: its identity is %s instead of "
+                       "%s; --force-parent takes it all the same", base->name, im->name, got, want);
+    msg_say(MSG_NOTE, "%s: taken for the parent of %s, whose identity is %s instead of %s", base->name, im->name,
+            got, want);
+    return 0;
+}
+
 /*
  * The format of a backing file is never guessed: a guest that writes a header into its raw disk would choose
  * files.
@@ -2094,7 +2258,9 @@ static int img_open_one_backing(struct image *im, struct image *base, const char
         return ret;
     base->name = base->files[0].path;
     ret = img_check_loop(base);
-    return ret ? ret : img_finish(base);
+    if (!ret)
+        ret = img_finish(base);
+    return ret ? ret : img_check_identity(im, base);
 }
 
 static int img_open_backing(struct image *im)
@@ -2309,7 +2475,7 @@ static uint64_t img_blocks(const struct image *im)
 }
 
 /* ******************************************************************************************************** *
- * 10. Partitions
+ * 11. Partitions
  *
  * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is
  * hostile: LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and
@@ -2622,7 +2788,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
 }
 
 /* ******************************************************************************************************** *
- * 11. FUSE operations
+ * 12. FUSE operations
  *
  * fop_handle() turns one request into one reply inside the worker's buffer; it does no FUSE I/O, so any
  * transport can carry it. Node 1 is the mountpoint: the file itself, or the directory, whose files are the
@@ -3254,7 +3420,7 @@ static size_t fop_fetch(struct worker *w)
 }
 
 /* ******************************************************************************************************** *
- * 12. Worker loop
+ * 13. Worker loop
  *
  * The transport: read(2) a request, fop_handle() it, write(2) the reply. Every worker does all three alone,
  * so there is no queue and no lock between threads; the kernel hands a request to whoever reads. The workers
@@ -3528,7 +3694,7 @@ static int loop_run(struct server *srv)
 }
 
 /* ******************************************************************************************************** *
- * 13. Sandbox
+ * 14. Sandbox
  *
  * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file
  * system (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open
@@ -3694,7 +3860,7 @@ static int box_enter(enum box_mode mode)
 }
 
 /* ******************************************************************************************************** *
- * 14. Mounts
+ * 15. Mounts
  *
  * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own
  * server. Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one
@@ -4258,7 +4424,7 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 }
 
 /* ******************************************************************************************************** *
- * 15. Life cycle
+ * 16. Life cycle
  *
  * run_export() takes what an export needs one by one and releases it in reverse order, whichever step fails.
  * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open,
@@ -4280,7 +4446,7 @@ struct options {
     char *snapshot, *backing, *backing_format, *data_file, *allow_external;
     unsigned n_images;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        no_backing, lazy, verbose, quiet;
+        no_backing, force_parent, lazy, verbose, quiet;
     bool mount_helper; /* called by mount(8) */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
@@ -4489,6 +4655,7 @@ static int run_open_image(struct run *r)
         .data_file = o->data_file,
         .allow_external = o->allow_external,
         .no_backing = o->no_backing,
+        .force_parent = o->force_parent,
         .parts = !o->no_parts,
         .lock = !o->share,
     };
@@ -5001,7 +5168,7 @@ static int run_background(int *shell_fd, int *status)
 }
 
 /* ******************************************************************************************************** *
- * 16. One-shot commands
+ * 17. One-shot commands
  * ******************************************************************************************************** */
 
 /* Waits until every server of the mount has ended. */
@@ -5188,7 +5355,7 @@ static bool cmd_self_test(int argc, char **argv, int *status)
 #endif
 
 /* ******************************************************************************************************** *
- * 17. Options
+ * 18. Options
  *
  * opt_table feeds getopt_long(3), -o (by the long names) and --help. What -o does not know goes to the mount.
  * ******************************************************************************************************** */
@@ -5235,6 +5402,8 @@ static const struct opt {
       "images may name files below this folder" },
     { 0, "no-backing", NULL, OPT_SET, OPT_AT(no_backing), 0,
       "open no backing file; its data reads as errors" },
+    { 0, "force-parent", NULL, OPT_SET, OPT_AT(force_parent), 0,
+      "take a parent whose identity is another one" },
     { 0, "cache-size", "N[kMGT]", OPT_SIZE, OPT_AT(cache_size), 1, "for tables and decoded clusters (64M)" },
     { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0,
       "IMAGE alone, even if it looks like a part of a split image" },
@@ -5532,7 +5701,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
 }
 
 /* ******************************************************************************************************** *
- * 18. Main
+ * 19. Main
  * ******************************************************************************************************** */
 
 /* Whoever started us with a standard stream closed must not find an image in its place. */

@@ -71,7 +71,7 @@ struct image_options {
     const char *backing, *backing_format;   /* top: instead of what it says */
     const char *data_file;          /* top */
     const char *allow_external;     /* a folder that names in images may lead to */
-    bool no_backing, parts, lock;
+    bool no_backing, force_parent, parts, lock;
 };
 
 enum extent_kind {
@@ -82,7 +82,7 @@ enum extent_kind {
     EXT_COMPRESSED,                 /* `skip` bytes into what coded_length bytes of `file` at `offset` decode to */
 };
 
-enum codec { CODEC_DEFLATE, CODEC_ZSTD };   /* raw deflate without a header; one or several zstd frames */
+enum codec { CODEC_DEFLATE, CODEC_ZLIB, CODEC_ZSTD };  /* without a header; with one; one or several frames */
 
 /* What lies at one offset of an image. Filled by image_format.map, consumed by the image core alone. */
 struct extent {
@@ -103,6 +103,16 @@ struct probe {
     uint64_t size;
 };
 
+struct out;
+
+/* What --check found, in clusters. */
+struct check {
+    uint64_t corruptions, leaks;
+    uint64_t errors;                /* that kept it from looking */
+    uint64_t total, allocated, fragmented, compressed;
+    uint64_t image_end;             /* bytes: where the last used cluster ends */
+};
+
 /*
  * The driver contract. A driver parses and maps; the core loops, clamps, zero-fills, reports and locks.
  *   probe   0..100, no I/O; the highest wins, 0 is "not mine".
@@ -113,6 +123,9 @@ struct probe {
  *           allocation is told apart (holes of a sparse file), which may cost system calls; without, EXT_DATA is
  *           right for anything that can be read. Thread-safe, takes no lock on the hot path. < 0: could not find out.
  *   resize  NULL: the format cannot change its size.
+ *   info    writes what only this format has into the open object; may be NULL.
+ *   check   NULL: the core walks map() and finds what is bad or used twice. Else counts into *c what is wrong;
+ *           < 0: could not be done.
  *   close   frees im->state; may be NULL.
  */
 struct image_format {
@@ -123,6 +136,8 @@ struct image_format {
     int (*open)(struct image *im);
     int (*map)(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
     int (*resize)(struct image *im, uint64_t size);
+    void (*info)(struct image *im, struct out *out);
+    int (*check)(struct image *im, struct check *c);
     void (*close)(struct image *im);
 };
 
@@ -138,6 +153,10 @@ struct image {
     struct image *backing;          /* opened and owned by the core; NULL: EXT_BACKING does not occur */
     char backing_name[1024];        /* set by the driver's open(): as the image says it; empty: none */
     char backing_format[32];        /* likewise; empty: the image does not say */
+    uint32_t cluster_size;          /* likewise: what is allocated at once; 0: no such thing */
+    bool dirty;                     /* likewise: says of itself that it was not closed properly */
+    uint8_t id[16], parent_id[16];  /* likewise: its identity, and the one that its backing file must have ... */
+    bool has_parent_id;             /* ... if this says so */
     unsigned depth;                 /* 0: the image that the user named */
     struct image *child;            /* whose backing file this is */
     const char *name;               /* the first file's path */
