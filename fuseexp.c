@@ -494,15 +494,28 @@ static void out_flag(struct out *o, const char *key, bool value)
  * no disk are served by few, warm threads, and a slow disk still sees many requests at once. (Measured: with
  * 8 threads always waiting, four readers of cached data get 0.85 of what they get with 2; with 2 alone, a
  * disk gets half the requests it could take.)
+ *
+ * While they are parked they do jobs: decoding ahead, in pieces that pool_offer() hands out, as many at once
+ * as there are processors besides the one that offers. A job is a favour: when the ring is full it is lost.
  * ******************************************************************************************************** */
 
+enum { POOL_JOBS = 256 };
+
+struct pool_job {
+    void (*run)(void *arg, uint64_t offset, uint64_t length);
+    void *arg;
+    uint64_t offset, length;
+};
+
 static struct {
-    pthread_mutex_t lock;           /* protects parked and closing, and makes changes of running exact */
+    pthread_mutex_t lock;           /* protects all but the atomics, and makes changes of running exact */
     pthread_cond_t wake;
     _Atomic unsigned running; /* workers that wait for or handle a request without sleeping on the image */
     _Atomic unsigned most;    /* that should */
-    unsigned parked;
+    unsigned parked, helping; /* helping: of the parked, who does a job */
     bool closing;
+    struct pool_job job[POOL_JOBS];
+    unsigned first_job, n_jobs;
 } pool = { .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
 
 static void pool_start(unsigned most, unsigned running)
@@ -541,13 +554,69 @@ static bool pool_crowded(void)
            atomic_load_explicit(&pool.most, memory_order_relaxed);
 }
 
+/* Of the processors one is left to whoever offers. */
+static bool pool_may_help_locked(void)
+{
+    return pool.n_jobs && pool.helping + 1 < pool.most;
+}
+
+static void pool_do_job_locked(void)
+{
+    struct pool_job job = pool.job[pool.first_job];
+
+    pool.first_job = (pool.first_job + 1) % POOL_JOBS;
+    pool.n_jobs--;
+    pool.helping++;
+    if (pool_may_help_locked())
+        pthread_cond_signal(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    job.run(job.arg, job.offset, job.length);
+    pthread_mutex_lock(&pool.lock);
+    pool.helping--;
+}
+
+/* Offers [offset, offset + length) of arg in pieces to those who stand by. */
+static void pool_offer(const struct pool_job *job, uint64_t piece)
+{
+    struct pool_job part = *job;
+
+    pthread_mutex_lock(&pool.lock);
+    for (uint64_t left = job->length; left && pool.n_jobs < POOL_JOBS && pool.parked && pool.most > 1;
+         left -= part.length, part.offset += part.length) {
+        part.length = util_min(left, piece - part.offset % piece);
+        pool.job[(pool.first_job + pool.n_jobs++) % POOL_JOBS] = part;
+    }
+    if (pool_may_help_locked())
+        pthread_cond_signal(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+/* What was offered of [offset, end) and not begun has been done, or is not wanted any more. */
+static void pool_withdraw(const void *arg, uint64_t offset, uint64_t end)
+{
+    unsigned kept = 0;
+
+    pthread_mutex_lock(&pool.lock);
+    for (unsigned i = 0; i < pool.n_jobs; i++) {
+        const struct pool_job *job = &pool.job[(pool.first_job + i) % POOL_JOBS];
+        if (job->arg != arg || job->offset < offset || job->offset >= end)
+            pool.job[(pool.first_job + kept++) % POOL_JOBS] = *job;
+    }
+    pool.n_jobs = kept;
+    pthread_mutex_unlock(&pool.lock);
+}
+
 static void pool_park(void)
 {
     pthread_mutex_lock(&pool.lock);
     pool.running--;
     pool.parked++;
-    while (pool.running >= pool.most && !pool.closing)
-        pthread_cond_wait(&pool.wake, &pool.lock);
+    while (pool.running >= pool.most && !pool.closing) {
+        if (pool_may_help_locked())
+            pool_do_job_locked();
+        else
+            pthread_cond_wait(&pool.wake, &pool.lock);
+    }
     pool.parked--;
     pool.running++;
     pthread_mutex_unlock(&pool.lock);
@@ -964,7 +1033,8 @@ static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t o
 /* ******************************************************************************************************** *
  * 7. Cache
  *
- * One budget for all images (--cache-size), half for metadata tables, half for decoded clusters.
+ * One budget for all images (--cache-size). Metadata tables take what they need of the first half, decoded
+ * clusters have the rest.
  *
  * Tables: slices of 4 KiB in sets of CACHE_WAYS slots. Whoever looks an entry up takes no lock: he reads the
  * slot's tag and sequence number, the entry, and the number again; when it changed, or was odd, the slot was
@@ -980,7 +1050,7 @@ enum {
     CACHE_WORDS = CACHE_SLICE / 8,
     CACHE_WAYS = 4,
     CACHE_LOCKS = 64,
-    CACHE_BUCKETS = 1024
+    CACHE_BUCKETS = 8192
 };
 
 struct cache_slot {
@@ -1007,7 +1077,8 @@ static struct {
     pthread_mutex_t lock; /* protects all that follows, and every struct cache_cluster but its data */
     pthread_cond_t decoded;
     struct cache_cluster *bucket[CACHE_BUCKETS], *newest, *oldest;
-    uint64_t used, most;
+    uint64_t used, budget;          /* bytes; used: by decoded clusters */
+    _Atomic uint64_t table_bytes;   /* of the slots that were ever filled; not under the lock */
 } cache = { .lock = PTHREAD_MUTEX_INITIALIZER, .decoded = PTHREAD_COND_INITIALIZER };
 
 static int cache_start(uint64_t budget)
@@ -1024,7 +1095,8 @@ static int cache_start(uint64_t budget)
     if (cache.words == MAP_FAILED)
         cache.words = NULL;
     cache.n_sets = sets;
-    cache.most = budget / 2;
+    cache.budget = budget;
+    cache.table_bytes = slots * sizeof(*cache.slots);
     for (size_t i = 0; i < CACHE_LOCKS; i++)
         pthread_mutex_init(&cache.set_lock[i], NULL);
     return cache.slots && cache.words ? 0 : msg_err(-ENOMEM, "out of memory for the cache");
@@ -1044,7 +1116,7 @@ static void cache_stop(void)
     }
     cache.newest = NULL;
     memset(cache.bucket, 0, sizeof(cache.bucket));
-    cache.used = 0;
+    cache.used = cache.table_bytes = 0;
 }
 
 static uint64_t cache_hash(const struct file *f, uint64_t offset)
@@ -1082,6 +1154,8 @@ static void cache_fill(uint64_t set, uint64_t tag, const uint64_t *slice)
     slot = set * CACHE_WAYS + first->next_way++ % CACHE_WAYS;
     s = &cache.slots[slot];
     sequence = atomic_load_explicit(&s->sequence, memory_order_relaxed);
+    if (sequence == 0)
+        cache.table_bytes += CACHE_SLICE;
     atomic_store_explicit(&s->sequence, sequence + 1, memory_order_seq_cst);
     atomic_store_explicit(&s->tag, 0, memory_order_seq_cst);
     for (size_t i = 0; i < CACHE_WORDS; i++)
@@ -1137,7 +1211,21 @@ static void cache_link_newest(struct cache_cluster *c)
     cache.newest = c;
 }
 
-static void cache_drop(struct cache_cluster *c)
+static void cache_link_oldest(struct cache_cluster *c)
+{
+    c->older = NULL;
+    c->newer = cache.oldest;
+    *(cache.oldest ? &cache.oldest->older : &cache.newest) = c;
+    cache.oldest = c;
+}
+
+static uint64_t cache_bytes(const struct cache_cluster *c)
+{
+    return sizeof(*c) + c->length;
+}
+
+/* Takes c out; its memory is the caller's. */
+static void cache_remove(struct cache_cluster *c)
 {
     struct cache_cluster **p = &cache.bucket[cache_hash(c->file, c->offset) % CACHE_BUCKETS];
 
@@ -1145,38 +1233,55 @@ static void cache_drop(struct cache_cluster *c)
         p = &(*p)->hash_next;
     *p = c->hash_next;
     cache_unlink(c);
-    cache.used -= sizeof(*c) + c->length;
+    cache.used -= cache_bytes(c);
+}
+
+static void cache_drop(struct cache_cluster *c)
+{
+    cache_remove(c);
     free(c);
 }
 
-static void cache_make_room(void)
+/*
+ * Drops what was not used for longest until a cluster of `length` more bytes fits. One of the right size is given
+ * to the caller instead: memory that was just in use has its pages already.
+ */
+static struct cache_cluster *cache_make_room(uint64_t length)
 {
-    struct cache_cluster *c = cache.oldest, *newer;
+    uint64_t tables = cache.table_bytes, most = tables < cache.budget ? cache.budget - tables : 0;
+    struct cache_cluster *c = cache.oldest, *newer, *again = NULL;
 
-    for (; c && cache.used > cache.most; c = newer) {
+    for (; c && cache.used + sizeof(*c) + length > most; c = newer) {
         newer = c->newer;
-        if (c->users == 0)
-            cache_drop(c);
+        if (c->users)
+            continue;
+        cache_remove(c);
+        if (!again && c->length == length)
+            again = c;
+        else
+            free(c);
     }
+    return again;
 }
 
-/* The cluster's entry, with us among its users; new (state CACHE_DECODING, to be decoded by us) if *ours. */
-static struct cache_cluster *cache_get_locked(const struct extent *ext, bool *ours)
+static struct cache_cluster *cache_find_locked(const struct extent *ext)
 {
-    struct cache_cluster **bucket = &cache.bucket[cache_hash(ext->file, ext->offset) % CACHE_BUCKETS], *c;
+    struct cache_cluster *c = cache.bucket[cache_hash(ext->file, ext->offset) % CACHE_BUCKETS];
 
-    for (c = *bucket; c; c = c->hash_next)
-        if (c->file == ext->file && c->offset == ext->offset && c->length == ext->decoded_length &&
-            c->coded_length == ext->coded_length && c->state != CACHE_BROKEN)
-            break;
-    *ours = !c;
-    if (c) {
-        c->users++;
-        cache_unlink(c);
-        cache_link_newest(c);
-        return c;
-    }
-    c = malloc(sizeof(*c) + ext->decoded_length);
+    while (c && (c->file != ext->file || c->offset != ext->offset || c->length != ext->decoded_length ||
+                 c->coded_length != ext->coded_length || c->state == CACHE_BROKEN))
+        c = c->hash_next;
+    return c;
+}
+
+/* A new entry with us as its user, to be decoded by us. */
+static struct cache_cluster *cache_add_locked(const struct extent *ext)
+{
+    struct cache_cluster **bucket = &cache.bucket[cache_hash(ext->file, ext->offset) % CACHE_BUCKETS];
+    struct cache_cluster *c = cache_make_room(ext->decoded_length);
+
+    if (!c)
+        c = malloc(sizeof(*c) + ext->decoded_length);
     if (!c)
         return NULL;
     *c = (struct cache_cluster){ .hash_next = *bucket,
@@ -1188,8 +1293,7 @@ static struct cache_cluster *cache_get_locked(const struct extent *ext, bool *ou
                                  .state = CACHE_DECODING };
     *bucket = c;
     cache_link_newest(c);
-    cache.used += sizeof(*c) + c->length;
-    cache_make_room();
+    cache.used += cache_bytes(c);
     return c;
 }
 
@@ -1206,20 +1310,50 @@ static bool cache_decode(const struct extent *ext, uint8_t *out)
     return false;
 }
 
-/* Reads len bytes from ext->skip on of what a compressed extent decodes to. */
-static int cache_read_decoded(const struct extent *ext, uint8_t *buf, uint64_t len)
+static void cache_decode_unlocked(struct cache_cluster *c, const struct extent *ext)
+{
+    bool good;
+
+    pthread_mutex_unlock(&cache.lock);
+    good = cache_decode(ext, c->data);
+    pthread_mutex_lock(&cache.lock);
+    c->state = good ? CACHE_READY : CACHE_BROKEN;
+    pthread_cond_broadcast(&cache.decoded);
+}
+
+static void cache_put_locked(struct cache_cluster *c)
+{
+    if (--c->users == 0 && c->state == CACHE_BROKEN)
+        cache_drop(c);              /* a read error may go away; a bad cluster is tried again */
+}
+
+/* WAIT until somebody else has decoded it; PASSING by: once its end was read, it is the first to go. */
+enum { CACHE_WAIT = 1, CACHE_PASSING = 2 };
+
+/*
+ * Reads len bytes from ext->skip on of what a compressed extent decodes to. -EAGAIN, without CACHE_WAIT: somebody
+ * else is decoding it. *hit: nobody had to decode it now.
+ */
+static int cache_read_decoded(const struct extent *ext, uint8_t *buf, uint64_t len, unsigned how, bool *hit)
 {
     struct cache_cluster *c;
-    bool ours, good;
+    bool good;
 
     pthread_mutex_lock(&cache.lock);
-    c = cache_get_locked(ext, &ours);
-    if (c && ours) {
+    c = cache_find_locked(ext);
+    *hit = c;
+    if (c && c->state == CACHE_DECODING && !(how & CACHE_WAIT)) {
         pthread_mutex_unlock(&cache.lock);
-        good = cache_decode(ext, c->data);
-        pthread_mutex_lock(&cache.lock);
-        c->state = good ? CACHE_READY : CACHE_BROKEN;
-        pthread_cond_broadcast(&cache.decoded);
+        return -EAGAIN;
+    }
+    if (c) {
+        c->users++;
+        cache_unlink(c);
+        cache_link_newest(c);
+    } else {
+        c = cache_add_locked(ext);
+        if (c)
+            cache_decode_unlocked(c, ext);
     }
     while (c && c->state == CACHE_DECODING)
         pthread_cond_wait(&cache.decoded, &cache.lock);
@@ -1230,10 +1364,28 @@ static int cache_read_decoded(const struct extent *ext, uint8_t *buf, uint64_t l
     if (good)
         memcpy(buf, c->data + ext->skip, len);
     pthread_mutex_lock(&cache.lock);
-    if (--c->users == 0 && !good)
-        cache_drop(c);              /* a read error may go away; a bad cluster is tried again */
+    if ((how & CACHE_PASSING) && ext->skip + len == c->length) {
+        cache_unlink(c);
+        cache_link_oldest(c);
+    }
+    cache_put_locked(c);
     pthread_mutex_unlock(&cache.lock);
     return good ? 0 : -EIO;
+}
+
+/* Decodes ahead of those who will ask, unless somebody has or does. */
+static void cache_prefetch(const struct extent *ext)
+{
+    struct cache_cluster *c = NULL;
+
+    pthread_mutex_lock(&cache.lock);
+    if (!cache_find_locked(ext))
+        c = cache_add_locked(ext);
+    if (c) {
+        cache_decode_unlocked(c, ext);
+        cache_put_locked(c);
+    }
+    pthread_mutex_unlock(&cache.lock);
 }
 
 /* ******************************************************************************************************** *
@@ -2315,33 +2467,138 @@ static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     }
 }
 
+/*
+ * Who reads compressed clusters in order is decoded ahead of. Streams are known by where their next request
+ * should begin; large requests may come out of order, since the kernel sends several at once.
+ */
+enum { IMG_STREAMS = 8, IMG_LARGE = 64 << 10, IMG_AHEAD = 1 << 20, IMG_PENDING = 32 };
+
+static struct {
+    pthread_mutex_t lock;           /* protects all of it */
+    struct { uint64_t next, ahead; } stream[IMG_STREAMS];   /* ahead: offered up to here */
+    unsigned turn;
+} img_streams = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+/* Notes a request for [offset, end). How far to decode ahead, from *start on; nothing if not beyond it. */
+static uint64_t img_follow(uint64_t offset, uint64_t end, uint64_t window, uint64_t *start)
+{
+    uint64_t until = 0, slack = end - offset >= IMG_LARGE ? IMG_AHEAD : 0;
+    unsigned i = 0;
+
+    pthread_mutex_lock(&img_streams.lock);
+    while (i < IMG_STREAMS && (offset > img_streams.stream[i].next + slack ||
+                               offset + slack < img_streams.stream[i].next))
+        i++;
+    if (i == IMG_STREAMS || img_streams.stream[i].next == 0) {
+        i = i < IMG_STREAMS ? i : img_streams.turn++ % IMG_STREAMS;
+        img_streams.stream[i].next = img_streams.stream[i].ahead = end;
+    } else {
+        if (end > img_streams.stream[i].next)
+            img_streams.stream[i].next = end;
+        until = img_streams.stream[i].next + window;
+        *start = end > img_streams.stream[i].ahead ? end : img_streams.stream[i].ahead;
+        if (until > *start)
+            img_streams.stream[i].ahead = until;
+    }
+    pthread_mutex_unlock(&img_streams.lock);
+    return until;
+}
+
+static void img_prefetch(void *arg, uint64_t offset, uint64_t length)
+{
+    struct extent ext;
+
+    for (uint64_t end = offset + length; offset < end; offset += ext.length) {
+        if (img_map(arg, offset, end - offset, false, &ext))
+            return;
+        if (ext.kind == EXT_COMPRESSED)
+            cache_prefetch(&ext);
+    }
+}
+
+/*
+ * A request for [offset, end) begins with a compressed cluster, described by ext: lets others decode what
+ * follows in the request, and what will be asked for next.
+ */
+static void img_share_decoding(struct image *im, const struct extent *ext, uint64_t offset, uint64_t end)
+{
+    uint64_t piece = ext->decoded_length > IMG_LARGE ? ext->decoded_length : IMG_LARGE;
+    uint64_t window = 2 * piece > IMG_AHEAD ? 2 * piece : IMG_AHEAD;
+    struct pool_job rest = { img_prefetch, im, offset + ext->length, end - util_min(end, offset + ext->length) };
+    struct pool_job ahead = { img_prefetch, im, 0, 0 };
+    uint64_t until = img_follow(offset, end, window, &ahead.offset);
+
+    if (rest.length)
+        pool_offer(&rest, piece);
+    ahead.length = until > ahead.offset ? until - ahead.offset : 0;
+    if (ahead.length && window < cache.budget / 4)
+        pool_offer(&ahead, piece);
+}
+
+/* Compressed clusters that somebody else is decoding: read when all else is done. */
+struct img_pending {
+    struct extent ext;
+    uint8_t *buf;
+    uint64_t len, at;               /* at: in the request */
+};
+
+static int img_read_pending(const struct img_pending *pending, unsigned n, unsigned how, uint64_t *done)
+{
+    int ret = 0, r;
+    bool hit;
+
+    for (unsigned i = 0; i < n; i++) {
+        r = cache_read_decoded(&pending[i].ext, pending[i].buf, pending[i].len, CACHE_WAIT | how, &hit);
+        if (r && pending[i].at < *done) {
+            *done = pending[i].at;
+            ret = r;
+        }
+    }
+    return ret;
+}
+
 /* Fills buf or fails; *done bytes at its front are good either way. */
 static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
 {
+    struct img_pending pending[IMG_PENDING];
+    unsigned n_pending = 0, how = len >= IMG_LARGE ? CACHE_PASSING : 0;
+    bool shared = false, hit;
     struct extent ext;
     uint64_t n, part;
-    int ret = 0;
+    int ret = 0, late;
 
     for (*done = 0; *done < len && !ret; *done += part) {
+        uint8_t *to = (uint8_t *)buf + *done;
         ret = img_map(im, offset + *done, len - *done, false, &ext);
         if (ret)
             break;
-        n = util_min(ext.length, len - *done);
-        part = 0;
+        n = part = util_min(ext.length, len - *done);
         if (ext.kind == EXT_DATA) {
-            ret = file_pread(ext.file, (uint8_t *)buf + *done, n, ext.offset, &part);
+            ret = file_pread(ext.file, to, n, ext.offset, &part);
         } else if (ext.kind == EXT_ZERO) {
-            memset((uint8_t *)buf + *done, 0, n);
-            part = n;
+            memset(to, 0, n);
         } else if (ext.kind == EXT_COMPRESSED) {
-            ret = cache_read_decoded(&ext, (uint8_t *)buf + *done, n);
+            if (!shared && len >= IMG_LARGE)
+                img_share_decoding(im, &ext, offset + *done, offset + len);
+            ret = cache_read_decoded(&ext, to, n, n_pending == IMG_PENDING ? how | CACHE_WAIT : how, &hit);
+            if (!shared && len < IMG_LARGE && !hit)
+                img_share_decoding(im, &ext, offset + *done, offset + len);
+            shared = true;
+            if (ret == -EAGAIN) {
+                pending[n_pending++] = (struct img_pending){ ext, to, n, *done };
+                ret = 0;
+            }
             part = ret ? 0 : n;
         } else {
+            part = 0;
             ret = msg_serving(-EIO, "%s: cannot read %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, n,
                               offset + *done, ext.why);
         }
     }
-    return ret;
+    if (shared && len >= IMG_LARGE)
+        pool_withdraw(im, offset, offset + len);
+    late = img_read_pending(pending, n_pending, how, done);
+    return late ? late : ret;
 }
 
 static int img_note_failure(struct image *im, int ret)
