@@ -14,16 +14,17 @@
  *    7. Cache                   cache_   tables and decoded clusters in one budget
  *    8. Raw images              raw_     the driver to copy
  *    9. qcow2                   qcow2_   QEMU's format, for reading
- *   10. Image core              img_     probing, chains, the loops over extents, resizing
- *   11. Partitions              part_    MBR, GPT, the views
- *   12. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
- *   13. Worker loop             loop_    the transport
- *   14. Sandbox                 box_     what the serving process gives up
- *   15. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
- *   16. Life cycle              run_     supervisor and server, the clean-up chain
- *   17. One-shot commands       cmd_     --umount, --formats, --version
- *   18. Options                 opt_     one table for getopt, -o and --help
- *   19. Main
+ *   10. Damage                  bad_     what could not be read, for --error-map
+ *   11. Image core              img_     probing, chains, the loops over extents, resizing
+ *   12. Partitions              part_    MBR, GPT, the views
+ *   13. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
+ *   14. Worker loop             loop_    the transport
+ *   15. Sandbox                 box_     what the serving process gives up
+ *   16. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
+ *   17. Life cycle              run_     supervisor and server, the clean-up chain
+ *   18. One-shot commands       cmd_     --umount, --formats, --version
+ *   19. Options                 opt_     one table for getopt, -o and --help
+ *   20. Main
  *
  * Processes: the supervisor (this program as started, or its background child) mounts, forks the server,
  * unmounts and cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker
@@ -305,6 +306,15 @@ static void util_close(int *fd)
     *fd = -1;
 }
 
+/* Does a signal wait that asks us to stop? (They are blocked, and read from a descriptor later.) */
+static bool util_interrupted(void)
+{
+    sigset_t set;
+
+    return sigpending(&set) == 0 && (sigismember(&set, SIGINT) || sigismember(&set, SIGTERM) ||
+                                     sigismember(&set, SIGHUP));
+}
+
 /* Writes a short text to an existing file, such as one of /sys. */
 static int util_write_file(const char *path, const char *text)
 {
@@ -348,9 +358,23 @@ static bool util_fault_op(const char *what)
     errno = err ? atoi(err) : EIO;
     return true;
 }
+
+/* FUSEEXP_BAD_SECTORS=offset,length: a place of every host file that cannot be read. */
+static bool util_fault_at(uint64_t offset, uint64_t len)
+{
+    const char *env = getenv("FUSEEXP_BAD_SECTORS");
+    char *comma;
+    uint64_t start = env ? strtoull(env, &comma, 0) : 0, end = env ? start + strtoull(comma + 1, NULL, 0) : 0;
+
+    if (offset >= end || offset + len <= start)
+        return false;
+    errno = EIO;
+    return true;
+}
 #else
 #define util_fault(what) false
 #define util_fault_op(what) false
+#define util_fault_at(offset, len) false
 #endif
 
 /* ******************************************************************************************************** *
@@ -816,7 +840,7 @@ static ssize_t file_pread_some(struct file *f, void *buf, uint64_t len, uint64_t
     struct iovec iov = { buf, len };
     ssize_t n = -1;
 
-    if (util_fault_op("read"))
+    if (util_fault_op("read") || util_fault_at(offset, len))
         return -1;
     if (f->sleep != FILE_ALWAYS_SLEEPS) {
         n = syscall(SYS_preadv2, f->fd, &iov, 1ul, (unsigned long)offset, 0ul,
@@ -935,7 +959,7 @@ static bool file_splice(struct file *f, int pipe_fd, uint64_t len, uint64_t offs
     bool sleeps;
     ssize_t n;
 
-    if (util_fault_op("read"))
+    if (util_fault_op("read") || util_fault_at(offset, len))
         return false;
     sleeps = f->sleep == FILE_ALWAYS_SLEEPS ||
              (f->sleep == FILE_MAY_SLEEP &&
@@ -2051,7 +2075,132 @@ static const struct image_format qcow2_format = {
 };
 
 /* ******************************************************************************************************** *
- * 10. Image core
+ * 10. Damage
+ *
+ * What could not be read, for --error-map: a sorted list of ranges, written as a ddrescue mapfile whenever a
+ * second has passed since the last time, and at the end. Positions count from the start of what is shown. The
+ * list has an end: when it is full, a new range is joined to its neighbour, and what lies between counts as bad.
+ * ******************************************************************************************************** */
+
+enum { BAD_RANGES = 65536 };
+
+static struct {
+    pthread_mutex_t lock;           /* protects all of it */
+    int fd;                         /* -1: nobody wants to know */
+    struct { uint64_t start, end; } *range;
+    unsigned n;
+    uint64_t from, size;            /* what is shown */
+    time_t written;
+    bool failed;
+} bad_list = { .lock = PTHREAD_MUTEX_INITIALIZER, .fd = -1 };
+
+/* An existing file may be the map of another rescue: it is not overwritten. */
+static int bad_start(const char *path, uint64_t from, uint64_t size)
+{
+    bad_list.range = util_fault("error map") ? NULL : calloc(BAD_RANGES, sizeof(*bad_list.range));
+    if (!bad_list.range)
+        return msg_err(-ENOMEM, "%s: out of memory", path);
+    bad_list.from = from;
+    bad_list.size = size;
+    bad_list.fd = util_fault("error map file") ? -1 : open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (bad_list.fd < 0)
+        return msg_err(-errno, "%s: cannot make the error map: %s", path, strerror(errno));
+    return 0;
+}
+
+static void bad_stop(void)
+{
+    util_close(&bad_list.fd);
+    free(bad_list.range);
+    bad_list.range = NULL;
+    bad_list.n = 0;
+}
+
+static bool bad_put(FILE *f, uint64_t start, uint64_t end, char status)
+{
+    return start >= end || fprintf(f, "0x%08" PRIX64 "  0x%08" PRIX64 "  %c\n", start, end - start, status) > 0;
+}
+
+static void bad_write_locked(void)
+{
+    char *text = NULL;
+    size_t len = 0;
+    FILE *f = open_memstream(&text, &len);
+    uint64_t at = 0;
+    bool good = f && fprintf(f, "# Mapfile. Created by fuseexp %s: - could not be read, + is the rest\n"
+                             "# current_pos  current_status  current_pass\n0x%08" PRIX64 "     +               1\n"
+                             "#      pos        size  status\n", FUSEEXP_VERSION, bad_list.size) > 0;
+
+    for (unsigned i = 0; i < bad_list.n && good; at = bad_list.range[i++].end)
+        good = bad_put(f, at, bad_list.range[i].start, '+') && bad_put(f, bad_list.range[i].start, bad_list.range[i].end, '-');
+    good = good && bad_put(f, at, bad_list.size, '+');
+    if (f)
+        good = fclose(f) == 0 && good;
+    good = good && !util_fault_op("map") && pwrite(bad_list.fd, text, len, 0) == (ssize_t)len &&
+           ftruncate(bad_list.fd, (off_t)len) == 0;
+    if (!good && !bad_list.failed)
+        msg_serving(0, "the error map cannot be written: %s", strerror(errno));
+    bad_list.failed = !good;
+    free(text);
+    bad_list.written = time(NULL);
+}
+
+/* Writes what there is to write. False: the map is not what it should be. */
+static bool bad_finish(void)
+{
+    bool good;
+
+    pthread_mutex_lock(&bad_list.lock);
+    if (bad_list.fd >= 0)
+        bad_write_locked();
+    good = !bad_list.failed;
+    pthread_mutex_unlock(&bad_list.lock);
+    return good;
+}
+
+/* Notes [start, end) of the image. Ranges that touch become one. */
+static void bad_note_locked(uint64_t start, uint64_t end)
+{
+    unsigned low = 0, high = bad_list.n, last;
+
+    while (low < high) {            /* low: the first range that ends at start or later */
+        unsigned mid = (low + high) / 2;
+        if (bad_list.range[mid].end < start)
+            low = mid + 1;
+        else
+            high = mid;
+    }
+    for (last = low; last < bad_list.n && bad_list.range[last].start <= end; last++)
+        ;
+    if (last == low && bad_list.n == BAD_RANGES) {
+        low -= low == bad_list.n;
+        last = low + 1;
+    }
+    if (last > low) {
+        start = util_min(start, bad_list.range[low].start);
+        end = bad_list.range[last - 1].end > end ? bad_list.range[last - 1].end : end;
+    }
+    memmove(&bad_list.range[low + 1], &bad_list.range[last], (bad_list.n - last) * sizeof(*bad_list.range));
+    bad_list.n -= last - low - 1;
+    bad_list.range[low].start = start;
+    bad_list.range[low].end = end;
+}
+
+static void bad_note(uint64_t offset, uint64_t len)
+{
+    uint64_t start = offset > bad_list.from ? offset - bad_list.from : 0, end = util_min(offset + len - bad_list.from, bad_list.size);
+
+    pthread_mutex_lock(&bad_list.lock);
+    if (bad_list.fd >= 0 && offset + len > bad_list.from && start < end) {
+        bad_note_locked(start, end);
+        if (bad_list.written != time(NULL))
+            bad_write_locked();
+    }
+    pthread_mutex_unlock(&bad_list.lock);
+}
+
+/* ******************************************************************************************************** *
+ * 11. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
@@ -2535,6 +2684,75 @@ static void img_share_decoding(struct image *im, const struct extent *ext, uint6
         pool_offer(&ahead, piece);
 }
 
+/*
+ * Where a read of plain data has failed, *part bytes in: finds out in pieces of a page how little is lost. With
+ * --on-error=zero the lost pages are zeros, else the first one ends it.
+ */
+static int img_salvage(struct image *im, const struct extent *ext, uint8_t *to, uint64_t n, uint64_t offset,
+                       uint64_t *part)
+{
+    uint64_t piece, done;
+    int ret;
+
+    for (; *part < n; *part += piece) {
+        piece = util_min(n - *part, 4096 - (ext->offset + *part) % 4096);
+        ret = file_pread(ext->file, to + *part, piece, ext->offset + *part, &done);
+        if (!ret)
+            continue;
+        bad_note(offset + *part, piece);
+        if (!im->opt->zero_errors)
+            return ret;
+        memset(to + *part, 0, piece);
+    }
+    return 0;
+}
+
+/* --strict: follows every entry of every table before anything is shown. */
+static int img_check_strict(struct image *im)
+{
+    struct extent ext;
+    unsigned n = 0;
+    int ret;
+
+    for (uint64_t offset = 0; offset < im->size; offset += ext.length) {
+        ret = ++n % 1024 == 0 && util_interrupted() ? msg_err(-EINTR, "interrupted")
+                                                    : img_map(im, offset, im->size - offset, false, &ext);
+        if (ret)
+            return ret;
+        if (ext.kind == EXT_BAD)
+            return msg_err(-EIO, "%s: damaged (--strict): %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, ext.length,
+                           offset, ext.why);
+    }
+    return 0;
+}
+
+/* n bytes cannot be read: the error, or zeros where the user wants them. */
+static int img_give_up(struct image *im, int ret, uint8_t *to, uint64_t n, uint64_t offset, uint64_t *part)
+{
+    *part = 0;
+    if (ret != -EIO)
+        return ret;
+    bad_note(offset, n);
+    if (!im->opt->zero_errors)
+        return ret;
+    memset(to, 0, n);
+    *part = n;
+    return 0;
+}
+
+/* After an error nobody may ask for the rest of a request again: what is bad there is noted as well. */
+static void img_note_rest(struct image *im, uint64_t offset, uint64_t end)
+{
+    struct extent ext;
+
+    for (; bad_list.fd >= 0 && offset < end; offset += ext.length) {
+        if (img_map(im, offset, end - offset, false, &ext))
+            return;
+        if (ext.kind == EXT_BAD)
+            bad_note(offset, util_min(ext.length, end - offset));
+    }
+}
+
 /* Compressed clusters that somebody else is decoding: read when all else is done. */
 struct img_pending {
     struct extent ext;
@@ -2542,13 +2760,17 @@ struct img_pending {
     uint64_t len, at;               /* at: in the request */
 };
 
-static int img_read_pending(const struct img_pending *pending, unsigned n, unsigned how, uint64_t *done)
+static int img_read_pending(struct image *im, uint64_t offset, const struct img_pending *pending, unsigned n,
+                            unsigned how, uint64_t *done)
 {
+    uint64_t part;
     int ret = 0, r;
     bool hit;
 
     for (unsigned i = 0; i < n; i++) {
         r = cache_read_decoded(&pending[i].ext, pending[i].buf, pending[i].len, CACHE_WAIT | how, &hit);
+        if (r)
+            r = img_give_up(im, r, pending[i].buf, pending[i].len, offset + pending[i].at, &part);
         if (r && pending[i].at < *done) {
             *done = pending[i].at;
             ret = r;
@@ -2575,6 +2797,8 @@ static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, 
         n = part = util_min(ext.length, len - *done);
         if (ext.kind == EXT_DATA) {
             ret = file_pread(ext.file, to, n, ext.offset, &part);
+            if (ret && (im->opt->zero_errors || bad_list.fd >= 0))
+                ret = img_salvage(im, &ext, to, n, offset + *done, &part);
         } else if (ext.kind == EXT_ZERO) {
             memset(to, 0, n);
         } else if (ext.kind == EXT_COMPRESSED) {
@@ -2588,16 +2812,19 @@ static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, 
                 pending[n_pending++] = (struct img_pending){ ext, to, n, *done };
                 ret = 0;
             }
-            part = ret ? 0 : n;
+            if (ret)
+                ret = img_give_up(im, ret, to, n, offset + *done, &part);
         } else {
-            part = 0;
             ret = msg_serving(-EIO, "%s: cannot read %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, n,
                               offset + *done, ext.why);
+            ret = img_give_up(im, ret, to, n, offset + *done, &part);
         }
     }
     if (shared && len >= IMG_LARGE)
         pool_withdraw(im, offset, offset + len);
-    late = img_read_pending(pending, n_pending, how, done);
+    if (ret == -EIO)
+        img_note_rest(im, offset + *done, offset + len);
+    late = img_read_pending(im, offset, pending, n_pending, how, done);
     return late ? late : ret;
 }
 
@@ -2732,7 +2959,7 @@ static uint64_t img_blocks(const struct image *im)
 }
 
 /* ******************************************************************************************************** *
- * 11. Partitions
+ * 12. Partitions
  *
  * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is
  * hostile: LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and
@@ -3045,7 +3272,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
 }
 
 /* ******************************************************************************************************** *
- * 12. FUSE operations
+ * 13. FUSE operations
  *
  * fop_handle() turns one request into one reply inside the worker's buffer; it does no FUSE I/O, so any
  * transport can carry it. Node 1 is the mountpoint: the file itself, or the directory, whose files are the
@@ -3332,6 +3559,17 @@ static int fop_copy(struct worker *w, const struct reference *ref, uint8_t *out,
     return ret && done && ref->front_will_do ? 0 : ret;
 }
 
+/* With --on-error=zero what lies past the end of the disk is zeros too. */
+static int fop_read_padded(struct worker *w, struct request *rq, uint64_t offset, uint64_t inside, uint64_t len)
+{
+    uint64_t done = 0;
+    int ret = inside ? img_read(w->srv->im, rq->out, inside, offset, &done) : 0;
+
+    memset(rq->out + inside, 0, len - inside);
+    rq->out_len = len;
+    return ret;
+}
+
 /*
  * Large reads of plain data are answered by reference, one copy less; what is small or not plain is copied
  * here.
@@ -3353,6 +3591,10 @@ static int fop_read(struct worker *w, struct request *rq)
         return 0;
     ref.length = util_min(util_min(in->size, FX_MAX_IO), size - in->offset);
     inside = fop_inside(srv, v, in->offset, ref.length);
+    if (inside < ref.length)
+        bad_note(v->start + in->offset + inside, ref.length - inside);
+    if (inside < ref.length && srv->im->opt->zero_errors)
+        return fop_read_padded(w, rq, v->start + in->offset, inside, ref.length);
     if (inside && inside < ref.length && !ref.front_will_do) /* larger ones come again page by page */
         return ref.length > 4096
                    ? -EIO
@@ -3677,7 +3919,7 @@ static size_t fop_fetch(struct worker *w)
 }
 
 /* ******************************************************************************************************** *
- * 13. Worker loop
+ * 14. Worker loop
  *
  * The transport: read(2) a request, fop_handle() it, write(2) the reply. Every worker does all three alone,
  * so there is no queue and no lock between threads; the kernel hands a request to whoever reads. The workers
@@ -3951,7 +4193,7 @@ static int loop_run(struct server *srv)
 }
 
 /* ******************************************************************************************************** *
- * 14. Sandbox
+ * 15. Sandbox
  *
  * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file
  * system (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open
@@ -4117,7 +4359,7 @@ static int box_enter(enum box_mode mode)
 }
 
 /* ******************************************************************************************************** *
- * 15. Mounts
+ * 16. Mounts
  *
  * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own
  * server. Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one
@@ -4681,7 +4923,7 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 }
 
 /* ******************************************************************************************************** *
- * 16. Life cycle
+ * 17. Life cycle
  *
  * run_export() takes what an export needs one by one and releases it in reverse order, whichever step fails.
  * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open,
@@ -4700,14 +4942,14 @@ enum opt_action { ACT_EXPORT, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
 
 struct options {
     char **images, **command, *mountpoint, *format, *pidfile, *extra;
-    char *snapshot, *backing, *backing_format, *data_file, *allow_external;
+    char *snapshot, *backing, *backing_format, *data_file, *allow_external, *error_map;
     unsigned n_images;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        no_backing, force_parent, lazy, verbose, quiet;
+        no_backing, force_parent, strict, lazy, verbose, quiet;
     bool mount_helper; /* called by mount(8) */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
-    uint32_t sandbox, allow_other, action;
+    uint32_t sandbox, allow_other, action, on_error;
 };
 
 struct run {
@@ -4726,7 +4968,7 @@ struct run {
     int sig_fd, ctl_fd, ready_fd, log_fd;
     pid_t server, command;          /* 0: not running (any more) */
     int server_status, command_status;
-    bool ready, not_ready;
+    bool ready, not_ready, made_error_map;
     int waiters[MAX_WAITERS];       /* connected to ctl_fd */
     unsigned n_waiters;
     unsigned stop_signals;          /* INT, TERM, HUP so far */
@@ -4891,6 +5133,15 @@ static void run_close_control(struct run *r, int status)
     util_close(&r->ctl_fd);
 }
 
+static int run_check_strict(struct run *r)
+{
+    for (unsigned i = 0; i < r->n_views; i++)
+        if (r->views[i].inside < r->views[i].size)
+            return msg_err(-EIO, "%s: damaged (--strict): %s reaches past the end of the disk", r->im.name,
+                           r->views[i].name);
+    return img_check_strict(&r->im);
+}
+
 static int run_open_image(struct run *r)
 {
     const struct options *o = r->o;
@@ -4913,6 +5164,7 @@ static int run_open_image(struct run *r)
         .allow_external = o->allow_external,
         .no_backing = o->no_backing,
         .force_parent = o->force_parent,
+        .zero_errors = o->on_error,
         .parts = !o->no_parts,
         .lock = !o->share,
     };
@@ -4924,7 +5176,25 @@ static int run_open_image(struct run *r)
     /* Looked at before anything is mounted there: a folder shows the partitions too. */
     r->mp.is_dir = stat(r->mp.path, &st) == 0 && S_ISDIR(st.st_mode);
     want.all = r->mp.is_dir && !o->partition;
-    return part_make_views(&r->im, &want, r->views, &r->n_views);
+    ret = part_make_views(&r->im, &want, r->views, &r->n_views);
+    return ret || !o->strict ? ret : run_check_strict(r);
+}
+
+/* Bytes that cannot be read are reported as of what is shown: the disk, or the window, or the partition. */
+static int run_start_error_map(struct run *r)
+{
+    int ret = r->o->error_map ? bad_start(r->o->error_map, r->views[0].start, r->views[0].size) : 0;
+
+    r->made_error_map = r->o->error_map && !ret;
+    return ret;
+}
+
+/* A map that was never needed is not left behind. (Before readiness relative names still hold.) */
+static void run_drop_error_map(const struct run *r)
+{
+    if (r->made_error_map && !r->ready)
+        unlink(r->o->error_map);
+    bad_stop();
 }
 
 static void run_setup_server(struct run *r)
@@ -4961,7 +5231,7 @@ static bool run_may_pass_through(const struct run *r)
 {
     const struct server *srv = &r->srv;
 
-    return !r->o->no_passthrough && !r->o->share && !srv->direct_io && r->im.format == &raw_format &&
+    return !r->o->no_passthrough && !r->o->share && !r->o->on_error && !r->o->error_map && !srv->direct_io && r->im.format == &raw_format &&
            r->im.n_files == 1 && !r->im.files[0].is_blk && srv->views[0].start == 0 &&
            srv->views[0].size == r->im.size && (!srv->writable || (srv->growable && srv->resizable));
 }
@@ -5025,6 +5295,8 @@ static int run_server(struct run *r, int ready_fd)
     if (ret)
         return EXIT_FAILED;
     ret = loop_run(&r->srv);
+    if (!bad_finish())
+        ret = -EIO;
     if (img_sync(&r->im) || r->im.failed)
         ret = msg_err(-EIO, "%s: not everything that was written reached it", r->im.name);
     return ret ? EXIT_FAILED : EXIT_OK;
@@ -5047,6 +5319,7 @@ static void run_let_go(struct run *r)
     mnt_end_session(&r->mp);
     img_close(&r->im);
     cache_stop();
+    bad_stop();
 }
 
 static int run_fork_server(struct run *r)
@@ -5343,6 +5616,8 @@ static int run_export(const struct options *o, int shell_fd)
         goto out_control;
     if (run_open_image(r))
         goto out_image;
+    if (run_start_error_map(r))
+        goto out_error_map;
     if (shell_fd >= 0)
         util_close_inherited();     /* not sooner: IMAGE may be /dev/fd/9 */
     run_setup_server(r);
@@ -5376,6 +5651,8 @@ out_mount:
     run_release_mount(r);
 out_mountpoint:
     mnt_remove(&r->mp);
+out_error_map:
+    run_drop_error_map(r);
 out_image:
     img_close(&r->im);
     cache_stop();
@@ -5425,7 +5702,7 @@ static int run_background(int *shell_fd, int *status)
 }
 
 /* ******************************************************************************************************** *
- * 17. One-shot commands
+ * 18. One-shot commands
  * ******************************************************************************************************** */
 
 /* Waits until every server of the mount has ended. */
@@ -5612,7 +5889,7 @@ static bool cmd_self_test(int argc, char **argv, int *status)
 #endif
 
 /* ******************************************************************************************************** *
- * 18. Options
+ * 19. Options
  *
  * opt_table feeds getopt_long(3), -o (by the long names) and --help. What -o does not know goes to the mount.
  * ******************************************************************************************************** */
@@ -5661,6 +5938,9 @@ static const struct opt {
       "open no backing file; its data reads as errors" },
     { 0, "force-parent", NULL, OPT_SET, OPT_AT(force_parent), 0,
       "take a parent whose identity is another one" },
+    { 0, "on-error", "eio|zero", OPT_CHOICE, OPT_AT(on_error), 0, "what is shown where nothing can be read" },
+    { 0, "error-map", "FILE", OPT_TEXT, OPT_AT(error_map), 0, "list there what could not be read (ddrescue mapfile)" },
+    { 0, "strict", NULL, OPT_SET, OPT_AT(strict), 0, "refuse an image whose tables are damaged anywhere" },
     { 0, "cache-size", "N[kMGT]", OPT_SIZE, OPT_AT(cache_size), 1, "for tables and decoded clusters (64M)" },
     { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0,
       "IMAGE alone, even if it looks like a part of a split image" },
@@ -5958,7 +6238,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
 }
 
 /* ******************************************************************************************************** *
- * 19. Main
+ * 20. Main
  * ******************************************************************************************************** */
 
 /* Whoever started us with a standard stream closed must not find an image in its place. */

@@ -72,6 +72,7 @@ struct image_options {
     const char *data_file;          /* top */
     const char *allow_external;     /* a folder that names in images may lead to */
     bool no_backing, force_parent, parts, lock;
+    bool zero_errors;               /* what cannot be read is shown as zeros, because the user said so */
 };
 
 enum extent_kind {

@@ -1165,6 +1165,91 @@ t_corpus_qcow2_images_are_right() {
     [ $n -ge 8 ] || fail "only $n"
 }
 
+# ---- what cannot be read ---------------------------------------------------------------------------------------
+
+# l2_of IMAGE: where its first L2 table lies
+l2_of() {
+    local l1; l1=$(od -An -tu8 --endian=big -j40 -N8 "$1")
+    echo $(($(od -An -tu8 --endian=big -j$((l1)) -N8 "$1") & 0xffffffffffff))
+}
+
+t_on_error_zero_fills_exactly_what_is_bad() {
+    random raw 1000
+    qemu-img convert -f raw -O qcow2 raw good
+    poke bad $(($(l2_of good) + 16)) 8000004000000000                       # the third cluster: past the end
+    cp raw want; dd if=/dev/zero of=want bs=64k seek=2 count=1 conv=notrunc status=none
+    "$fx" -q bad m; not cmp m raw 2>err; "$fx" --umount m
+    "$fx" -q --on-error=eio bad m; not cmp m raw 2>err; "$fx" --umount m
+    for opt in "" --direct-io; do
+        "$fx" -q $opt --on-error=zero bad m; cmp m want; dd if=m of=direct bs=1M iflag=direct status=none; cmp direct want; "$fx" --umount m
+    done
+    # Bad sectors below a plain image cost their pages only, and a whole compressed cluster where they hit one.
+    cp raw want; dd if=/dev/zero of=want bs=4k seek=100 count=2 conv=notrunc status=none
+    for opt in "" --direct-io; do
+        FUSEEXP_BAD_SECTORS=$((100 * 4096 + 512)),4096 "$fault" -q $opt --on-error=zero --format raw raw m
+        cmp m want; "$fault" --umount m
+    done
+    head -c 300000 "$top/fuseexp.c" >raw; truncate -s 300032 raw; qemu-img convert -c -f raw -O qcow2 raw good
+    local host; host=$(($(od -An -tu8 --endian=big -j$(($(l2_of good) + 8)) -N8 good) & 0x3fffffffffffff))
+    poke bad $((host + 20)) ffffffffffffffff
+    cp raw want; dd if=/dev/zero of=want bs=64k seek=1 count=1 conv=notrunc status=none
+    "$fx" -q --on-error=zero bad m; cmp m want; dd if=m of=direct bs=1M iflag=direct status=none; cmp direct want; "$fx" --umount m
+    # A partition that reaches past the end.
+    truncate -s 4M disk; echo '2048,4096,83' | sfdisk -q disk; truncate -s 2M disk
+    "$fx" -q --format raw --on-error=zero --partition 1 disk m
+    same "$(cat m | wc -c)" 2097152; "$fx" --umount m
+    refused 2 "one of eio|zero" "$fx" --on-error=maybe raw m
+}
+
+t_error_map_lists_what_could_not_be_read() {
+    random raw 1000; qemu-img convert -f raw -O qcow2 raw good
+    poke bad $(($(l2_of good) + 16)) 8000004000000000 $(($(l2_of good) + 24)) 8000004000000000 $(($(l2_of good) + 72)) 8000004000000000
+    for opt in "" --direct-io --on-error=zero; do
+        "$fx" -q $opt --error-map map bad m
+        dd if=m of=/dev/null bs=64k conv=noerror status=none 2>err || true
+        "$fx" --umount m
+        same "$(ddrescuelog -b 65536 -l- map | tr '\n' ' ')" "2 3 9 "
+        same "$(ddrescuelog -b 512 -l+ map | wc -l)" $((8000 - 3 * 128))
+        refused 1 'cannot make the error map' "$fx" -q --error-map map bad m
+        rm map
+    done
+    # Positions are those of what is shown; pages of a plain file; nothing bad, nothing listed.
+    FUSEEXP_BAD_SECTORS=$((100 * 4096 + 512)),4096 "$fault" -q --format raw --offset 40960 --error-map map raw m
+    not cat m >/dev/null 2>err
+    dd if=m of=/dev/null bs=4k conv=noerror status=none 2>err || true
+    "$fault" --umount m
+    same "$(ddrescuelog -b 4096 -l- map | tr '\n' ' ')" "90 91 "
+    rm map
+    "$fx" -q --format raw --error-map map raw m; cat m >/dev/null; "$fx" --umount m
+    same "$(ddrescuelog -b 512 -l- map)" ""
+    rm map
+    # While it runs, a second later; and a map that cannot be written is told.
+    "$fx" -q --error-map map bad m
+    dd if=m of=/dev/null bs=64k skip=2 count=1 status=none 2>err || true; sleep 1.1
+    dd if=m of=/dev/null bs=64k skip=9 count=1 status=none 2>err || true
+    same "$(ddrescuelog -b 65536 -l- map | tr '\n' ' ')" "2 9 "
+    "$fx" --umount m
+    rm map
+    FUSEEXP_FAIL_OP=map "$fault" -q --error-map map bad m
+    cat m >/dev/null 2>err || true
+    expect 1 "$fault" --umount m
+    rm map
+    refused 1 'No such file' "$fx" -q --error-map map absent m
+}
+
+t_strict_refuses_damaged_tables() {
+    random raw 1000; qemu-img convert -f raw -O qcow2 raw good
+    "$fx" -q --strict good m; cmp m raw; "$fx" --umount m
+    poke bad $(($(l2_of good) + 16)) 8000004000000000
+    refused 1 'strict.*65536 bytes at 131072: its cluster lies past the end' "$fx" -q --strict bad m
+    qemu-img create -q -f qcow2 -b bad -F qcow2 top
+    refused 1 'strict.*65536 bytes at 131072' "$fx" -q --strict top m
+    qemu-io -c 'write 128k 64k' top >/dev/null
+    "$fx" -q --strict top m; "$fx" --umount m
+    truncate -s 4M disk; echo '2048,4096,83' | sfdisk -q disk; truncate -s 2M disk
+    refused 1 'strict.*p1 reaches past the end' "$fx" -q --format raw --strict --partition 1 disk m
+}
+
 # ---- life cycle ------------------------------------------------------------------------------------------------
 
 t_ready_when_it_returns_and_gone_when_unmounted() {
