@@ -1107,10 +1107,9 @@ static struct {
 
 static int cache_start(uint64_t budget)
 {
-    uint64_t sets = 1, slots;
+    uint64_t sets = budget / 2 / (CACHE_WAYS * (CACHE_SLICE + sizeof(struct cache_slot))), slots;
 
-    while (sets * 2 * CACHE_WAYS * (CACHE_SLICE + sizeof(struct cache_slot)) <= budget / 2)
-        sets *= 2;
+    sets += sets == 0;
     slots = sets * CACHE_WAYS;
     cache.slots = util_fault("cache slots") ? NULL : calloc(slots, sizeof(*cache.slots));
     cache.words = util_fault("cache words") ? MAP_FAILED

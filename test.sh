@@ -1119,6 +1119,24 @@ t_qcow2_of_absurd_size_costs_nothing() {
     "$fx" --umount m
 }
 
+t_qcow2_of_16_tib_with_full_tables_stays_small() {
+    local ns kib big; big=$(mktemp -d /dev/shm/fuseexp-test.XXXXXX)         # ext4 has no files of that length
+    # shellcheck disable=SC2064
+    trap "rm -rf '$big'" EXIT
+    qemu-img create -q -f qcow2 -o preallocation=metadata,cluster_size=1M "$big/img" 16T
+    ns=$(date +%s%N)
+    "$fx" -q "$big/img" m
+    ns=$((($(date +%s%N) - ns) / 1000000))
+    py '                                                                       # every slice of every table is needed once
+f = os.open("m", os.O_RDONLY | os.O_DIRECT); b = mmap.mmap(-1, 4096)
+for i in range(0, 16 << 40, 512 << 20): assert os.preadv(f, [b], i) == 4096 and b[:] == bytes(4096)'
+    kib=$(awk '/VmHWM/ { print $2 }' "/proc/$(server_of)/status")
+    echo "ready in $ns ms, peak $kib KiB" >&3
+    [ "$ns" -lt 500 ] || fail "$ns ms"                                      # 50 on a quiet machine
+    [ "$kib" -le $(((64 + 16) * 1024)) ] || fail "$kib KiB"
+    "$fx" --umount m
+}
+
 t_qcow2_random_damage_is_survived() {
     qemu-img create -q -f qcow2 -o cluster_size=4k good 2M; scribble good 5 4096; scribble good 6
     py '
