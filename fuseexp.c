@@ -687,18 +687,21 @@ static void file_ask_sleep(struct file *f)
                        ? FILE_NEVER_SLEEPS : FILE_ALWAYS_SLEEPS;
 }
 
+static uint16_t file_ids;           /* given away since the cache was empty */
+
 /* What was opened becomes f, which owns it from here on. */
 static int file_adopt(struct file *f, const char *path, int fd, bool writable)
 {
-    static uint16_t ids;
     int ret;
 
     f->fd = fd;
-    f->id = ids++;
+    f->id = file_ids++;
     f->writable = writable;
     f->path = strdup(path);
     if (!f->path)
         return msg_err(-ENOMEM, "%s: out of memory", path);
+    if (f->id >= MAX_FILES)
+        return msg_err(-EMFILE, "%s: more than %d files", path, MAX_FILES);
     if (fstat(f->fd, &f->st) < 0)
         return msg_err(-errno, "%s: %s", path, strerror(errno));
     if (S_ISDIR(f->st.st_mode))
@@ -1140,6 +1143,7 @@ static void cache_stop(void)
     cache.newest = NULL;
     memset(cache.bucket, 0, sizeof(cache.bucket));
     cache.used = cache.table_bytes = 0;
+    file_ids = 0;
 }
 
 static uint64_t cache_hash(const struct file *f, uint64_t offset)
@@ -1195,7 +1199,7 @@ static void cache_fill(uint64_t set, uint64_t tag, const uint64_t *slice)
 static int cache_word(struct file *f, uint64_t offset, uint64_t *value)
 {
     uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_hash(f, start) % cache.n_sets, done;
-    uint64_t slice[CACHE_WORDS], tag = start | (uint64_t)(f->id & 0x7ff) << 1 | 1;
+    uint64_t slice[CACHE_WORDS], tag = start / CACHE_SLICE << 13 | (uint64_t)f->id << 1 | 1;
     size_t word = (offset - start) / 8;
 
     for (uint64_t way = 0; way < CACHE_WAYS; way++)
@@ -5873,12 +5877,71 @@ static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
     return ret ? EXIT_FAILED : EXIT_OK;
 }
 
+/* How many blocks of the image differ from the truth; what reads as an error does not. */
+static unsigned cmd_count_wrong(struct image *im, const char *truth)
+{
+    enum { BLOCK = 4096, PIECE = 64 << 10 };
+    static uint8_t got[PIECE], want[PIECE];
+    int fd = open(truth, O_RDONLY | O_CLOEXEC);
+    unsigned wrong = 0;
+    uint64_t done;
+    ssize_t n;
+
+    for (uint64_t at = 0; fd >= 0 && at < im->size && (n = pread(fd, want, PIECE, (off_t)at)) > 0; at += (uint64_t)n) {
+        bool whole = img_read(im, got, util_min((uint64_t)n, im->size - at), at, &done) == 0;
+        for (uint64_t i = 0; i < util_min((uint64_t)n, im->size - at); i += BLOCK) {
+            uint64_t len = util_min(util_min(BLOCK, (uint64_t)n - i), im->size - at - i);
+            if (whole || img_read(im, got + i, len, at + i, &done) == 0)
+                wrong += memcmp(got + i, want + i, len) != 0;
+        }
+    }
+    util_close(&fd);
+    return wrong;
+}
+
+/*
+ * For the tests: n times changes one byte of [from, to) of the image, opens and reads all of it, and changes it
+ * back. No more than `most` blocks of 4 KiB may differ from the truth; refusals and errors are fine.
+ */
+static int cmd_fuzz_image(char *format, unsigned n, char *path, const char *truth, uint64_t from, uint64_t to,
+                          unsigned most)
+{
+    struct image_options opt = { .format = format, .parts = true };
+    int fd = open(path, O_RDWR | O_CLOEXEC), ret = fd < 0 ? -errno : 0;
+    uint8_t good, bad_byte;
+
+    srand(n);
+    for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
+        struct image im = { 0 };
+        off_t at = (off_t)(from + ((uint64_t)rand() << 20 ^ (uint64_t)rand()) % (to - from));
+        unsigned wrong = 0;
+        ret = pread(fd, &good, 1, at) == 1 ? 0 : -EIO;
+        bad_byte = (uint8_t)(rand() % 2 ? good ^ 1 << rand() % 8 : rand());
+        if (ret || pwrite(fd, &bad_byte, 1, at) != 1 || cache_start(1 << 20))
+            ret = -EIO;
+        if (!ret && img_open(&im, &path, 1, &opt) == 0)
+            wrong = cmd_count_wrong(&im, truth);
+        if (wrong > most)
+            ret = msg_err(-EPROTO, "byte %" PRIu64 " from %u to %u: %u blocks are wrong", (uint64_t)at, good, bad_byte,
+                          wrong);
+        img_close(&im);
+        cache_stop();
+        if (pwrite(fd, &good, 1, at) != 1)
+            ret = -EIO;
+    }
+    util_close(&fd);
+    return ret ? EXIT_FAILED : EXIT_OK;
+}
+
 static bool cmd_self_test(int argc, char **argv, int *status)
 {
     if (argc == 2 && strcmp(argv[1], "--try-sandbox") == 0)
         *status = cmd_try_sandbox();
     else if (argc >= 4 && strcmp(argv[1], "--fuzz-requests") == 0)
         *status = cmd_fuzz_requests(strtoul(argv[2], NULL, 10), argv[argc - 1], argc == 5);
+    else if (argc == 9 && strcmp(argv[1], "--fuzz-image") == 0)
+        *status = cmd_fuzz_image(argv[2], (unsigned)atoi(argv[3]), argv[4], argv[5], strtoull(argv[6], NULL, 0),
+                                 strtoull(argv[7], NULL, 0), (unsigned)atoi(argv[8]));
     else
         return false;
     return true;

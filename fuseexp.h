@@ -22,6 +22,7 @@
 /* ---- limits -------------------------------------------------------------------------------------------- */
 
 #define MAX_PARTS 4096              /* files of one split image */
+#define MAX_FILES 4096              /* of all images of a chain together: 12 bits of the cache's tags */
 #define MAX_CLUSTER (2u << 20)      /* bytes that one compressed cluster decodes to */
 #define MAX_CHAIN 200               /* images of one backing chain */
 #define MAX_VIEWS 256               /* files shown in a directory mount: the disk and its partitions */
@@ -43,7 +44,7 @@
  */
 struct file {
     int fd;
-    uint16_t id;                    /* for the cache's keys: no two files of this process share one */
+    uint16_t id;                    /* for the cache's keys, below MAX_FILES: no two open files share one */
     bool is_blk;
     bool writable;
     char *path;                     /* as the user named it: for messages */
