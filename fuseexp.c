@@ -14,6 +14,8 @@
  *    7. Cache                   cache_   tables and decoded clusters in one budget
  *    8. Raw images              raw_     the driver to copy
  *    9. qcow2                   qcow2_   QEMU's format, for reading
+ *    0. Extents                 ext_     neighbours become one: for the drivers below
+ *    0. VDI                     vdi_     VirtualBox's format
  *   10. Image core              img_     probing, chains, the loops over extents, resizing
  *   11. Partitions              part_    MBR, GPT, the views
  *   12. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
@@ -1121,6 +1123,25 @@ static int cache_be64(struct file *f, uint64_t offset, uint64_t *value)
     return ret;
 }
 
+static int cache_le64(struct file *f, uint64_t offset, uint64_t *value)
+{
+    uint64_t word;
+    int ret = cache_word(f, offset, &word);
+
+    *value = ret ? 0 : util_le64((const uint8_t *)&word);
+    return ret;
+}
+
+/* Four bytes at a multiple of 4. */
+static int cache_le32(struct file *f, uint64_t offset, uint32_t *value)
+{
+    uint64_t word;
+    int ret = cache_word(f, offset & ~7ull, &word);
+
+    *value = ret ? 0 : util_le32((const uint8_t *)&word + (offset & 4));
+    return ret;
+}
+
 /* -- decoded clusters -- */
 
 static void cache_unlink(struct cache_cluster *c)
@@ -1899,12 +1920,299 @@ static const struct image_format qcow2_format = {
 };
 
 /* ******************************************************************************************************** *
+ * 0. Extents
+ *
+ * What drivers with one table entry per block have in common.
+ * ******************************************************************************************************** */
+
+enum { EXT_LOOK_AHEAD = 128 };      /* entries looked at for one extent: below us they may all be looked up again */
+
+/* Describes a range that begins at offset: all in one block, or as much of it as is the same kind. */
+typedef void ext_block(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
+
+/* image_format.map from what `block` says about each block: neighbours that go on in the file are one extent. */
+static int ext_merge(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext,
+                     ext_block *block)
+{
+    struct extent next;
+    uint64_t end = offset + length;
+
+    block(im, offset, length, exact, ext);
+    for (unsigned n = 1; n < EXT_LOOK_AHEAD && offset + ext->length < end; n++) {
+        block(im, offset + ext->length, end - offset - ext->length, exact, &next);
+        if (!qcow2_continues(ext, &next))
+            break;
+        ext->length += next.length;
+    }
+    return 0;
+}
+
+/* ******************************************************************************************************** *
+ * 0. VDI
+ *
+ * VirtualBox, VDICore.h: versions 1.1 and 0.2. All numbers are little-endian.
+ *
+ *   text, signature, version | header | block map: 4 bytes per block | blocks, each after its extra data
+ *
+ * A map entry is the number of a block in the file, or says "not here" (what the parent has, zeros if there is
+ * none) or "zeros". Dynamic and fixed images differ in nothing but that. A differencing image knows its parent by
+ * UUID only: the user names the file, or it lies beside the image under VirtualBox's own name for it, {UUID}.vdi.
+ * ******************************************************************************************************** */
+
+enum {
+    VDI_OFF_SIGNATURE = 64,
+    VDI_OFF_VERSION = 68,
+    VDI_HEADER = 456,               /* with the text; 0.2: */
+    VDI_HEADER_V0 = 420,
+    VDI_OFF_HEADER_SIZE = 72,       /* not in 0.2; counts from here */
+    VDI_HEADER_SIZE_MIN = 384,
+    VDI_OFF_TYPE = 76,              /* 0.2: 72 */
+    VDI_OFF_BLOCKS = 340,           /* where the map is; not in 0.2 */
+    VDI_OFF_DATA = 344,             /* where block 0 is; not in 0.2 */
+    VDI_OFF_SIZES = 368,            /* disk size, block size, extra data per block, number of blocks, ... */
+    VDI_OFF_UUIDS = 392,            /* its own, of its last change, the parent's, of the parent's last change */
+    VDI_OFF_V0_SIZES = 352,         /* without the extra data */
+    VDI_OFF_V0_UUIDS = 372,         /* without the last one */
+    VDI_TYPE_DYNAMIC = 1,
+    VDI_TYPE_FIXED = 2,
+    VDI_TYPE_UNDO = 3,
+    VDI_TYPE_DIFF = 4,
+    VDI_VERSION_0 = 0x00000002,
+    VDI_VERSION_1 = 0x00010001,
+    VDI_MIN_BLOCK = 512,
+    VDI_MAX_BLOCK = 1 << 30,        /* with as much extra data, all places in the file fit into 63 bits */
+};
+#define VDI_SIGNATURE 0xbeda107fu
+#define VDI_ENTRY_NONE 0xffffffffu
+#define VDI_ENTRY_ZERO 0xfffffffeu
+
+struct vdi {
+    uint32_t version, type, block_size, extra, blocks;
+    uint64_t map, data, disk_size;
+    bool differencing;
+    uint8_t modified[16], parent_modified[16];  /* UUIDs that change with every use of an image */
+};
+
+static int vdi_probe(const struct probe *p)
+{
+    return p->head_len >= VDI_OFF_VERSION + 4 && util_le32(p->head + VDI_OFF_SIGNATURE) == VDI_SIGNATURE ? 100 : 0;
+}
+
+static int vdi_bad(const struct image *im, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VDI: %s (0x%" PRIx64 ")", im->name, what, value);
+}
+
+static bool vdi_is_null(const uint8_t uuid[16])
+{
+    static const uint8_t null[16];
+
+    return memcmp(uuid, null, sizeof(null)) == 0;
+}
+
+static void vdi_parse_v0(struct image *im, struct vdi *v, const uint8_t *h)
+{
+    v->type = util_le32(h + VDI_OFF_TYPE - 4);
+    v->disk_size = util_le64(h + VDI_OFF_V0_SIZES);
+    v->block_size = util_le32(h + VDI_OFF_V0_SIZES + 8);
+    v->blocks = util_le32(h + VDI_OFF_V0_SIZES + 12);
+    v->map = VDI_HEADER_V0;
+    v->data = v->map + 4ull * v->blocks;
+    memcpy(im->id, h + VDI_OFF_V0_UUIDS, 16);
+    memcpy(v->modified, h + VDI_OFF_V0_UUIDS + 16, 16);
+    memcpy(im->parent_id, h + VDI_OFF_V0_UUIDS + 32, 16);
+}
+
+static void vdi_parse_v1(struct image *im, struct vdi *v, const uint8_t *h)
+{
+    v->type = util_le32(h + VDI_OFF_TYPE);
+    v->map = util_le32(h + VDI_OFF_BLOCKS);
+    v->data = util_le32(h + VDI_OFF_DATA);
+    v->disk_size = util_le64(h + VDI_OFF_SIZES);
+    v->block_size = util_le32(h + VDI_OFF_SIZES + 8);
+    v->extra = util_le32(h + VDI_OFF_SIZES + 12);
+    v->blocks = util_le32(h + VDI_OFF_SIZES + 16);
+    memcpy(im->id, h + VDI_OFF_UUIDS, 16);
+    memcpy(v->modified, h + VDI_OFF_UUIDS + 16, 16);
+    memcpy(im->parent_id, h + VDI_OFF_UUIDS + 32, 16);
+    memcpy(v->parent_modified, h + VDI_OFF_UUIDS + 48, 16);
+}
+
+static int vdi_check_header(struct image *im, const struct vdi *v)
+{
+    uint64_t file_size = im->files[0].size;
+
+    if (v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF)
+        return vdi_bad(im, "the image type", v->type);
+    if (v->block_size < VDI_MIN_BLOCK || v->block_size > VDI_MAX_BLOCK || (v->block_size & (v->block_size - 1)))
+        return vdi_bad(im, "the block size", v->block_size);
+    if (v->extra > v->block_size || (v->extra & (v->extra - 1)))
+        return vdi_bad(im, "the size of the extra data per block", v->extra);
+    if (v->map % 4 || v->map < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
+        return vdi_bad(im, "the place of the block map", v->map);
+    if (v->map > file_size || 4ull * v->blocks > file_size - v->map)
+        return vdi_bad(im, "the number of blocks, whose map does not fit into the file", v->blocks);
+    if (v->data < v->map + 4ull * v->blocks)
+        return vdi_bad(im, "the place of the data, inside the block map", v->data);
+    if (v->disk_size > (uint64_t)v->blocks * v->block_size)
+        return vdi_bad(im, "the disk size, larger than all blocks together", v->disk_size);
+    if (!v->differencing && !vdi_is_null(im->parent_id))
+        return vdi_bad(im, "a parent, in an image that is not a differencing one, of type", v->type);
+    if (v->differencing && vdi_is_null(im->parent_id) && !im->opt->force_parent)
+        return vdi_bad(im, "no parent's UUID, in a differencing image of type", v->type);
+    return 0;
+}
+
+static int vdi_read_header(struct image *im, struct vdi *v)
+{
+    uint8_t h[VDI_HEADER] = { 0 };
+    uint64_t done, len = util_min(im->files[0].size, sizeof(h));
+    int ret = file_pread(&im->files[0], h, len, 0, &done);
+
+    if (ret)
+        return ret;
+    if (util_le32(h + VDI_OFF_SIGNATURE) != VDI_SIGNATURE)
+        return msg_err(-EINVAL, "%s: is not a VDI image", im->name);
+    v->version = util_le32(h + VDI_OFF_VERSION);
+    if (v->version != VDI_VERSION_0 && v->version != VDI_VERSION_1)
+        return msg_err(-EOPNOTSUPP, "%s: VDI of unknown version %u.%u", im->name, v->version >> 16,
+                       v->version & 0xffff);
+    if (len < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
+        return vdi_bad(im, "the file ends in the header", len);
+    if (v->version == VDI_VERSION_1 && util_le32(h + VDI_OFF_HEADER_SIZE) < VDI_HEADER_SIZE_MIN)
+        return vdi_bad(im, "the header's size", util_le32(h + VDI_OFF_HEADER_SIZE));
+    (v->version == VDI_VERSION_0 ? vdi_parse_v0 : vdi_parse_v1)(im, v, h);
+    v->differencing = v->type == VDI_TYPE_UNDO || v->type == VDI_TYPE_DIFF;
+    return vdi_check_header(im, v);
+}
+
+/* As VirtualBox writes it: the first three fields are little-endian numbers. */
+static void vdi_uuid_text(const uint8_t u[16], char text[37])
+{
+    snprintf(text, 37, "%08" PRIx32 "-%04x-%04x-%02x%02x-%02x%02x%02x%02x%02x%02x", util_le32(u), util_le16(u + 4),
+             util_le16(u + 6), u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
+}
+
+/* The parent's file is not named in the image: the user does it, or VirtualBox's way to name snapshots. */
+static int vdi_find_parent(struct image *im)
+{
+    const char *user = im->depth == 0 ? im->opt->backing : NULL, *path = im->files[0].path;
+    int folder = (int)(util_basename(path) - path);
+    char uuid[37], beside[PATH_MAX];
+
+    util_copy(im->backing_format, sizeof(im->backing_format), "vdi");
+    im->has_parent_id = true;
+    vdi_uuid_text(im->parent_id, uuid);
+    snprintf(im->backing_name, sizeof(im->backing_name), "{%s}.vdi", uuid);
+    if (user) {
+        util_copy(im->backing_name, sizeof(im->backing_name), user);
+        return 0;
+    }
+    if (im->opt->no_backing || ((size_t)snprintf(beside, sizeof(beside), "%.*s%s", folder, path, im->backing_name) <
+                                    sizeof(beside) && access(beside, F_OK) == 0))
+        return 0;
+    if (im->depth)
+        return msg_err(-ENOENT, "%s: is a differencing image too; its parent %s is looked for beside it, as %s",
+                       im->name, uuid, im->backing_name);
+    return msg_err(-ENOENT, "%s: is a differencing image, and does not say where its parent %s is; --backing FILE does",
+                   im->name, uuid);
+}
+
+/* The right parent, but used by itself since its child was made: the child's blocks no longer fit it. */
+static int vdi_check_child(const struct image *im, const struct vdi *v)
+{
+    const struct image *child = im->child;
+    const struct vdi *c;
+    char want[37], got[37];
+
+    if (!child || child->format != im->format || memcmp(child->parent_id, im->id, sizeof(im->id)) != 0)
+        return 0;                   /* the image core compares these */
+    c = child->state;
+    if (vdi_is_null(c->parent_modified) || memcmp(c->parent_modified, v->modified, sizeof(v->modified)) == 0)
+        return 0;
+    vdi_uuid_text(c->parent_modified, want);
+    vdi_uuid_text(v->modified, got);
+    if (!im->opt->force_parent)
+        return msg_err(-EINVAL, "%s: was changed after %s was made from it: its modification UUID is %s instead of "
+                       "%s; --force-parent takes it all the same", im->name, child->name, got, want);
+    msg_say(MSG_NOTE, "%s: was changed after %s was made from it", im->name, child->name);
+    return 0;
+}
+
+static int vdi_open(struct image *im)
+{
+    struct vdi *v = im->state = util_fault("vdi") ? NULL : calloc(1, sizeof(*v));
+    int ret;
+
+    if (!v)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: a VDI image is one file", im->name);
+    ret = vdi_read_header(im, v);
+    if (!ret)
+        ret = vdi_check_child(im, v);
+    if (!ret && v->differencing)
+        ret = vdi_find_parent(im);
+    im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
+    im->cluster_size = v->block_size;
+    return ret;
+}
+
+static void vdi_close(struct image *im)
+{
+    free(im->state);
+}
+
+/* What the map says about one block, or the rest of it. */
+static void vdi_map_block(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vdi *v = im->state;
+    struct file *f = &im->files[0];
+    uint64_t in_block = offset & (v->block_size - 1), host;
+    uint32_t entry;
+
+    (void)exact;
+    length = util_min(length, v->block_size - in_block);
+    if (cache_le32(f, v->map + offset / v->block_size * 4, &entry)) {
+        qcow2_bad_extent(ext, length, "the block map cannot be read");
+        return;
+    }
+    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    if (entry == VDI_ENTRY_NONE && v->differencing)
+        ext->kind = EXT_BACKING;
+    if (entry == VDI_ENTRY_NONE || entry == VDI_ENTRY_ZERO)
+        return;
+    host = v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block;
+    if (host >= f->size)
+        qcow2_bad_extent(ext, length, "its block lies past the end of the file");
+    else
+        *ext = (struct extent){
+            .kind = EXT_DATA, .length = util_min(length, f->size - host), .file = f, .offset = host,
+        };
+}
+
+static int vdi_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    return ext_merge(im, offset, length, exact, ext, vdi_map_block);
+}
+
+static const struct image_format vdi_format = {
+    .name = "vdi",
+    .describe = "VirtualBox images: dynamic, fixed, differencing",
+    .writes = "-",
+    .probe = vdi_probe,
+    .open = vdi_open,
+    .map = vdi_map,
+    .close = vdi_close,
+};
+
+/* ******************************************************************************************************** *
  * 10. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
 
-static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format };
+static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format, &vdi_format };
 
 enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
 
@@ -1929,7 +2237,6 @@ static const struct {
     { "a VHD image", 0, 8, false, "conectix" },
     { "a VHD image", 0, 8, true, "conectix" },
     { "a VHD image", 1, 8, true, "conectix" },
-    { "a VDI image", 64, 4, false, "\x7f\x10\xda\xbe" },
     { "a Parallels image", 0, 16, false, "WithoutFreeSpace" },
     { "a Parallels image", 0, 16, false, "WithouFreSpacExt" },
     { "an EWF (E01) image", 0, 8, false, "EVF\t\r\n\xff\0" },

@@ -767,7 +767,7 @@ t_writable_folder_keeps_disk_and_partitions_coherent() {
 # ---- formats, locks --------------------------------------------------------------------------------------------
 
 t_containers_that_are_not_read_are_refused_by_name() {
-    for f in qed vmdk vhdx vpc vdi parallels; do
+    for f in qed vmdk vhdx vpc parallels; do
         qemu-img create -q -f $f x.$f 4M
         refused 1 'which this version does not read' "$fx" -q x.$f m
         "$fx" -q --format raw x.$f m; cmp x.$f m; "$fx" --umount m
@@ -1163,6 +1163,228 @@ t_corpus_qcow2_images_are_right() {
         n=$((n + 1))
     done <c/MANIFEST.tsv
     [ $n -ge 8 ] || fail "only $n"
+}
+
+# ---- VDI -------------------------------------------------------------------------------------------------------
+
+# A VDI built from VirtualBox's VDICore.h, and what is in it. The layout of version 1.1 (little-endian):
+#   0 text[64]  64 signature  68 version  72 header size  76 type  80 flags  84 comment[256]  340 offset of the map
+#   344 offset of the data  348 geometry[16]  364 -  368 u64 disk size  376 block size  380 extra data per block
+#   384 blocks  388 allocated  392 UUID  408 of its last change  424 of the parent  440 of the parent's last change
+#   map: u32 per block, the number of a block in the data; ~0: not here, ~1: zeros.
+# Version 0.2 has no header size, no offsets, no extra data, no last UUID; map at 420, data right behind it.
+vdi_py='
+import struct
+def uuid(n): return bytes([n]) * 16
+def pack(blocks, bs, extra, filler):      # blocks: bytes, None (not here) or 0 (zeros); stored back to front
+    m, data, n = [0] * len(blocks), b"", 0
+    for i in reversed(range(len(blocks))):
+        if blocks[i] is None: m[i] = 0xffffffff
+        elif blocks[i] == 0: m[i] = 0xfffffffe
+        else:
+            m[i] = n; n += 1
+            data += filler * extra + blocks[i]
+    return struct.pack("<%dI" % len(m), *m), data, n
+def vdi(path, kind, size, bs, blocks, own=1, changed=2, parent=0, parent_changed=0, extra=0):
+    m, data, n = pack(blocks, bs, extra, b"E")
+    h = b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(64, b"\0")
+    h += struct.pack("<IIIII256sII16xIQIIII", 0xbeda107f, 0x10001, 400, kind, 0, b"", 512, 512 + (len(m) + 511) // 512 * 512,
+                     0, size, bs, extra, len(blocks), n)
+    h += uuid(own) + uuid(changed) + uuid(parent) + uuid(parent_changed)
+    h += struct.pack("<4I", 0, 0, 0, 512)
+    open(path, "wb").write(h.ljust(512, b"\0") + m.ljust((len(m) + 511) // 512 * 512, b"\0") + data)
+def vdi0(path, kind, size, bs, blocks):
+    m, data, n = pack(blocks, bs, 0, b"")
+    h = b"<<< innotek VirtualBox Disk Image >>>\n".ljust(64, b"\0")
+    h += struct.pack("<IIII256s16xQIII", 0xbeda107f, 2, kind, 0, b"", size, bs, len(blocks), n) + uuid(1) + uuid(2) + uuid(0)
+    open(path, "wb").write(h + m + data)
+rnd = random.Random(3)
+def some(n, bs, empty): return [rnd.choice(empty) if rnd.random() < .5 else rnd.randbytes(bs) for i in range(n)]
+def flat(*layers):      # the first that has the block
+    return b"".join(next((x for x in c if x is not None), 0) or bytes(len(blk)) for c in zip(*layers))
+'
+
+t_vdi_variants_read_back() {
+    local n=0 o size
+    for o in static=off static=on; do
+        for size in 12345k 3072k 512; do
+            n=$((n + 1))
+            rm -f img
+            qemu-img create -q -f vdi -o $o img $size
+            scribble img $n
+            qemu-img convert -O raw img truth
+            check_same img
+        done
+    done
+    random raw 2000; truncate -s %512 raw; cp raw truth
+    qemu-img convert -O vdi raw img
+    check_same img
+}
+
+t_vdi_of_2_tib_is_sparse_and_quick() {
+    qemu-img create -q -f vdi img 2T
+    qemu-io -c 'write -P 7 1T 64k' -c 'write -P 9 2199023190016 65536' img >/dev/null
+    "$fx" -q img m
+    py '
+f = os.open("m", os.O_RDONLY)
+assert os.fstat(f).st_size == 2 << 40
+assert os.pread(f, 65536, 1 << 40) == b"\7" * 65536 and os.pread(f, 99999, (2 << 40) - 65536) == b"\11" * 65536
+assert os.pread(f, 65536, 1 << 39).count(0) == 65536
+assert os.lseek(f, 0, os.SEEK_DATA) == 1 << 40 and os.lseek(f, 1 << 40, os.SEEK_HOLE) == (1 << 40) + (1 << 20)
+assert os.lseek(f, (1 << 40) + (2 << 20), os.SEEK_DATA) == (2 << 40) - (1 << 20)
+'
+    [ "$(awk '/VmHWM/ { print $2 }' "/proc/$(server_of)/status")" -lt 12000 ]
+    "$fx" --umount m
+}
+
+t_vdi_from_the_specification_reads_back() {
+    py "$vdi_py"'
+for name, bs, extra, n in ("small", 4096, 0, 300), ("extra", 65536, 512, 20), ("large", 2 << 20, 0, 3):
+    blocks = [b or 0 for b in some(n, bs, [None, 0])]
+    raw = b"".join(b or bytes(bs) for b in blocks)
+    size = len(raw) - (bs - 1536)
+    vdi(name, 1, size, bs, [b or rnd.choice([None, 0]) for b in blocks], extra=extra)
+    open(name + ".raw", "wb").write(raw[:size])
+    if not extra:
+        vdi0(name + "0", 1, size, bs, [b or None for b in blocks])
+        open(name + "0.raw", "wb").write(raw[:size])
+vdi("odd", 2, 4096 * 3 - 100, 4096, [bytes([65 + i]) * 4096 for i in range(3)])    # qemu rounds it up too
+open("odd.raw", "wb").write(b"A" * 4096 + b"B" * 4096 + b"C" * 4096)
+'
+    for i in small extra large small0 large0 odd; do cp $i.raw truth; check_same $i; done
+}
+
+t_vdi_chains_are_verified_by_uuid() {
+    mkdir s
+    py "$vdi_py"'
+bs = 4096
+base, mid, top = some(60, bs, [0]), some(70, bs, [None, None, 0]), some(70, bs, [None, None, 0])
+base += [None] * 10
+vdi("base.vdi", 1, 60 * bs, bs, base[:60], own=1, changed=2)
+vdi("mid.vdi", 4, 70 * bs, bs, mid, own=3, changed=4, parent=1, parent_changed=2)
+def name(n): return "{%s-%s-%s-%s-%s}.vdi" % tuple("%02x" % n * k for k in (4, 2, 2, 2, 6))
+vdi("s/" + name(0x33), 3, 70 * bs, bs, mid, own=0x33, changed=4, parent=0x11, parent_changed=2)
+vdi("s/top.vdi", 4, 70 * bs, bs, top, own=5, changed=6, parent=0x33, parent_changed=4)
+vdi("s/base", 1, 60 * bs, bs, base[:60], own=0x11, changed=2)
+vdi("stranger.vdi", 1, 60 * bs, bs, base[:60], own=8, changed=2)
+vdi("used.vdi", 1, 60 * bs, bs, base[:60], own=1, changed=9)
+vdi("orphan.vdi", 4, 70 * bs, bs, mid, own=3, changed=4)
+vdi("odd.vdi", 1, 70 * bs, bs, base, own=3, changed=4, parent=1)
+def raw(*l): return b"".join(next((x for x in c if x is not None), 0) or bytes(bs) for c in zip(*l))
+open("base.raw", "wb").write(raw(base)[:60 * bs])
+open("truth1", "wb").write(raw(mid, base)); open("truth2", "wb").write(raw(top, mid, base))
+open("holes", "wb").write(bytes(x is None for x in mid))
+'
+    refused 1 'does not say where its parent 01010101-0101-0101-0101-010101010101 is; --backing FILE does' "$fx" -q mid.vdi m
+    cp truth1 truth
+    check_same mid.vdi --backing base.vdi
+    expect 1 "$fx" -q --backing stranger.vdi mid.vdi m; grep -q 'is not the parent of mid.vdi' err
+    expect 1 "$fx" -q --backing used.vdi mid.vdi m; grep -q 'was changed after mid.vdi was made' err
+    check_same mid.vdi --backing stranger.vdi --force-parent
+    check_same mid.vdi --backing used.vdi --force-parent
+    expect 1 "$fx" -q --backing mid.vdi mid.vdi m; grep -q 'own backing file' err
+    # As VirtualBox keeps its snapshots: {UUID}.vdi beside each other; the base is elsewhere, and a link will do.
+    cp truth2 truth
+    expect 1 "$fx" -q s/top.vdi m; grep -q 'looked for beside it, as {11111111-1111-1111-1111-111111111111}.vdi' err
+    mv s/base 's/{11111111-1111-1111-1111-111111111111}.vdi'
+    check_same s/top.vdi
+    # The parent may be of another format, if the user says so; then nothing can be verified.
+    cp truth1 truth
+    expect 1 "$fx" -q --backing base.raw --backing-format raw mid.vdi m
+    check_same mid.vdi --backing base.raw --backing-format raw --force-parent
+    expect 1 "$fx" -q --backing base.vdi orphan.vdi m; grep -q "no parent's UUID.*type (0x4)" err
+    expect 1 "$fx" -q odd.vdi m; grep -q "is not a differencing one, of type (0x1)" err
+    # Without the parent, what is in it is bad and the rest is there.
+    "$fx" -q --no-backing mid.vdi m
+    py '
+f, raw = os.open("m", os.O_RDONLY), open("truth1", "rb").read()
+for i, hole in enumerate(open("holes", "rb").read()):
+    try:
+        assert os.pread(f, 4096, i * 4096) == raw[i * 4096:][:4096] and not hole, i
+    except OSError: assert hole, i
+'
+    "$fx" --umount m
+}
+
+t_vdi_damaged_headers_are_refused() {
+    qemu-img create -q -f vdi good 64M; qemu-io -c 'write -P 1 0 3M' good >/dev/null
+    local rows='
+68 02000100 unknown version 1.2
+68 01000000 unknown version 0.1
+68 00000200 unknown version 2.0
+72 7f010000 the header.s size (0x17f)
+76 00000000 the image type (0x0)
+76 05000000 the image type (0x5)
+340 00000000 place of the block map (0x0)
+340 02020000 place of the block map (0x202)
+340 00ffffff number of blocks
+344 00020000 place of the data, inside the block map (0x200)
+344 00000000 place of the data
+368 0100000400000000 the disk size, larger than all blocks together (0x4000001)
+368 ffffffffffffffff the disk size
+376 00000000 the block size (0x0)
+376 00011000 the block size (0x100100)
+376 00010000 the block size (0x100)
+376 00000080 the block size (0x80000000)
+380 00002000 extra data per block (0x200000)
+380 00030000 extra data per block (0x300)
+384 00000080 number of blocks, whose map does not fit
+384 ffffffff number of blocks, whose map does not fit
+384 3f000000 the disk size
+424 01000000 a parent, in an image that is not
+76 04000000 no parent'
+    while read -r offset hex pattern; do
+        [ -n "$offset" ] || continue
+        poke bad "$offset" "$hex"
+        refused 1 "$pattern" "$fx" -q bad m
+    done <<<"$rows"
+    head -c 400 good >bad; refused 1 'the file ends in the header (0x190)' "$fx" -q bad m
+    head -c 600 good >bad; refused 1 'number of blocks' "$fx" -q bad m
+    refused 1 'is not a VDI image' "$fx" -q --format vdi "$top/fuseexp.c" m
+    refused 1 'cannot be written by this version' "$fx" -q -w good m
+}
+
+t_vdi_damaged_maps_cost_their_block_only() {
+    qemu-img create -q -f vdi good 8M; qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 1M 1M' -c 'write -P 3 7M 1M' good >/dev/null
+    qemu-img convert -O raw good truth
+    local map; map=$(od -An -tu4 -j340 -N4 good)
+    for entry in 03000000 00ffffff fdffffff; do
+        poke bad $((map + 4)) $entry
+        "$fx" -q bad m
+        cmp -n 1048576 m truth; cmp -i 2097152 m truth
+        not dd if=m of=/dev/null bs=4k skip=256 count=1 2>err; grep -q 'Input/output' err
+        not dd if=m of=/dev/null bs=4k skip=511 count=1 2>err
+        "$fx" --umount m
+    done
+    poke bad $((map + 4)) feffffff; "$fx" -q bad m                          # discarded: zeros
+    cmp -n 1048576 -i 1048576:0 m /dev/zero; "$fx" --umount m
+    # Truncated in the last block: what is there reads, the rest is an error and not zeros.
+    cp good bad; truncate -s -300000 bad
+    "$fx" -q bad m; cmp -n $((8388608 - 303104)) m truth
+    not dd if=m of=/dev/null bs=4k skip=2047 count=1 2>err; grep -q 'Input/output' err
+    not cp m copy 2>err
+    "$fx" --umount m
+}
+
+# random_damage FORMAT FROM TO [OPTION...]: bytes of ./good in [0, FROM) or around it up to TO change; nothing crashes
+random_damage() {
+    py '
+import subprocess
+rnd = random.Random(11)
+good = open("good", "rb").read()
+for i in range(80):
+    bad = bytearray(good)
+    for j in range(rnd.randrange(1, 4)): bad[rnd.choice([rnd.randrange(int(sys.argv[3])), rnd.randrange(min(len(bad), int(sys.argv[4])))])] = rnd.randrange(256)
+    open("bad", "wb").write(bad)
+    p = subprocess.run([sys.argv[1], "-q", "--sandbox=off", "--no-backing", "--format", sys.argv[2], *sys.argv[5:], "bad", "m", "--", "dd",
+                        "if=m", "of=/dev/null", "bs=64k", "count=40", "conv=noerror"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert p.returncode in (0, 1, 125) and b"Sanitizer" not in p.stderr and b"killed" not in p.stderr, (i, p.returncode, p.stderr)
+' "$build/fuseexp-asan" "$@"
+}
+
+t_vdi_random_damage_is_survived() {
+    py "$vdi_py"'vdi("good", 4, 500 * 4096, 4096, some(500, 4096, [None, 0]), parent=7)'
+    random_damage vdi 472 2600
 }
 
 # ---- life cycle ------------------------------------------------------------------------------------------------
