@@ -16,6 +16,7 @@
  *    9. qcow2                   qcow2_   QEMU's format, for reading
  *    0. Extents                 ext_     neighbours become one: for the drivers below
  *    0. VDI                     vdi_     VirtualBox's format
+ *    0. QED                     qed_     QEMU's older format
  *   10. Image core              img_     probing, chains, the loops over extents, resizing
  *   11. Partitions              part_    MBR, GPT, the views
  *   12. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
@@ -2207,12 +2208,226 @@ static const struct image_format vdi_format = {
 };
 
 /* ******************************************************************************************************** *
+ * 0. QED
+ *
+ * QEMU docs/interop/qed_spec.rst. All numbers are little-endian.
+ *
+ *   header clusters | L1 table -> L2 tables (both of table_size clusters) -> clusters of data
+ *
+ * Only raw backing files have their format recorded; that of others is for the user to say.
+ * ******************************************************************************************************** */
+
+enum {
+    QED_OFF_CLUSTER_SIZE = 4,
+    QED_OFF_TABLE_SIZE = 8,         /* in clusters, as the header's size */
+    QED_OFF_HEADER_SIZE = 12,
+    QED_OFF_FEATURES = 16,          /* compatible and autoclear features follow: safe to ignore */
+    QED_OFF_L1 = 40,
+    QED_OFF_SIZE = 48,
+    QED_OFF_NAME = 56,              /* offset and length of the backing file's name, 4 bytes each */
+    QED_HEADER = 64,
+    QED_BACKING = 1,
+    QED_NEED_CHECK = 2,
+    QED_BACKING_RAW = 4,
+    QED_MIN_CLUSTER = 1 << 12,
+    QED_MAX_CLUSTER = 1 << 26,
+    QED_MAX_TABLE = 16,
+    QED_MAX_NAME = 1023,
+    QED_ENTRY_ZERO = 1,
+};
+
+struct qed {
+    uint32_t cluster_bits, table_bits;          /* table_bits: log2 of the entries of a table */
+    uint64_t size, features, l1, first;         /* first: where the header's clusters end */
+};
+
+static int qed_probe(const struct probe *p)
+{
+    return p->head_len >= QED_HEADER && memcmp(p->head, "QED", 4) == 0 ? 100 : 0;
+}
+
+static int qed_bad(const struct image *im, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile QED: %s (0x%" PRIx64 ")", im->name, what, value);
+}
+
+static bool qed_is_power_of_2(uint32_t value, uint32_t least, uint32_t most)
+{
+    return value >= least && value <= most && (value & (value - 1)) == 0;
+}
+
+static int qed_check_features(const struct image *im, uint64_t features)
+{
+    uint64_t unknown = features & ~(uint64_t)(QED_BACKING | QED_NEED_CHECK | QED_BACKING_RAW);
+    unsigned bit = 0;
+
+    if (!unknown)
+        return 0;
+    while (!(unknown >> bit & 1))
+        bit++;
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown QED feature (bit %u)", im->name, bit);
+}
+
+/* As many entries of the L1 table as the size needs must be there; the table ends where it may. */
+static int qed_check_l1(const struct image *im, const struct qed *q)
+{
+    uint64_t file_size = im->files[0].size, covers = q->cluster_bits + q->table_bits, need;
+
+    if (q->size % 512 || q->size > (uint64_t)MAX_IMAGE_SIZE)
+        return qed_bad(im, "the size", q->size);
+    need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
+    if (need > 1ull << q->table_bits)
+        return qed_bad(im, "the size, more than the tables can hold", q->size);
+    if (q->l1 < q->first || q->l1 % (1u << q->cluster_bits) || q->l1 > file_size || need * 8 > file_size - q->l1)
+        return qed_bad(im, "the place of the L1 table", q->l1);
+    return 0;
+}
+
+static int qed_read_header(struct image *im, struct qed *q, uint8_t h[QED_HEADER])
+{
+    uint32_t cluster, table, header_size;
+    uint64_t done;
+    int ret = 0;
+
+    if (im->files[0].size >= QED_HEADER)
+        ret = file_pread(&im->files[0], h, QED_HEADER, 0, &done);
+    if (ret)
+        return ret;
+    if (memcmp(h, "QED", 4) != 0)
+        return msg_err(-EINVAL, "%s: is not a QED image", im->name);
+    cluster = util_le32(h + QED_OFF_CLUSTER_SIZE);
+    table = util_le32(h + QED_OFF_TABLE_SIZE);
+    header_size = util_le32(h + QED_OFF_HEADER_SIZE);
+    q->features = util_le64(h + QED_OFF_FEATURES);
+    q->l1 = util_le64(h + QED_OFF_L1);
+    q->size = util_le64(h + QED_OFF_SIZE);
+    ret = qed_check_features(im, q->features);
+    if (ret)
+        return ret;
+    if (!qed_is_power_of_2(cluster, QED_MIN_CLUSTER, QED_MAX_CLUSTER))
+        return qed_bad(im, "the cluster size", cluster);
+    if (!qed_is_power_of_2(table, 1, QED_MAX_TABLE))
+        return qed_bad(im, "the table size", table);
+    if (!header_size)
+        return qed_bad(im, "the header's size", header_size);
+    q->cluster_bits = (uint32_t)__builtin_ctz(cluster);
+    q->table_bits = q->cluster_bits + (uint32_t)__builtin_ctz(table) - 3;
+    q->first = (uint64_t)header_size << q->cluster_bits;
+    return qed_check_l1(im, q);
+}
+
+/* The name lies in the header's clusters. */
+static int qed_read_backing(struct image *im, const struct qed *q, const uint8_t *h)
+{
+    uint64_t offset = util_le32(h + QED_OFF_NAME), len = util_le32(h + QED_OFF_NAME + 4), done;
+    char name[QED_MAX_NAME];
+    int ret;
+
+    if (!(q->features & QED_BACKING))
+        return 0;
+    if (len == 0 || len > sizeof(name))
+        return qed_bad(im, "the length of the backing file's name", len);
+    if (offset + len > q->first || offset + len > im->files[0].size)
+        return qed_bad(im, "the place of the backing file's name", offset);
+    ret = file_pread(&im->files[0], name, len, offset, &done);
+    if (ret)
+        return ret;
+    if (!qcow2_copy_name(im->backing_name, sizeof(im->backing_name), (const uint8_t *)name, (uint32_t)len))
+        return qed_bad(im, "a zero in the backing file's name, of length", len);
+    if (q->features & QED_BACKING_RAW)
+        util_copy(im->backing_format, sizeof(im->backing_format), "raw");
+    return 0;
+}
+
+static int qed_open(struct image *im)
+{
+    struct qed *q = im->state = util_fault("qed") ? NULL : calloc(1, sizeof(*q));
+    uint8_t h[QED_HEADER] = { 0 };
+    int ret;
+
+    if (!q)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: a QED image is one file", im->name);
+    ret = qed_read_header(im, q, h);
+    if (!ret)
+        ret = qed_read_backing(im, q, h);
+    if (ret)
+        return ret;
+    im->size = q->size;
+    im->cluster_size = 1u << q->cluster_bits;
+    im->dirty = q->features & QED_NEED_CHECK;
+    if (im->dirty)
+        msg_say(MSG_NOTE, "%s: is marked dirty (not closed properly); reading it is safe", im->name);
+    return 0;
+}
+
+static void qed_close(struct image *im)
+{
+    free(im->state);
+}
+
+/* The entry of a table for `index`. NULL: all is well, else why not. */
+static const char *qed_entry(struct file *f, uint64_t table, uint64_t index, uint64_t *entry)
+{
+    if (table >= f->size || index * 8 + 8 > f->size - table)
+        return "its L2 table lies past the end of the file";    /* the L1 table was looked at in the beginning */
+    return cache_le64(f, table + index * 8, entry) ? "its tables cannot be read" : NULL;
+}
+
+/* What the tables say about one cluster, or the rest of it; without an L2 table, about all that it would cover. */
+static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct qed *q = im->state;
+    struct file *f = &im->files[0];
+    uint64_t table_mask = (1ull << q->table_bits) - 1, cluster_mask = (1ull << q->cluster_bits) - 1;
+    uint64_t covers = (table_mask + 1) << q->cluster_bits, in_cluster = offset & cluster_mask, l2 = 0, host = 0;
+    const char *why;
+
+    (void)exact;
+    length = util_min(length, covers - (offset & (covers - 1)));
+    why = qed_entry(f, q->l1, offset >> q->cluster_bits >> q->table_bits, &l2);
+    if (!why && l2 && (l2 & cluster_mask || l2 < q->first))
+        why = "its L1 entry is damaged";
+    if (!why && l2) {
+        length = util_min(length, cluster_mask + 1 - in_cluster);
+        why = qed_entry(f, l2, offset >> q->cluster_bits & table_mask, &host);
+    }
+    if (!why && host > QED_ENTRY_ZERO && (host & cluster_mask || host < q->first))
+        why = "its L2 entry is damaged";
+    else if (!why && host > QED_ENTRY_ZERO && (host >= f->size || in_cluster >= f->size - host))
+        why = "its cluster lies past the end of the file";
+    if (why)
+        qcow2_bad_extent(ext, length, why);
+    else if (host > QED_ENTRY_ZERO)
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_cluster), .file = f,
+                                .offset = host + in_cluster };
+    else
+        *ext = (struct extent){ .kind = host == QED_ENTRY_ZERO ? EXT_ZERO : qcow2_hole(im), .length = length };
+}
+
+static int qed_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    return ext_merge(im, offset, length, exact, ext, qed_map_cluster);
+}
+
+static const struct image_format qed_format = {
+    .name = "qed",
+    .describe = "QEMU's older format: backing chains",
+    .writes = "-",
+    .probe = qed_probe,
+    .open = qed_open,
+    .map = qed_map,
+    .close = qed_close,
+};
+
+/* ******************************************************************************************************** *
  * 10. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
 
-static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format, &vdi_format };
+static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format, &vdi_format, &qed_format };
 
 enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
 
@@ -2228,7 +2443,6 @@ static const struct {
     const char *magic;
 } img_foreign[] = {
     { "a qcow image (version 1)", 0, 4, false, "QFI\xfb" },
-    { "a QED image", 0, 4, false, "QED\0" },
     { "a VMDK image", 0, 4, false, "KDMV" },
     { "a VMDK image (COWD)", 0, 4, false, "COWD" },
     { "a VMDK image (seSparse)", 0, 8, false, "\xbe\xba\xfe\xca\0\0\0\0" },

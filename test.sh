@@ -767,7 +767,7 @@ t_writable_folder_keeps_disk_and_partitions_coherent() {
 # ---- formats, locks --------------------------------------------------------------------------------------------
 
 t_containers_that_are_not_read_are_refused_by_name() {
-    for f in qed vmdk vhdx vpc parallels; do
+    for f in vmdk vhdx vpc parallels; do
         qemu-img create -q -f $f x.$f 4M
         refused 1 'which this version does not read' "$fx" -q x.$f m
         "$fx" -q --format raw x.$f m; cmp x.$f m; "$fx" --umount m
@@ -1385,6 +1385,160 @@ for i in range(80):
 t_vdi_random_damage_is_survived() {
     py "$vdi_py"'vdi("good", 4, 500 * 4096, 4096, some(500, 4096, [None, 0]), parent=7)'
     random_damage vdi 472 2600
+}
+
+# ---- QED -------------------------------------------------------------------------------------------------------
+
+t_qed_variants_read_back() {
+    local n=0 o
+    for o in cluster_size=4k,table_size=2 cluster_size=4k,table_size=16 cluster_size=8k,table_size=2 cluster_size=64k,table_size=4 \
+        cluster_size=1M,table_size=8 cluster_size=4M,table_size=2; do
+        n=$((n + 1))
+        rm -f img
+        qemu-img create -q -f qed -o $o img 12345k
+        scribble img $n
+        qemu-img convert -O raw img truth
+        check_same img
+    done
+    qemu-img convert -O qed truth img; check_same img
+}
+
+# Sizes that the specification allows and qemu-img cannot make: tables of one cluster, clusters of 64 MiB.
+t_qed_from_the_specification_reads_back() {
+    py '
+import struct
+# Header: magic, cluster size, table size and header size in clusters, 3 u64 of features, L1, disk size, 2 u32 name
+def qed(name, bits, size, header):
+    cl, rnd = 1 << bits, random.Random(bits)
+    n = cl // 8; l2s = -(-size // (cl * n)); at = header + 1
+    f = open(name, "wb"); raw = open(name + ".raw", "wb"); raw.truncate(size)
+    def put(cluster, index, value): f.seek(cluster * cl + index * 8); f.write(struct.pack("<Q", value))
+    f.write(struct.pack("<4sIIIQQQQQII", b"QED", cl, 1, header, 0, 0, 0, header * cl, size, 0, 0))
+    for t in range(l2s):
+        if rnd.random() < .2: continue
+        l2 = at; at += 1
+        put(header, t, l2 * cl)
+        for i in range(min(n, -(-(size - t * n * cl) // cl))):
+            kind = rnd.randrange(4)
+            if kind == 0: put(l2, i, 1)
+            if kind > 1:
+                data = rnd.randbytes(min(cl, 5000)); off = (t * n + i) * cl
+                put(l2, i, at * cl); f.seek(at * cl); f.write(data); at += 1
+                raw.seek(off); raw.write(data[:size - off])
+    f.truncate(at * cl)
+qed("small", 12, 12345 * 512, 3)
+qed("big", 26, 3 * (64 << 20) + 512, 1)
+'
+    cp small.raw truth; check_same small
+    mv big.raw truth; check_same big
+}
+
+t_qed_backing_files_and_their_formats() {
+    random base.raw 1000; qemu-img convert -O qcow2 base.raw base.qcow2
+    qemu-img create -q -f qed -b base.raw -F raw img 6M; scribble img 1
+    qemu-img convert -O raw img truth
+    check_same img
+    # The guest writes a header into its raw disk: it stays raw.
+    qemu-img create -q -f qcow2 -b /etc/passwd -F raw evil 400k
+    dd if=evil of=base.raw conv=notrunc status=none
+    qemu-img convert -O raw img truth
+    check_same img
+    # Of any other backing file QED does not say the format, and nobody guesses.
+    qemu-img create -q -f qed -o cluster_size=4k -b base.qcow2 -F qcow2 img 6M; scribble img 2
+    qemu-img convert -O raw img truth
+    refused 1 'does not say which format.*--backing-format' "$fx" -q img m
+    check_same img --backing-format qcow2
+    qemu-img create -q -f qcow2 -b img -F qed top; scribble top 3
+    qemu-img convert -O raw top truth
+    check_same top --backing-format qcow2
+    mkdir d; qemu-img create -q -f qed -u -b ../base.qcow2 -F raw d/img 400k
+    expect 1 "$fx" -q d/img m; grep -q 'allow-external' err
+    "$fx" --no-backing d/img m 2>err; grep -q "without its backing file '../base.qcow2'" err
+    not cat m 2>err >none; grep -q 'Input/output' err
+    "$fx" --umount m
+}
+
+t_qed_damaged_headers_are_refused() {
+    random base 200; qemu-img create -q -f qed -b base -F raw good 64M; qemu-io -c 'write -P 1 0 1M' good >/dev/null
+    local rows='
+4 00080000 the cluster size (0x800)
+4 00000008 the cluster size (0x8000000)
+4 01000100 the cluster size
+8 00000000 the table size (0x0)
+8 03000000 the table size (0x3)
+8 20000000 the table size (0x20)
+12 00000000 the header.s size (0x0)
+12 ffffffff place of the L1 table
+16 0d00000000000000 unknown QED feature (bit 3)
+16 0500000000000080 unknown QED feature (bit 63)
+40 0000000000000000 place of the L1 table (0x0)
+40 0002010000000000 place of the L1 table (0x10200)
+40 0000000001000000 place of the L1 table
+48 01000004 the size (0x4000001)
+48 00ffffffffffffff the size
+48 0000000000004000 more than the tables can hold (0x40000000000000)
+56 feff0000 place of the backing file
+56 ffffffff place of the backing file
+60 00000000 length of the backing file
+60 00040000 length of the backing file.s name (0x400)
+60 06000000 a zero in the backing file'
+    while read -r offset hex pattern; do
+        [ -n "$offset" ] || continue
+        poke bad "$offset" "$hex"
+        refused 1 "$pattern" "$fx" -q bad m
+    done <<<"$rows"
+    head -c 63 good >bad; refused 1 'is not a QED image' "$fx" -q --format qed bad m
+    head -c 65000 good >bad; refused 1 'place of the L1' "$fx" -q bad m
+    refused 1 'cannot be written by this version' "$fx" -q -w good m
+}
+
+t_qed_marked_dirty_is_read_with_a_note() {
+    qemu-img create -q -f qed good 64M; qemu-io -c 'write -P 1 0 1M' good >/dev/null; qemu-img convert -O raw good truth
+    poke bad 16 02 24 ff 32 ff                  # compatible and autoclear features do not matter
+    cp bad copy
+    check_same bad
+    "$fx" bad m 2>err; grep -q 'is marked dirty' err; "$fx" --umount m
+    cmp bad copy
+}
+
+t_qed_damaged_tables_cost_their_range_only() {
+    qemu-img create -q -f qed -o cluster_size=4k,table_size=2 good 64M
+    qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 32M 1M' -c 'write -z 40M 64k' good >/dev/null
+    qemu-img convert -O raw good truth
+    check_same good
+    local l1 l2
+    l1=$(od -An -tu8 -j40 -N8 good | tr -d ' '); l2=$(od -An -tu8 -j"$l1" -N8 good | tr -d ' ')
+    # not aligned, past the end, in the header, all bits; a table of 1024 entries covers 4 MiB
+    for row in "$l1 0102000000000000" "$l1 0000000001000000" "$l1 01" "$l1 ffffffffffffffff" \
+        "$l2 0102000000000000" "$l2 0000000001000000" "$l2 0200000000000000" "$l2 ffffffffffffffff"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        "$fx" -q bad m
+        not dd if=m of=/dev/null bs=4k count=1 2>err; grep -q 'Input/output' err
+        cmp -i 4194304 m truth
+        [ "${row%% *}" = "$l1" ] || cmp -i 4096 m truth
+        "$fx" --umount m
+    done
+    cp good bad; truncate -s $(($(stat -c %s good) - 300000)) bad
+    "$fx" -q bad m
+    cmp -n 33554432 m truth
+    not cmp m truth 2>err; grep -q 'Input/output' err
+    "$fx" --umount m
+}
+
+t_qed_of_absurd_size_costs_nothing() {
+    qemu-img create -q -f qed -o cluster_size=1M,table_size=16 img 4P
+    "$fx" -q img m
+    same "$(stat -c %s m)" $((4 << 50))
+    same "$(dd if=m bs=4k skip=$((1 << 39)) count=1 status=none | tr -d '\0' | wc -c)" 0
+    [ "$(awk '/VmHWM/ { print $2 }' "/proc/$(server_of)/status")" -lt 8000 ]
+    "$fx" --umount m
+}
+
+t_qed_random_damage_is_survived() {
+    random base 200
+    qemu-img create -q -f qed -o cluster_size=4k,table_size=2 -b base -F raw good 2M; scribble good 5
+    random_damage qed 64 24576
 }
 
 # ---- life cycle ------------------------------------------------------------------------------------------------
