@@ -17,6 +17,7 @@
  *    0. Extents                 ext_     neighbours become one: for the drivers below
  *    0. VDI                     vdi_     VirtualBox's format
  *    0. QED                     qed_     QEMU's older format
+ *    0. Parallels               prl_     images, and bundles of them
  *   10. Image core              img_     probing, chains, the loops over extents, resizing
  *   11. Partitions              part_    MBR, GPT, the views
  *   12. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
@@ -247,6 +248,13 @@ static const char *util_basename(const char *path)
     const char *slash = strrchr(path, '/');
 
     return slash ? slash + 1 : path;
+}
+
+static bool util_is_null_id(const uint8_t id[16])
+{
+    static const uint8_t null[16];
+
+    return memcmp(id, null, sizeof(null)) == 0;
 }
 
 /* hex: 2 * len + 1 bytes. */
@@ -1862,7 +1870,7 @@ static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint6
 static bool qcow2_continues(const struct extent *a, const struct extent *b)
 {
     return a->kind == b->kind && (a->kind == EXT_ZERO || a->kind == EXT_BACKING ||
-                                  (a->kind == EXT_DATA && a->offset + a->length == b->offset));
+                                  (a->kind == EXT_DATA && a->file == b->file && a->offset + a->length == b->offset));
 }
 
 static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
@@ -1935,7 +1943,7 @@ typedef void ext_block(struct image *im, uint64_t offset, uint64_t length, bool 
 static int ext_merge(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext,
                      ext_block *block)
 {
-    struct extent next;
+    struct extent next = { 0 };
     uint64_t end = offset + length;
 
     block(im, offset, length, exact, ext);
@@ -2004,13 +2012,6 @@ static int vdi_bad(const struct image *im, const char *what, uint64_t value)
     return msg_err(-EINVAL, "%s: damaged or hostile VDI: %s (0x%" PRIx64 ")", im->name, what, value);
 }
 
-static bool vdi_is_null(const uint8_t uuid[16])
-{
-    static const uint8_t null[16];
-
-    return memcmp(uuid, null, sizeof(null)) == 0;
-}
-
 static void vdi_parse_v0(struct image *im, struct vdi *v, const uint8_t *h)
 {
     v->type = util_le32(h + VDI_OFF_TYPE - 4);
@@ -2057,9 +2058,9 @@ static int vdi_check_header(struct image *im, const struct vdi *v)
         return vdi_bad(im, "the place of the data, inside the block map", v->data);
     if (v->disk_size > (uint64_t)v->blocks * v->block_size)
         return vdi_bad(im, "the disk size, larger than all blocks together", v->disk_size);
-    if (!v->differencing && !vdi_is_null(im->parent_id))
+    if (!v->differencing && !util_is_null_id(im->parent_id))
         return vdi_bad(im, "a parent, in an image that is not a differencing one, of type", v->type);
-    if (v->differencing && vdi_is_null(im->parent_id) && !im->opt->force_parent)
+    if (v->differencing && util_is_null_id(im->parent_id) && !im->opt->force_parent)
         return vdi_bad(im, "no parent's UUID, in a differencing image of type", v->type);
     return 0;
 }
@@ -2129,7 +2130,7 @@ static int vdi_check_child(const struct image *im, const struct vdi *v)
     if (!child || child->format != im->format || memcmp(child->parent_id, im->id, sizeof(im->id)) != 0)
         return 0;                   /* the image core compares these */
     c = child->state;
-    if (vdi_is_null(c->parent_modified) || memcmp(c->parent_modified, v->modified, sizeof(v->modified)) == 0)
+    if (util_is_null_id(c->parent_modified) || memcmp(c->parent_modified, v->modified, sizeof(v->modified)) == 0)
         return 0;
     vdi_uuid_text(c->parent_modified, want);
     vdi_uuid_text(v->modified, got);
@@ -2422,12 +2423,699 @@ static const struct image_format qed_format = {
 };
 
 /* ******************************************************************************************************** *
+ * 0. Parallels
+ *
+ * QEMU docs/interop/parallels.rst and prl-xml.rst. All numbers are little-endian.
+ *
+ *   an image:  header | BAT: 4 bytes per cluster | clusters
+ *   a bundle:  folder NAME.hdd with DiskDescriptor.xml, which lists storages, each a range of the disk, for each
+ *              storage one image per snapshot, and the snapshots with their parents
+ *
+ * A cluster's place is in sectors, or in clusters where the magic ends in "Ext". What an image does not have is in
+ * the same storage's image of the parent snapshot: a stack of layers that never leaves this driver. An image by
+ * itself is a disk of one storage and one layer. Format extensions (dirty bitmaps) do not matter for reading.
+ * ******************************************************************************************************** */
+
+enum {
+    PRL_OFF_VERSION = 16,
+    PRL_OFF_CLUSTER = 28,           /* in sectors, as all sizes */
+    PRL_OFF_ENTRIES = 32,
+    PRL_OFF_SIZE = 36,              /* 8 bytes; without "Ext" only 4 of them count */
+    PRL_OFF_IN_USE = 44,
+    PRL_OFF_DATA = 48,
+    PRL_HEADER = 64,
+    PRL_VERSION = 2,
+    PRL_SECTOR = 512,
+    PRL_MAX_CLUSTER = INT32_MAX / 513,  /* sectors: QEMU's limit */
+    PRL_MAX_XML = 1 << 20,
+    PRL_MAX_FILES = 1024,           /* of a bundle: 2 TiB in the usual pieces of 2 GiB */
+    PRL_MAX_PATH = 256,             /* names of nested elements */
+};
+#define PRL_IN_USE 0x746f6e59u
+#define PRL_MAGIC "WithoutFreeSpace"
+#define PRL_MAGIC_EXT "WithouFreSpacExt"
+#define PRL_XML_NAME "DiskDescriptor.xml"
+#define PRL_XML_ROOT "/Parallels_disk_image"
+
+struct prl_layer {
+    struct file *file;
+    bool plain;                     /* a raw file: nothing of what follows but size */
+    uint64_t size;                  /* bytes it speaks about; UINT64_MAX: of all */
+    uint64_t first;                 /* no cluster lies before this, */
+    bool aligned;                   /* and all lie whole clusters behind it */
+    uint32_t cluster, unit;         /* bytes; unit: of the BAT's numbers */
+};
+
+struct prl {
+    unsigned n_storages, n_layers;
+    uint64_t *end;                  /* [n_storages]: bytes; storages follow each other */
+    struct prl_layer *layers;       /* [n_storages][n_layers], the top snapshot first */
+};
+
+/* -- the descriptor -- */
+
+struct prl_image {
+    unsigned storage;
+    bool plain, has_guid, has_type;
+    uint8_t guid[16];
+    const char *file;               /* in the text */
+};
+
+struct prl_xml {
+    char *text;
+    uint64_t disk_size;             /* sectors, as start and end */
+    bool has_top;
+    uint8_t top[16];
+    unsigned n_storages, n_images, n_shots;
+    struct { uint64_t start, end; } storages[PRL_MAX_FILES];
+    struct prl_image images[PRL_MAX_FILES];
+    struct { uint8_t guid[16], parent[16]; bool has_guid, has_parent; } shots[PRL_MAX_FILES];
+};
+
+static int prl_xml_bad(const struct image *im, const char *what, const char *value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": %s ('%.60s')", im->name, what, value);
+}
+
+/* 32 hexadecimal digits, whatever braces and dashes are around them. */
+static bool prl_guid(const char *text, uint8_t guid[16])
+{
+    static const char digits[] = "0123456789abcdef";
+    unsigned n = 0;
+    const char *d;
+
+    memset(guid, 0, 16);
+    for (; *text; text++) {
+        if (strchr("{}-", *text))
+            continue;
+        d = strchr(digits, tolower((unsigned char)*text));
+        if (!d || n == 32)
+            return false;
+        guid[n / 2] = (uint8_t)(guid[n / 2] << 4 | (uint8_t)(d - digits));
+        n++;
+    }
+    return n == 32;
+}
+
+/* Replaces the five entities that XML has by itself, in place. False: there are others. */
+static bool prl_xml_unescape(char *text)
+{
+    static const char *const names[] = { "amp;", "lt;", "gt;", "quot;", "apos;" };
+    char *to = text;
+    size_t i;
+
+    for (; *text; *to++ = *text++) {
+        if (*text != '&')
+            continue;
+        for (i = 0; i < ARRAY_LEN(names) && strncmp(text + 1, names[i], strlen(names[i])) != 0; i++)
+            continue;
+        if (i == ARRAY_LEN(names))
+            return false;
+        text += strlen(names[i]);
+        *text = "&<>\"'"[i];
+    }
+    *to = 0;
+    return true;
+}
+
+static int prl_xml_number(const struct image *im, const char *text, uint64_t *value)
+{
+    char *end = NULL;
+
+    errno = 0;
+    *value = isdigit((unsigned char)*text) ? strtoull(text, &end, 10) : 0;
+    if (!end || *end || errno || *value > (uint64_t)MAX_IMAGE_SIZE / PRL_SECTOR)
+        return prl_xml_bad(im, "a number of sectors", text);
+    return 0;
+}
+
+static int prl_xml_guid(const struct image *im, const char *text, uint8_t guid[16])
+{
+    return prl_guid(text, guid) ? 0 : prl_xml_bad(im, "a GUID", text);
+}
+
+static int prl_xml_image_value(const struct image *im, struct prl_image *i, const char *field, char *text)
+{
+    if (strcmp(field, "GUID") == 0) {
+        i->has_guid = true;
+        return prl_xml_guid(im, text, i->guid);
+    }
+    if (strcmp(field, "File") == 0) {
+        i->file = text;
+        return *text && prl_xml_unescape(text) ? 0 : prl_xml_bad(im, "a file's name", text);
+    }
+    if (strcmp(field, "Type") == 0) {
+        i->has_type = true;
+        i->plain = strcmp(text, "Plain") == 0;
+        return i->plain || strcmp(text, "Compressed") == 0 ? 0 : prl_xml_bad(im, "unknown type of an image", text);
+    }
+    return 0;
+}
+
+static int prl_xml_parameter(const struct image *im, struct prl_xml *x, const char *field, const char *text)
+{
+    uint8_t guid[16] = { 0 };
+
+    if (strcmp(field, "Disk_size") == 0)
+        return prl_xml_number(im, text, &x->disk_size);
+    if (strcmp(field, "Padding") == 0 && strcmp(text, "0") != 0)
+        return msg_err(-EOPNOTSUPP, "%s: disks with padding are not supported ('%.60s')", im->name, text);
+    if (strcmp(field, "Encryption/Engine") == 0 && *text && !(prl_guid(text, guid) && util_is_null_id(guid)))
+        return msg_err(-EOPNOTSUPP, "%s: is encrypted (by %.60s), which is not supported", im->name, text);
+    return 0;
+}
+
+/* What follows the prefix, or NULL. */
+static const char *prl_after(const char *path, const char *prefix)
+{
+    size_t len = strlen(prefix);
+
+    return strncmp(path, prefix, len) == 0 ? path + len : NULL;
+}
+
+/* An element without others in it: its path and its text. */
+static int prl_xml_value(const struct image *im, struct prl_xml *x, const char *path, char *text)
+{
+    const char *field;
+
+    if ((field = prl_after(path, PRL_XML_ROOT "/Disk_Parameters/")))
+        return prl_xml_parameter(im, x, field, text);
+    if ((field = prl_after(path, PRL_XML_ROOT "/StorageData/Storage/Image/")) && x->n_images)
+        return prl_xml_image_value(im, &x->images[x->n_images - 1], field, text);
+    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Start") == 0)
+        return prl_xml_number(im, text, &x->storages[x->n_storages - 1].start);
+    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/End") == 0)
+        return prl_xml_number(im, text, &x->storages[x->n_storages - 1].end);
+    if (strcmp(path, PRL_XML_ROOT "/Snapshots/Shot/GUID") == 0) {
+        x->shots[x->n_shots - 1].has_guid = true;
+        return prl_xml_guid(im, text, x->shots[x->n_shots - 1].guid);
+    }
+    if (strcmp(path, PRL_XML_ROOT "/Snapshots/Shot/ParentGUID") == 0) {
+        x->shots[x->n_shots - 1].has_parent = true;
+        return prl_xml_guid(im, text, x->shots[x->n_shots - 1].parent);
+    }
+    if (strcmp(path, PRL_XML_ROOT "/Snapshots/TopGUID") == 0 && *text) {
+        x->has_top = true;
+        return prl_xml_guid(im, text, x->top);
+    }
+    return 0;
+}
+
+static int prl_xml_begin(const struct image *im, struct prl_xml *x, const char *path)
+{
+    unsigned *n = strcmp(path, PRL_XML_ROOT "/StorageData/Storage") == 0         ? &x->n_storages
+                  : strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Image") == 0 ? &x->n_images
+                  : strcmp(path, PRL_XML_ROOT "/Snapshots/Shot") == 0            ? &x->n_shots
+                                                                                 : NULL;
+
+    if (!n)
+        return 0;
+    if (*n == PRL_MAX_FILES)
+        return prl_xml_bad(im, "too many of an element", util_basename(path));
+    if (n == &x->n_images)
+        x->images[x->n_images].storage = x->n_storages - 1;
+    (*n)++;
+    return 0;
+}
+
+/* The '>' that ends a tag; NULL: there is none. Attributes may have one in quotes. */
+static char *prl_xml_tag_end(char *p)
+{
+    for (; p && *p && *p != '>'; p++)
+        if ((*p == '"' || *p == '\'') && !(p = strchr(p + 1, *p)))
+            return NULL;
+    return p && *p ? p : NULL;
+}
+
+static char *prl_xml_trim(char *text)
+{
+    char *end;
+
+    text += strspn(text, " \t\r\n");
+    for (end = text + strlen(text); end > text && strchr(" \t\r\n", end[-1]); end--)
+        continue;
+    *end = 0;
+    return text;
+}
+
+/*
+ * One tag, from its '<' on; returns the place behind it in *next. path: the open elements, each after a slash.
+ * *text: where the text of the innermost one began, NULL once it had another in it.
+ */
+static int prl_xml_tag(const struct image *im, struct prl_xml *x, char *path, char *tag, char **text, char **next)
+{
+    bool ends = tag[1] == '/', empty;
+    char *name = tag + 1 + ends, *close = prl_xml_tag_end(name), *last = strrchr(path, '/');
+    size_t len = strcspn(name, " \t\r\n/>"), open = strlen(path);
+    int ret = 0;
+
+    if (!close || !len || name + len > close)
+        return prl_xml_bad(im, "not a tag", tag);
+    *next = close + 1;
+    empty = close[-1] == '/';
+    if (ends) {
+        if (!last || strlen(last + 1) != len || strncmp(last + 1, name, len) != 0)
+            return prl_xml_bad(im, "the wrong element ends", tag);
+        *tag = 0;
+        if (*text)
+            ret = prl_xml_value(im, x, path, prl_xml_trim(*text));
+        *last = 0;
+        *text = NULL;
+        return ret;
+    }
+    if (open + 1 + len >= PRL_MAX_PATH)
+        return prl_xml_bad(im, "nested too deeply", tag);
+    snprintf(path + open, PRL_MAX_PATH - open, "/%.*s", (int)len, name);
+    ret = prl_xml_begin(im, x, path);
+    if (empty)
+        path[open] = 0;             /* no value is like no element */
+    *text = empty ? NULL : *next;
+    return ret;
+}
+
+/* No document types, no entities of its own, no CDATA: what Parallels writes has none. */
+static int prl_xml_parse(const struct image *im, struct prl_xml *x)
+{
+    char path[PRL_MAX_PATH] = "", *tag, *next = x->text, *text = NULL;
+    int ret = 0;
+
+    while (!ret && (tag = strchr(next, '<'))) {
+        if (tag[1] == '?' || strncmp(tag, "<!--", 4) == 0) {
+            next = strstr(tag, tag[1] == '?' ? "?>" : "-->");   /* stays in the text around it: no value then */
+            if (!next)
+                return prl_xml_bad(im, "has no end", tag);
+        } else if (tag[1] == '!') {
+            return prl_xml_bad(im, "declarations are not supported", tag);
+        } else {
+            ret = prl_xml_tag(im, x, path, tag, &text, &next);
+        }
+    }
+    return ret || !*path ? ret : prl_xml_bad(im, "ends within an element", path);
+}
+
+static int prl_xml_load(const struct image *im, struct prl_xml *x)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+    int ret;
+
+    if (f->size > PRL_MAX_XML)
+        return msg_err(-EFBIG, "%s: too large for a " PRL_XML_NAME " (%" PRIu64 " bytes)", im->name, f->size);
+    x->text = calloc(1, f->size + 1);
+    if (!x->text)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = file_pread(f, x->text, f->size, 0, &done);
+    if (!ret && memchr(x->text, 0, f->size))
+        ret = msg_err(-EINVAL, "%s: " PRL_XML_NAME " is not in UTF-8", im->name);
+    return ret ? ret : prl_xml_parse(im, x);
+}
+
+/* -- from the descriptor to layers -- */
+
+static int prl_find_shot(const struct prl_xml *x, const uint8_t guid[16])
+{
+    for (unsigned i = 0; i < x->n_shots; i++)
+        if (memcmp(x->shots[i].guid, guid, 16) == 0)
+            return (int)i;
+    return -1;
+}
+
+/* The snapshot to show: the user's, or the current state, which is named in one of two ways. */
+static int prl_find_top(const struct image *im, const struct prl_xml *x, uint8_t guid[16])
+{
+    static const uint8_t current[16] = { 0x5f, 0xba, 0xab, 0xe3, 0x69, 0x58, 0x40, 0xff,
+                                         0x92, 0xa7, 0x86, 0x0e, 0x32, 0x9a, 0xab, 0x41 };
+    const char *wanted = im->depth == 0 ? im->opt->snapshot : NULL;
+
+    if (wanted)
+        return prl_guid(wanted, guid) && prl_find_shot(x, guid) >= 0
+                   ? 0 : msg_err(-ENOENT, "%s: has no snapshot '%s' (it has %u)", im->name, wanted, x->n_shots);
+    if (x->has_top || prl_find_shot(x, current) >= 0)
+        memcpy(guid, x->has_top ? x->top : current, 16);
+    else if (x->n_shots == 1)
+        memcpy(guid, x->shots[0].guid, 16);
+    else
+        return msg_err(-EINVAL, "%s: does not say which of its %u snapshots is the current one; --snapshot GUID does",
+                       im->name, x->n_shots);
+    return 0;
+}
+
+/* The chain of snapshots from the one to show down to the root. */
+static int prl_find_chain(const struct image *im, const struct prl_xml *x, uint8_t chain[MAX_CHAIN][16], unsigned *n)
+{
+    char hex[33];
+    int shot, ret;
+
+    *n = 0;
+    if (!x->n_shots && x->n_images == x->n_storages && (im->depth || !im->opt->snapshot)) {
+        memcpy(chain[(*n)++], x->images[0].guid, 16);
+        return 0;
+    }
+    ret = prl_find_top(im, x, chain[0]);
+    while (!ret) {
+        util_hex(chain[*n], 16, hex);
+        shot = prl_find_shot(x, chain[(*n)++]);
+        if (shot < 0 || !x->shots[shot].has_guid || !x->shots[shot].has_parent)
+            return prl_xml_bad(im, "no snapshot, or not all of it, for this GUID", hex);
+        if (util_is_null_id(x->shots[shot].parent))
+            return 0;
+        if (*n > x->n_shots || *n == MAX_CHAIN)
+            return prl_xml_bad(im, "snapshots in a circle, or too many, from", hex);
+        memcpy(chain[*n], x->shots[shot].parent, 16);
+    }
+    return ret;
+}
+
+static int prl_bad(const struct file *f, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile Parallels image: %s (0x%" PRIx64 ")", f->path, what, value);
+}
+
+/* Where clusters may lie. A data offset that is none is not needed: anywhere behind the BAT then. */
+static void prl_find_data(struct prl_layer *l, const uint8_t *h, uint64_t entries)
+{
+    uint64_t data = (uint64_t)util_le32(h + PRL_OFF_DATA) * PRL_SECTOR;
+    bool usable = data >= PRL_HEADER + 4 * entries && data <= l->file->size;
+
+    l->first = usable ? data : PRL_HEADER + 4 * entries;
+    l->aligned = usable && l->unit != l->cluster;
+}
+
+static int prl_open_layer(struct image *im, struct prl_layer *l)
+{
+    uint8_t h[PRL_HEADER] = { 0 };
+    uint64_t done, entries, sectors;
+    uint32_t cluster;
+    bool ext;
+    int ret = 0;
+
+    if (l->file->size >= PRL_HEADER)
+        ret = file_pread(l->file, h, PRL_HEADER, 0, &done);
+    if (ret)
+        return ret;
+    ext = memcmp(h, PRL_MAGIC_EXT, 16) == 0;
+    if (!ext && memcmp(h, PRL_MAGIC, 16) != 0)
+        return msg_err(-EINVAL, "%s: is not a Parallels image", l->file->path);
+    if (util_le32(h + PRL_OFF_VERSION) != PRL_VERSION)
+        return msg_err(-EOPNOTSUPP, "%s: Parallels image of unknown version %u", l->file->path,
+                       util_le32(h + PRL_OFF_VERSION));
+    cluster = util_le32(h + PRL_OFF_CLUSTER);
+    entries = util_le32(h + PRL_OFF_ENTRIES);
+    sectors = ext ? util_le64(h + PRL_OFF_SIZE) : util_le32(h + PRL_OFF_SIZE);
+    if (cluster == 0 || cluster > PRL_MAX_CLUSTER)
+        return prl_bad(l->file, "the cluster size", cluster);
+    if (entries > (l->file->size - PRL_HEADER) / 4)
+        return prl_bad(l->file, "the number of clusters, whose table does not fit into the file", entries);
+    if (sectors > entries * cluster || sectors > (uint64_t)MAX_IMAGE_SIZE / PRL_SECTOR)
+        return prl_bad(l->file, "the size, larger than all clusters together", sectors);
+    l->size = sectors * PRL_SECTOR;
+    l->cluster = cluster * PRL_SECTOR;
+    l->unit = ext ? l->cluster : PRL_SECTOR;
+    prl_find_data(l, h, entries);
+    if (util_le32(h + PRL_OFF_IN_USE) == PRL_IN_USE && !im->dirty) {
+        im->dirty = true;
+        msg_say(MSG_NOTE, "%s: is marked as in use (not closed properly); reading it is safe", l->file->path);
+    }
+    return 0;
+}
+
+static int prl_alloc(struct image *im, unsigned storages, unsigned layers)
+{
+    struct prl *p = im->state;
+
+    p->n_storages = storages;
+    p->n_layers = layers;
+    p->end = util_fault("parallels storages") ? NULL : calloc(storages, sizeof(*p->end));
+    p->layers = calloc((size_t)storages * layers, sizeof(*p->layers));
+    return p->end && p->layers ? 0 : msg_err(-ENOMEM, "%s: out of memory", im->name);
+}
+
+/* Opens a storage's image of one snapshot. Only the root may be a plain file: it has no holes. */
+static int prl_open_image(struct image *im, const struct prl_xml *x, unsigned storage, const uint8_t guid[16],
+                          bool root, struct prl_layer *l)
+{
+    const struct prl_image *found = NULL, *i;
+    char hex[33];
+    int ret;
+
+    util_hex(guid, 16, hex);
+    l->file = &im->files[im->n_files];
+    for (i = x->images; i < x->images + x->n_images; i++) {
+        if (i->storage != storage || memcmp(i->guid, guid, 16) != 0)
+            continue;
+        if (found || !i->has_guid || !i->has_type || !i->file)
+            return prl_xml_bad(im, "a storage's image is there twice, or lacks a part, of snapshot", hex);
+        found = i;
+    }
+    if (!found)
+        return prl_xml_bad(im, "a storage has no image of snapshot", hex);
+    if (found->plain && !root)
+        return prl_xml_bad(im, "a snapshot that is a plain file but has a parent", found->file);
+    l->file->fd = -1;
+    im->n_files++;
+    l->plain = found->plain;
+    l->size = UINT64_MAX;
+    ret = img_open_named(im, l->file, found->file, "image file", NULL);
+    return ret || l->plain ? ret : prl_open_layer(im, l);
+}
+
+/* The storage that begins where the last one ended. */
+static int prl_find_storage(const struct image *im, const struct prl_xml *x, uint64_t start, unsigned *storage)
+{
+    for (unsigned s = 0; s < x->n_storages; s++)
+        if (x->storages[s].start == start && x->storages[s].end > start) {
+            *storage = s;
+            return 0;
+        }
+    return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": no storage begins at sector %" PRIu64, im->name,
+                   start);
+}
+
+static int prl_open_storages(struct image *im, const struct prl_xml *x, uint8_t chain[][16], unsigned n_chain)
+{
+    struct prl *p = im->state;
+    struct prl_layer *l = p->layers;
+    uint64_t start = 0;
+    unsigned s = 0;
+    int ret = 0;
+
+    for (unsigned k = 0; k < p->n_storages && !ret; k++) {
+        ret = prl_find_storage(im, x, start, &s);
+        for (unsigned i = 0; i < n_chain && !ret; i++)
+            ret = prl_open_image(im, x, s, chain[i], i + 1 == n_chain, &l[i]);
+        if (ret)
+            return ret;
+        if (l->size / PRL_SECTOR < x->storages[s].end - start)
+            return prl_bad(l->file, "the size, smaller than its storage", l->size);
+        start = x->storages[s].end;
+        p->end[k] = start * PRL_SECTOR;
+        l += n_chain;
+    }
+    if (!x->disk_size || x->disk_size > start)
+        return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": a disk of %" PRIu64 " sectors, and storages "
+                       "of %" PRIu64, im->name, x->disk_size, start);
+    im->size = x->disk_size * PRL_SECTOR;
+    im->cluster_size = p->layers->cluster;
+    return ret;
+}
+
+static int prl_open_described(struct image *im, const struct prl_xml *x)
+{
+    uint8_t chain[MAX_CHAIN][16] = { 0 };
+    unsigned n = 0;
+    int ret;
+
+    if (!x->n_storages || !x->n_images)
+        return msg_err(-EINVAL, "%s: " PRL_XML_NAME " has no storages", im->name);
+    ret = prl_find_chain(im, x, chain, &n);
+    if (ret)
+        return ret;
+    if (x->n_storages * n > PRL_MAX_FILES)
+        return msg_err(-E2BIG, "%s: needs more than %d files", im->name, PRL_MAX_FILES);
+    ret = prl_alloc(im, x->n_storages, n);
+    return ret ? ret : prl_open_storages(im, x, chain, n);
+}
+
+static int prl_open_bundle(struct image *im)
+{
+    struct prl_xml *x = util_fault("parallels descriptor") ? NULL : calloc(1, sizeof(*x));
+    int ret;
+
+    if (!x)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = prl_xml_load(im, x);
+    if (!ret)
+        ret = prl_open_described(im, x);
+    free(x->text);
+    free(x);
+    return ret;
+}
+
+static int prl_open_single(struct image *im)
+{
+    struct prl *p = im->state;
+    const char *path = im->files[0].path;
+    char beside[PATH_MAX];
+    int ret;
+
+    if (im->opt->snapshot && im->depth == 0)
+        return msg_err(-EINVAL, "%s: has no snapshots, so --snapshot is of no use", im->name);
+    ret = prl_alloc(im, 1, 1);
+    if (ret)
+        return ret;
+    p->layers->file = &im->files[0];
+    ret = prl_open_layer(im, p->layers);
+    if (ret)
+        return ret;
+    im->size = p->end[0] = p->layers->size;
+    im->cluster_size = p->layers->cluster;
+    if (im->depth == 0 && (size_t)snprintf(beside, sizeof(beside), "%.*s" PRL_XML_NAME,
+                                           (int)(util_basename(path) - path), path) < sizeof(beside) &&
+        access(beside, F_OK) == 0)
+        msg_say(MSG_NOTE, "%s: shown alone; its folder, as IMAGE, is the whole disk with its snapshots", im->name);
+    return 0;
+}
+
+static bool prl_is_xml(const uint8_t *head, size_t len)
+{
+    if (len >= 3 && memcmp(head, "\xef\xbb\xbf", 3) == 0) {
+        head += 3;
+        len -= 3;
+    }
+    return len >= 5 && memcmp(head, "<?xml", 5) == 0 && memmem(head, len, PRL_XML_ROOT + 1, strlen(PRL_XML_ROOT) - 1);
+}
+
+static int prl_probe(const struct probe *p)
+{
+    return (p->head_len >= PRL_HEADER &&
+            (memcmp(p->head, PRL_MAGIC, 16) == 0 || memcmp(p->head, PRL_MAGIC_EXT, 16) == 0)) ||
+                   prl_is_xml(p->head, p->head_len) ? 100 : 0;
+}
+
+static int prl_open(struct image *im)
+{
+    struct prl *p = im->state = util_fault("parallels") ? NULL : calloc(1, sizeof(*p));
+    uint8_t head[4096];
+    uint64_t done, len = util_min(im->files[0].size, sizeof(head));
+    int ret;
+
+    if (!p)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: name the folder of a Parallels disk, not its files", im->name);
+    ret = file_pread(&im->files[0], head, len, 0, &done);
+    if (ret)
+        return ret;
+    return prl_is_xml(head, len) ? prl_open_bundle(im) : prl_open_single(im);
+}
+
+static void prl_close(struct image *im)
+{
+    struct prl *p = im->state;
+
+    if (p) {
+        free(p->end);
+        free(p->layers);
+    }
+    free(p);
+}
+
+/* -- mapping -- */
+
+static void prl_map_plain(const struct prl_layer *l, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    bool data = true;
+
+    if (offset >= l->file->size) {
+        qcow2_bad_extent(ext, length, "lies past the end of its plain file");
+        return;
+    }
+    *ext = (struct extent){ .length = util_min(length, l->file->size - offset), .file = l->file, .offset = offset };
+    if (exact)
+        file_seek_extent(ext->file, offset, ext->length, &data, &ext->length);
+    ext->kind = data ? EXT_DATA : EXT_ZERO;
+}
+
+/* One cluster of one layer, or the rest of it; offset counts from the storage's start. */
+static void prl_map_layer(const struct prl_layer *l, uint64_t offset, uint64_t length, struct extent *ext)
+{
+    uint64_t in_cluster = offset % l->cluster, host;
+    uint32_t entry;
+
+    *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
+    if (offset >= l->size)
+        return;                     /* a snapshot from when the disk was smaller */
+    ext->length = length = util_min(util_min(length, l->size - offset), l->cluster - in_cluster);
+    if (cache_le32(l->file, PRL_HEADER + offset / l->cluster * 4, &entry)) {
+        qcow2_bad_extent(ext, length, "the BAT cannot be read");
+        return;
+    }
+    host = (uint64_t)entry * l->unit;
+    if (!entry)
+        return;
+    if (host < l->first || (l->aligned && (host - l->first) % l->cluster))
+        qcow2_bad_extent(ext, length, "its BAT entry is damaged");
+    else if (host >= l->file->size || in_cluster >= l->file->size - host)
+        qcow2_bad_extent(ext, length, "its cluster lies past the end of the file");
+    else
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, l->file->size - host - in_cluster),
+                                .file = l->file, .offset = host + in_cluster };
+}
+
+/* The first layer of the storage that has it. */
+static void prl_map_range(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct prl *p = im->state;
+    const struct prl_layer *l;
+    unsigned low = 0, high = p->n_storages - 1, mid;
+    uint64_t start;
+
+    while (low < high) {
+        mid = (low + high) / 2;
+        if (offset < p->end[mid])
+            high = mid;
+        else
+            low = mid + 1;
+    }
+    start = low ? p->end[low - 1] : 0;
+    length = util_min(length, p->end[low] - offset);
+    l = p->layers + (size_t)low * p->n_layers;
+    *ext = (struct extent){ .length = length };
+    for (unsigned i = 0; i < p->n_layers; i++, l++) {
+        if (l->plain)
+            prl_map_plain(l, offset - start, length, exact, ext);
+        else
+            prl_map_layer(l, offset - start, length, ext);
+        if (ext->kind != EXT_BACKING)
+            return;
+        length = ext->length;
+    }
+    ext->kind = EXT_ZERO;
+}
+
+static int prl_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    return ext_merge(im, offset, length, exact, ext, prl_map_range);
+}
+
+static const struct image_format prl_format = {
+    .name = "parallels",
+    .describe = "Parallels images, and folders of them (.hdd) with storages and snapshots",
+    .writes = "-",
+    .probe = prl_probe,
+    .open = prl_open,
+    .map = prl_map,
+    .close = prl_close,
+};
+
+/* ******************************************************************************************************** *
  * 10. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
 
-static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format, &vdi_format, &qed_format };
+static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format, &vdi_format, &qed_format,
+                                                    &prl_format };
 
 enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
 
@@ -2451,8 +3139,6 @@ static const struct {
     { "a VHD image", 0, 8, false, "conectix" },
     { "a VHD image", 0, 8, true, "conectix" },
     { "a VHD image", 1, 8, true, "conectix" },
-    { "a Parallels image", 0, 16, false, "WithoutFreeSpace" },
-    { "a Parallels image", 0, 16, false, "WithouFreSpacExt" },
     { "an EWF (E01) image", 0, 8, false, "EVF\t\r\n\xff\0" },
     { "an EWF logical (L01) image", 0, 8, false, "LVF\t\r\n\xff\0" },
     { "an EWF2 (Ex01) image", 0, 8, false, "EVF2\r\n\x81\0" },
@@ -2531,11 +3217,24 @@ static int img_probe(struct image *im, const char *wanted)
     return 0;
 }
 
+/* A Parallels disk is a folder: its descriptor stands for it. Other folders are refused by file_open(). */
 static int img_add_file(struct image *im, const char *path)
 {
+    char inside[PATH_MAX];
+    struct stat st;
+    int ret;
+
     if (im->n_files == MAX_PARTS)
         return msg_err(-E2BIG, "%s: more than %d parts", im->name, MAX_PARTS);
-    return file_open(&im->files[im->n_files++], path, im->writable);
+    if (stat(path, &st) < 0 || !S_ISDIR(st.st_mode) ||
+        (size_t)snprintf(inside, sizeof(inside), "%s/" PRL_XML_NAME, path) >= sizeof(inside) ||
+        access(inside, F_OK) < 0)
+        return file_open(&im->files[im->n_files++], path, im->writable);
+    ret = file_open_beneath(&im->files[im->n_files++], path, PRL_XML_NAME, inside);
+    if (ret && !im->files[im->n_files - 1].path)
+        msg_err(ret, "%s: %s", inside,
+                ret == -EXDEV || ret == -ELOOP ? "leads out of its folder" : strerror(-ret));
+    return ret;
 }
 
 /*
@@ -2636,9 +3335,9 @@ static int img_check_options(const struct image *im)
 {
     const struct image_options *opt = im->opt;
 
-    if ((opt->snapshot || opt->data_file) && im->format != &qcow2_format)
+    if (im->format != &qcow2_format && (opt->data_file || (opt->snapshot && im->format != &prl_format)))
         return msg_err(-EINVAL, "%s: is %s, so --%s is of no use", im->name, im->format->name,
-                       opt->snapshot ? "snapshot" : "data-file");
+                       opt->data_file ? "data-file" : "snapshot");
     if ((opt->backing || opt->backing_format) && !*im->backing_name)
         return msg_err(-EINVAL, "%s: has no backing file, so --backing is of no use", im->name);
     return 0;
@@ -2685,17 +3384,20 @@ static bool img_is_allowed(const struct image_options *opt, const char *path)
 
 /*
  * Opens into f what the image calls `name`. The image does not choose freely: beside it, or below it, or
- * where the user allowed it. `what` and `option` are for the message.
+ * where the user allowed it. `what` and `option` are for the message; NULL: there is no such option.
  */
 static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
                           const char *option)
 {
-    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash;
+    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash, another[64] = "", or[64] = "";
     int ret;
 
+    if (option) {
+        snprintf(another, sizeof(another), "; %s FILE names another", option);
+        snprintf(or, sizeof(or), "%s FILE or ", option);
+    }
     if (img_is_url(name))
-        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name; %s FILE names one", im->name, what,
-                       name, option);
+        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name%s", im->name, what, name, another);
     if (!util_copy(folder, sizeof(folder), im->files[0].path))
         return msg_err(-ENAMETOOLONG, "%s: path too long", im->name);
     slash = strrchr(folder, '/');
@@ -2708,16 +3410,15 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
     f->fd = -1;
     if (name[0] == '/' || im->files[0].is_blk)
         return msg_err(-EPERM,
-                       "%s: its %s is '%s', outside of its folder; %s FILE or --allow-external DIR allows it",
-                       im->name, what, name, option);
+                       "%s: its %s is '%s', outside of its folder; %s--allow-external DIR allows it",
+                       im->name, what, name, or);
     ret = file_open_beneath(f, slash ? folder : ".", name, shown);
     if (ret == -EXDEV || ret == -ELOOP)
         return msg_err(ret,
-                       "%s: its %s '%s' leads out of its folder; %s FILE or --allow-external DIR allows it",
-                       im->name, what, name, option);
+                       "%s: its %s '%s' leads out of its folder; %s--allow-external DIR allows it",
+                       im->name, what, name, or);
     if (ret)
-        msg_err(ret, "%s: cannot open its %s '%s': %s; %s FILE names another", im->name, what, name,
-                strerror(-ret), option);
+        msg_err(ret, "%s: cannot open its %s '%s': %s%s", im->name, what, name, strerror(-ret), another);
     return ret;
 }
 

@@ -767,7 +767,7 @@ t_writable_folder_keeps_disk_and_partitions_coherent() {
 # ---- formats, locks --------------------------------------------------------------------------------------------
 
 t_containers_that_are_not_read_are_refused_by_name() {
-    for f in vmdk vhdx vpc parallels; do
+    for f in vmdk vhdx vpc; do
         qemu-img create -q -f $f x.$f 4M
         refused 1 'which this version does not read' "$fx" -q x.$f m
         "$fx" -q --format raw x.$f m; cmp x.$f m; "$fx" --umount m
@@ -804,7 +804,7 @@ t_corpus_containers_are_never_shown_as_raw() {
     [ -d "$corpus" ] || skip "no corpus"
     "$corpus/unpack" c
     while IFS=$'\t' read -r path format _; do
-        case $format:$path in raw:* | qcow2:* | path:* | ddrescue*:* | *.hds | *DiskDescriptor.xml | *:bad/*) continue ;; esac
+        case $format:$path in raw:* | qcow2:* | parallels:* | path:* | ddrescue*:* | *:bad/*) continue ;; esac
         if [ -s "c/$path" ] && "$fx" -q "c/$path" m 2>err; then "$fx" --umount m; echo "$path"; fi
     done <c/MANIFEST.tsv >served
     same "$(cat served)" ""
@@ -1539,6 +1539,254 @@ t_qed_random_damage_is_survived() {
     random base 200
     qemu-img create -q -f qed -o cluster_size=4k,table_size=2 -b base -F raw good 2M; scribble good 5
     random_damage qed 64 24576
+}
+
+# ---- Parallels -------------------------------------------------------------------------------------------------
+
+# Rewrites an image with the magic "...Ext" (BAT in clusters) as one without (BAT in sectors). FILE NEW
+prl_old() {
+    py '
+import struct
+d = bytearray(open(sys.argv[1], "rb").read())
+tracks, n = struct.unpack_from("<II", d, 28)
+d[:16] = b"WithoutFreeSpace"
+for i in range(n): struct.pack_into("<I", d, 64 + 4 * i, struct.unpack_from("<I", d, 64 + 4 * i)[0] * tracks)
+open(sys.argv[2], "wb").write(d)
+' "$@"
+}
+
+t_parallels_variants_read_back() {
+    local n=0 c
+    for c in 32256 4k 64k 258048 1M 16M; do
+        n=$((n + 1))
+        rm -f img
+        qemu-img create -q -f parallels -o cluster_size=$c img 12345k
+        scribble img $n
+        qemu-img convert -f parallels -O raw img truth
+        check_same img
+        prl_old img old
+        qemu-img convert -f parallels -O raw old copy; cmp copy truth
+        check_same old
+    done
+    # The size field has 4 bytes without "Ext"; a data offset of 0 is anywhere behind the BAT.
+    cp old good; poke bad 40 01000000 48 00000000
+    check_same bad
+    qemu-img create -q -f parallels img 6T
+    "$fx" -q img m; same "$(stat -c %s m)" $((6 << 40)); "$fx" --umount m
+}
+
+# A bundle of two storages and a snapshot, its images made by qemu, and ./truth, ./truth-base by qemu-img map.
+prl_bundle() {
+    local k f i size
+    mkdir d.hdd
+    for k in 0 1; do
+        size=$((k ? 5123 : 6000))k
+        for f in base top; do
+            qemu-img create -q -f parallels -o cluster_size=$((k * ${#f} == 4 ? 252 : 64))k d.hdd/$k.$f.hds $size
+            [ $f = top ] || scribble d.hdd/$k.$f.hds 3$k
+            [ $f = base ] || for i in 1 4 5 13 33 40 41 60; do echo "write -P $((i + k)) $((i * 70))k 50k"; done |
+                qemu-io -f parallels d.hdd/$k.$f.hds >/dev/null
+            qemu-img convert -f parallels -O raw d.hdd/$k.$f.hds $k.$f.raw
+        done
+        qemu-img map --output=json -f parallels d.hdd/$k.top.hds >$k.map
+        prl_old d.hdd/$k.base.hds old; mv old d.hdd/$k.base.hds
+    done
+    cat 0.base.raw 1.base.raw >truth-base
+    py '
+import json
+with open("truth", "wb") as out:
+    for k in "01":
+        base, top = bytearray(open(k + ".base.raw", "rb").read()), open(k + ".top.raw", "rb").read()
+        holes = [e for e in json.load(open(k + ".map")) if not e["present"]]
+        assert sum(any(base[e["start"]:e["start"] + e["length"]]) for e in holes) > 4
+        for e in json.load(open(k + ".map")):
+            if e["present"]: base[e["start"]:e["start"] + e["length"]] = top[e["start"]:e["start"] + e["length"]]
+        out.write(base)
+'
+    prl_descriptor >d.hdd/DiskDescriptor.xml
+}
+prl_base='{5fbaabe3-6958-40ff-92a7-860e329aab41}'
+prl_top='{12345678-9ABC-def1-2345-6789abcdef12}'
+prl_descriptor() {
+    local top_guid="<TopGUID>$prl_top</TopGUID>"
+    cat <<END
+<?xml version='1.0' encoding='UTF-8'?>
+<!-- a <comment> -->
+<Parallels_disk_image Version="1.0">
+    <Disk_Parameters><Disk_size>22246</Disk_size><Padding>0</Padding><Other a='>'/>
+        <Encryption><Engine>{00000000-0000-0000-0000-000000000000}</Engine><Data></Data></Encryption></Disk_Parameters>
+    <StorageData>
+        <Storage><Start>12000</Start><End>22246</End><Blocksize>128</Blocksize>
+            <Image><GUID>$prl_top</GUID><Type>Compressed</Type><File>1.top.hds</File></Image>
+            <Image><GUID>$prl_base</GUID><Type>Compressed</Type><File>1.base.hds</File></Image></Storage>
+        <Storage><Start>0</Start><End>12000</End><Blocksize>128</Blocksize>
+            <Image><GUID>$prl_base</GUID><Type>${1:-Compressed}</Type><File>${2:-0.base.hds}</File></Image>
+            <Image><GUID>$prl_top</GUID><Type>Compressed</Type><File>0.top.hds</File></Image></Storage>
+    </StorageData>
+    <Snapshots>${3-$top_guid}
+        <Shot><GUID>$prl_base</GUID><ParentGUID>{00000000-0000-0000-0000-000000000000}</ParentGUID></Shot>
+        <Shot><GUID>$prl_top</GUID><ParentGUID>$prl_base</ParentGUID></Shot>
+    </Snapshots>
+</Parallels_disk_image>
+END
+}
+
+t_parallels_bundles_show_the_current_snapshot() {
+    prl_bundle
+    check_same d.hdd
+    check_same d.hdd/
+    check_same d.hdd/DiskDescriptor.xml
+    cp truth current; cp truth-base truth
+    check_same d.hdd --snapshot $prl_base
+    prl_descriptor Compressed 0.base.hds '' >d.hdd/DiskDescriptor.xml           # then that GUID is the current state's name
+    check_same d.hdd
+    cp current truth; check_same d.hdd --snapshot 12345678-9abc-DEF1-2345-6789abcdef12
+    refused 1 "has no snapshot 'first' (it has 2)" "$fx" -q --snapshot first d.hdd m
+    refused 1 'has no snapshots, so --snapshot' "$fx" -q --snapshot first d.hdd/1.top.hds m
+    # A root that is a plain file, in a folder below, with a name that XML has to quote.
+    mkdir 'd.hdd/R&D'; cp 0.base.raw 'd.hdd/R&D/<0>'
+    prl_descriptor Plain 'R&amp;D/&lt;0&gt;' >d.hdd/DiskDescriptor.xml
+    check_same d.hdd
+    truncate -s 1M 'd.hdd/R&D/<0>'
+    "$fx" -q d.hdd m; cmp -i 6144000 m truth; not cmp m truth 2>err; grep -q 'Input/output' err
+    "$fx" --umount m
+    "$fx" d.hdd/1.top.hds m 2>err; grep -q 'shown alone; its folder' err; "$fx" --umount m
+    random big 4; qemu-img create -q -f qcow2 -u -b d.hdd/DiskDescriptor.xml -F parallels over 11123k
+    prl_descriptor >d.hdd/DiskDescriptor.xml; check_same over
+}
+
+t_parallels_bundles_that_make_no_sense_are_refused() {
+    prl_bundle
+    mkdir e f; : >f/x; : >out
+    refused 1 'e: is a directory, not a disk image' "$fx" -q e m
+    refused 1 'f: is a directory, not a disk image' "$fx" -q f m
+    local descriptor=d.hdd/DiskDescriptor.xml
+    edited() { prl_descriptor | sed "$1" >$descriptor; cmp -s $descriptor <(prl_descriptor) && fail "$1"; refused 1 "$2" "$fx" -q d.hdd m; }
+    edited 's/0.base.hds/..\/out/' 'leads out of its folder; --allow-external DIR'
+    edited 's/0.base.hds/\/etc\/passwd/' 'outside of its folder; --allow-external DIR'
+    edited 's/0.base.hds/http:x/' 'not a plain file name$'
+    edited 's/0.base.hds/absent/' "cannot open its image file 'absent': No such file or directory$"
+    edited 's/0.base.hds/DiskDescriptor.xml/' 'is not a Parallels image'
+    edited 's/0.top.hds/1.top.hds/' 'the size, smaller than its storage'
+    edited 's/0.base.hds/\&file;/' "a file's name ('&file;')"
+    edited 's/0.base.hds//' "a file's name ('')"
+    edited '/0.base.hds/s/Compressed/Expanding/' "unknown type of an image ('Expanding')"
+    edited '/0.base.hds/s/<Type>Compressed<.Type>//' 'there twice, or lacks a part'
+    edited '/0.base.hds/s/<GUID>.*<.GUID>//' 'a storage has no image of snapshot'
+    edited 's/<Image>.*0.top.hds.*Image>//' "a storage has no image of snapshot ('123456789abcdef123456789abcdef12')"
+    edited '/1.top.hds/s/GUID>.*<.GUID/GUID>{5fbaabe3-6958-40ff-92a7-860e329aab41}<\/GUID/' 'a storage has no image of snapshot'
+    edited '/1.base.hds/s/GUID>.*<.GUID/GUID>{12345678-9ABC-def1-2345-6789abcdef12}<\/GUID/' 'there twice'
+    edited 's/<Start>12000/<Start>12001/' 'no storage begins at sector 12000'
+    edited 's/<Start>12000/<Start>11999/' 'no storage begins at sector 12000'
+    edited 's/<End>12000/<End>0/' 'no storage begins at sector 0'
+    edited 's/<End>12000/<End>-1/' "a number of sectors ('-1')"
+    edited 's/<End>12000/<End>12000<!-- 1 -->/' 'a number of sectors'
+    edited 's/<End>12000/<End>99999999999999999999/' 'a number of sectors'
+    edited 's/<End>22246/<End>22245/' 'a disk of 22246 sectors, and storages of 22245'
+    edited 's/<End>22246/<End>22247/' 'the size, smaller than its storage'
+    edited 's/<Disk_size>.*size>//' 'a disk of 0 sectors'
+    edited 's/<Padding>0/<Padding>1/' 'disks with padding'
+    edited 's/<Engine>{0/<Engine>{5/' 'is encrypted (by {5'
+    edited 's/<TopGUID>{1/<TopGUID>{9/' "no snapshot, or not all of it, for this GUID ('9"
+    edited 's/<TopGUID>{1/<TopGUID>{x/' 'a GUID'
+    edited 's/<ParentGUID>{0/<ParentGUID>{7/' "no snapshot, or not all of it, for this GUID ('7"
+    edited 's/<ParentGUID>{0.*}/<ParentGUID>{12345678-9abc-def1-2345-6789abcdef12}/' 'in a circle'
+    edited 's/<ParentGUID>{0.*0}<.ParentGUID>//' 'not all of it'
+    edited 's/Version="1.0"/Version="1.0/' 'not a tag'
+    edited 's/<.Storage>/<\/Stor>/' 'the wrong element ends'
+    edited 's/<.Parallels_disk_image>//' "ends within an element ('/Parallels_disk_image')"
+    edited 's/<!--.*/<!DOCTYPE x [<!ENTITY y "z">]>/' 'declarations are not supported'
+    edited 's/<!--.*/<!--/' 'has no end'
+    edited 's/<Other.*/<Other>\x0<\/Other>/' 'is not in UTF-8'
+    prl_descriptor | sed '/Storage/d;/Image>/d' >$descriptor; refused 1 'has no storages' "$fx" -q d.hdd m
+    prl_descriptor | sed "s/$prl_base/{00112233-4455-6677-8899-aabbccddeeff}/;s/<TopGUID>.*TopGUID>//" >$descriptor
+    refused 1 'does not say which of its 2 snapshots is the current one' "$fx" -q d.hdd m
+    prl_descriptor Compressed 0.base.hds | sed '/0.top.hds/s/Compressed/Plain/' >$descriptor
+    refused 1 'a plain file but has a parent' "$fx" -q d.hdd m
+    { prl_descriptor; head -c 1M /dev/zero | tr '\0' ' '; } >$descriptor; refused 1 'too large for a DiskDescriptor.xml' "$fx" -q d.hdd m
+    { prl_descriptor | head -n 3; yes '<a>' | head -n 1000; } >$descriptor; refused 1 'nested too deeply' "$fx" -q d.hdd m
+    { prl_descriptor | head -n 3; echo '<Snapshots>'; yes '<Shot/>' | head -n 9999; } >$descriptor; refused 1 'too many of an element' "$fx" -q d.hdd m
+    ln -sf /etc/passwd $descriptor; refused 1 'DiskDescriptor.xml: leads out of its folder' "$fx" -q d.hdd m
+}
+
+t_parallels_damaged_headers_are_refused() {
+    qemu-img create -q -f parallels -o cluster_size=64k good 64M; qemu-io -f parallels -c 'write -P 1 0 1M' good >/dev/null
+    local rows='
+16 01000000 unknown version 1
+16 03000000 unknown version 3
+28 00000000 the cluster size (0x0)
+28 ffffff7f the cluster size (0x7fffffff)
+32 00000010 number of clusters, whose table does not fit into the file (0x10000000)
+32 ffffffff number of clusters
+32 ff030000 the size, larger than all clusters together (0x20000)
+36 0100020000000000 the size, larger than all clusters together (0x20001)
+36 0000020001000000 the size, larger than all clusters together (0x100020000)
+36 ffffffffffffffff the size, larger'
+    while read -r offset hex pattern; do
+        [ -n "$offset" ] || continue
+        poke bad "$offset" "$hex"
+        refused 1 "$pattern" "$fx" -q bad m
+    done <<<"$rows"
+    head -c 63 good >bad; refused 1 'is not a Parallels image' "$fx" -q --format parallels bad m
+    head -c 2000 good >bad; refused 1 'number of clusters' "$fx" -q bad m
+    refused 1 'cannot be written by this version' "$fx" -q -w good m
+}
+
+t_parallels_in_use_is_read_with_a_note() {
+    qemu-img create -q -f parallels good 64M; qemu-io -f parallels -c 'write -P 1 0 1M' good >/dev/null
+    qemu-img convert -f parallels -O raw good truth
+    poke bad 44 596e6f74 56 ffffff                  # the format extension does not matter
+    cp bad copy
+    check_same bad
+    "$fx" bad m 2>err; grep -q 'is marked as in use' err; "$fx" --umount m
+    cmp bad copy
+}
+
+t_parallels_damaged_bats_cost_their_cluster_only() {
+    qemu-img create -q -f parallels -o cluster_size=64k good 8M
+    qemu-io -f parallels -c 'write -P 1 0 1M' -c 'write -P 2 6M 1M' good >/dev/null
+    qemu-img convert -f parallels -O raw good truth
+    prl_old good old
+    for row in 'good ffffff00' 'good ffffffff' 'old 00ffff00' 'old 01000000' 'old 7f000000' 'old 81000000' 'old ffffffff'; do
+        [ "${row% *}" = good ] || cp old good
+        poke bad 68 "${row#* }"
+        "$fx" -q bad m
+        cmp -n 65536 m truth; cmp -i 131072 m truth
+        not dd if=m of=/dev/null bs=4k skip=16 count=1 2>err; grep -q 'Input/output' err
+        not dd if=m of=/dev/null bs=4k skip=31 count=1 2>err
+        "$fx" --umount m
+    done
+    cp old bad; truncate -s -300000 bad
+    "$fx" -q bad m
+    cmp -n $((6 << 20)) m truth; cmp -i $((7 << 20)) m truth
+    not cmp m truth 2>err; grep -q 'Input/output' err
+    "$fx" --umount m
+}
+
+t_parallels_random_damage_is_survived() {
+    qemu-img create -q -f parallels -o cluster_size=4k good 2M
+    py 'for i in range(300): print("write -P %d %d 4096" % (i % 256, i * 37 % 512 * 4096))' | qemu-io -f parallels good >/dev/null
+    random_damage parallels 64 2112
+    # The descriptor: no byte of it is trusted either.
+    qemu-img create -q -f parallels a.hds 6000k
+    prl_descriptor | sed 's/[01]\.[a-z]*\.hds/a.hds/;s/22246/22000/' >good
+    "$fx" -q good m; "$fx" --umount m
+    random_damage parallels 100 2500
+}
+
+t_corpus_parallels_images_are_right() {
+    [ -d "$corpus" ] || skip "no corpus"
+    "$corpus/unpack" c
+    local n=0
+    while IFS=$'\t' read -r path format _ size sum _ expected _; do
+        [ "$format" = parallels ] && [ "$expected" = ok ] || continue
+        "$fx" -q "c/$path" m
+        same "$(stat -c %s m)" "$size"
+        [ "$size" -gt 999999999 ] || same "$(sha256sum <m | cut -d' ' -f1)" "$sum"
+        "$fx" --umount m
+        n=$((n + 1))
+    done <c/MANIFEST.tsv
+    [ $n -ge 5 ] || fail "only $n"
 }
 
 # ---- life cycle ------------------------------------------------------------------------------------------------
