@@ -1774,6 +1774,22 @@ t_parallels_random_damage_is_survived() {
     random_damage parallels 100 2500
 }
 
+t_neighbours_are_read_at_once_in_every_block_format() {
+    local o reads
+    random raw 4096
+    for o in vdi,static=on qed,cluster_size=4k parallels,cluster_size=4k; do
+        qemu-img convert -f raw -O ${o%,*} -o ${o#*,} raw img
+        "$fx" -q --no-passthrough --format ${o%,*} img m
+        strace -f -o log -e trace=preadv2,pread64 -p "$(server_of)" 2>strace.err & local s=$!
+        wait_for grep -q attached strace.err
+        dd if=m bs=512k iflag=direct status=none | cmp - raw
+        kill $s; wait $s || true
+        reads=$(grep -c pread log)
+        [ "$reads" -le 64 ] || fail "$reads reads for 32 requests of $o"
+        "$fx" --umount m
+    done
+}
+
 t_corpus_parallels_images_are_right() {
     [ -d "$corpus" ] || skip "no corpus"
     "$corpus/unpack" c
