@@ -14,17 +14,21 @@
  *    7. Cache                   cache_   tables and decoded clusters in one budget
  *    8. Raw images              raw_     the driver to copy
  *    9. qcow2                   qcow2_   QEMU's format, for reading
- *   10. Damage                  bad_     what could not be read, for --error-map
- *   11. Image core              img_     probing, chains, the loops over extents, resizing
- *   12. Partitions              part_    MBR, GPT, the views
- *   13. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
- *   14. Worker loop             loop_    the transport
- *   15. Sandbox                 box_     what the serving process gives up
- *   16. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
- *   17. Life cycle              run_     supervisor and server, the clean-up chain
- *   18. One-shot commands       cmd_     --umount, --formats, --version
- *   19. Options                 opt_     one table for getopt, -o and --help
- *   20. Main
+ *   10. Extents                 ext_     neighbours become one: for the drivers below
+ *   11. VDI                     vdi_     VirtualBox's format
+ *   12. QED                     qed_     QEMU's older format
+ *   13. Parallels               prl_     images, and bundles of them
+ *   14. Damage                  bad_     what could not be read, for --error-map
+ *   15. Image core              img_     probing, chains, the loops over extents, resizing
+ *   16. Partitions              part_    MBR, GPT, the views
+ *   17. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
+ *   18. Worker loop             loop_    the transport
+ *   19. Sandbox                 box_     what the serving process gives up
+ *   20. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
+ *   21. Life cycle              run_     supervisor and server, the clean-up chain
+ *   22. One-shot commands       cmd_     --umount, --formats, --version
+ *   23. Options                 opt_     one table for getopt, -o and --help
+ *   24. Main
  *
  * Processes: the supervisor (this program as started, or its background child) mounts, forks the server,
  * unmounts and cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker
@@ -245,6 +249,13 @@ static const char *util_basename(const char *path)
     const char *slash = strrchr(path, '/');
 
     return slash ? slash + 1 : path;
+}
+
+static bool util_is_null_id(const uint8_t id[16])
+{
+    static const uint8_t null[16];
+
+    return memcmp(id, null, sizeof(null)) == 0;
 }
 
 /* hex: 2 * len + 1 bytes. */
@@ -1222,6 +1233,25 @@ static int cache_be64(struct file *f, uint64_t offset, uint64_t *value)
     return ret;
 }
 
+static int cache_le64(struct file *f, uint64_t offset, uint64_t *value)
+{
+    uint64_t word;
+    int ret = cache_word(f, offset, &word);
+
+    *value = ret ? 0 : util_le64((const uint8_t *)&word);
+    return ret;
+}
+
+/* Four bytes at a multiple of 4. */
+static int cache_le32(struct file *f, uint64_t offset, uint32_t *value)
+{
+    uint64_t word;
+    int ret = cache_word(f, offset & ~7ull, &word);
+
+    *value = ret ? 0 : util_le32((const uint8_t *)&word + (offset & 4));
+    return ret;
+}
+
 /* -- decoded clusters -- */
 
 static void cache_unlink(struct cache_cluster *c)
@@ -2019,7 +2049,7 @@ static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint6
 static bool qcow2_continues(const struct extent *a, const struct extent *b)
 {
     return a->kind == b->kind && (a->kind == EXT_ZERO || a->kind == EXT_BACKING ||
-                                  (a->kind == EXT_DATA && a->offset + a->length == b->offset));
+                                  (a->kind == EXT_DATA && a->file == b->file && a->offset + a->length == b->offset));
 }
 
 static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
@@ -2078,7 +2108,1187 @@ static const struct image_format qcow2_format = {
 };
 
 /* ******************************************************************************************************** *
- * 10. Damage
+ * 10. Extents
+ *
+ * What drivers with one table entry per block have in common.
+ * ******************************************************************************************************** */
+
+enum { EXT_LOOK_AHEAD = 128 };      /* entries looked at for one extent: below us they may all be looked up again */
+
+/* Describes a range that begins at offset: all in one block, or as much of it as is the same kind. */
+typedef void ext_block(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
+
+/* image_format.map from what `block` says about each block: neighbours that go on in the file are one extent. */
+static int ext_merge(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext,
+                     ext_block *block)
+{
+    struct extent next = { 0 };
+    uint64_t end = offset + length;
+
+    block(im, offset, length, exact, ext);
+    for (unsigned n = 1; n < EXT_LOOK_AHEAD && offset + ext->length < end; n++) {
+        block(im, offset + ext->length, end - offset - ext->length, exact, &next);
+        if (!qcow2_continues(ext, &next))
+            break;
+        ext->length += next.length;
+    }
+    return 0;
+}
+
+/* ******************************************************************************************************** *
+ * 11. VDI
+ *
+ * VirtualBox, VDICore.h: versions 1.1 and 0.2. All numbers are little-endian.
+ *
+ *   text, signature, version | header | block map: 4 bytes per block | blocks, each after its extra data
+ *
+ * A map entry is the number of a block in the file, or says "not here" (what the parent has, zeros if there is
+ * none) or "zeros". Dynamic and fixed images differ in nothing but that. A differencing image knows its parent by
+ * UUID only: the user names the file, or it lies beside the image under VirtualBox's own name for it, {UUID}.vdi.
+ * ******************************************************************************************************** */
+
+enum {
+    VDI_OFF_SIGNATURE = 64,
+    VDI_OFF_VERSION = 68,
+    VDI_HEADER = 456,               /* with the text; 0.2: */
+    VDI_HEADER_V0 = 420,
+    VDI_OFF_HEADER_SIZE = 72,       /* not in 0.2; counts from here */
+    VDI_HEADER_SIZE_MIN = 384,
+    VDI_OFF_TYPE = 76,              /* 0.2: 72 */
+    VDI_OFF_BLOCKS = 340,           /* where the map is; not in 0.2 */
+    VDI_OFF_DATA = 344,             /* where block 0 is; not in 0.2 */
+    VDI_OFF_SIZES = 368,            /* disk size, block size, extra data per block, number of blocks, ... */
+    VDI_OFF_UUIDS = 392,            /* its own, of its last change, the parent's, of the parent's last change */
+    VDI_OFF_V0_SIZES = 352,         /* without the extra data */
+    VDI_OFF_V0_UUIDS = 372,         /* without the last one */
+    VDI_TYPE_DYNAMIC = 1,
+    VDI_TYPE_FIXED = 2,
+    VDI_TYPE_UNDO = 3,
+    VDI_TYPE_DIFF = 4,
+    VDI_VERSION_0 = 0x00000002,
+    VDI_VERSION_1 = 0x00010001,
+    VDI_MIN_BLOCK = 512,
+    VDI_MAX_BLOCK = 1 << 30,        /* with as much extra data, all places in the file fit into 63 bits */
+};
+#define VDI_SIGNATURE 0xbeda107fu
+#define VDI_ENTRY_NONE 0xffffffffu
+#define VDI_ENTRY_ZERO 0xfffffffeu
+
+struct vdi {
+    uint32_t version, type, block_size, extra, blocks;
+    uint64_t map, data, disk_size;
+    bool differencing;
+    uint8_t modified[16], parent_modified[16];  /* UUIDs that change with every use of an image */
+};
+
+static int vdi_probe(const struct probe *p)
+{
+    return p->head_len >= VDI_OFF_VERSION + 4 && util_le32(p->head + VDI_OFF_SIGNATURE) == VDI_SIGNATURE ? 100 : 0;
+}
+
+static int vdi_bad(const struct image *im, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VDI: %s (0x%" PRIx64 ")", im->name, what, value);
+}
+
+static void vdi_parse_v0(struct image *im, struct vdi *v, const uint8_t *h)
+{
+    v->type = util_le32(h + VDI_OFF_TYPE - 4);
+    v->disk_size = util_le64(h + VDI_OFF_V0_SIZES);
+    v->block_size = util_le32(h + VDI_OFF_V0_SIZES + 8);
+    v->blocks = util_le32(h + VDI_OFF_V0_SIZES + 12);
+    v->map = VDI_HEADER_V0;
+    v->data = v->map + 4ull * v->blocks;
+    memcpy(im->id, h + VDI_OFF_V0_UUIDS, 16);
+    memcpy(v->modified, h + VDI_OFF_V0_UUIDS + 16, 16);
+    memcpy(im->parent_id, h + VDI_OFF_V0_UUIDS + 32, 16);
+}
+
+static void vdi_parse_v1(struct image *im, struct vdi *v, const uint8_t *h)
+{
+    v->type = util_le32(h + VDI_OFF_TYPE);
+    v->map = util_le32(h + VDI_OFF_BLOCKS);
+    v->data = util_le32(h + VDI_OFF_DATA);
+    v->disk_size = util_le64(h + VDI_OFF_SIZES);
+    v->block_size = util_le32(h + VDI_OFF_SIZES + 8);
+    v->extra = util_le32(h + VDI_OFF_SIZES + 12);
+    v->blocks = util_le32(h + VDI_OFF_SIZES + 16);
+    memcpy(im->id, h + VDI_OFF_UUIDS, 16);
+    memcpy(v->modified, h + VDI_OFF_UUIDS + 16, 16);
+    memcpy(im->parent_id, h + VDI_OFF_UUIDS + 32, 16);
+    memcpy(v->parent_modified, h + VDI_OFF_UUIDS + 48, 16);
+}
+
+static int vdi_check_header(struct image *im, const struct vdi *v)
+{
+    uint64_t file_size = im->files[0].size;
+
+    if (v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF)
+        return vdi_bad(im, "the image type", v->type);
+    if (v->block_size < VDI_MIN_BLOCK || v->block_size > VDI_MAX_BLOCK || (v->block_size & (v->block_size - 1)))
+        return vdi_bad(im, "the block size", v->block_size);
+    if (v->extra > v->block_size || (v->extra & (v->extra - 1)))
+        return vdi_bad(im, "the size of the extra data per block", v->extra);
+    if (v->map % 4 || v->map < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
+        return vdi_bad(im, "the place of the block map", v->map);
+    if (v->map > file_size || 4ull * v->blocks > file_size - v->map)
+        return vdi_bad(im, "the number of blocks, whose map does not fit into the file", v->blocks);
+    if (v->data < v->map + 4ull * v->blocks)
+        return vdi_bad(im, "the place of the data, inside the block map", v->data);
+    if (v->disk_size > (uint64_t)v->blocks * v->block_size)
+        return vdi_bad(im, "the disk size, larger than all blocks together", v->disk_size);
+    if (!v->differencing && !util_is_null_id(im->parent_id))
+        return vdi_bad(im, "a parent, in an image that is not a differencing one, of type", v->type);
+    if (v->differencing && util_is_null_id(im->parent_id) && !im->opt->force_parent)
+        return vdi_bad(im, "no parent's UUID, in a differencing image of type", v->type);
+    return 0;
+}
+
+static int vdi_read_header(struct image *im, struct vdi *v)
+{
+    uint8_t h[VDI_HEADER] = { 0 };
+    uint64_t done, len = util_min(im->files[0].size, sizeof(h));
+    int ret = file_pread(&im->files[0], h, len, 0, &done);
+
+    if (ret)
+        return ret;
+    if (util_le32(h + VDI_OFF_SIGNATURE) != VDI_SIGNATURE)
+        return msg_err(-EINVAL, "%s: is not a VDI image", im->name);
+    v->version = util_le32(h + VDI_OFF_VERSION);
+    if (v->version != VDI_VERSION_0 && v->version != VDI_VERSION_1)
+        return msg_err(-EOPNOTSUPP, "%s: VDI of unknown version %u.%u", im->name, v->version >> 16,
+                       v->version & 0xffff);
+    if (len < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
+        return vdi_bad(im, "the file ends in the header", len);
+    if (v->version == VDI_VERSION_1 && util_le32(h + VDI_OFF_HEADER_SIZE) < VDI_HEADER_SIZE_MIN)
+        return vdi_bad(im, "the header's size", util_le32(h + VDI_OFF_HEADER_SIZE));
+    (v->version == VDI_VERSION_0 ? vdi_parse_v0 : vdi_parse_v1)(im, v, h);
+    v->differencing = v->type == VDI_TYPE_UNDO || v->type == VDI_TYPE_DIFF;
+    return vdi_check_header(im, v);
+}
+
+/* As VirtualBox writes it: the first three fields are little-endian numbers. */
+static void vdi_uuid_text(const uint8_t u[16], char text[37])
+{
+    snprintf(text, 37, "%08" PRIx32 "-%04x-%04x-%02x%02x-%02x%02x%02x%02x%02x%02x", util_le32(u), util_le16(u + 4),
+             util_le16(u + 6), u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
+}
+
+/* The parent's file is not named in the image: the user does it, or VirtualBox's way to name snapshots. */
+static int vdi_find_parent(struct image *im)
+{
+    const char *user = im->depth == 0 ? im->opt->backing : NULL, *path = im->files[0].path;
+    int folder = (int)(util_basename(path) - path);
+    char uuid[37], beside[PATH_MAX];
+
+    util_copy(im->backing_format, sizeof(im->backing_format), "vdi");
+    im->has_parent_id = true;
+    vdi_uuid_text(im->parent_id, uuid);
+    snprintf(im->backing_name, sizeof(im->backing_name), "{%s}.vdi", uuid);
+    if (user) {
+        util_copy(im->backing_name, sizeof(im->backing_name), user);
+        return 0;
+    }
+    if (im->opt->no_backing || ((size_t)snprintf(beside, sizeof(beside), "%.*s%s", folder, path, im->backing_name) <
+                                    sizeof(beside) && access(beside, F_OK) == 0))
+        return 0;
+    if (im->depth)
+        return msg_err(-ENOENT, "%s: is a differencing image too; its parent %s is looked for beside it, as %s",
+                       im->name, uuid, im->backing_name);
+    return msg_err(-ENOENT, "%s: is a differencing image, and does not say where its parent %s is; --backing FILE does",
+                   im->name, uuid);
+}
+
+/* The right parent, but used by itself since its child was made: the child's blocks no longer fit it. */
+static int vdi_check_child(const struct image *im, const struct vdi *v)
+{
+    const struct image *child = im->child;
+    const struct vdi *c;
+    char want[37], got[37];
+
+    if (!child || child->format != im->format || memcmp(child->parent_id, im->id, sizeof(im->id)) != 0)
+        return 0;                   /* the image core compares these */
+    c = child->state;
+    if (util_is_null_id(c->parent_modified) || memcmp(c->parent_modified, v->modified, sizeof(v->modified)) == 0)
+        return 0;
+    vdi_uuid_text(c->parent_modified, want);
+    vdi_uuid_text(v->modified, got);
+    if (!im->opt->force_parent)
+        return msg_err(-EINVAL, "%s: was changed after %s was made from it: its modification UUID is %s instead of "
+                       "%s; --force-parent takes it all the same", im->name, child->name, got, want);
+    msg_say(MSG_NOTE, "%s: was changed after %s was made from it", im->name, child->name);
+    return 0;
+}
+
+static int vdi_open(struct image *im)
+{
+    struct vdi *v = im->state = util_fault("vdi") ? NULL : calloc(1, sizeof(*v));
+    int ret;
+
+    if (!v)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: a VDI image is one file", im->name);
+    ret = vdi_read_header(im, v);
+    if (!ret)
+        ret = vdi_check_child(im, v);
+    if (!ret && v->differencing)
+        ret = vdi_find_parent(im);
+    im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
+    im->cluster_size = v->block_size;
+    return ret;
+}
+
+static void vdi_close(struct image *im)
+{
+    free(im->state);
+}
+
+/* What the map says about one block, or the rest of it. */
+static void vdi_map_block(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vdi *v = im->state;
+    struct file *f = &im->files[0];
+    uint64_t in_block = offset & (v->block_size - 1), host;
+    uint32_t entry;
+
+    (void)exact;
+    length = util_min(length, v->block_size - in_block);
+    if (cache_le32(f, v->map + offset / v->block_size * 4, &entry)) {
+        qcow2_bad_extent(ext, length, "the block map cannot be read");
+        return;
+    }
+    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    if (entry == VDI_ENTRY_NONE && v->differencing)
+        ext->kind = EXT_BACKING;
+    if (entry == VDI_ENTRY_NONE || entry == VDI_ENTRY_ZERO)
+        return;
+    host = v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block;
+    if (host >= f->size)
+        qcow2_bad_extent(ext, length, "its block lies past the end of the file");
+    else
+        *ext = (struct extent){
+            .kind = EXT_DATA, .length = util_min(length, f->size - host), .file = f, .offset = host,
+        };
+}
+
+static int vdi_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    return ext_merge(im, offset, length, exact, ext, vdi_map_block);
+}
+
+static const struct image_format vdi_format = {
+    .name = "vdi",
+    .describe = "VirtualBox images: dynamic, fixed, differencing",
+    .writes = "-",
+    .probe = vdi_probe,
+    .open = vdi_open,
+    .map = vdi_map,
+    .close = vdi_close,
+};
+
+/* ******************************************************************************************************** *
+ * 12. QED
+ *
+ * QEMU docs/interop/qed_spec.rst. All numbers are little-endian.
+ *
+ *   header clusters | L1 table -> L2 tables (both of table_size clusters) -> clusters of data
+ *
+ * Only raw backing files have their format recorded; that of others is for the user to say.
+ * ******************************************************************************************************** */
+
+enum {
+    QED_OFF_CLUSTER_SIZE = 4,
+    QED_OFF_TABLE_SIZE = 8,         /* in clusters, as the header's size */
+    QED_OFF_HEADER_SIZE = 12,
+    QED_OFF_FEATURES = 16,          /* compatible and autoclear features follow: safe to ignore */
+    QED_OFF_L1 = 40,
+    QED_OFF_SIZE = 48,
+    QED_OFF_NAME = 56,              /* offset and length of the backing file's name, 4 bytes each */
+    QED_HEADER = 64,
+    QED_BACKING = 1,
+    QED_NEED_CHECK = 2,
+    QED_BACKING_RAW = 4,
+    QED_MIN_CLUSTER = 1 << 12,
+    QED_MAX_CLUSTER = 1 << 26,
+    QED_MAX_TABLE = 16,
+    QED_MAX_NAME = 1023,
+    QED_ENTRY_ZERO = 1,
+};
+
+struct qed {
+    uint32_t cluster_bits, table_bits;          /* table_bits: log2 of the entries of a table */
+    uint64_t size, features, l1, first;         /* first: where the header's clusters end */
+};
+
+static int qed_probe(const struct probe *p)
+{
+    return p->head_len >= QED_HEADER && memcmp(p->head, "QED", 4) == 0 ? 100 : 0;
+}
+
+static int qed_bad(const struct image *im, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile QED: %s (0x%" PRIx64 ")", im->name, what, value);
+}
+
+static bool qed_is_power_of_2(uint32_t value, uint32_t least, uint32_t most)
+{
+    return value >= least && value <= most && (value & (value - 1)) == 0;
+}
+
+static int qed_check_features(const struct image *im, uint64_t features)
+{
+    uint64_t unknown = features & ~(uint64_t)(QED_BACKING | QED_NEED_CHECK | QED_BACKING_RAW);
+    unsigned bit = 0;
+
+    if (!unknown)
+        return 0;
+    while (!(unknown >> bit & 1))
+        bit++;
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown QED feature (bit %u)", im->name, bit);
+}
+
+/* As many entries of the L1 table as the size needs must be there; the table ends where it may. */
+static int qed_check_l1(const struct image *im, const struct qed *q)
+{
+    uint64_t file_size = im->files[0].size, covers = q->cluster_bits + q->table_bits, need;
+
+    if (q->size % 512 || q->size > (uint64_t)MAX_IMAGE_SIZE)
+        return qed_bad(im, "the size", q->size);
+    need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
+    if (need > 1ull << q->table_bits)
+        return qed_bad(im, "the size, more than the tables can hold", q->size);
+    if (q->l1 < q->first || q->l1 % (1u << q->cluster_bits) || q->l1 > file_size || need * 8 > file_size - q->l1)
+        return qed_bad(im, "the place of the L1 table", q->l1);
+    return 0;
+}
+
+static int qed_read_header(struct image *im, struct qed *q, uint8_t h[QED_HEADER])
+{
+    uint32_t cluster, table, header_size;
+    uint64_t done;
+    int ret = 0;
+
+    if (im->files[0].size >= QED_HEADER)
+        ret = file_pread(&im->files[0], h, QED_HEADER, 0, &done);
+    if (ret)
+        return ret;
+    if (memcmp(h, "QED", 4) != 0)
+        return msg_err(-EINVAL, "%s: is not a QED image", im->name);
+    cluster = util_le32(h + QED_OFF_CLUSTER_SIZE);
+    table = util_le32(h + QED_OFF_TABLE_SIZE);
+    header_size = util_le32(h + QED_OFF_HEADER_SIZE);
+    q->features = util_le64(h + QED_OFF_FEATURES);
+    q->l1 = util_le64(h + QED_OFF_L1);
+    q->size = util_le64(h + QED_OFF_SIZE);
+    ret = qed_check_features(im, q->features);
+    if (ret)
+        return ret;
+    if (!qed_is_power_of_2(cluster, QED_MIN_CLUSTER, QED_MAX_CLUSTER))
+        return qed_bad(im, "the cluster size", cluster);
+    if (!qed_is_power_of_2(table, 1, QED_MAX_TABLE))
+        return qed_bad(im, "the table size", table);
+    if (!header_size)
+        return qed_bad(im, "the header's size", header_size);
+    q->cluster_bits = (uint32_t)__builtin_ctz(cluster);
+    q->table_bits = q->cluster_bits + (uint32_t)__builtin_ctz(table) - 3;
+    q->first = (uint64_t)header_size << q->cluster_bits;
+    return qed_check_l1(im, q);
+}
+
+/* The name lies in the header's clusters. */
+static int qed_read_backing(struct image *im, const struct qed *q, const uint8_t *h)
+{
+    uint64_t offset = util_le32(h + QED_OFF_NAME), len = util_le32(h + QED_OFF_NAME + 4), done;
+    char name[QED_MAX_NAME];
+    int ret;
+
+    if (!(q->features & QED_BACKING))
+        return 0;
+    if (len == 0 || len > sizeof(name))
+        return qed_bad(im, "the length of the backing file's name", len);
+    if (offset + len > q->first || offset + len > im->files[0].size)
+        return qed_bad(im, "the place of the backing file's name", offset);
+    ret = file_pread(&im->files[0], name, len, offset, &done);
+    if (ret)
+        return ret;
+    if (!qcow2_copy_name(im->backing_name, sizeof(im->backing_name), (const uint8_t *)name, (uint32_t)len))
+        return qed_bad(im, "a zero in the backing file's name, of length", len);
+    if (q->features & QED_BACKING_RAW)
+        util_copy(im->backing_format, sizeof(im->backing_format), "raw");
+    return 0;
+}
+
+static int qed_open(struct image *im)
+{
+    struct qed *q = im->state = util_fault("qed") ? NULL : calloc(1, sizeof(*q));
+    uint8_t h[QED_HEADER] = { 0 };
+    int ret;
+
+    if (!q)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: a QED image is one file", im->name);
+    ret = qed_read_header(im, q, h);
+    if (!ret)
+        ret = qed_read_backing(im, q, h);
+    if (ret)
+        return ret;
+    im->size = q->size;
+    im->cluster_size = 1u << q->cluster_bits;
+    im->dirty = q->features & QED_NEED_CHECK;
+    if (im->dirty)
+        msg_say(MSG_NOTE, "%s: is marked dirty (not closed properly); reading it is safe", im->name);
+    return 0;
+}
+
+static void qed_close(struct image *im)
+{
+    free(im->state);
+}
+
+/* The entry of a table for `index`. NULL: all is well, else why not. */
+static const char *qed_entry(struct file *f, uint64_t table, uint64_t index, uint64_t *entry)
+{
+    if (table >= f->size || index * 8 + 8 > f->size - table)
+        return "its L2 table lies past the end of the file";    /* the L1 table was looked at in the beginning */
+    return cache_le64(f, table + index * 8, entry) ? "its tables cannot be read" : NULL;
+}
+
+/* What the tables say about one cluster, or the rest of it; without an L2 table, about all that it would cover. */
+static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct qed *q = im->state;
+    struct file *f = &im->files[0];
+    uint64_t table_mask = (1ull << q->table_bits) - 1, cluster_mask = (1ull << q->cluster_bits) - 1;
+    uint64_t covers = (table_mask + 1) << q->cluster_bits, in_cluster = offset & cluster_mask, l2 = 0, host = 0;
+    const char *why;
+
+    (void)exact;
+    length = util_min(length, covers - (offset & (covers - 1)));
+    why = qed_entry(f, q->l1, offset >> q->cluster_bits >> q->table_bits, &l2);
+    if (!why && l2 && (l2 & cluster_mask || l2 < q->first))
+        why = "its L1 entry is damaged";
+    if (!why && l2) {
+        length = util_min(length, cluster_mask + 1 - in_cluster);
+        why = qed_entry(f, l2, offset >> q->cluster_bits & table_mask, &host);
+    }
+    if (!why && host > QED_ENTRY_ZERO && (host & cluster_mask || host < q->first))
+        why = "its L2 entry is damaged";
+    else if (!why && host > QED_ENTRY_ZERO && (host >= f->size || in_cluster >= f->size - host))
+        why = "its cluster lies past the end of the file";
+    if (why)
+        qcow2_bad_extent(ext, length, why);
+    else if (host > QED_ENTRY_ZERO)
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_cluster), .file = f,
+                                .offset = host + in_cluster };
+    else
+        *ext = (struct extent){ .kind = host == QED_ENTRY_ZERO ? EXT_ZERO : qcow2_hole(im), .length = length };
+}
+
+static int qed_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    return ext_merge(im, offset, length, exact, ext, qed_map_cluster);
+}
+
+static const struct image_format qed_format = {
+    .name = "qed",
+    .describe = "QEMU's older format: backing chains",
+    .writes = "-",
+    .probe = qed_probe,
+    .open = qed_open,
+    .map = qed_map,
+    .close = qed_close,
+};
+
+/* ******************************************************************************************************** *
+ * 13. Parallels
+ *
+ * QEMU docs/interop/parallels.rst and prl-xml.rst. All numbers are little-endian.
+ *
+ *   an image:  header | BAT: 4 bytes per cluster | clusters
+ *   a bundle:  folder NAME.hdd with DiskDescriptor.xml, which lists storages, each a range of the disk, for each
+ *              storage one image per snapshot, and the snapshots with their parents
+ *
+ * A cluster's place is in sectors, or in clusters where the magic ends in "Ext". What an image does not have is in
+ * the same storage's image of the parent snapshot: a stack of layers that never leaves this driver. An image by
+ * itself is a disk of one storage and one layer. Format extensions (dirty bitmaps) do not matter for reading.
+ * ******************************************************************************************************** */
+
+enum {
+    PRL_OFF_VERSION = 16,
+    PRL_OFF_CLUSTER = 28,           /* in sectors, as all sizes */
+    PRL_OFF_ENTRIES = 32,
+    PRL_OFF_SIZE = 36,              /* 8 bytes; without "Ext" only 4 of them count */
+    PRL_OFF_IN_USE = 44,
+    PRL_OFF_DATA = 48,
+    PRL_HEADER = 64,
+    PRL_VERSION = 2,
+    PRL_SECTOR = 512,
+    PRL_MAX_CLUSTER = INT32_MAX / 513,  /* sectors: QEMU's limit */
+    PRL_MAX_XML = 1 << 20,
+    PRL_MAX_FILES = 1024,           /* of a bundle: 2 TiB in the usual pieces of 2 GiB */
+    PRL_MAX_PATH = 256,             /* names of nested elements */
+};
+#define PRL_IN_USE 0x746f6e59u
+#define PRL_MAGIC "WithoutFreeSpace"
+#define PRL_MAGIC_EXT "WithouFreSpacExt"
+#define PRL_XML_NAME "DiskDescriptor.xml"
+#define PRL_XML_ROOT "/Parallels_disk_image"
+
+struct prl_layer {
+    struct file *file;
+    bool plain;                     /* a raw file: nothing of what follows but size */
+    uint64_t size;                  /* bytes it speaks about; UINT64_MAX: of all */
+    uint64_t first;                 /* no cluster lies before this, */
+    bool aligned;                   /* and all lie whole clusters behind it */
+    uint32_t cluster, unit;         /* bytes; unit: of the BAT's numbers */
+};
+
+struct prl {
+    unsigned n_storages, n_layers;
+    uint64_t *end;                  /* [n_storages]: bytes; storages follow each other */
+    struct prl_layer *layers;       /* [n_storages][n_layers], the top snapshot first */
+};
+
+/* -- the descriptor -- */
+
+struct prl_image {
+    unsigned storage;
+    bool plain, has_guid, has_type;
+    uint8_t guid[16];
+    const char *file;               /* in the text */
+};
+
+struct prl_xml {
+    char *text;
+    uint64_t disk_size;             /* sectors, as start and end */
+    bool has_top;
+    uint8_t top[16];
+    unsigned n_storages, n_images, n_shots;
+    struct { uint64_t start, end; } storages[PRL_MAX_FILES];
+    struct prl_image images[PRL_MAX_FILES];
+    struct { uint8_t guid[16], parent[16]; bool has_guid, has_parent; } shots[PRL_MAX_FILES];
+};
+
+static int prl_xml_bad(const struct image *im, const char *what, const char *value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": %s ('%.60s')", im->name, what, value);
+}
+
+/* 32 hexadecimal digits, whatever braces and dashes are around them. */
+static bool prl_guid(const char *text, uint8_t guid[16])
+{
+    static const char digits[] = "0123456789abcdef";
+    unsigned n = 0;
+    const char *d;
+
+    memset(guid, 0, 16);
+    for (; *text; text++) {
+        if (strchr("{}-", *text))
+            continue;
+        d = strchr(digits, tolower((unsigned char)*text));
+        if (!d || n == 32)
+            return false;
+        guid[n / 2] = (uint8_t)(guid[n / 2] << 4 | (uint8_t)(d - digits));
+        n++;
+    }
+    return n == 32;
+}
+
+/* Replaces the five entities that XML has by itself, in place. False: there are others. */
+static bool prl_xml_unescape(char *text)
+{
+    static const char *const names[] = { "amp;", "lt;", "gt;", "quot;", "apos;" };
+    char *to = text;
+    size_t i;
+
+    for (; *text; *to++ = *text++) {
+        if (*text != '&')
+            continue;
+        for (i = 0; i < ARRAY_LEN(names) && strncmp(text + 1, names[i], strlen(names[i])) != 0; i++)
+            continue;
+        if (i == ARRAY_LEN(names))
+            return false;
+        text += strlen(names[i]);
+        *text = "&<>\"'"[i];
+    }
+    *to = 0;
+    return true;
+}
+
+static int prl_xml_number(const struct image *im, const char *text, uint64_t *value)
+{
+    char *end = NULL;
+
+    errno = 0;
+    *value = isdigit((unsigned char)*text) ? strtoull(text, &end, 10) : 0;
+    if (!end || *end || errno || *value > (uint64_t)MAX_IMAGE_SIZE / PRL_SECTOR)
+        return prl_xml_bad(im, "a number of sectors", text);
+    return 0;
+}
+
+static int prl_xml_guid(const struct image *im, const char *text, uint8_t guid[16])
+{
+    return prl_guid(text, guid) ? 0 : prl_xml_bad(im, "a GUID", text);
+}
+
+static int prl_xml_image_value(const struct image *im, struct prl_image *i, const char *field, char *text)
+{
+    if (strcmp(field, "GUID") == 0) {
+        i->has_guid = true;
+        return prl_xml_guid(im, text, i->guid);
+    }
+    if (strcmp(field, "File") == 0) {
+        i->file = text;
+        return *text && prl_xml_unescape(text) ? 0 : prl_xml_bad(im, "a file's name", text);
+    }
+    if (strcmp(field, "Type") == 0) {
+        i->has_type = true;
+        i->plain = strcmp(text, "Plain") == 0;
+        return i->plain || strcmp(text, "Compressed") == 0 ? 0 : prl_xml_bad(im, "unknown type of an image", text);
+    }
+    return 0;
+}
+
+static int prl_xml_parameter(const struct image *im, struct prl_xml *x, const char *field, const char *text)
+{
+    uint8_t guid[16] = { 0 };
+
+    if (strcmp(field, "Disk_size") == 0)
+        return prl_xml_number(im, text, &x->disk_size);
+    if (strcmp(field, "Padding") == 0 && strcmp(text, "0") != 0)
+        return msg_err(-EOPNOTSUPP, "%s: disks with padding are not supported ('%.60s')", im->name, text);
+    if (strcmp(field, "Encryption/Engine") == 0 && *text && !(prl_guid(text, guid) && util_is_null_id(guid)))
+        return msg_err(-EOPNOTSUPP, "%s: is encrypted (by %.60s), which is not supported", im->name, text);
+    return 0;
+}
+
+/* What follows the prefix, or NULL. */
+static const char *prl_after(const char *path, const char *prefix)
+{
+    size_t len = strlen(prefix);
+
+    return strncmp(path, prefix, len) == 0 ? path + len : NULL;
+}
+
+/* An element without others in it: its path and its text. */
+static int prl_xml_value(const struct image *im, struct prl_xml *x, const char *path, char *text)
+{
+    const char *field;
+
+    if ((field = prl_after(path, PRL_XML_ROOT "/Disk_Parameters/")))
+        return prl_xml_parameter(im, x, field, text);
+    if ((field = prl_after(path, PRL_XML_ROOT "/StorageData/Storage/Image/")) && x->n_images)
+        return prl_xml_image_value(im, &x->images[x->n_images - 1], field, text);
+    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Start") == 0)
+        return prl_xml_number(im, text, &x->storages[x->n_storages - 1].start);
+    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/End") == 0)
+        return prl_xml_number(im, text, &x->storages[x->n_storages - 1].end);
+    if (strcmp(path, PRL_XML_ROOT "/Snapshots/Shot/GUID") == 0) {
+        x->shots[x->n_shots - 1].has_guid = true;
+        return prl_xml_guid(im, text, x->shots[x->n_shots - 1].guid);
+    }
+    if (strcmp(path, PRL_XML_ROOT "/Snapshots/Shot/ParentGUID") == 0) {
+        x->shots[x->n_shots - 1].has_parent = true;
+        return prl_xml_guid(im, text, x->shots[x->n_shots - 1].parent);
+    }
+    if (strcmp(path, PRL_XML_ROOT "/Snapshots/TopGUID") == 0 && *text) {
+        x->has_top = true;
+        return prl_xml_guid(im, text, x->top);
+    }
+    return 0;
+}
+
+static int prl_xml_begin(const struct image *im, struct prl_xml *x, const char *path)
+{
+    unsigned *n = strcmp(path, PRL_XML_ROOT "/StorageData/Storage") == 0         ? &x->n_storages
+                  : strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Image") == 0 ? &x->n_images
+                  : strcmp(path, PRL_XML_ROOT "/Snapshots/Shot") == 0            ? &x->n_shots
+                                                                                 : NULL;
+
+    if (!n)
+        return 0;
+    if (*n == PRL_MAX_FILES)
+        return prl_xml_bad(im, "too many of an element", util_basename(path));
+    if (n == &x->n_images)
+        x->images[x->n_images].storage = x->n_storages - 1;
+    (*n)++;
+    return 0;
+}
+
+/* The '>' that ends a tag; NULL: there is none. Attributes may have one in quotes. */
+static char *prl_xml_tag_end(char *p)
+{
+    for (; p && *p && *p != '>'; p++)
+        if ((*p == '"' || *p == '\'') && !(p = strchr(p + 1, *p)))
+            return NULL;
+    return p && *p ? p : NULL;
+}
+
+static char *prl_xml_trim(char *text)
+{
+    char *end;
+
+    text += strspn(text, " \t\r\n");
+    for (end = text + strlen(text); end > text && strchr(" \t\r\n", end[-1]); end--)
+        continue;
+    *end = 0;
+    return text;
+}
+
+/*
+ * One tag, from its '<' on; returns the place behind it in *next. path: the open elements, each after a slash.
+ * *text: where the text of the innermost one began, NULL once it had another in it.
+ */
+static int prl_xml_tag(const struct image *im, struct prl_xml *x, char *path, char *tag, char **text, char **next)
+{
+    bool ends = tag[1] == '/', empty;
+    char *name = tag + 1 + ends, *close = prl_xml_tag_end(name), *last = strrchr(path, '/');
+    size_t len = strcspn(name, " \t\r\n/>"), open = strlen(path);
+    int ret = 0;
+
+    if (!close || !len || name + len > close)
+        return prl_xml_bad(im, "not a tag", tag);
+    *next = close + 1;
+    empty = close[-1] == '/';
+    if (ends) {
+        if (!last || strlen(last + 1) != len || strncmp(last + 1, name, len) != 0)
+            return prl_xml_bad(im, "the wrong element ends", tag);
+        *tag = 0;
+        if (*text)
+            ret = prl_xml_value(im, x, path, prl_xml_trim(*text));
+        *last = 0;
+        *text = NULL;
+        return ret;
+    }
+    if (open + 1 + len >= PRL_MAX_PATH)
+        return prl_xml_bad(im, "nested too deeply", tag);
+    snprintf(path + open, PRL_MAX_PATH - open, "/%.*s", (int)len, name);
+    ret = prl_xml_begin(im, x, path);
+    if (empty)
+        path[open] = 0;             /* no value is like no element */
+    *text = empty ? NULL : *next;
+    return ret;
+}
+
+/* No document types, no entities of its own, no CDATA: what Parallels writes has none. */
+static int prl_xml_parse(const struct image *im, struct prl_xml *x)
+{
+    char path[PRL_MAX_PATH] = "", *tag, *next = x->text, *text = NULL;
+    int ret = 0;
+
+    while (!ret && (tag = strchr(next, '<'))) {
+        if (tag[1] == '?' || strncmp(tag, "<!--", 4) == 0) {
+            next = strstr(tag, tag[1] == '?' ? "?>" : "-->");   /* stays in the text around it: no value then */
+            if (!next)
+                return prl_xml_bad(im, "has no end", tag);
+        } else if (tag[1] == '!') {
+            return prl_xml_bad(im, "declarations are not supported", tag);
+        } else {
+            ret = prl_xml_tag(im, x, path, tag, &text, &next);
+        }
+    }
+    return ret || !*path ? ret : prl_xml_bad(im, "ends within an element", path);
+}
+
+static int prl_xml_load(const struct image *im, struct prl_xml *x)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+    int ret;
+
+    if (f->size > PRL_MAX_XML)
+        return msg_err(-EFBIG, "%s: too large for a " PRL_XML_NAME " (%" PRIu64 " bytes)", im->name, f->size);
+    x->text = calloc(1, f->size + 1);
+    if (!x->text)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = file_pread(f, x->text, f->size, 0, &done);
+    if (!ret && memchr(x->text, 0, f->size))
+        ret = msg_err(-EINVAL, "%s: " PRL_XML_NAME " is not in UTF-8", im->name);
+    return ret ? ret : prl_xml_parse(im, x);
+}
+
+/* -- from the descriptor to layers -- */
+
+static int prl_find_shot(const struct prl_xml *x, const uint8_t guid[16])
+{
+    for (unsigned i = 0; i < x->n_shots; i++)
+        if (memcmp(x->shots[i].guid, guid, 16) == 0)
+            return (int)i;
+    return -1;
+}
+
+/* The snapshot to show: the user's, or the current state, which is named in one of two ways. */
+static int prl_find_top(const struct image *im, const struct prl_xml *x, uint8_t guid[16])
+{
+    static const uint8_t current[16] = { 0x5f, 0xba, 0xab, 0xe3, 0x69, 0x58, 0x40, 0xff,
+                                         0x92, 0xa7, 0x86, 0x0e, 0x32, 0x9a, 0xab, 0x41 };
+    const char *wanted = im->depth == 0 ? im->opt->snapshot : NULL;
+
+    if (wanted)
+        return prl_guid(wanted, guid) && prl_find_shot(x, guid) >= 0
+                   ? 0 : msg_err(-ENOENT, "%s: has no snapshot '%s' (it has %u)", im->name, wanted, x->n_shots);
+    if (x->has_top || prl_find_shot(x, current) >= 0)
+        memcpy(guid, x->has_top ? x->top : current, 16);
+    else if (x->n_shots == 1)
+        memcpy(guid, x->shots[0].guid, 16);
+    else
+        return msg_err(-EINVAL, "%s: does not say which of its %u snapshots is the current one; --snapshot GUID does",
+                       im->name, x->n_shots);
+    return 0;
+}
+
+/* The chain of snapshots from the one to show down to the root. */
+static int prl_find_chain(const struct image *im, const struct prl_xml *x, uint8_t chain[MAX_CHAIN][16], unsigned *n)
+{
+    char hex[33];
+    int shot, ret;
+
+    *n = 0;
+    if (!x->n_shots && x->n_images == x->n_storages && (im->depth || !im->opt->snapshot)) {
+        memcpy(chain[(*n)++], x->images[0].guid, 16);
+        return 0;
+    }
+    ret = prl_find_top(im, x, chain[0]);
+    while (!ret) {
+        util_hex(chain[*n], 16, hex);
+        shot = prl_find_shot(x, chain[(*n)++]);
+        if (shot < 0 || !x->shots[shot].has_guid || !x->shots[shot].has_parent)
+            return prl_xml_bad(im, "no snapshot, or not all of it, for this GUID", hex);
+        if (util_is_null_id(x->shots[shot].parent))
+            return 0;
+        if (*n > x->n_shots || *n == MAX_CHAIN)
+            return prl_xml_bad(im, "snapshots in a circle, or too many, from", hex);
+        memcpy(chain[*n], x->shots[shot].parent, 16);
+    }
+    return ret;
+}
+
+static int prl_bad(const struct file *f, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile Parallels image: %s (0x%" PRIx64 ")", f->path, what, value);
+}
+
+/* Where clusters may lie. A data offset that is none is not needed: anywhere behind the BAT then. */
+static void prl_find_data(struct prl_layer *l, const uint8_t *h, uint64_t entries)
+{
+    uint64_t data = (uint64_t)util_le32(h + PRL_OFF_DATA) * PRL_SECTOR;
+    bool usable = data >= PRL_HEADER + 4 * entries && data <= l->file->size;
+
+    l->first = usable ? data : PRL_HEADER + 4 * entries;
+    l->aligned = usable && l->unit != l->cluster;
+}
+
+static int prl_open_layer(struct image *im, struct prl_layer *l)
+{
+    uint8_t h[PRL_HEADER] = { 0 };
+    uint64_t done, entries, sectors;
+    uint32_t cluster;
+    bool ext;
+    int ret = 0;
+
+    if (l->file->size >= PRL_HEADER)
+        ret = file_pread(l->file, h, PRL_HEADER, 0, &done);
+    if (ret)
+        return ret;
+    ext = memcmp(h, PRL_MAGIC_EXT, 16) == 0;
+    if (!ext && memcmp(h, PRL_MAGIC, 16) != 0)
+        return msg_err(-EINVAL, "%s: is not a Parallels image", l->file->path);
+    if (util_le32(h + PRL_OFF_VERSION) != PRL_VERSION)
+        return msg_err(-EOPNOTSUPP, "%s: Parallels image of unknown version %u", l->file->path,
+                       util_le32(h + PRL_OFF_VERSION));
+    cluster = util_le32(h + PRL_OFF_CLUSTER);
+    entries = util_le32(h + PRL_OFF_ENTRIES);
+    sectors = ext ? util_le64(h + PRL_OFF_SIZE) : util_le32(h + PRL_OFF_SIZE);
+    if (cluster == 0 || cluster > PRL_MAX_CLUSTER)
+        return prl_bad(l->file, "the cluster size", cluster);
+    if (entries > (l->file->size - PRL_HEADER) / 4)
+        return prl_bad(l->file, "the number of clusters, whose table does not fit into the file", entries);
+    if (sectors > entries * cluster || sectors > (uint64_t)MAX_IMAGE_SIZE / PRL_SECTOR)
+        return prl_bad(l->file, "the size, larger than all clusters together", sectors);
+    l->size = sectors * PRL_SECTOR;
+    l->cluster = cluster * PRL_SECTOR;
+    l->unit = ext ? l->cluster : PRL_SECTOR;
+    prl_find_data(l, h, entries);
+    if (util_le32(h + PRL_OFF_IN_USE) == PRL_IN_USE && !im->dirty) {
+        im->dirty = true;
+        msg_say(MSG_NOTE, "%s: is marked as in use (not closed properly); reading it is safe", l->file->path);
+    }
+    return 0;
+}
+
+static int prl_alloc(struct image *im, unsigned storages, unsigned layers)
+{
+    struct prl *p = im->state;
+
+    p->n_storages = storages;
+    p->n_layers = layers;
+    p->end = util_fault("parallels storages") ? NULL : calloc(storages, sizeof(*p->end));
+    p->layers = calloc((size_t)storages * layers, sizeof(*p->layers));
+    return p->end && p->layers ? 0 : msg_err(-ENOMEM, "%s: out of memory", im->name);
+}
+
+/* Opens a storage's image of one snapshot. Only the root may be a plain file: it has no holes. */
+static int prl_open_image(struct image *im, const struct prl_xml *x, unsigned storage, const uint8_t guid[16],
+                          bool root, struct prl_layer *l)
+{
+    const struct prl_image *found = NULL, *i;
+    char hex[33];
+    int ret;
+
+    util_hex(guid, 16, hex);
+    l->file = &im->files[im->n_files];
+    for (i = x->images; i < x->images + x->n_images; i++) {
+        if (i->storage != storage || memcmp(i->guid, guid, 16) != 0)
+            continue;
+        if (found || !i->has_guid || !i->has_type || !i->file)
+            return prl_xml_bad(im, "a storage's image is there twice, or lacks a part, of snapshot", hex);
+        found = i;
+    }
+    if (!found)
+        return prl_xml_bad(im, "a storage has no image of snapshot", hex);
+    if (found->plain && !root)
+        return prl_xml_bad(im, "a snapshot that is a plain file but has a parent", found->file);
+    l->file->fd = -1;
+    im->n_files++;
+    l->plain = found->plain;
+    l->size = UINT64_MAX;
+    ret = img_open_named(im, l->file, found->file, "image file", NULL);
+    return ret || l->plain ? ret : prl_open_layer(im, l);
+}
+
+/* The storage that begins where the last one ended. */
+static int prl_find_storage(const struct image *im, const struct prl_xml *x, uint64_t start, unsigned *storage)
+{
+    for (unsigned s = 0; s < x->n_storages; s++)
+        if (x->storages[s].start == start && x->storages[s].end > start) {
+            *storage = s;
+            return 0;
+        }
+    return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": no storage begins at sector %" PRIu64, im->name,
+                   start);
+}
+
+static int prl_open_storages(struct image *im, const struct prl_xml *x, uint8_t chain[][16], unsigned n_chain)
+{
+    struct prl *p = im->state;
+    struct prl_layer *l = p->layers;
+    uint64_t start = 0;
+    unsigned s = 0;
+    int ret = 0;
+
+    for (unsigned k = 0; k < p->n_storages && !ret; k++) {
+        ret = prl_find_storage(im, x, start, &s);
+        for (unsigned i = 0; i < n_chain && !ret; i++)
+            ret = prl_open_image(im, x, s, chain[i], i + 1 == n_chain, &l[i]);
+        if (ret)
+            return ret;
+        if (l->size / PRL_SECTOR < x->storages[s].end - start)
+            return prl_bad(l->file, "the size, smaller than its storage", l->size);
+        start = x->storages[s].end;
+        p->end[k] = start * PRL_SECTOR;
+        l += n_chain;
+    }
+    if (!x->disk_size || x->disk_size > start)
+        return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": a disk of %" PRIu64 " sectors, and storages "
+                       "of %" PRIu64, im->name, x->disk_size, start);
+    im->size = x->disk_size * PRL_SECTOR;
+    im->cluster_size = p->layers->cluster;
+    return ret;
+}
+
+static int prl_open_described(struct image *im, const struct prl_xml *x)
+{
+    uint8_t chain[MAX_CHAIN][16] = { 0 };
+    unsigned n = 0;
+    int ret;
+
+    if (!x->n_storages || !x->n_images)
+        return msg_err(-EINVAL, "%s: " PRL_XML_NAME " has no storages", im->name);
+    ret = prl_find_chain(im, x, chain, &n);
+    if (ret)
+        return ret;
+    if (x->n_storages * n > PRL_MAX_FILES)
+        return msg_err(-E2BIG, "%s: needs more than %d files", im->name, PRL_MAX_FILES);
+    ret = prl_alloc(im, x->n_storages, n);
+    return ret ? ret : prl_open_storages(im, x, chain, n);
+}
+
+static int prl_open_bundle(struct image *im)
+{
+    struct prl_xml *x = util_fault("parallels descriptor") ? NULL : calloc(1, sizeof(*x));
+    int ret;
+
+    if (!x)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = prl_xml_load(im, x);
+    if (!ret)
+        ret = prl_open_described(im, x);
+    free(x->text);
+    free(x);
+    return ret;
+}
+
+static int prl_open_single(struct image *im)
+{
+    struct prl *p = im->state;
+    const char *path = im->files[0].path;
+    char beside[PATH_MAX];
+    int ret;
+
+    if (im->opt->snapshot && im->depth == 0)
+        return msg_err(-EINVAL, "%s: has no snapshots, so --snapshot is of no use", im->name);
+    ret = prl_alloc(im, 1, 1);
+    if (ret)
+        return ret;
+    p->layers->file = &im->files[0];
+    ret = prl_open_layer(im, p->layers);
+    if (ret)
+        return ret;
+    im->size = p->end[0] = p->layers->size;
+    im->cluster_size = p->layers->cluster;
+    if (im->depth == 0 && (size_t)snprintf(beside, sizeof(beside), "%.*s" PRL_XML_NAME,
+                                           (int)(util_basename(path) - path), path) < sizeof(beside) &&
+        access(beside, F_OK) == 0)
+        msg_say(MSG_NOTE, "%s: shown alone; its folder, as IMAGE, is the whole disk with its snapshots", im->name);
+    return 0;
+}
+
+static bool prl_is_xml(const uint8_t *head, size_t len)
+{
+    if (len >= 3 && memcmp(head, "\xef\xbb\xbf", 3) == 0) {
+        head += 3;
+        len -= 3;
+    }
+    return len >= 5 && memcmp(head, "<?xml", 5) == 0 && memmem(head, len, PRL_XML_ROOT + 1, strlen(PRL_XML_ROOT) - 1);
+}
+
+static int prl_probe(const struct probe *p)
+{
+    return (p->head_len >= PRL_HEADER &&
+            (memcmp(p->head, PRL_MAGIC, 16) == 0 || memcmp(p->head, PRL_MAGIC_EXT, 16) == 0)) ||
+                   prl_is_xml(p->head, p->head_len) ? 100 : 0;
+}
+
+static int prl_open(struct image *im)
+{
+    struct prl *p = im->state = util_fault("parallels") ? NULL : calloc(1, sizeof(*p));
+    uint8_t head[4096];
+    uint64_t done, len = util_min(im->files[0].size, sizeof(head));
+    int ret;
+
+    if (!p)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: name the folder of a Parallels disk, not its files", im->name);
+    ret = file_pread(&im->files[0], head, len, 0, &done);
+    if (ret)
+        return ret;
+    return prl_is_xml(head, len) ? prl_open_bundle(im) : prl_open_single(im);
+}
+
+static void prl_close(struct image *im)
+{
+    struct prl *p = im->state;
+
+    if (p) {
+        free(p->end);
+        free(p->layers);
+    }
+    free(p);
+}
+
+/* -- mapping -- */
+
+static void prl_map_plain(const struct prl_layer *l, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    bool data = true;
+
+    if (offset >= l->file->size) {
+        qcow2_bad_extent(ext, length, "lies past the end of its plain file");
+        return;
+    }
+    *ext = (struct extent){ .length = util_min(length, l->file->size - offset), .file = l->file, .offset = offset };
+    if (exact)
+        file_seek_extent(ext->file, offset, ext->length, &data, &ext->length);
+    ext->kind = data ? EXT_DATA : EXT_ZERO;
+}
+
+/* One cluster of one layer, or the rest of it; offset counts from the storage's start. */
+static void prl_map_layer(const struct prl_layer *l, uint64_t offset, uint64_t length, struct extent *ext)
+{
+    uint64_t in_cluster = offset % l->cluster, host;
+    uint32_t entry;
+
+    *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
+    if (offset >= l->size)
+        return;                     /* a snapshot from when the disk was smaller */
+    ext->length = length = util_min(util_min(length, l->size - offset), l->cluster - in_cluster);
+    if (cache_le32(l->file, PRL_HEADER + offset / l->cluster * 4, &entry)) {
+        qcow2_bad_extent(ext, length, "the BAT cannot be read");
+        return;
+    }
+    host = (uint64_t)entry * l->unit;
+    if (!entry)
+        return;
+    if (host < l->first || (l->aligned && (host - l->first) % l->cluster))
+        qcow2_bad_extent(ext, length, "its BAT entry is damaged");
+    else if (host >= l->file->size || in_cluster >= l->file->size - host)
+        qcow2_bad_extent(ext, length, "its cluster lies past the end of the file");
+    else
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, l->file->size - host - in_cluster),
+                                .file = l->file, .offset = host + in_cluster };
+}
+
+/* The first layer of the storage that has it. */
+static void prl_map_range(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct prl *p = im->state;
+    const struct prl_layer *l;
+    unsigned low = 0, high = p->n_storages - 1, mid;
+    uint64_t start;
+
+    while (low < high) {
+        mid = (low + high) / 2;
+        if (offset < p->end[mid])
+            high = mid;
+        else
+            low = mid + 1;
+    }
+    start = low ? p->end[low - 1] : 0;
+    length = util_min(length, p->end[low] - offset);
+    l = p->layers + (size_t)low * p->n_layers;
+    *ext = (struct extent){ .length = length };
+    for (unsigned i = 0; i < p->n_layers; i++, l++) {
+        if (l->plain)
+            prl_map_plain(l, offset - start, length, exact, ext);
+        else
+            prl_map_layer(l, offset - start, length, ext);
+        if (ext->kind != EXT_BACKING)
+            return;
+        length = ext->length;
+    }
+    ext->kind = EXT_ZERO;
+}
+
+static int prl_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    return ext_merge(im, offset, length, exact, ext, prl_map_range);
+}
+
+static const struct image_format prl_format = {
+    .name = "parallels",
+    .describe = "Parallels images, and folders of them (.hdd) with storages and snapshots",
+    .writes = "-",
+    .probe = prl_probe,
+    .open = prl_open,
+    .map = prl_map,
+    .close = prl_close,
+};
+
+/* ******************************************************************************************************** *
+ * 14. Damage
  *
  * What could not be read, for --error-map: a sorted list of ranges, written as a ddrescue mapfile whenever a
  * second has passed since the last time, and at the end. Positions count from the start of what is shown. The
@@ -2203,12 +3413,13 @@ static void bad_note(uint64_t offset, uint64_t len)
 }
 
 /* ******************************************************************************************************** *
- * 11. Image core
+ * 15. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
 
-static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format };
+static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format, &vdi_format, &qed_format,
+                                                    &prl_format };
 
 enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
 
@@ -2224,7 +3435,6 @@ static const struct {
     const char *magic;
 } img_foreign[] = {
     { "a qcow image (version 1)", 0, 4, false, "QFI\xfb" },
-    { "a QED image", 0, 4, false, "QED\0" },
     { "a VMDK image", 0, 4, false, "KDMV" },
     { "a VMDK image (COWD)", 0, 4, false, "COWD" },
     { "a VMDK image (seSparse)", 0, 8, false, "\xbe\xba\xfe\xca\0\0\0\0" },
@@ -2233,9 +3443,6 @@ static const struct {
     { "a VHD image", 0, 8, false, "conectix" },
     { "a VHD image", 0, 8, true, "conectix" },
     { "a VHD image", 1, 8, true, "conectix" },
-    { "a VDI image", 64, 4, false, "\x7f\x10\xda\xbe" },
-    { "a Parallels image", 0, 16, false, "WithoutFreeSpace" },
-    { "a Parallels image", 0, 16, false, "WithouFreSpacExt" },
     { "an EWF (E01) image", 0, 8, false, "EVF\t\r\n\xff\0" },
     { "an EWF logical (L01) image", 0, 8, false, "LVF\t\r\n\xff\0" },
     { "an EWF2 (Ex01) image", 0, 8, false, "EVF2\r\n\x81\0" },
@@ -2314,11 +3521,24 @@ static int img_probe(struct image *im, const char *wanted)
     return 0;
 }
 
+/* A Parallels disk is a folder: its descriptor stands for it. Other folders are refused by file_open(). */
 static int img_add_file(struct image *im, const char *path)
 {
+    char inside[PATH_MAX];
+    struct stat st;
+    int ret;
+
     if (im->n_files == MAX_PARTS)
         return msg_err(-E2BIG, "%s: more than %d parts", im->name, MAX_PARTS);
-    return file_open(&im->files[im->n_files++], path, im->writable);
+    if (stat(path, &st) < 0 || !S_ISDIR(st.st_mode) ||
+        (size_t)snprintf(inside, sizeof(inside), "%s/" PRL_XML_NAME, path) >= sizeof(inside) ||
+        access(inside, F_OK) < 0)
+        return file_open(&im->files[im->n_files++], path, im->writable);
+    ret = file_open_beneath(&im->files[im->n_files++], path, PRL_XML_NAME, inside);
+    if (ret && !im->files[im->n_files - 1].path)
+        msg_err(ret, "%s: %s", inside,
+                ret == -EXDEV || ret == -ELOOP ? "leads out of its folder" : strerror(-ret));
+    return ret;
 }
 
 /*
@@ -2419,9 +3639,9 @@ static int img_check_options(const struct image *im)
 {
     const struct image_options *opt = im->opt;
 
-    if ((opt->snapshot || opt->data_file) && im->format != &qcow2_format)
+    if (im->format != &qcow2_format && (opt->data_file || (opt->snapshot && im->format != &prl_format)))
         return msg_err(-EINVAL, "%s: is %s, so --%s is of no use", im->name, im->format->name,
-                       opt->snapshot ? "snapshot" : "data-file");
+                       opt->data_file ? "data-file" : "snapshot");
     if ((opt->backing || opt->backing_format) && !*im->backing_name)
         return msg_err(-EINVAL, "%s: has no backing file, so --backing is of no use", im->name);
     return 0;
@@ -2468,17 +3688,20 @@ static bool img_is_allowed(const struct image_options *opt, const char *path)
 
 /*
  * Opens into f what the image calls `name`. The image does not choose freely: beside it, or below it, or
- * where the user allowed it. `what` and `option` are for the message.
+ * where the user allowed it. `what` and `option` are for the message; NULL: there is no such option.
  */
 static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
                           const char *option)
 {
-    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash;
+    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash, another[64] = "", or[64] = "";
     int ret;
 
+    if (option) {
+        snprintf(another, sizeof(another), "; %s FILE names another", option);
+        snprintf(or, sizeof(or), "%s FILE or ", option);
+    }
     if (img_is_url(name))
-        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name; %s FILE names one", im->name, what,
-                       name, option);
+        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name%s", im->name, what, name, another);
     if (!util_copy(folder, sizeof(folder), im->files[0].path))
         return msg_err(-ENAMETOOLONG, "%s: path too long", im->name);
     slash = strrchr(folder, '/');
@@ -2491,16 +3714,15 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
     f->fd = -1;
     if (name[0] == '/' || im->files[0].is_blk)
         return msg_err(-EPERM,
-                       "%s: its %s is '%s', outside of its folder; %s FILE or --allow-external DIR allows it",
-                       im->name, what, name, option);
+                       "%s: its %s is '%s', outside of its folder; %s--allow-external DIR allows it",
+                       im->name, what, name, or);
     ret = file_open_beneath(f, slash ? folder : ".", name, shown);
     if (ret == -EXDEV || ret == -ELOOP)
         return msg_err(ret,
-                       "%s: its %s '%s' leads out of its folder; %s FILE or --allow-external DIR allows it",
-                       im->name, what, name, option);
+                       "%s: its %s '%s' leads out of its folder; %s--allow-external DIR allows it",
+                       im->name, what, name, or);
     if (ret)
-        msg_err(ret, "%s: cannot open its %s '%s': %s; %s FILE names another", im->name, what, name,
-                strerror(-ret), option);
+        msg_err(ret, "%s: cannot open its %s '%s': %s%s", im->name, what, name, strerror(-ret), another);
     return ret;
 }
 
@@ -2962,7 +4184,7 @@ static uint64_t img_blocks(const struct image *im)
 }
 
 /* ******************************************************************************************************** *
- * 12. Partitions
+ * 16. Partitions
  *
  * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is
  * hostile: LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and
@@ -3275,7 +4497,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
 }
 
 /* ******************************************************************************************************** *
- * 13. FUSE operations
+ * 17. FUSE operations
  *
  * fop_handle() turns one request into one reply inside the worker's buffer; it does no FUSE I/O, so any
  * transport can carry it. Node 1 is the mountpoint: the file itself, or the directory, whose files are the
@@ -3922,7 +5144,7 @@ static size_t fop_fetch(struct worker *w)
 }
 
 /* ******************************************************************************************************** *
- * 14. Worker loop
+ * 18. Worker loop
  *
  * The transport: read(2) a request, fop_handle() it, write(2) the reply. Every worker does all three alone,
  * so there is no queue and no lock between threads; the kernel hands a request to whoever reads. The workers
@@ -4196,7 +5418,7 @@ static int loop_run(struct server *srv)
 }
 
 /* ******************************************************************************************************** *
- * 15. Sandbox
+ * 19. Sandbox
  *
  * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file
  * system (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open
@@ -4362,7 +5584,7 @@ static int box_enter(enum box_mode mode)
 }
 
 /* ******************************************************************************************************** *
- * 16. Mounts
+ * 20. Mounts
  *
  * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own
  * server. Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one
@@ -4926,7 +6148,7 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 }
 
 /* ******************************************************************************************************** *
- * 17. Life cycle
+ * 21. Life cycle
  *
  * run_export() takes what an export needs one by one and releases it in reverse order, whichever step fails.
  * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open,
@@ -5705,7 +6927,7 @@ static int run_background(int *shell_fd, int *status)
 }
 
 /* ******************************************************************************************************** *
- * 18. One-shot commands
+ * 22. One-shot commands
  * ******************************************************************************************************** */
 
 /* Waits until every server of the mount has ended. */
@@ -5906,7 +7128,7 @@ static unsigned cmd_count_wrong(struct image *im, const char *truth)
 static int cmd_fuzz_image(char *format, unsigned n, char *path, const char *truth, uint64_t from, uint64_t to,
                           unsigned most)
 {
-    struct image_options opt = { .format = format, .parts = true };
+    struct image_options opt = { .format = format, .parts = true, .no_backing = true };
     int fd = open(path, O_RDWR | O_CLOEXEC), ret = fd < 0 ? -errno : 0;
     uint8_t good, bad_byte;
 
@@ -5951,7 +7173,7 @@ static bool cmd_self_test(int argc, char **argv, int *status)
 #endif
 
 /* ******************************************************************************************************** *
- * 19. Options
+ * 23. Options
  *
  * opt_table feeds getopt_long(3), -o (by the long names) and --help. What -o does not know goes to the mount.
  * ******************************************************************************************************** */
@@ -6300,7 +7522,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
 }
 
 /* ******************************************************************************************************** *
- * 20. Main
+ * 24. Main
  * ******************************************************************************************************** */
 
 /* Whoever started us with a standard stream closed must not find an image in its place. */
