@@ -21,7 +21,7 @@
  *   14. Sandbox                 box_     what the serving process gives up
  *   15. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
  *   16. Life cycle              run_     supervisor and server, the clean-up chain
- *   17. One-shot commands       cmd_     --umount, --formats, --version
+ *   17. One-shot commands       cmd_     --umount, --info, --map, --check, --formats, --version
  *   18. Options                 opt_     one table for getopt, -o and --help
  *   19. Main
  *
@@ -356,99 +356,171 @@ static bool util_fault_op(const char *what)
 /* ******************************************************************************************************** *
  * 3. Output
  *
- * What --info, --map and --check say on stdout: one document of named values, as JSON or for people. The
- * names are the JSON ones; for people their dashes become blanks.
+ * What --info, --map and --check say on stdout: one document of named values, as JSON or as lines for people.
+ * The names are the JSON ones; for people their dashes become blanks. Nothing is written before the image is
+ * open, so that what can be refused leaves no half document. Findings and progress go to stderr.
  * ******************************************************************************************************** */
 
-enum { OUT_DEPTH = 8 };
+enum {
+    OUT_DEPTH = 8,
+    OUT_COLUMN = 25,                /* where values begin, for people */
+    OUT_FINDINGS = 100,             /* lines of --check on corruptions, and as many on leaks */
+};
 
 struct out {
     bool json;
+    bool dash;                      /* for people: a list's "-" stands on this line, waiting for what follows */
     unsigned depth;
-    struct { char end; bool filled; } level[OUT_DEPTH];
+    struct { char end; bool filled, flat; } level[OUT_DEPTH];   /* flat: on one line of JSON */
 };
 
-/* A JSON string; bytes that are not UTF-8 become U+FFFD: names come from strangers' disks. */
+/*
+ * The length of the character at p if it is good UTF-8 (shortest form, no surrogate, at most U+10FFFF), else 0.
+ * Names come from strangers' disks.
+ */
+static size_t out_character(const uint8_t *p)
+{
+    static const uint32_t least[] = { 0, 0x80, 0x800, 0x10000 };
+    uint32_t code = *p;
+    size_t n = *p < 0x80 ? 0 : (*p & 0xe0) == 0xc0 ? 1 : (*p & 0xf0) == 0xe0 ? 2 : (*p & 0xf8) == 0xf0 ? 3 : 4;
+
+    if (n == 4)
+        return 0;
+    if (n)
+        code &= 0x3fu >> n;
+    for (size_t i = 1; i <= n; i++) {
+        if ((p[i] & 0xc0) != 0x80)
+            return 0;               /* the text's end, too */
+        code = code << 6 | (p[i] & 0x3f);
+    }
+    return code < least[n] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000) ? 0 : n + 1;
+}
+
+static bool out_is_control(const uint8_t *p)
+{
+    return *p < ' ' || *p == 0x7f || (p[0] == 0xc2 && p[1] < 0xa0);
+}
+
+/* For people: what is no character or would steer the terminal becomes "?". */
+static void out_plain(const char *text)
+{
+    for (const uint8_t *p = (const uint8_t *)text; *p;) {
+        size_t n = out_character(p);
+        if (n && !out_is_control(p))
+            fwrite(p, 1, n, stdout);
+        else
+            putchar('?');
+        p += n ? n : 1;
+    }
+}
+
+/* A JSON string; bytes that are not UTF-8 become U+FFFD. */
 static void out_string(const char *text)
 {
-    const uint8_t *p = (const uint8_t *)text;
-
     putchar('"');
-    while (*p) {
-        static const uint8_t lead[] = { 0x80, 0xe0, 0xf0, 0xf8 }, mark[] = { 0, 0xc0, 0xe0, 0xf0 };
-        unsigned n = 0, i = 1;
-        while (n < 4 && (*p & lead[n]) != mark[n])
-            n++;
-        while (n < 4 && i <= n && (p[i] & 0xc0) == 0x80)
-            i++;
-        if (*p == '"' || *p == '\\')
-            printf("\\%c", *p);
-        else if (*p < ' ' || *p == 0x7f)
-            printf("\\u%04x", *p);
-        else if (n == 4 || i <= n)
+    for (const uint8_t *p = (const uint8_t *)text; *p;) {
+        size_t n = out_character(p);
+        if (!n)
             fputs("\\ufffd", stdout);
+        else if (*p == '"' || *p == '\\')
+            printf("\\%c", *p);
+        else if (out_is_control(p))
+            printf("\\u%04x", n == 1 ? p[0] : p[1]);
         else
-            fwrite(p, 1, i, stdout);
-        p += n < 4 && i > n ? i : 1;
+            fwrite(p, 1, n, stdout);
+        p += n ? n : 1;
     }
     putchar('"');
+}
+
+static void out_indent(unsigned depth)
+{
+    printf("%*s", (int)(4 * depth), "");
 }
 
 /* What comes before every value: the comma, the new line, the indentation and the name (NULL: in a list). */
 static void out_key(struct out *o, const char *key)
 {
-    if (o->json && o->depth && o->level[o->depth - 1].filled)
-        putchar(',');
-    if (o->depth) {
-        if (o->json || o->level[o->depth - 1].filled || o->depth > 1)
-            putchar('\n');
-        o->level[o->depth - 1].filled = true;
+    if (!o->depth)
+        return;                     /* the document itself */
+    if (o->json) {
+        fputs(o->level[o->depth - 1].filled ? "," : "", stdout);
+        putchar(o->level[o->depth - 1].flat ? ' ' : '\n');
+        out_indent(o->level[o->depth - 1].flat ? 0 : o->depth);
+        if (key)
+            printf("\"%s\": ", key);
+    } else {
+        out_indent(o->dash ? 0 : o->depth - 1);
+        for (const char *p = key; p && *p; p++)
+            putchar(*p == '-' ? ' ' : *p);
+        fputs(key ? ":" : "-   ", stdout);
+        o->dash = !key;
     }
-    for (unsigned i = o->json ? 0 : 1; i < o->depth; i++)
-        fputs("    ", stdout);
-    if (key && o->json)
-        printf("\"%s\": ", key);
-    else if (!o->json && !key)
-        fputs("-", stdout);
-    for (const char *p = key; p && !o->json; p++) {
-        if (!*p) {
-            fputs(":", stdout);
-            break;
-        }
-        putchar(*p == '-' ? ' ' : *p);
-    }
+    o->level[o->depth - 1].filled = true;
+}
+
+/* The same before one value and not a list or an object; for people in columns. */
+static void out_value(struct out *o, const char *key)
+{
+    out_key(o, key);
+    if (!o->json && key)
+        printf("%*s", strlen(key) + 1 < OUT_COLUMN ? (int)(OUT_COLUMN - strlen(key) - 1) : 1, "");
+    o->dash = false;
+}
+
+static void out_end_line(const struct out *o)
+{
+    if (!o->json)
+        putchar('\n');
 }
 
 /* bracket: { or [ */
-static void out_open(struct out *o, const char *key, char bracket)
+static void out_open(struct out *o, const char *key, char bracket, bool flat)
 {
-    if (o->depth || o->json)
-        out_key(o, key);
+    out_key(o, key);
     if (o->json)
         putchar(bracket);
+    else if (o->depth && key)
+        putchar('\n');
     o->level[o->depth].end = bracket == '{' ? '}' : ']';
+    o->level[o->depth].flat = flat;
     o->level[o->depth++].filled = false;
 }
 
 static void out_close(struct out *o)
 {
-    bool filled = o->level[--o->depth].filled;
+    bool filled = o->level[--o->depth].filled, flat = o->level[o->depth].flat;
 
-    if (o->json && filled) {
-        putchar('\n');
-        for (unsigned i = 0; i < o->depth; i++)
-            fputs("    ", stdout);
+    if (!o->json) {
+        if (o->dash)
+            putchar('\n');
+        o->dash = false;
+        return;
     }
-    if (o->json)
-        putchar(o->level[o->depth].end);
+    if (filled)
+        putchar(flat ? ' ' : '\n');
+    if (filled && !flat)
+        out_indent(o->depth);
+    putchar(o->level[o->depth].end);
     if (!o->depth)
         putchar('\n');
 }
 
+/* Did everything reach stdout? Returns status, or that it failed. */
+static int out_finish(int status)
+{
+    int error = fflush(stdout) ? errno : ferror(stdout) ? EIO : 0;
+
+    if (!error)
+        return status;
+    return msg_err(EXIT_FAILED, "cannot write to standard output: %s", strerror(error));
+}
+
 static void out_number(struct out *o, const char *key, uint64_t value)
 {
-    out_key(o, key);
-    printf(o->json ? "%" PRIu64 : " %" PRIu64, value);
+    out_value(o, key);
+    printf("%" PRIu64, value);
+    out_end_line(o);
 }
 
 /* Bytes: for people also in the largest unit that leaves a number. */
@@ -458,31 +530,84 @@ static void out_size(struct out *o, const char *key, uint64_t value)
     double in = (double)value / 1024;
     size_t unit = 0;
 
-    out_number(o, key, value);
-    if (o->json || value < 1024)
-        return;
+    out_value(o, key);
+    printf("%" PRIu64, value);
     for (; in >= 1024; in /= 1024)
         unit++;
-    printf(" (%.3g %s)", in, units[unit]);
+    if (!o->json && value >= 1024)
+        printf(" (%.4g %s)", in, units[unit]);
+    out_end_line(o);
+}
+
+/* Seconds since 1970; for people also as a date. */
+static void out_time(struct out *o, const char *key, uint32_t value)
+{
+    time_t when = (time_t)value;
+    char text[32] = "";
+    struct tm tm;
+
+    out_value(o, key);
+    printf("%" PRIu32, value);
+    if (!o->json && gmtime_r(&when, &tm) && strftime(text, sizeof(text), "%Y-%m-%d %H:%M:%S", &tm))
+        printf(" (%s UTC)", text);
+    out_end_line(o);
 }
 
 static void out_text(struct out *o, const char *key, const char *value)
 {
-    out_key(o, key);
-    if (o->json) {
+    out_value(o, key);
+    if (o->json)
         out_string(value);
-        return;
-    }
-    putchar(' ');
-    for (; *value; value++)
-        putchar((unsigned char)*value < ' ' || *value == 0x7f ? '?' : *value);
+    else
+        out_plain(value);
+    out_end_line(o);
 }
 
 static void out_flag(struct out *o, const char *key, bool value)
 {
-    out_key(o, key);
-    fputs(o->json ? "" : " ", stdout);
+    out_value(o, key);
     fputs(value ? "true" : "false", stdout);
+    out_end_line(o);
+}
+
+/* Percents on a terminal. on is set before the sandbox closes, which knows no isatty(3). */
+static struct { bool on; int percent; } out_progress = { false, -1 };
+
+static void out_progress_wipe(void)
+{
+    if (out_progress.percent >= 0)
+        (void)!write(STDERR_FILENO, "\r      \r", 8);
+    out_progress.percent = -1;
+}
+
+static void out_progress_show(uint64_t done, uint64_t total)
+{
+    int percent = total ? (int)((double)done / (double)total * 100) : 0, n;
+    char text[16];
+
+    if (!out_progress.on || percent == out_progress.percent || percent > 99)
+        return;
+    out_progress.percent = percent;
+    n = snprintf(text, sizeof(text), "\r%3d %% ", percent);
+    (void)!write(STDERR_FILENO, text, (size_t)n);
+}
+
+/* One line of --check about `times` corruptions (or leaks); lines, not counts, have an end. */
+__attribute__((format(printf, 5, 6))) static void out_finding(struct check *c, const char *image, bool leak,
+                                                              uint64_t times, const char *fmt, ...)
+{
+    unsigned *lines = leak ? &c->leak_lines : &c->corruption_lines;
+    char text[512];
+    va_list ap;
+
+    *(leak ? &c->leaks : &c->corruptions) += times;
+    if (++*lines > OUT_FINDINGS)
+        return;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof(text), fmt, ap);
+    va_end(ap);
+    out_progress_wipe();
+    msg_say(MSG_NOTE, "%s: %s: %s", image, leak ? "leak" : "corrupt", text);
 }
 
 /* ******************************************************************************************************** *
@@ -1367,6 +1492,7 @@ static int raw_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     if (exact)
         file_seek_extent(ext->file, ext->offset, ext->length, &data, &ext->length);
     ext->kind = data ? EXT_DATA : EXT_ZERO;
+    ext->zeroed = !data;
     return 0;
 }
 
@@ -1420,7 +1546,12 @@ enum {
     QCOW2_DATA_FILE = 4,
     QCOW2_COMPRESSION = 8,
     QCOW2_EXTL2 = 16,
-    QCOW2_RAW_DATA = 2, /* autoclear */
+    QCOW2_LAZY_REFCOUNTS = 1,           /* compatible */
+    QCOW2_BITMAPS = 1,                  /* autoclear: the bitmaps are up to date, and listed */
+    QCOW2_RAW_DATA = 2,                 /* autoclear */
+    QCOW2_MAX_BITMAPS = 65535,
+    QCOW2_BITMAP_IN_USE = 1,
+    QCOW2_BITMAP_AUTO = 2,
     QCOW2_MAX_L1 = 32 << 20,
     QCOW2_MAX_NAME = 1023,
     QCOW2_MAX_SNAPSHOTS = 65536,
@@ -1433,11 +1564,14 @@ enum {
 #define QCOW2_EXT_BACKING_FORMAT 0xe2792acau
 #define QCOW2_EXT_FEATURES 0x6803f857u
 #define QCOW2_EXT_DATA_FILE 0x44415441u
+#define QCOW2_EXT_BITMAPS 0x23852875u
 
 struct qcow2 {
     uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
-    uint64_t size, l1_offset, l1_entries, incompatible, autoclear;
-    uint32_t header_length;
+    uint64_t size, l1_offset, l1_entries, incompatible, compatible, autoclear;
+    uint32_t header_length, refcount_order;                 /* log2 of a refcount's bits */
+    uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
+    uint32_t n_snapshots, n_bitmaps;
     bool subclusters, v2;
     enum codec codec;
     struct file *data;              /* where clusters lie: the image itself or the external data file */
@@ -1514,6 +1648,11 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
         if (type == QCOW2_EXT_DATA_FILE &&
             !qcow2_copy_name(q->data_name, sizeof(q->data_name), cluster + at + 8, n))
             return qcow2_bad(im, "the name of the data file is too long", n);
+        if (type == QCOW2_EXT_BITMAPS && n >= 24 && (q->autoclear & QCOW2_BITMAPS)) {
+            q->n_bitmaps = util_be32(cluster + at + 8);
+            q->bitmaps_size = util_be64(cluster + at + 16);
+            q->bitmaps_offset = util_be64(cluster + at + 24);
+        }
         if (type == QCOW2_EXT_FEATURES) {
             features = cluster + at + 8;
             features_len = n;
@@ -1526,7 +1665,7 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
 
 static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *h)
 {
-    uint32_t compression = q->header_length > 104 ? h[104] : 0, order = q->v2 ? 4 : util_be32(h + 96);
+    uint32_t compression = q->header_length > 104 ? h[104] : 0;
 
     if (q->version != 2 && q->version != 3)
         return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u", im->name, q->version);
@@ -1540,8 +1679,8 @@ static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *
     if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) ||
         q->header_length > 1u << q->cluster_bits)
         return qcow2_bad(im, "the header's length", q->header_length);
-    if (order > 6)
-        return qcow2_bad(im, "the refcount width", order);
+    if (q->refcount_order > 6)
+        return qcow2_bad(im, "the refcount width", q->refcount_order);
     if ((compression != 0) != !!(q->incompatible & QCOW2_COMPRESSION) || compression > 1)
         return qcow2_bad(im, "the compression type", compression);
     q->codec = compression ? CODEC_ZSTD : CODEC_DEFLATE;
@@ -1563,7 +1702,11 @@ static int qcow2_read_header(struct image *im, struct qcow2 *q, const uint8_t *h
     q->l1_entries = util_be32(h + 36);
     q->l1_offset = util_be64(h + 40);
     q->incompatible = q->v2 ? 0 : util_be64(h + 72);
+    q->compatible = q->v2 ? 0 : util_be64(h + 80);
     q->autoclear = q->v2 ? 0 : util_be64(h + 88);
+    q->refcount_order = q->v2 ? 4 : util_be32(h + 96);
+    q->n_snapshots = util_be32(h + 60);
+    q->snapshots_offset = util_be64(h + 64);
     q->header_length = q->v2 ? QCOW2_HEADER_V2 : util_be32(h + 100);
     q->subclusters = q->incompatible & QCOW2_EXTL2;
     q->entry_size = q->subclusters ? 16 : 8;
@@ -1606,13 +1749,16 @@ static int qcow2_check_l1(struct image *im, const struct qcow2 *q)
 
 struct qcow2_snapshot {
     uint64_t l1_offset, l1_entries, size, next;
+    uint64_t clock, vm_state;       /* nanoseconds that the guest had run; bytes */
+    uint64_t icount;                /* instructions it had run; UINT64_MAX: not known */
+    uint32_t seconds, nanoseconds, extra_len;
     char id[256], name[1024];
 };
 
 static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t at,
                                struct qcow2_snapshot *sn)
 {
-    uint8_t h[40] = { 0 }, extra[16] = { 0 };
+    uint8_t h[40] = { 0 }, extra[24] = { 0 };
     uint32_t id_len, name_len, extra_len;
     int ret = qcow2_read(im, at, h, sizeof(h), "the snapshot table reaches past the end");
 
@@ -1623,7 +1769,7 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     extra_len = util_be32(h + 36);
     if (extra_len > 1024 || id_len >= sizeof(sn->id) || name_len >= sizeof(sn->name))
         return qcow2_bad(im, "a snapshot's entry", extra_len);
-    ret = qcow2_read(im, at + 40, extra, util_min(extra_len, 16), "the snapshot table reaches past the end");
+    ret = qcow2_read(im, at + 40, extra, util_min(extra_len, 24), "the snapshot table reaches past the end");
     if (!ret)
         ret = qcow2_read(im, at + 40 + extra_len, sn->id, id_len, "the snapshot table reaches past the end");
     if (!ret)
@@ -1632,23 +1778,29 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     sn->id[id_len] = sn->name[name_len] = 0;
     sn->l1_offset = util_be64(h);
     sn->l1_entries = util_be32(h + 8);
+    sn->seconds = util_be32(h + 16);
+    sn->nanoseconds = util_be32(h + 20);
+    sn->clock = util_be64(h + 24);
+    sn->extra_len = extra_len;
+    sn->vm_state = extra_len >= 8 ? util_be64(extra) : util_be32(h + 32);
     sn->size = extra_len >= 16 ? util_be64(extra + 8) : q->size;
+    sn->icount = extra_len >= 24 ? util_be64(extra + 16) : UINT64_MAX;
     sn->next = at + (40 + (uint64_t)extra_len + id_len + name_len + 7) / 8 * 8;
     return ret;
 }
 
 /* By id first, then by name, as qemu-img does. */
-static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const uint8_t *header, const char *wanted)
+static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const char *wanted)
 {
     struct qcow2_snapshot sn = { 0 };
-    uint32_t n = util_be32(header + 60);
+    uint32_t n = q->n_snapshots;
     uint64_t at;
     int ret;
 
     if (n > QCOW2_MAX_SNAPSHOTS)
         return qcow2_bad(im, "the number of snapshots", n);
     for (int by_name = 0; by_name < 2; by_name++) {
-        at = util_be64(header + 64);
+        at = q->snapshots_offset;
         for (uint32_t i = 0; i < n; i++, at = sn.next) {
             ret = qcow2_read_snapshot(im, q, at, &sn);
             if (ret)
@@ -1712,13 +1864,15 @@ static int qcow2_open(struct image *im)
     if (!ret)
         ret = qcow2_read_backing_name(im, q, cluster, len);
     if (!ret && snapshot)
-        ret = qcow2_use_snapshot(im, q, header, snapshot);
+        ret = qcow2_use_snapshot(im, q, snapshot);
     if (!ret)
         ret = qcow2_check_l1(im, q);
     if (!ret)
         ret = qcow2_open_data_file(im, q);
     free(cluster);
     im->size = q->size;
+    im->cluster_size = 1u << q->cluster_bits;
+    im->dirty = q->incompatible & QCOW2_DIRTY;
     if (!ret && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
         msg_say(MSG_NOTE, "%s: is marked %s; reading it is safe", im->name,
                 q->incompatible & QCOW2_CORRUPT ? "corrupt" : "dirty (not closed properly)");
@@ -1742,16 +1896,26 @@ static enum extent_kind qcow2_hole(const struct image *im)
     return *im->backing_name ? EXT_BACKING : EXT_ZERO;
 }
 
+/* In an external data file offset 0 is a place like any other; COPIED tells it from none. */
+static bool qcow2_allocated(const struct qcow2 *q, uint64_t entry)
+{
+    return (entry & QCOW2_OFFSET) || ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
+}
+
 /*
  * Describes `length` bytes from `offset` of the cluster whose L2 entry is given; they are in one cluster (or
  * subcluster).
  */
-static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_kind kind, uint64_t in_cluster,
-                            uint64_t length, struct extent *ext)
+static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_kind kind, bool zeroed,
+                            uint64_t in_cluster, uint64_t length, struct extent *ext)
 {
     uint64_t host = entry & QCOW2_OFFSET;
 
-    *ext = (struct extent){ .kind = kind, .length = length, .file = q->data, .offset = host + in_cluster };
+    *ext = (struct extent){ .kind = kind, .length = length, .zeroed = zeroed };
+    if (kind == EXT_DATA || host || (q->subclusters && qcow2_allocated(q, entry))) {
+        ext->file = q->data;
+        ext->offset = host + in_cluster;
+    }
     if (host % (1u << q->cluster_bits))
         qcow2_bad_extent(ext, length, "its L2 entry is not aligned");
     else if (entry & 0x3f000000000001feu)
@@ -1784,12 +1948,6 @@ static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t
     };
 }
 
-/* In an external data file offset 0 is a place like any other; COPIED tells it from none. */
-static bool qcow2_allocated(const struct qcow2 *q, uint64_t entry)
-{
-    return (entry & QCOW2_OFFSET) || ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
-}
-
 /* One subcluster: bits 0..31 of the bitmap say allocated, 32..63 reads as zeros. */
 static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, uint64_t entry,
                                  uint64_t bitmap, uint64_t in_cluster, uint64_t length, struct extent *ext)
@@ -1811,7 +1969,7 @@ static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, 
                         state == 1   ? EXT_DATA
                         : state == 2 ? EXT_ZERO
                                      : qcow2_hole(im),
-                        in_cluster, length, ext);
+                        state == 2, in_cluster, length, ext);
 }
 
 /* What one L2 entry says about `length` bytes from in_cluster on, all in its cluster. */
@@ -1833,14 +1991,17 @@ static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint6
                         entry & 1   ? EXT_ZERO
                         : allocated ? EXT_DATA
                                     : qcow2_hole(im),
-                        in_cluster, length, ext);
+                        entry & 1, in_cluster, length, ext);
 }
 
-/* Does b carry a on, so that both are one extent? */
-static bool qcow2_continues(const struct extent *a, const struct extent *b)
+/* Does b carry a on, so that both are one extent? For reading all zeros are alike. */
+static bool qcow2_continues(const struct extent *a, const struct extent *b, bool exact)
 {
-    return a->kind == b->kind && (a->kind == EXT_ZERO || a->kind == EXT_BACKING ||
-                                  (a->kind == EXT_DATA && a->offset + a->length == b->offset));
+    if (a->kind != b->kind || a->kind == EXT_BAD || a->kind == EXT_COMPRESSED)
+        return false;
+    if (a->kind == EXT_ZERO && !exact)
+        return true;
+    return a->zeroed == b->zeroed && a->file == b->file && (!a->file || a->offset + a->length == b->offset);
 }
 
 static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
@@ -1852,7 +2013,6 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
     struct extent next;
     unsigned n = 0;
 
-    (void)exact;
     length = util_min(length, table_left);
     l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8;
     if (cache_be64(&im->files[0], l1, &entry))
@@ -1878,7 +2038,7 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
             qcow2_map_entry(im, q, entry, bitmap, in_cluster, here, &next);
         if (ext->length == 0)
             *ext = next;
-        else if (qcow2_continues(ext, &next))
+        else if (qcow2_continues(ext, &next, exact))
             ext->length += next.length;
         else
             break;
@@ -1888,6 +2048,113 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
     return 0;
 }
 
+/* -- what --info says -- */
+
+static int qcow2_list_snapshots(struct image *im, struct out *out)
+{
+    const struct qcow2 *q = im->state;
+    struct qcow2_snapshot sn = { 0 };
+    uint64_t at = q->snapshots_offset;
+    int ret = 0;
+
+    if (q->n_snapshots > QCOW2_MAX_SNAPSHOTS)
+        return qcow2_bad(im, "the number of snapshots", q->n_snapshots);
+    if (q->n_snapshots)
+        out_open(out, "snapshots", '[', false);
+    for (uint32_t i = 0; i < q->n_snapshots && !(ret = qcow2_read_snapshot(im, q, at, &sn)); i++, at = sn.next) {
+        out_open(out, NULL, '{', false);
+        out_text(out, "id", sn.id);
+        out_text(out, "name", sn.name);
+        out_size(out, "vm-state-size", sn.vm_state);
+        out_time(out, "date-sec", sn.seconds);
+        out_number(out, "date-nsec", sn.nanoseconds);
+        out_number(out, "vm-clock-sec", sn.clock / 1000000000);
+        out_number(out, "vm-clock-nsec", sn.clock % 1000000000);
+        if (sn.icount != UINT64_MAX)
+            out_number(out, "icount", sn.icount);
+        out_close(out);
+    }
+    if (q->n_snapshots)
+        out_close(out);
+    return ret;
+}
+
+struct qcow2_bitmap {
+    uint64_t table_offset, next;
+    uint32_t table_entries, flags;
+    uint8_t granularity_bits;
+    char name[1024];
+};
+
+/* One entry of the bitmap directory, 24 bytes and a name, inside the directory. */
+static int qcow2_read_bitmap(struct image *im, const struct qcow2 *q, uint64_t at, struct qcow2_bitmap *b)
+{
+    uint64_t end = q->bitmaps_offset + q->bitmaps_size;
+    uint8_t h[24] = { 0 };
+    uint32_t name_len, extra_len;
+    int ret;
+
+    if (q->bitmaps_offset > (uint64_t)INT64_MAX || q->bitmaps_size > (uint64_t)INT64_MAX || at + sizeof(h) > end)
+        return qcow2_bad(im, "the size of the bitmap directory", q->bitmaps_size);
+    ret = qcow2_read(im, at, h, sizeof(h), "the bitmap directory reaches past the end");
+    if (ret)
+        return ret;
+    b->table_offset = util_be64(h);
+    b->table_entries = util_be32(h + 8);
+    b->flags = util_be32(h + 12);
+    b->granularity_bits = h[17];
+    name_len = util_be16(h + 18);
+    extra_len = util_be32(h + 20);
+    b->next = at + (sizeof(h) + (uint64_t)extra_len + name_len + 7) / 8 * 8;
+    if (name_len >= sizeof(b->name) || b->granularity_bits > 31 || b->next > end)
+        return qcow2_bad(im, "an entry of the bitmap directory", name_len);
+    b->name[name_len] = 0;
+    return qcow2_read(im, at + sizeof(h) + extra_len, b->name, name_len, "the bitmap directory reaches past the end");
+}
+
+static void qcow2_list_bitmaps(struct image *im, const struct qcow2 *q, struct out *out)
+{
+    struct qcow2_bitmap b = { 0 };
+    uint64_t at = q->bitmaps_offset;
+
+    if (!q->n_bitmaps)
+        return;
+    out_open(out, "bitmaps", '[', false);
+    for (uint32_t i = 0; i < util_min(q->n_bitmaps, QCOW2_MAX_BITMAPS) && !qcow2_read_bitmap(im, q, at, &b);
+         i++, at = b.next) {
+        out_open(out, NULL, '{', false);
+        out_text(out, "name", b.name);
+        out_number(out, "granularity", 1ull << b.granularity_bits);
+        out_open(out, "flags", '[', true);
+        if (b.flags & QCOW2_BITMAP_IN_USE)
+            out_text(out, NULL, "in-use");
+        if (b.flags & QCOW2_BITMAP_AUTO)
+            out_text(out, NULL, "auto");
+        out_close(out);
+        out_close(out);
+    }
+    out_close(out);
+}
+
+static void qcow2_info(struct image *im, struct out *out)
+{
+    const struct qcow2 *q = im->state;
+
+    out_text(out, "compat", q->v2 ? "0.10" : "1.1");
+    out_text(out, "compression-type", q->codec == CODEC_ZSTD ? "zstd" : "zlib");
+    out_number(out, "refcount-bits", 1u << q->refcount_order);
+    if (q->v2)
+        return;
+    out_flag(out, "lazy-refcounts", q->compatible & QCOW2_LAZY_REFCOUNTS);
+    out_flag(out, "corrupt", q->incompatible & QCOW2_CORRUPT);
+    out_flag(out, "extended-l2", q->subclusters);
+    if (*q->data_name)
+        out_text(out, "data-file", q->data_name);
+    if (q->incompatible & QCOW2_DATA_FILE)
+        out_flag(out, "data-file-raw", q->autoclear & QCOW2_RAW_DATA);
+    qcow2_list_bitmaps(im, q, out);
+}
+
 static const struct image_format qcow2_format = {
     .name = "qcow2",
     .describe = "QEMU images: backing chains, zlib and zstd, snapshots, subclusters, external data",
@@ -1895,6 +2162,8 @@ static const struct image_format qcow2_format = {
     .probe = qcow2_probe,
     .open = qcow2_open,
     .map = qcow2_map,
+    .info = qcow2_info,
+    .snapshots = qcow2_list_snapshots,
     .close = qcow2_close,
 };
 
@@ -2270,6 +2539,8 @@ static int img_open_backing(struct image *im)
     int ret = 0;
 
     for (; !ret && *im->backing_name; im = base) {
+        if (im->opt->top_only)
+            return 0;
         if (im->opt->no_backing) {
             msg_say(MSG_NOTE, "%s: without its backing file '%s', whose data reads as errors", im->name,
                     im->backing_name);
@@ -2301,10 +2572,13 @@ static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exac
         size = im->size;
         if (offset >= size) {
             *ext = (struct extent){ .kind = im->depth ? EXT_ZERO : EXT_BAD, .length = length,
+                                    .depth = im->depth ? im->depth - 1 : 0,
                                     .why = "past the end of the image" };
             return 0;
         }
+        *ext = (struct extent){ .kind = EXT_BAD };
         ret = im->format->map(im, offset, util_min(length, size - offset), exact, ext);
+        ext->depth = im->depth;
         if (ret || ext->kind != EXT_BACKING)
             return ret;
         if (!im->backing) {
@@ -3779,7 +4053,7 @@ static int box_seccomp(void)
         SYS_madvise,    SYS_brk,        SYS_mremap,          SYS_rt_sigprocmask, SYS_rt_sigreturn,
         SYS_exit,       SYS_exit_group, SYS_clock_gettime,   SYS_gettid,         SYS_getpid,
         SYS_tgkill,     SYS_tkill,      SYS_set_robust_list, SYS_sched_yield,    SYS_restart_syscall,
-        SYS_newfstatat,
+        SYS_newfstatat, SYS_writev,
 #ifdef SYS_rseq
         SYS_rseq,
 #endif
@@ -4438,7 +4712,7 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
  * ******************************************************************************************************** */
 
 enum opt_allow_other { ALLOW_AUTO, ALLOW_ON, ALLOW_OFF };
-enum opt_action { ACT_EXPORT, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
+enum opt_action { ACT_EXPORT, ACT_INFO, ACT_MAP, ACT_CHECK, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
 #define OPT_UNSET UINT32_MAX
 
 struct options {
@@ -4446,7 +4720,7 @@ struct options {
     char *snapshot, *backing, *backing_format, *data_file, *allow_external;
     unsigned n_images;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        no_backing, force_parent, lazy, verbose, quiet;
+        no_backing, force_parent, lazy, verbose, quiet, json;
     bool mount_helper; /* called by mount(8) */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
@@ -4634,6 +4908,22 @@ static void run_close_control(struct run *r, int status)
     util_close(&r->ctl_fd);
 }
 
+static struct image_options run_image_options(const struct options *o)
+{
+    return (struct image_options){
+        .format = o->format,
+        .snapshot = o->snapshot,
+        .backing = o->backing,
+        .backing_format = o->backing_format,
+        .data_file = o->data_file,
+        .allow_external = o->allow_external,
+        .no_backing = o->no_backing,
+        .force_parent = o->force_parent,
+        .parts = !o->no_parts,
+        .lock = !o->share,
+    };
+}
+
 static int run_open_image(struct run *r)
 {
     const struct options *o = r->o;
@@ -4647,18 +4937,7 @@ static int run_open_image(struct run *r)
         util_copy(r->source, sizeof(r->source), util_basename(o->images[0]));
     r->im.writable = o->writable;
     r->im.growable = o->growable;
-    r->image_options = (struct image_options){
-        .format = o->format,
-        .snapshot = o->snapshot,
-        .backing = o->backing,
-        .backing_format = o->backing_format,
-        .data_file = o->data_file,
-        .allow_external = o->allow_external,
-        .no_backing = o->no_backing,
-        .force_parent = o->force_parent,
-        .parts = !o->no_parts,
-        .lock = !o->share,
-    };
+    r->image_options = run_image_options(o);
     ret = cache_start(o->cache_size);
     if (!ret)
         ret = img_open(&r->im, o->images, o->n_images, &r->image_options);
@@ -5236,6 +5515,172 @@ static int cmd_umount(const struct options *o)
     return ret ? EXIT_FAILED : EXIT_OK;
 }
 
+/*
+ * Opens the image as --info, --map and --check need it, and goes into the sandbox: the image may be a
+ * stranger's, and nothing more is opened. Nothing is written to stdout if that fails.
+ */
+static int cmd_look(const struct options *o, int (*look)(struct image *im, bool json))
+{
+    struct image_options opt = run_image_options(o);
+    struct image im = { .files = NULL };
+    int status = EXIT_FAILED;
+
+    opt.top_only = o->action != ACT_MAP;
+    out_progress.on = o->action == ACT_CHECK && !o->quiet && isatty(STDERR_FILENO);
+    if (cache_start(o->cache_size) == 0 && img_open(&im, o->images, o->n_images, &opt) == 0 &&
+        box_enter(o->sandbox) == 0)
+        status = out_finish(look(&im, o->json));
+    img_close(&im);
+    cache_stop();
+    return status;
+}
+
+/* A relative name of a backing file counts from the folder of the image that says it. */
+static void cmd_info_backing(const struct image *im, struct out *out)
+{
+    const char *slash = strrchr(im->files[0].path, '/');
+    char full[PATH_MAX + sizeof(im->backing_name)];
+    bool relative = im->backing_name[0] != '/' && !img_is_url(im->backing_name) && slash;
+
+    snprintf(full, sizeof(full), "%.*s%s", relative ? (int)(slash - im->files[0].path + 1) : 0, im->files[0].path,
+             im->backing_name);
+    out_text(out, "backing-filename", im->backing_name);
+    out_text(out, "full-backing-filename", full);
+    if (*im->backing_format)
+        out_text(out, "backing-filename-format", im->backing_format);
+}
+
+static int cmd_info(struct image *im, bool json)
+{
+    struct out out = { .json = json };
+    uint64_t blocks = 0;
+    int ret = 0;
+
+    for (unsigned i = 0; i < (im->format == &qcow2_format ? 1 : im->n_files); i++)
+        blocks += (uint64_t)im->files[i].st.st_blocks;     /* QEMU does not count an external data file either */
+    out_open(&out, NULL, '{', false);
+    out_text(&out, "filename", im->name);
+    out_text(&out, "format", im->format->name);
+    out_size(&out, "virtual-size", im->size);
+    out_size(&out, "actual-size", blocks * 512);
+    if (im->cluster_size)
+        out_size(&out, "cluster-size", im->cluster_size);
+    out_flag(&out, "dirty-flag", im->dirty);
+    if (im->n_files > 1 && im->format != &qcow2_format)
+        out_number(&out, "files", im->n_files);
+    if (*im->backing_name)
+        cmd_info_backing(im, &out);
+    if (im->format->snapshots)
+        ret = im->format->snapshots(im, &out);
+    if (im->format->info) {
+        out_open(&out, "format-specific", '{', false);
+        out_text(&out, "type", im->format->name);
+        out_open(&out, "data", '{', false);
+        im->format->info(im, &out);
+        out_close(&out);
+        out_close(&out);
+    }
+    out_close(&out);
+    return ret ? EXIT_FAILED : EXIT_OK;
+}
+
+/* Is `next`, which begins where `ext` ends, more of the same? By the rules of qemu-img map. */
+static bool cmd_map_continues(const struct extent *ext, const struct extent *next)
+{
+    if (ext->kind != next->kind || ext->depth != next->depth)
+        return false;
+    if (ext->kind == EXT_BAD)
+        return strcmp(ext->why, next->why) == 0;
+    if (ext->kind == EXT_COMPRESSED)
+        return true;
+    return ext->zeroed == next->zeroed && ext->file == next->file &&
+           (!ext->file || ext->offset + ext->length == next->offset);
+}
+
+static void cmd_map_json(struct out *out, const struct image *im, uint64_t start, const struct extent *ext)
+{
+    bool zero = ext->kind == EXT_ZERO, place = ext->kind != EXT_BAD && ext->kind != EXT_COMPRESSED && ext->file;
+
+    while (im->depth < ext->depth)
+        im = im->backing;
+    out_open(out, NULL, '{', true);
+    out_number(out, "start", start);
+    out_number(out, "length", ext->length);
+    out_number(out, "depth", ext->depth);
+    out_flag(out, "present", !zero || ext->zeroed);
+    out_flag(out, "zero", zero);
+    out_flag(out, "data", !zero);
+    if (place)
+        out_number(out, "offset", ext->offset);
+    if (place && im->n_files > 1 && im->format != &qcow2_format)
+        out_text(out, "filename", ext->file->path);
+    if (ext->kind == EXT_BAD)
+        out_text(out, "error", ext->why);
+    out_close(out);
+}
+
+/* One line of the table for people; zeros are left out, as qemu-img does. */
+static void cmd_map_line(uint64_t start, const struct extent *ext)
+{
+    char place[24];
+
+    if (ext->kind == EXT_ZERO)
+        return;
+    snprintf(place, sizeof(place), "%#" PRIx64, ext->offset);
+    printf("%#-16" PRIx64 "%#-16" PRIx64 "%-16s", start, ext->length,
+           ext->kind == EXT_DATA         ? place
+           : ext->kind == EXT_COMPRESSED ? "compressed"
+                                         : "UNREADABLE");
+    out_plain(ext->kind == EXT_BAD ? ext->why : ext->file->path);
+    putchar('\n');
+}
+
+static int cmd_map(struct image *im, bool json)
+{
+    struct out out = { .json = json };
+    struct extent ext = { .length = 0 }, next;
+    uint64_t size = im->size, start = 0;
+    int status = EXIT_OK;
+
+    if (json)
+        out_open(&out, NULL, '[', false);
+    else
+        printf("%-16s%-16s%-16s%s\n", "Offset", "Length", "Mapped to", "File");
+    for (uint64_t at = 0; at < size; at += next.length) {
+        if (img_map(im, at, size - at, true, &next) < 0) {
+            next = (struct extent){ .kind = EXT_BAD, .length = util_min(size - at, 65536),
+                                    .why = "what lies here could not be found out" };
+            status = EXIT_FAILED;
+        }
+        if (ext.length && cmd_map_continues(&ext, &next)) {
+            ext.length += next.length;
+            continue;
+        }
+        if (ext.length && json)
+            cmd_map_json(&out, im, start, &ext);
+        else if (ext.length)
+            cmd_map_line(start, &ext);
+        if (ferror(stdout))
+            return EXIT_FAILED;
+        ext = next;
+        start = at;
+    }
+    if (json) {
+        cmd_map_json(&out, im, start, &ext);
+        out_close(&out);
+    } else {
+        cmd_map_line(start, &ext);
+    }
+    return status;
+}
+
+static int cmd_check(struct image *im, bool json)
+{
+    (void)im;
+    (void)json;
+    return EXIT_FAILED;
+}
+
 static int cmd_formats(void)
 {
     printf("%-10s %-10s %s\n", "FORMAT", "WRITES", "WHAT");
@@ -5425,6 +5870,10 @@ static const struct opt {
     { 0, "pidfile", "FILE", OPT_TEXT, OPT_AT(pidfile), 0,
       "holds the supervisor's process number while mounted" },
     { 0, "sandbox", "auto|off|require", OPT_CHOICE, OPT_AT(sandbox), 0, "lock the serving process in" },
+    { 0, "info", NULL, OPT_ACTION, OPT_AT(action), ACT_INFO, "say what IMAGE is" },
+    { 0, "map", NULL, OPT_ACTION, OPT_AT(action), ACT_MAP, "list what lies where" },
+    { 0, "check", NULL, OPT_ACTION, OPT_AT(action), ACT_CHECK, "look for damage; changes nothing" },
+    { 0, "json", NULL, OPT_SET, OPT_AT(json), 0, "with these three: for programs" },
     { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT,
       "unmount, and wait until the image is free" },
     { 'z', "lazy", NULL, OPT_SET, OPT_AT(lazy), 0, "with --umount: detach at once, do not wait" },
@@ -5443,6 +5892,7 @@ static const char *const opt_ignored[] = {
 static int opt_usage(const char *text)
 {
     printf("Usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND [ARG...]]\n"
+           "       fuseexp --info|--map|--check [--json] [OPTION...] IMAGE...\n"
            "       fuseexp --umount [-z] MOUNTPOINT\n"
            "       fuseexp --formats | --version | --help\n\n%s"
            "Shows a disk image as one plain raw file (MOUNTPOINT a file, made if missing) or as a folder\n"
@@ -5526,6 +5976,8 @@ static int opt_apply(struct options *o, const struct opt *opt, char *value)
         *(uint32_t *)at = choice;
         return 0;
     case OPT_ACTION:
+        if (opt->value < ACT_VERSION && *(uint32_t *)at && *(uint32_t *)at != opt->value)
+            return msg_err(-EINVAL, "--%s: one of --info, --map, --check, --umount and --formats at a time", opt->name);
         *(uint32_t *)at = opt->value;
         return 0;
     case OPT_MOUNT:
@@ -5642,8 +6094,28 @@ static int opt_parse_helper(struct options *o, int argc, char **argv)
     return ret;
 }
 
+/* What says how to mount means nothing to a command that only looks: it was meant otherwise. */
+static int opt_check_look(const struct options *o)
+{
+    const char *lost = o->writable                  ? "-w"
+                       : o->offset                  ? "--offset"
+                       : o->size                    ? "--size"
+                       : o->partition               ? "--partition"
+                       : o->pidfile                 ? "--pidfile"
+                       : o->command                 ? "-- COMMAND"
+                                                    : NULL;
+
+    return lost ? msg_err(-EINVAL, "%s is for mounting: --info, --map and --check look at the whole image", lost) : 0;
+}
+
 static int opt_check(struct options *o)
 {
+    bool looks = o->action >= ACT_INFO && o->action <= ACT_CHECK;
+
+    if (o->json && !looks)
+        return msg_err(-EINVAL, "--json goes with --info, --map or --check");
+    if (looks && opt_check_look(o))
+        return -EINVAL;
     if (o->lazy && o->action != ACT_UMOUNT)
         return msg_err(-EINVAL, "-z goes with --umount");
     if (o->growable && !o->writable)
@@ -5672,7 +6144,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
     if (ret)
         return ret;
     n = (o->mount_helper ? argc : end) - optind;
-    if (end < argc && n == 0 && o->action == ACT_EXPORT) {
+    if (end < argc && n == 0 && o->action < ACT_UMOUNT) {
         /* "fuseexp -r -- IMAGE MOUNTPOINT [-- COMMAND]" */
         memmove(&argv[end], &argv[end + 1], (size_t)(argc - end) * sizeof(*argv));
         for (argc--; end < argc && strcmp(argv[end], "--") != 0;)
@@ -5692,11 +6164,14 @@ static int opt_parse(struct options *o, int argc, char **argv)
     if (o->action == ACT_EXPORT && n < 2)
         return msg_err(-EINVAL,
                        "usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND] (--help explains)");
-    if (n - 1 > MAX_PARTS)
+    if (o->action >= ACT_INFO && o->action <= ACT_CHECK && n < 1)
+        return msg_err(-EINVAL, "--info, --map and --check take an IMAGE");
+    if (o->action == ACT_EXPORT || o->action == ACT_UMOUNT)
+        o->mountpoint = argv[optind + --n];
+    if (n > MAX_PARTS)
         return msg_err(-EINVAL, "more than %d parts", MAX_PARTS);
     o->images = &argv[optind];
-    o->n_images = (unsigned)n - 1;
-    o->mountpoint = argv[optind + n - 1];
+    o->n_images = (unsigned)n;
     return opt_check(o);
 }
 
@@ -5752,7 +6227,10 @@ int main(int argc, char **argv)
     if (!cmd_self_test(argc, argv, &status) && opt_parse(&o, argc, argv) == 0) {
         msg_verbosity = o.debug ? MSG_DEBUG : o.verbose ? MSG_INFO : o.quiet ? MSG_ERROR : MSG_NOTE;
         o.foreground |= o.debug;
-        status = o.action == ACT_UMOUNT    ? cmd_umount(&o)
+        status = o.action == ACT_INFO      ? cmd_look(&o, cmd_info)
+                 : o.action == ACT_MAP     ? cmd_look(&o, cmd_map)
+                 : o.action == ACT_CHECK   ? cmd_look(&o, cmd_check)
+                 : o.action == ACT_UMOUNT  ? cmd_umount(&o)
                  : o.action == ACT_FORMATS ? cmd_formats()
                  : o.action == ACT_VERSION ? cmd_version()
                  : o.action == ACT_HELP    ? opt_usage("")
@@ -5760,8 +6238,9 @@ int main(int argc, char **argv)
     }
     free(o.extra);
 #ifdef FUSEEXP_FAULTS
-    if (o.mountpoint && main_count_fds() + util_n_closed != fds)
-        status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", main_count_fds(), fds);
+    int at_end = main_count_fds();  /* 0: the sandbox does not let us see */
+    if ((o.mountpoint || o.n_images) && at_end && at_end + util_n_closed != fds)
+        status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", at_end, fds);
 #endif
     return status;
 }

@@ -1165,6 +1165,128 @@ t_corpus_qcow2_images_are_right() {
     [ $n -ge 8 ] || fail "only $n"
 }
 
+# ---- --info, --map, --check ------------------------------------------------------------------------------------
+
+# same_json FILE FILE: the same values, whatever their order
+same_json() { diff <(jq -S . "$1") <(jq -S . "$2") || fail "$1 and $2 differ"; }
+
+# as_qemu_info IMAGE, as_qemu_map IMAGE: our JSON is qemu-img's
+as_qemu_info() { "$fx" -q --info --json "$1" >ours.json; qemu-img info --output=json "$1" >theirs.json; same_json ours.json theirs.json; }
+as_qemu_map() { "$fx" -q --map --json "$1" >ours.json; qemu-img map --output=json "$1" >theirs.json; same_json ours.json theirs.json; }
+
+t_info_says_what_qemu_img_says() {
+    local o
+    for o in compat=0.10 cluster_size=512 refcount_bits=64,lazy_refcounts=on compression_type=zstd extended_l2=on data_file=ext.raw \
+        data_file=raw.raw,data_file_raw=on; do
+        rm -f img; qemu-img create -q -f qcow2 -o "$o" img 3M; as_qemu_info img
+    done
+    qemu-img create -q -f qcow2 img 3M
+    qemu-img bitmap --add -g 64k img first; qemu-img bitmap --add --disable img 'a "name"'
+    qemu-img snapshot -c 'before \ "update"' img; qemu-img snapshot -c two img
+    as_qemu_info img
+    printf '\001' | dd of=img bs=1 seek=79 conv=notrunc status=none; as_qemu_info img
+    same "$("$fx" -q --info --json img | jq '."dirty-flag"')" true
+    mkdir sub; truncate -s 5M sub/base
+    qemu-img create -q -f qcow2 -b base -F raw sub/mid; qemu-img create -q -f qcow2 -b sub/mid -F qcow2 top
+    as_qemu_info sub/mid; as_qemu_info top; as_qemu_info "$PWD/sub/mid"; as_qemu_info sub/base
+    qemu-img create -q -f qcow2 -u -b nbd://host/x -F raw url 1M; as_qemu_info url
+}
+
+t_info_needs_no_backing_file() {
+    qemu-img create -q -f qcow2 -u -b gone -F raw img 1M
+    "$fx" --info --json img >ours.json 2>err
+    same "$(cat err)" ""
+    same "$(jq -r '."full-backing-filename"' ours.json)" gone
+    "$fx" --info img | grep -q '^backing filename: *gone$'
+    "$fx" --check img >/dev/null 2>err
+    same "$(cat err)" ""
+    refused 1 "cannot open its backing file 'gone'" "$fx" --map img
+}
+
+t_info_of_raw_and_split_images() {
+    random img 10
+    same "$("$fx" -q --info --json img | jq -c '[.filename, .format, ."virtual-size", ."dirty-flag"]')" '["img","raw",40960,false]'
+    split -b 10000 -d -a 3 img s.
+    same "$("$fx" -q --info --json s.000 | jq -c '[."virtual-size", .files]')" '[40960,5]'
+    same "$("$fx" -q --map --json s.000 | jq -c '[.[] | [.start, .length, .offset, .filename]]')" \
+        '[[0,10000,0,"s.000"],[10000,10000,0,"s.001"],[20000,10000,0,"s.002"],[30000,10000,0,"s.003"],[40000,960,0,"s.004"]]'
+    same "$("$fx" -q --info --json --no-parts s.000 | jq '."virtual-size"')" 10000
+}
+
+t_map_says_what_qemu_img_says() {
+    local n=0 o
+    for o in compat=0.10 cluster_size=512 cluster_size=4k refcount_bits=1 compression_type=zstd extended_l2=on \
+        extended_l2=on,cluster_size=16k preallocation=falloc data_file=ext.raw extended_l2=on,data_file=ext2.raw; do
+        n=$((n + 1))
+        rm -f img; qemu-img create -q -f qcow2 -o "$o" img 6M
+        scribble img $n; scribble img $((n + 100)) "$(qemu-img info --output=json img | jq '."cluster-size"')"
+        as_qemu_map img
+    done
+}
+
+t_map_of_chains_and_sparse_files_is_qemu_imgs() {
+    truncate -s 5M base; random data 16
+    for i in 3 100 900; do dd if=data of=base bs=4k seek=$i conv=notrunc status=none; done
+    "$fx" -q --map --json base >ours.json; qemu-img map -f raw --output=json base >theirs.json; same_json ours.json theirs.json
+    qemu-img create -q -f qcow2 -b base -F raw mid 8M; scribble mid 1
+    qemu-img create -q -f qcow2 -o cluster_size=4k -b mid -F qcow2 top 10M; scribble top 2 4096
+    qemu-img create -q -f qcow2 -b top -F qcow2 shrunk 3M
+    for i in mid top shrunk; do as_qemu_map $i; done
+}
+
+t_map_for_people_lists_data_and_marks_what_cannot_be_read() {
+    qemu-img create -q -f qcow2 img 4M; qemu-io -c 'write 0 128k' -c 'write 1M 64k' img >/dev/null
+    "$fx" --map img >ours; qemu-img map img >theirs; cmp ours theirs
+    qemu-io -c 'write -c 2M 64k' img >/dev/null
+    "$fx" --map img | grep -q '^0x200000 *0x10000 *compressed *img$'
+    local l1 l2
+    l1=$(od -An -tu8 --endian=big -j40 -N8 img); l2=$(($(od -An -tu8 --endian=big -j$((l1)) -N8 img) & 0xffffffffffff))
+    printf '\200\0\100\0\0\0\0\0' | dd of=img bs=1 seek=$((l2 + 8)) conv=notrunc status=none     # the second cluster
+    "$fx" --map img | grep -q '^0x10000 *0x10000 *UNREADABLE *its cluster lies past the end of the file$'
+    "$fx" --map --json img >ours.json
+    same "$(jq -c '.[1] | [.start, .length, .data, .zero, .present, .offset, .error]' ours.json)" \
+        '[65536,65536,true,false,true,null,"its cluster lies past the end of the file"]'
+    qemu-img create -q -f qcow2 -u -b gone -F raw over 1M
+    same "$("$fx" -q --map --json --no-backing over | jq -c 'map(.error)')" '["in the backing file, which was not opened"]'
+}
+
+t_json_is_valid_whatever_names_are_in_the_image() {
+    qemu-img create -q -f qcow2 good 1M; qemu-img snapshot -c 123456789012 good
+    py '
+d = open("good", "rb").read()
+at = d.index(b"123456789012")
+rnd = random.Random(3)
+for i in range(40):
+    name = bytes(rnd.choice([1, 10, 31, 34, 47, 65, 92, 127, 128, 155, 192, 194, 195, 224, 237, 240, 244, 255, 191, 160]) for j in range(12))
+    open("img%d" % i, "wb").write(d[:at] + name + d[at + 12:])'
+    for i in $(seq 0 39); do
+        "$fx" --info --json "img$i" >ours.json
+        python3 -c 'import json; assert len(json.loads(open("ours.json", "rb").read().decode("utf-8"))["snapshots"]) == 1'
+        not grep -q "$(printf '[\001-\011\013-\037\177]')" <("$fx" --info "img$i")
+    done
+}
+
+t_nothing_is_said_by_halves() {
+    random img 10
+    for i in --info --map; do
+        refused 1 'No such file' "$fx" $i --json gone
+        same "$("$fx" $i --json gone 2>/dev/null | wc -c)" 0
+        expect 1 "$fx" $i --json -q img >/dev/full; grep -q 'cannot write to standard output' err
+        expect 1 "$fx" $i -q img >/dev/full
+        refused 2 'take an IMAGE' "$fx" $i
+        refused 2 'is for mounting' "$fx" $i -w img
+        refused 2 'is for mounting' "$fx" $i --partition 1 img
+        refused 2 'is for mounting' "$fx" $i img -- true
+    done
+    refused 2 'at a time' "$fx" --info --map img
+    refused 2 'goes with' "$fx" --json img m
+    qemu-img create -q -f qcow2 q 1M; py '
+import struct
+f = open("q", "r+b"); f.seek(60); f.write(struct.pack(">IQ", 3, 1 << 40))'
+    expect 1 "$fx" --info --json q >ours.json; grep -q 'snapshot table reaches past the end' err
+    same "$(jq -c .snapshots ours.json)" '[]'
+}
+
 # ---- life cycle ------------------------------------------------------------------------------------------------
 
 t_ready_when_it_returns_and_gone_when_unmounted() {
