@@ -2155,6 +2155,583 @@ static void qcow2_info(struct image *im, struct out *out)
     qcow2_list_bitmaps(im, q, out);
 }
 
+/*
+ * -- what --check finds --
+ *
+ * References to every host cluster are counted, as qemu-img check does, and compared with the stored refcounts.
+ * Memory is one small number per cluster of the file, and QCOW2_REFS entries of L1 tables at a time. These are
+ * sorted, so that an L2 table that snapshots share is read once and counted as often as it is used: the work has
+ * a bound, whatever the tables say.
+ */
+
+enum {
+    QCOW2_REFS = 1 << 18,
+    QCOW2_MAX_REFCOUNT_TABLE = 8 << 20,
+    QCOW2_SUSPECTS = 100            /* clusters whose users are named */
+};
+#define QCOW2_REFCOUNT_BLOCK 0xfffffffffffffe00u
+#define QCOW2_L1_RESERVED 0x7f000000000001ffu
+#define QCOW2_L2_RESERVED 0x3f000000000001feu
+#define QCOW2_BITMAP_RESERVED 0xff000000000001feu
+
+/* An L1 entry that is not 0. */
+struct qcow2_ref {
+    uint64_t l2;                    /* where its L2 table lies */
+    uint32_t index;                 /* in its L1 table */
+    uint32_t table;                 /* 0: the active one; else number of the snapshot, from 1 */
+};
+
+struct qcow2_check {
+    struct image *im;
+    const struct qcow2 *q;
+    struct check *c;
+    struct file *f;
+    uint64_t length;                /* of the file, in whole sectors, as QEMU counts */
+    uint64_t n_clusters;            /* of the file; one more may be begun by what is not aligned */
+    void *counts;                   /* n_clusters + 1 numbers of `width` bytes */
+    unsigned width;                 /* wide enough for refcounts of the image, but 4 at most */
+    uint64_t most;                  /* what a counter holds: the largest refcount, or 2^32 - 1 */
+    uint64_t l1_offset, l1_entries, size;   /* the active ones, whatever --snapshot says */
+    uint64_t table_offset, table_entries;   /* the refcount table */
+    struct qcow2_ref *refs;
+    size_t n_refs;
+    uint64_t walked, to_walk;       /* L2 tables, for the progress */
+    uint64_t suspect[QCOW2_SUSPECTS];       /* host clusters with more users than their refcount, ascending */
+    size_t n_suspects;
+};
+
+/* Eight bytes of a table; past the end of the file there are zeros, as in the rest of its last cluster. */
+static bool qcow2_check_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
+{
+    *value = 0;
+    if (offset >= k->f->size || cache_be64(k->f, offset, value) == 0)
+        return true;
+    if (k->c->errors++ == 0)
+        msg_err(0, "%s: the table at %" PRIu64 " cannot be read", k->im->name, offset);
+    return false;
+}
+
+static uint64_t qcow2_counted(const struct qcow2_check *k, uint64_t cluster)
+{
+    return k->width == 1   ? ((uint8_t *)k->counts)[cluster]
+           : k->width == 2 ? ((uint16_t *)k->counts)[cluster]
+                           : ((uint32_t *)k->counts)[cluster];
+}
+
+static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_t times)
+{
+    uint64_t now = qcow2_counted(k, cluster), room = util_min(times, k->most - now);
+
+    if (k->width == 1)
+        ((uint8_t *)k->counts)[cluster] = (uint8_t)(now + room);
+    else if (k->width == 2)
+        ((uint16_t *)k->counts)[cluster] = (uint16_t)(now + room);
+    else
+        ((uint32_t *)k->counts)[cluster] = (uint32_t)(now + room);
+    if (times > room && k->q->refcount_order == 6)
+        k->c->errors += times - room;       /* cannot be counted: this is no finding */
+    else if (times > room)
+        out_finding(k->c, k->im->name, false, times - room,
+                    "host 0x%" PRIx64 ": more references than a refcount of %u bits can hold",
+                    cluster << k->q->cluster_bits, 1u << k->q->refcount_order);
+    if (cluster == k->n_clusters)
+        k->n_clusters++;
+}
+
+/* Counts `times` uses of a range; what: for the message. Its last cluster may be only begun in the file. */
+static void qcow2_count(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times, const char *what)
+{
+    uint64_t cluster = 1u << k->q->cluster_bits;
+
+    if (!length)
+        return;
+    if (offset > (uint64_t)INT64_MAX || length > (uint64_t)INT64_MAX || offset + length >= k->length + cluster) {
+        out_finding(k->c, k->im->name, false, times, "%s: 0x%" PRIx64 " bytes at host 0x%" PRIx64
+                    " reach past the end of the file", what, length, offset);
+        return;
+    }
+    for (uint64_t i = offset / cluster; i <= (offset + length - 1) / cluster; i++)
+        qcow2_count_cluster(k, i, times);
+}
+
+/* Where the refcount block for a cluster lies; 0: there is none, so all its refcounts are 0. */
+static int qcow2_block_of(struct qcow2_check *k, uint64_t cluster, uint64_t *block)
+{
+    uint64_t index = cluster >> (k->q->cluster_bits + 3 - k->q->refcount_order);
+
+    *block = 0;
+    if (index >= k->table_entries)
+        return 0;
+    if (!qcow2_check_word(k, k->table_offset + index * 8, block))
+        return -EIO;
+    *block &= QCOW2_REFCOUNT_BLOCK;
+    return *block % (1u << k->q->cluster_bits) ? -EIO : 0;
+}
+
+/* The refcount of a cluster in its block. Less than a byte: the first is in the lowest bits. */
+static int qcow2_stored_in(struct qcow2_check *k, uint64_t block, uint64_t cluster, uint64_t *refcount)
+{
+    uint32_t order = k->q->refcount_order, bits = 1u << order;
+    uint64_t index = cluster & ((1ull << (k->q->cluster_bits + 3 - order)) - 1), at = index << order, word;
+
+    *refcount = 0;
+    if (!block)
+        return 0;
+    if (!qcow2_check_word(k, block + at / 64 * 8, &word))
+        return -EIO;
+    if (order < 3)
+        *refcount = word >> (56 - at % 64 / 8 * 8 + at % 8) & ((1u << bits) - 1);
+    else
+        *refcount = order == 6 ? word : word >> (64 - bits - at % 64) & ((1ull << bits) - 1);
+    return 0;
+}
+
+static int qcow2_stored(struct qcow2_check *k, uint64_t cluster, uint64_t *refcount)
+{
+    uint64_t block;
+    int ret = qcow2_block_of(k, cluster, &block);
+
+    *refcount = 0;
+    return ret ? ret : qcow2_stored_in(k, block, cluster, refcount);
+}
+
+/* COPIED says that the refcount is 1. Only the active tables have it. */
+static void qcow2_check_copied(struct qcow2_check *k, uint64_t host, bool copied, bool is_data, uint64_t guest,
+                               uint64_t times)
+{
+    uint64_t refcount = 1;
+
+    if (!(is_data && (k->q->incompatible & QCOW2_DATA_FILE)) &&
+        qcow2_stored(k, host >> k->q->cluster_bits, &refcount))
+        return;                     /* said elsewhere */
+    if ((refcount == 1) != copied)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": the %s is %s, but its refcount is %" PRIu64, guest, host, is_data ? "cluster" : "L2 table",
+                    copied ? "marked as used once" : "not marked as used once", refcount);
+}
+
+/* What is wrong with an entry of an L2 table by itself, or NULL. Compressed: bit 62. */
+static const char *qcow2_check_entry(const struct qcow2 *q, uint64_t entry, uint64_t bitmap)
+{
+    bool allocated = qcow2_allocated(q, entry);
+
+    if (entry & QCOW2_COMPRESSED)
+        return NULL;
+    if (!q->subclusters)
+        return (entry & 1) && q->v2 ? "a zero cluster in a version 2 image" : NULL;
+    if (entry & 1)
+        return "its L2 entry has reserved bits set";
+    if (allocated && (bitmap >> 32 & bitmap & UINT32_MAX))
+        return "a subcluster is both allocated and zero";
+    return !allocated && (bitmap & UINT32_MAX) ? "a subcluster is allocated in no cluster" : NULL;
+}
+
+static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest,
+                                   uint64_t times, uint64_t active)
+{
+    uint32_t offset_bits = 62 - (k->q->cluster_bits - 8);
+    uint64_t host = entry & ((1ull << offset_bits) - 1);
+    uint64_t sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
+    bool misplaced = k->q->incompatible & QCOW2_DATA_FILE;
+    char what[64];
+
+    if (entry & QCOW2_COPIED)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": a compressed cluster is marked as used once", guest, host);
+    if (misplaced || bitmap) {
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": a compressed cluster %s", guest, host,
+                    misplaced ? "in an image with an external data file" : "has subclusters");
+        return;
+    }
+    snprintf(what, sizeof(what), "guest 0x%" PRIx64 ", compressed", guest);
+    qcow2_count(k, host, sectors * 512 - host % 512, times, what);
+    k->c->allocated += active;
+    k->c->compressed += active;
+    k->c->fragmented += active;     /* by nature */
+}
+
+/*
+ * A cluster that ends past the end of the file is no fault (QEMU does not count it), unless some of what is read
+ * of it is missing.
+ */
+static void qcow2_check_whole(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t times)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t need = guest >= k->size ? 0 : util_min(1u << q->cluster_bits, k->size - guest), last = 0;
+
+    if (!q->subclusters && (entry & 1))
+        return;
+    if (q->subclusters) {
+        for (unsigned i = 0; i < QCOW2_SUBCLUSTERS; i++)
+            last = bitmap >> i & 1 ? i + 1 : last;
+        need = util_min(need, last << (q->cluster_bits - 5));
+    }
+    if (need && (entry & QCOW2_OFFSET) + need > q->data->size)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": the file ends inside the cluster", guest, entry & QCOW2_OFFSET);
+}
+
+/* One entry of an L2 table that is used `times` times, `active` of them by the active L1 table. */
+static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest,
+                                 uint64_t times, uint64_t active, uint64_t *follows)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t host = entry & QCOW2_OFFSET, cluster = 1u << q->cluster_bits;
+    const char *why = qcow2_check_entry(q, entry, bitmap);
+    char what[64];
+
+    if (entry & QCOW2_COMPRESSED) {
+        qcow2_check_compressed(k, entry, bitmap, guest, times, active);
+        return;
+    }
+    if (entry & QCOW2_L2_RESERVED)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ": its L2 entry 0x%" PRIx64
+                    " has reserved bits set", guest, entry);
+    if (why)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ": %s (0x%" PRIx64 ")", guest, why, entry);
+    if (!host && ((entry & 1 && !q->subclusters) || !qcow2_allocated(q, entry)))
+        return;
+    if (host % cluster)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": its L2 entry is not aligned", guest, host);
+    if (active) {
+        k->c->allocated += active;
+        k->c->fragmented += *follows && host != *follows ? active : 0;
+        *follows = host + cluster;
+        qcow2_check_copied(k, host, entry & QCOW2_COPIED, true, guest, active);
+    }
+    snprintf(what, sizeof(what), "guest 0x%" PRIx64, guest);
+    if (!(q->incompatible & QCOW2_DATA_FILE))
+        qcow2_count(k, host, cluster, times, what);
+    if (active && ((q->incompatible & QCOW2_DATA_FILE) || host < k->f->size))
+        qcow2_check_whole(k, entry, bitmap, guest, active);
+}
+
+/* Names the users of clusters that have too many: an entry of an L2 table, when all has been counted. */
+static void qcow2_name_user(struct qcow2_check *k, uint64_t entry, uint64_t guest, const struct qcow2_ref *ref)
+{
+    uint32_t offset_bits = 62 - (k->q->cluster_bits - 8);
+    bool compressed = entry & QCOW2_COMPRESSED;
+    uint64_t host = compressed ? entry & ((1ull << offset_bits) - 1) : entry & QCOW2_OFFSET, end = host + 1;
+
+    if (!host || (k->q->incompatible & QCOW2_DATA_FILE))
+        return;
+    if (compressed)
+        end = (host / 512 + ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1) * 512;
+    for (size_t i = 0; i < k->n_suspects; i++)
+        if (k->suspect[i] >= host >> k->q->cluster_bits && k->suspect[i] <= (end - 1) >> k->q->cluster_bits)
+            out_finding(k->c, k->im->name, false, 0, "host 0x%" PRIx64 " is used by guest 0x%" PRIx64 "%s%s",
+                        k->suspect[i] << k->q->cluster_bits, guest, compressed ? ", compressed" : "",
+                        ref->table ? ", of a snapshot" : "");
+}
+
+/* All entries of an L2 table, at refs[0].l2, that n entries of L1 tables point to. */
+static void qcow2_check_l2(struct qcow2_check *k, const struct qcow2_ref *refs, size_t n, bool naming)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t guest = (uint64_t)refs->index << (q->cluster_bits + q->l2_bits), active = 0, entry, bitmap = 0,
+             follows = 0;
+
+    for (size_t i = 0; i < n; i++)
+        active += refs[i].table == 0;
+    for (uint64_t i = 0; i < 1ull << q->l2_bits; i++, guest += 1ull << q->cluster_bits) {
+        uint64_t at = refs->l2 + i * q->entry_size;
+        if (at >= k->f->size || !qcow2_check_word(k, at, &entry) ||
+            (q->subclusters && !qcow2_check_word(k, at + 8, &bitmap)))
+            break;
+        if (!entry && !bitmap)
+            continue;
+        if (naming)
+            qcow2_name_user(k, entry, guest, refs);
+        else
+            qcow2_check_l2_entry(k, entry, bitmap, guest, n, active, &follows);
+    }
+}
+
+static int qcow2_compare_refs(const void *a, const void *b)
+{
+    const struct qcow2_ref *x = a, *y = b;
+
+    if (x->l2 != y->l2)
+        return x->l2 < y->l2 ? -1 : 1;
+    if (x->table != y->table)
+        return x->table < y->table ? -1 : 1;
+    return x->index < y->index ? -1 : x->index > y->index;
+}
+
+/* Looks at the L2 tables gathered so far. */
+static void qcow2_check_refs(struct qcow2_check *k, bool naming)
+{
+    size_t n;
+
+    qsort(k->refs, k->n_refs, sizeof(*k->refs), qcow2_compare_refs);
+    for (size_t i = 0; i < k->n_refs; i += n) {
+        for (n = 1; i + n < k->n_refs && k->refs[i + n].l2 == k->refs[i].l2;)
+            n++;
+        qcow2_check_l2(k, k->refs + i, n, naming);
+        out_progress_show(k->walked += n, k->to_walk);
+    }
+    k->n_refs = 0;
+}
+
+static void qcow2_check_l1_entry(struct qcow2_check *k, uint64_t entry, uint32_t index, uint32_t table)
+{
+    uint64_t l2 = entry & QCOW2_OFFSET, cluster = 1u << k->q->cluster_bits;
+    uint64_t guest = (uint64_t)index << (k->q->cluster_bits + k->q->l2_bits);
+    char what[64];
+
+    if (entry & QCOW2_L1_RESERVED)
+        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ": its L1 entry 0x%" PRIx64
+                    " has reserved bits set", guest, entry);
+    if (l2 % cluster)
+        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": its L1 entry is not aligned", guest, l2);
+    snprintf(what, sizeof(what), "guest 0x%" PRIx64 ", its L2 table", guest);
+    qcow2_count(k, l2, cluster, 1, what);
+    if (l2 < k->f->size && cluster > k->f->size - l2)
+        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": the file ends inside the L2 table", guest, l2);
+    if (table == 0 && l2)
+        qcow2_check_copied(k, l2, entry & QCOW2_COPIED, false, guest, 1);
+}
+
+/* The entries of one L1 table. naming: the second time, see qcow2_name_user(). */
+static void qcow2_count_l1(struct qcow2_check *k, uint64_t offset, uint64_t entries, uint32_t table, bool naming)
+{
+    uint64_t entry;
+
+    if (!naming)
+        qcow2_count(k, offset, entries * 8, 1, table ? "a snapshot's L1 table" : "the L1 table");
+    for (uint64_t i = 0; i < entries && offset + i * 8 < k->f->size; i++) {
+        if (!qcow2_check_word(k, offset + i * 8, &entry))
+            return;
+        if (!entry)
+            continue;
+        if (!naming)
+            qcow2_check_l1_entry(k, entry, (uint32_t)i, table);
+        if (k->n_refs == QCOW2_REFS)
+            qcow2_check_refs(k, naming);
+        k->refs[k->n_refs++] = (struct qcow2_ref){ entry & QCOW2_OFFSET, (uint32_t)i, table };
+        k->to_walk++;
+    }
+}
+
+/* The active tables, then those of the snapshots. Snapshots whose tables cannot lie side by side are not read. */
+static int qcow2_check_tables(struct qcow2_check *k, bool naming)
+{
+    const struct qcow2 *q = k->q;
+    struct qcow2_snapshot sn = { 0 };
+    uint64_t at = q->snapshots_offset, sum = k->l1_entries * 8;
+    bool bad;
+    int ret;
+
+    k->walked = k->to_walk = 0;
+    qcow2_count_l1(k, k->l1_offset, k->l1_entries, 0, naming);
+    if (q->n_snapshots && (q->incompatible & QCOW2_DATA_FILE) && !naming)
+        out_finding(k->c, k->im->name, false, 1, "snapshots in an image with an external data file");
+    for (uint32_t i = 1; i <= q->n_snapshots; i++, at = sn.next) {
+        ret = qcow2_read_snapshot(k->im, q, at, &sn);
+        if (ret)
+            return ret;
+        bad = sn.l1_offset % (1u << q->cluster_bits) || sn.l1_entries > QCOW2_MAX_L1 / 8;
+        if (bad && !naming)
+            out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its L1 table, 0x%" PRIx64 " entries at 0x%" PRIx64
+                        ", cannot be", sn.name, sn.l1_entries, sn.l1_offset);
+        if (!q->v2 && sn.extra_len < 16 && !naming)
+            out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its entry lacks the size of the disk", sn.name);
+        sum += bad ? 0 : sn.l1_entries * 8;
+        if (sum > k->length)
+            return qcow2_bad(k->im, "the L1 tables of its snapshots overlap", sum);
+        if (!bad)
+            qcow2_count_l1(k, sn.l1_offset, sn.l1_entries, i, naming);
+    }
+    qcow2_check_refs(k, naming);
+    if (q->n_snapshots && !naming)
+        qcow2_count(k, q->snapshots_offset, at - q->snapshots_offset, 1, "the snapshot table");
+    return 0;
+}
+
+/* The bitmap's table and the clusters that it points to. */
+static void qcow2_check_bitmap(struct qcow2_check *k, const struct qcow2_bitmap *b)
+{
+    uint64_t entry, host, cluster = 1u << k->q->cluster_bits;
+
+    qcow2_count(k, b->table_offset, (uint64_t)b->table_entries * 8, 1, "a bitmap's table");
+    if (b->table_offset % cluster) {
+        out_finding(k->c, k->im->name, false, 1, "bitmap '%s': its table at 0x%" PRIx64 " is not aligned", b->name,
+                    b->table_offset);
+        return;
+    }
+    for (uint64_t i = 0; i < b->table_entries && b->table_offset < k->f->size - i * 8; i++) {
+        if (!qcow2_check_word(k, b->table_offset + i * 8, &entry))
+            return;
+        host = entry & QCOW2_OFFSET;
+        if ((entry & QCOW2_BITMAP_RESERVED) || (host && (entry & 1)) || host % cluster)
+            out_finding(k->c, k->im->name, false, 1, "bitmap '%s': entry 0x%" PRIx64 " of its table is damaged",
+                        b->name, entry);
+        else if (host)
+            qcow2_count(k, host, cluster, 1, "a bitmap");
+    }
+}
+
+static void qcow2_check_bitmaps(struct qcow2_check *k)
+{
+    const struct qcow2 *q = k->q;
+    struct qcow2_bitmap b = { 0 };
+    uint64_t at = q->bitmaps_offset, sum = 0;
+
+    if (!q->n_bitmaps)
+        return;
+    qcow2_count(k, q->bitmaps_offset, q->bitmaps_size, 1, "the bitmap directory");
+    for (uint32_t i = 0; i < q->n_bitmaps; i++, at = b.next) {
+        if (i == QCOW2_MAX_BITMAPS || qcow2_read_bitmap(k->im, q, at, &b)) {
+            out_finding(k->c, k->im->name, false, 1, "the bitmap directory is damaged");
+            return;
+        }
+        sum += (uint64_t)b.table_entries * 8;
+        if (sum > k->length) {
+            out_finding(k->c, k->im->name, false, 1, "the tables of the bitmaps overlap");
+            return;
+        }
+        qcow2_check_bitmap(k, &b);
+    }
+}
+
+/* Last of all, for each block is used once and by nothing else. */
+static void qcow2_check_blocks(struct qcow2_check *k)
+{
+    uint64_t entry, cluster = 1u << k->q->cluster_bits;
+
+    qcow2_count(k, k->table_offset, k->table_entries * 8, 1, "the refcount table");
+    for (uint64_t i = 0; i < k->table_entries; i++) {
+        if (!qcow2_check_word(k, k->table_offset + i * 8, &entry))
+            return;
+        if (!entry)
+            continue;
+        if (entry % cluster) {
+            out_finding(k->c, k->im->name, false, 1, "entry %" PRIu64 " of the refcount table, 0x%" PRIx64
+                        ", is damaged", i, entry);
+        } else if (entry / cluster >= k->n_clusters) {
+            out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
+                        " lies past the end of the file", i, entry);
+        } else {
+            qcow2_count_cluster(k, entry / cluster, 1);
+            if (qcow2_counted(k, entry / cluster) != 1)
+                out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
+                            " is used for something else, too", i, entry);
+        }
+    }
+}
+
+/* `n` clusters up to, but not including, `end` with the same stored and counted refcounts. */
+static void qcow2_report_run(struct qcow2_check *k, uint64_t end, uint64_t n, uint64_t stored, uint64_t counted)
+{
+    uint64_t first = end - n;
+
+    if (stored == counted || !n)
+        return;
+    out_finding(k->c, k->im->name, stored > counted, n, "host 0x%" PRIx64 ", %" PRIu64 " cluster%s: refcount %" PRIu64
+                ", but used %" PRIu64 " time%s", first << k->q->cluster_bits, n, n == 1 ? "" : "s", stored, counted,
+                counted == 1 ? "" : "s");
+    for (; stored < counted && first < end && k->n_suspects < QCOW2_SUSPECTS; first++)
+        k->suspect[k->n_suspects++] = first;
+}
+
+static void qcow2_compare_counts(struct qcow2_check *k)
+{
+    uint64_t per_block = 1ull << (k->q->cluster_bits + 3 - k->q->refcount_order), block = 0, last = 0, run = 0,
+             run_stored = 0, run_counted = 0, i;
+    int ret = 0;
+
+    for (i = 0; i < k->n_clusters; i++) {
+        uint64_t counted = qcow2_counted(k, i), stored = 0;
+        if (i % per_block == 0) {
+            ret = qcow2_block_of(k, i, &block);
+            out_progress_show(i, k->n_clusters);
+        }
+        if (ret || (block && qcow2_stored_in(k, block, i, &stored))) {
+            k->c->errors++;
+            stored = counted;
+        } else if (stored || counted) {
+            last = i;
+        }
+        if (stored != run_stored || counted != run_counted) {
+            qcow2_report_run(k, i, run, run_stored, run_counted);
+            run = 0;
+        }
+        run++;
+        run_stored = stored;
+        run_counted = counted;
+    }
+    qcow2_report_run(k, i, run, run_stored, run_counted);
+    k->c->image_end = (last + 1) << k->q->cluster_bits;
+}
+
+/* The parts of the header that only matter here. */
+static int qcow2_check_begin(struct qcow2_check *k)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t cluster = 1u << q->cluster_bits, done;
+    uint8_t h[QCOW2_HEADER_V2];
+    int ret = file_pread(k->f, h, sizeof(h), 0, &done);
+
+    if (ret)
+        return ret;
+    k->size = util_be64(h + 24);
+    k->l1_entries = util_be32(h + 36);
+    k->l1_offset = util_be64(h + 40);
+    k->table_offset = util_be64(h + 48);
+    k->table_entries = (uint64_t)util_be32(h + 56) * cluster / 8;
+    if (k->table_entries * 8 > QCOW2_MAX_REFCOUNT_TABLE)
+        return qcow2_bad(k->im, "the size of the refcount table", k->table_entries);
+    if (k->table_offset % cluster || k->table_offset > (uint64_t)INT64_MAX)
+        return qcow2_bad(k->im, "the place of the refcount table", k->table_offset);
+    if (k->l1_entries > QCOW2_MAX_L1 / 8 || k->l1_offset % cluster || k->l1_offset > (uint64_t)INT64_MAX)
+        return qcow2_bad(k->im, "the place of the L1 table", k->l1_offset);
+    if (q->n_snapshots > QCOW2_MAX_SNAPSHOTS || q->snapshots_offset > (uint64_t)INT64_MAX)
+        return qcow2_bad(k->im, "the number of snapshots", q->n_snapshots);
+    k->length = (k->f->size + 511) / 512 * 512;
+    k->n_clusters = (k->length + cluster - 1) / cluster;
+    if (k->n_clusters > INT_MAX)
+        return msg_err(-EFBIG, "%s: too large to be checked (%" PRIu64 " clusters)", k->im->name, k->n_clusters);
+    k->width = q->refcount_order <= 3 ? 1 : q->refcount_order == 4 ? 2 : 4;
+    k->most = q->refcount_order >= 5 ? UINT32_MAX : (1ull << (1u << q->refcount_order)) - 1;
+    k->c->total = ((k->size & ~511ull) + cluster - 1) / cluster;
+    return 0;
+}
+
+static int qcow2_check_all(struct qcow2_check *k)
+{
+    int ret;
+
+    qcow2_count(k, 0, 1u << k->q->cluster_bits, 1, "the header");
+    ret = qcow2_check_tables(k, false);
+    if (ret)
+        return ret;
+    qcow2_check_bitmaps(k);
+    qcow2_check_blocks(k);
+    qcow2_compare_counts(k);
+    return k->n_suspects ? qcow2_check_tables(k, true) : 0;
+}
+
+static int qcow2_check(struct image *im, struct check *c)
+{
+    struct qcow2_check k = { .im = im, .q = im->state, .c = c, .f = &im->files[0] };
+    int ret = qcow2_check_begin(&k);
+    uint64_t bytes = (k.n_clusters + 1) * k.width;
+
+    if (ret)
+        return ret;
+    k.counts = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    k.refs = malloc(QCOW2_REFS * sizeof(*k.refs));
+    ret = k.counts == MAP_FAILED || !k.refs ? msg_err(-ENOMEM, "%s: out of memory", im->name) : qcow2_check_all(&k);
+    if (k.counts != MAP_FAILED)
+        munmap(k.counts, bytes);
+    free(k.refs);
+    return ret;
+}
+
 static const struct image_format qcow2_format = {
     .name = "qcow2",
     .describe = "QEMU images: backing chains, zlib and zstd, snapshots, subclusters, external data",
@@ -2164,6 +2741,7 @@ static const struct image_format qcow2_format = {
     .map = qcow2_map,
     .info = qcow2_info,
     .snapshots = qcow2_list_snapshots,
+    .check = qcow2_check,
     .close = qcow2_close,
 };
 
@@ -2746,6 +3324,110 @@ static uint64_t img_blocks(const struct image *im)
                 blocks += (uint64_t)st.st_blocks;
         }
     return blocks;
+}
+
+/*
+ * -- what --check does for formats that have no check of their own --
+ *
+ * What cannot be read, and what is used twice. The second is looked for with a bit for every sector of every
+ * file, for plain data only: compressed clusters may share a sector, and their length is a bound.
+ */
+
+struct img_check {
+    struct image *im;
+    struct check *c;
+    uint64_t unit;                  /* what is counted in: clusters */
+    uint64_t **used;                /* one bitmap per file, made when it is needed */
+    const struct file *after;       /* where the last extent ended: what follows there is not fragmented */
+    uint64_t after_offset;
+};
+
+static bool img_check_bitmap(struct img_check *k, unsigned file)
+{
+    uint64_t bytes = (k->im->files[file].size / 512 / 64 + 1) * 8;
+
+    if (k->used[file])
+        return true;
+    k->used[file] = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (k->used[file] == MAP_FAILED)
+        k->used[file] = NULL;
+    return k->used[file];
+}
+
+/* Marks the sectors that lie wholly in the extent, as far as the file goes. How many bytes were marked before? */
+static uint64_t img_check_mark(struct img_check *k, const struct extent *ext)
+{
+    unsigned file = (unsigned)(ext->file - k->im->files);
+    uint64_t end = util_min(ext->offset + ext->length, ext->file->size) / 512, twice = 0, all = ~0ull;
+
+    if (!img_check_bitmap(k, file)) {
+        k->c->errors++;
+        return 0;
+    }
+    for (uint64_t at = (ext->offset + 511) / 512, n; at < end; at += n) {
+        uint64_t *word = &k->used[file][at / 64], mask;
+        n = util_min(64 - at % 64, end - at);
+        mask = all >> (64 - n) << at % 64;
+        twice += (uint64_t)__builtin_popcountll(*word & mask);
+        *word |= mask;
+    }
+    return twice * 512;
+}
+
+static void img_check_extent(struct img_check *k, uint64_t at, const struct extent *ext)
+{
+    uint64_t clusters = (ext->length + k->unit - 1) / k->unit, twice;
+
+    if (ext->kind == EXT_BAD)
+        out_finding(k->c, k->im->name, false, clusters, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: %s", at,
+                    ext->length, ext->why);
+    if (ext->kind == EXT_COMPRESSED)
+        k->c->compressed += clusters;
+    if (ext->kind != EXT_DATA && ext->kind != EXT_COMPRESSED)
+        return;
+    k->c->allocated += clusters;
+    k->c->fragmented += (k->after && (k->after != ext->file || k->after_offset != ext->offset)) ||
+                        ext->kind == EXT_COMPRESSED;
+    k->after = ext->file;
+    k->after_offset = ext->offset + (ext->kind == EXT_DATA ? ext->length : ext->coded_length);
+    if (ext->file == &k->im->files[0] && k->after_offset > k->c->image_end)
+        k->c->image_end = k->after_offset;
+    twice = ext->kind == EXT_DATA ? img_check_mark(k, ext) : 0;
+    if (twice)
+        out_finding(k->c, k->im->name, false, (twice + k->unit - 1) / k->unit, "guest 0x%" PRIx64 ", 0x%" PRIx64
+                    " bytes: %s at 0x%" PRIx64 " is used for something else, too", at, ext->length,
+                    util_basename(ext->file->path), ext->offset);
+}
+
+/* Counts what is wrong with the top image. -EOPNOTSUPP: nothing in the format can be. */
+static int img_check(struct image *im, struct check *c)
+{
+    struct img_check k = { .im = im, .c = c, .unit = im->cluster_size ? im->cluster_size : 65536 };
+    uint64_t size = im->size;
+    struct extent ext;
+    int ret = 0;
+
+    if (im->format == &raw_format)
+        return -EOPNOTSUPP;
+    if (im->format->check && !util_fault_op("check"))
+        return im->format->check(im, c);
+    k.used = calloc(im->n_files, sizeof(*k.used));
+    if (!k.used)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    c->total = size / k.unit + (size % k.unit != 0);
+    for (uint64_t at = 0; at < size; at += ext.length) {
+        ext = (struct extent){ .kind = EXT_BAD };
+        ret = im->format->map(im, at, size - at, false, &ext);
+        if (ret)
+            break;
+        img_check_extent(&k, at, &ext);
+        out_progress_show(at, size);
+    }
+    for (unsigned i = 0; i < im->n_files; i++)
+        if (k.used[i])
+            munmap(k.used[i], (im->files[i].size / 512 / 64 + 1) * 8);
+    free(k.used);
+    return ret ? msg_err(ret, "%s: what lies where could not be found out: %s", im->name, strerror(-ret)) : 0;
 }
 
 /* ******************************************************************************************************** *
@@ -5674,11 +6356,69 @@ static int cmd_map(struct image *im, bool json)
     return status;
 }
 
+static double cmd_percent(uint64_t part, uint64_t all)
+{
+    return all ? 100.0 * (double)part / (double)all : 0;
+}
+
+static void cmd_check_json(const struct image *im, const struct check *c)
+{
+    const struct { const char *key; uint64_t value; } counts[] = {
+        { "corruptions", c->corruptions },       { "leaks", c->leaks },
+        { "image-end-offset", c->image_end },    { "total-clusters", c->total },
+        { "allocated-clusters", c->allocated },  { "fragmented-clusters", c->fragmented },
+        { "compressed-clusters", c->compressed },
+    };
+    struct out out = { .json = true };
+
+    out_open(&out, NULL, '{', false);
+    out_text(&out, "filename", im->name);
+    out_text(&out, "format", im->format->name);
+    out_number(&out, "check-errors", c->errors);
+    for (size_t i = 0; i < ARRAY_LEN(counts); i++)
+        if (counts[i].value)
+            out_number(&out, counts[i].key, counts[i].value);
+    out_close(&out);
+}
+
+static void cmd_check_lines(const struct image *im, const struct check *c)
+{
+    out_plain(im->name);
+    printf(" (%s): ", im->format->name);
+    if (c->errors)
+        printf("%" PRIu64 " errors while looking, so there may be more; ", c->errors);
+    if (c->corruptions)
+        printf("%" PRIu64 " corruptions, the data or what is written next may be damaged; ", c->corruptions);
+    printf(c->leaks ? "%" PRIu64 " leaked clusters, which only waste space\n"
+           : c->errors || c->corruptions ? "no leaks\n"
+                                         : "nothing wrong was found\n", c->leaks);
+    printf("%" PRIu64 " of %" PRIu64 " clusters allocated (%.2f %%); of these %.2f %% fragmented, %.2f %% compressed\n",
+           c->allocated, c->total, cmd_percent(c->allocated, c->total), cmd_percent(c->fragmented, c->allocated),
+           cmd_percent(c->compressed, c->allocated));
+    printf("its last used cluster ends at %" PRIu64 "\n", c->image_end);
+}
+
+/* The exit statuses are qemu-img's. */
 static int cmd_check(struct image *im, bool json)
 {
-    (void)im;
-    (void)json;
-    return EXIT_FAILED;
+    struct check c = { .corruptions = 0 };
+    unsigned left_out;
+    int ret = img_check(im, &c);
+
+    out_progress_wipe();
+    if (ret == -EOPNOTSUPP)
+        return msg_err(EXIT_CHECK_NONE, "%s: is %s, which has nothing to check", im->name, im->format->name);
+    if (ret)
+        return EXIT_FAILED;
+    left_out = (c.corruption_lines > OUT_FINDINGS ? c.corruption_lines - OUT_FINDINGS : 0) +
+               (c.leak_lines > OUT_FINDINGS ? c.leak_lines - OUT_FINDINGS : 0);
+    if (left_out)
+        msg_say(MSG_NOTE, "%s: %u more lines like these were left out", im->name, left_out);
+    if (json)
+        cmd_check_json(im, &c);
+    else
+        cmd_check_lines(im, &c);
+    return c.errors ? EXIT_FAILED : c.corruptions ? EXIT_CHECK_CORRUPT : c.leaks ? EXIT_CHECK_LEAKS : EXIT_OK;
 }
 
 static int cmd_formats(void)
