@@ -1573,6 +1573,7 @@ struct qcow2 {
     uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
     uint32_t n_snapshots, n_bitmaps;
     bool subclusters, v2;
+    bool preallocated;              /* see qcow2_find_holes() */
     enum codec codec;
     struct file *data;              /* where clusters lie: the image itself or the external data file */
     char data_name[QCOW2_MAX_NAME + 1];
@@ -2004,6 +2005,19 @@ static bool qcow2_continues(const struct extent *a, const struct extent *b, bool
     return a->zeroed == b->zeroed && a->file == b->file && (!a->file || a->offset + a->length == b->offset);
 }
 
+/* Clusters may have been set aside and never written: then a hole of the file tells. */
+static void qcow2_map_hole(const struct qcow2 *q, struct extent *ext)
+{
+    bool data = true;
+
+    if (q->preallocated && ext->kind == EXT_DATA)
+        file_seek_extent(ext->file, ext->offset, ext->length, &data, &ext->length);
+    if (!data) {
+        ext->kind = EXT_ZERO;
+        ext->zeroed = ext->in_hole = true;
+    }
+}
+
 static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
 {
     const struct qcow2 *q = im->state;
@@ -2045,6 +2059,8 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
         if (next.length < here && next.kind == EXT_DATA)
             break;                  /* cut by the end of the file */
     }
+    if (exact)
+        qcow2_map_hole(q, ext);
     return 0;
 }
 
@@ -2193,9 +2209,11 @@ struct qcow2_check {
     uint64_t most;                  /* what a counter holds: the largest refcount, or 2^32 - 1 */
     uint64_t l1_offset, l1_entries, size;   /* the active ones, whatever --snapshot says */
     uint64_t table_offset, table_entries;   /* the refcount table */
+    uint64_t block_number, block;   /* its entry that was asked for last, from 1 */
     struct qcow2_ref *refs;
     size_t n_refs;
     uint64_t walked, to_walk;       /* L2 tables, for the progress */
+    bool in_header;                 /* an L1 entry of flags alone: QEMU counts what the header would refer to */
     uint64_t suspect[QCOW2_SUSPECTS];       /* host clusters with more users than their refcount, ascending */
     size_t n_suspects;
 };
@@ -2238,20 +2256,29 @@ static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_
         k->n_clusters++;
 }
 
-/* Counts `times` uses of a range; what: for the message. Its last cluster may be only begun in the file. */
-static void qcow2_count(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times, const char *what)
+/* Counts `times` uses of a range; what, guest: for the message. Its last cluster may be only begun in the file. */
+static void qcow2_count_for(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times,
+                            const char *what, uint64_t guest)
 {
     uint64_t cluster = 1u << k->q->cluster_bits;
+    char name[32] = "";
 
     if (!length)
         return;
     if (offset > (uint64_t)INT64_MAX || length > (uint64_t)INT64_MAX || offset + length >= k->length + cluster) {
-        out_finding(k->c, k->im->name, false, times, "%s: 0x%" PRIx64 " bytes at host 0x%" PRIx64
-                    " reach past the end of the file", what, length, offset);
+        if (guest != UINT64_MAX)
+            snprintf(name, sizeof(name), "guest 0x%" PRIx64 ", ", guest);
+        out_finding(k->c, k->im->name, false, times, "%s%s: 0x%" PRIx64 " bytes at host 0x%" PRIx64
+                    " reach past the end of the file", name, what, length, offset);
         return;
     }
     for (uint64_t i = offset / cluster; i <= (offset + length - 1) / cluster; i++)
         qcow2_count_cluster(k, i, times);
+}
+
+static void qcow2_count(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times, const char *what)
+{
+    qcow2_count_for(k, offset, length, times, what, UINT64_MAX);
 }
 
 /* Where the refcount block for a cluster lies; 0: there is none, so all its refcounts are 0. */
@@ -2262,10 +2289,15 @@ static int qcow2_block_of(struct qcow2_check *k, uint64_t cluster, uint64_t *blo
     *block = 0;
     if (index >= k->table_entries)
         return 0;
-    if (!qcow2_check_word(k, k->table_offset + index * 8, block))
-        return -EIO;
-    *block &= QCOW2_REFCOUNT_BLOCK;
-    return *block % (1u << k->q->cluster_bits) ? -EIO : 0;
+    if (index + 1 != k->block_number) {
+        k->block_number = 0;
+        if (!qcow2_check_word(k, k->table_offset + index * 8, &k->block))
+            return -EIO;
+        k->block &= QCOW2_REFCOUNT_BLOCK;
+        k->block_number = index + 1;
+    }
+    *block = k->block;
+    return *block % (1u << k->q->cluster_bits) || *block > (uint64_t)INT64_MAX ? -EIO : 0;
 }
 
 /* The refcount of a cluster in its block. Less than a byte: the first is in the lowest bits. */
@@ -2333,7 +2365,6 @@ static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64
     uint64_t host = entry & ((1ull << offset_bits) - 1);
     uint64_t sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
     bool misplaced = k->q->incompatible & QCOW2_DATA_FILE;
-    char what[64];
 
     if (entry & QCOW2_COPIED)
         out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
@@ -2344,8 +2375,7 @@ static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64
                     misplaced ? "in an image with an external data file" : "has subclusters");
         return;
     }
-    snprintf(what, sizeof(what), "guest 0x%" PRIx64 ", compressed", guest);
-    qcow2_count(k, host, sectors * 512 - host % 512, times, what);
+    qcow2_count_for(k, host, sectors * 512 - host % 512, times, "compressed", guest);
     k->c->allocated += active;
     k->c->compressed += active;
     k->c->fragmented += active;     /* by nature */
@@ -2369,7 +2399,7 @@ static void qcow2_check_whole(struct qcow2_check *k, uint64_t entry, uint64_t bi
     }
     if (need && (entry & QCOW2_OFFSET) + need > q->data->size)
         out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": the file ends inside the cluster", guest, entry & QCOW2_OFFSET);
+                    ": %s ends before the cluster does", guest, entry & QCOW2_OFFSET, util_basename(q->data->path));
 }
 
 /* One entry of an L2 table that is used `times` times, `active` of them by the active L1 table. */
@@ -2379,7 +2409,6 @@ static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t
     const struct qcow2 *q = k->q;
     uint64_t host = entry & QCOW2_OFFSET, cluster = 1u << q->cluster_bits;
     const char *why = qcow2_check_entry(q, entry, bitmap);
-    char what[64];
 
     if (entry & QCOW2_COMPRESSED) {
         qcow2_check_compressed(k, entry, bitmap, guest, times, active);
@@ -2399,11 +2428,11 @@ static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t
         k->c->allocated += active;
         k->c->fragmented += *follows && host != *follows ? active : 0;
         *follows = host + cluster;
-        qcow2_check_copied(k, host, entry & QCOW2_COPIED, true, guest, active);
+        if (!k->in_header)
+            qcow2_check_copied(k, host, entry & QCOW2_COPIED, true, guest, active);
     }
-    snprintf(what, sizeof(what), "guest 0x%" PRIx64, guest);
     if (!(q->incompatible & QCOW2_DATA_FILE))
-        qcow2_count(k, host, cluster, times, what);
+        qcow2_count_for(k, host, cluster, times, "its cluster", guest);
     if (active && ((q->incompatible & QCOW2_DATA_FILE) || host < k->f->size))
         qcow2_check_whole(k, entry, bitmap, guest, active);
 }
@@ -2433,6 +2462,7 @@ static void qcow2_check_l2(struct qcow2_check *k, const struct qcow2_ref *refs, 
     uint64_t guest = (uint64_t)refs->index << (q->cluster_bits + q->l2_bits), active = 0, entry, bitmap = 0,
              follows = 0;
 
+    k->in_header = refs->l2 == 0;
     for (size_t i = 0; i < n; i++)
         active += refs[i].table == 0;
     for (uint64_t i = 0; i < 1ull << q->l2_bits; i++, guest += 1ull << q->cluster_bits) {
@@ -2479,7 +2509,6 @@ static void qcow2_check_l1_entry(struct qcow2_check *k, uint64_t entry, uint32_t
 {
     uint64_t l2 = entry & QCOW2_OFFSET, cluster = 1u << k->q->cluster_bits;
     uint64_t guest = (uint64_t)index << (k->q->cluster_bits + k->q->l2_bits);
-    char what[64];
 
     if (entry & QCOW2_L1_RESERVED)
         out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ": its L1 entry 0x%" PRIx64
@@ -2487,11 +2516,10 @@ static void qcow2_check_l1_entry(struct qcow2_check *k, uint64_t entry, uint32_t
     if (l2 % cluster)
         out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
                     ": its L1 entry is not aligned", guest, l2);
-    snprintf(what, sizeof(what), "guest 0x%" PRIx64 ", its L2 table", guest);
-    qcow2_count(k, l2, cluster, 1, what);
+    qcow2_count_for(k, l2, cluster, 1, "its L2 table", guest);
     if (l2 < k->f->size && cluster > k->f->size - l2)
         out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": the file ends inside the L2 table", guest, l2);
+                    ": the file ends before its L2 table does", guest, l2);
     if (table == 0 && l2)
         qcow2_check_copied(k, l2, entry & QCOW2_COPIED, false, guest, 1);
 }
@@ -2517,23 +2545,25 @@ static void qcow2_count_l1(struct qcow2_check *k, uint64_t offset, uint64_t entr
     }
 }
 
-/* The active tables, then those of the snapshots. Snapshots whose tables cannot lie side by side are not read. */
-static int qcow2_check_tables(struct qcow2_check *k, bool naming)
+/* The active tables, then those of the snapshots, as long as these can lie side by side in the file. */
+static void qcow2_check_tables(struct qcow2_check *k, bool naming)
 {
     const struct qcow2 *q = k->q;
     struct qcow2_snapshot sn = { 0 };
     uint64_t at = q->snapshots_offset, sum = k->l1_entries * 8;
     bool bad;
-    int ret;
 
     k->walked = k->to_walk = 0;
     qcow2_count_l1(k, k->l1_offset, k->l1_entries, 0, naming);
     if (q->n_snapshots && (q->incompatible & QCOW2_DATA_FILE) && !naming)
         out_finding(k->c, k->im->name, false, 1, "snapshots in an image with an external data file");
     for (uint32_t i = 1; i <= q->n_snapshots; i++, at = sn.next) {
-        ret = qcow2_read_snapshot(k->im, q, at, &sn);
-        if (ret)
-            return ret;
+        if (i > QCOW2_MAX_SNAPSHOTS || sum > k->length || qcow2_read_snapshot(k->im, q, at, &sn)) {
+            if (!naming)
+                out_finding(k->c, k->im->name, false, 1, "the snapshot table is damaged from entry %u on; what only "
+                            "these snapshots use seems leaked", i);
+            break;
+        }
         bad = sn.l1_offset % (1u << q->cluster_bits) || sn.l1_entries > QCOW2_MAX_L1 / 8;
         if (bad && !naming)
             out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its L1 table, 0x%" PRIx64 " entries at 0x%" PRIx64
@@ -2541,15 +2571,12 @@ static int qcow2_check_tables(struct qcow2_check *k, bool naming)
         if (!q->v2 && sn.extra_len < 16 && !naming)
             out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its entry lacks the size of the disk", sn.name);
         sum += bad ? 0 : sn.l1_entries * 8;
-        if (sum > k->length)
-            return qcow2_bad(k->im, "the L1 tables of its snapshots overlap", sum);
-        if (!bad)
+        if (!bad && sum <= k->length)
             qcow2_count_l1(k, sn.l1_offset, sn.l1_entries, i, naming);
     }
     qcow2_check_refs(k, naming);
     if (q->n_snapshots && !naming)
         qcow2_count(k, q->snapshots_offset, at - q->snapshots_offset, 1, "the snapshot table");
-    return 0;
 }
 
 /* The bitmap's table and the clusters that it points to. */
@@ -2689,8 +2716,6 @@ static int qcow2_check_begin(struct qcow2_check *k)
         return qcow2_bad(k->im, "the place of the refcount table", k->table_offset);
     if (k->l1_entries > QCOW2_MAX_L1 / 8 || k->l1_offset % cluster || k->l1_offset > (uint64_t)INT64_MAX)
         return qcow2_bad(k->im, "the place of the L1 table", k->l1_offset);
-    if (q->n_snapshots > QCOW2_MAX_SNAPSHOTS || q->snapshots_offset > (uint64_t)INT64_MAX)
-        return qcow2_bad(k->im, "the number of snapshots", q->n_snapshots);
     k->length = (k->f->size + 511) / 512 * 512;
     k->n_clusters = (k->length + cluster - 1) / cluster;
     if (k->n_clusters > INT_MAX)
@@ -2701,18 +2726,15 @@ static int qcow2_check_begin(struct qcow2_check *k)
     return 0;
 }
 
-static int qcow2_check_all(struct qcow2_check *k)
+static void qcow2_check_all(struct qcow2_check *k)
 {
-    int ret;
-
     qcow2_count(k, 0, 1u << k->q->cluster_bits, 1, "the header");
-    ret = qcow2_check_tables(k, false);
-    if (ret)
-        return ret;
+    qcow2_check_tables(k, false);
     qcow2_check_bitmaps(k);
     qcow2_check_blocks(k);
     qcow2_compare_counts(k);
-    return k->n_suspects ? qcow2_check_tables(k, true) : 0;
+    if (k->n_suspects)
+        qcow2_check_tables(k, true);
 }
 
 static int qcow2_check(struct image *im, struct check *c)
@@ -2725,11 +2747,33 @@ static int qcow2_check(struct image *im, struct check *c)
         return ret;
     k.counts = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     k.refs = malloc(QCOW2_REFS * sizeof(*k.refs));
-    ret = k.counts == MAP_FAILED || !k.refs ? msg_err(-ENOMEM, "%s: out of memory", im->name) : qcow2_check_all(&k);
+    if (k.counts == MAP_FAILED || !k.refs)
+        ret = msg_err(-ENOMEM, "%s: out of memory", im->name);
+    else
+        qcow2_check_all(&k);
     if (k.counts != MAP_FAILED)
         munmap(k.counts, bytes);
     free(k.refs);
     return ret;
+}
+
+/*
+ * For --map: were clusters set aside that have no room in the file yet, as with preallocation=metadata? As QEMU
+ * finds out: there are more used clusters than the file has blocks for, by a tenth, or by two.
+ */
+static void qcow2_find_holes(struct image *im)
+{
+    struct qcow2 *q = im->state;
+    struct check c = { .errors = 0 };
+    struct qcow2_check k = { .im = im, .q = q, .c = &c, .f = &im->files[0] };
+    uint64_t room = ((uint64_t)k.f->st.st_blocks * 512) >> q->cluster_bits, used = 0, stored = 0;
+    uint64_t enough = room * 10 / 9 > room + 2 ? room * 10 / 9 : room + 2;
+
+    if (k.f->is_blk || (k.f->size >> q->cluster_bits) + 1 < enough || qcow2_check_begin(&k))
+        return;
+    for (uint64_t i = 0; i < k.n_clusters && used < enough && qcow2_stored(&k, i, &stored) == 0; i++)
+        used += stored != 0;
+    q->preallocated = used >= enough;
 }
 
 static const struct image_format qcow2_format = {
@@ -6275,7 +6319,7 @@ static bool cmd_map_continues(const struct extent *ext, const struct extent *nex
         return strcmp(ext->why, next->why) == 0;
     if (ext->kind == EXT_COMPRESSED)
         return true;
-    return ext->zeroed == next->zeroed && ext->file == next->file &&
+    return ext->zeroed == next->zeroed && ext->in_hole == next->in_hole && ext->file == next->file &&
            (!ext->file || ext->offset + ext->length == next->offset);
 }
 
@@ -6291,7 +6335,7 @@ static void cmd_map_json(struct out *out, const struct image *im, uint64_t start
     out_number(out, "depth", ext->depth);
     out_flag(out, "present", !zero || ext->zeroed);
     out_flag(out, "zero", zero);
-    out_flag(out, "data", !zero);
+    out_flag(out, "data", !zero || ext->in_hole);
     if (place)
         out_number(out, "offset", ext->offset);
     if (place && im->n_files > 1 && im->format != &qcow2_format)
@@ -6324,6 +6368,9 @@ static int cmd_map(struct image *im, bool json)
     uint64_t size = im->size, start = 0;
     int status = EXIT_OK;
 
+    for (struct image *i = im; i; i = i->backing)
+        if (i->format == &qcow2_format)
+            qcow2_find_holes(i);
     if (json)
         out_open(&out, NULL, '[', false);
     else

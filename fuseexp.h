@@ -96,6 +96,7 @@ struct extent {
     enum codec codec;               /* EXT_COMPRESSED */
     const char *why;                /* EXT_BAD: static text */
     bool zeroed;                    /* EXT_ZERO: the image says zeros, not just nothing */
+    bool in_hole;                   /* EXT_ZERO: the image says data, but where its file has a hole */
     unsigned depth;                 /* set by img_map(): of the image of the chain that says it */
 };
 
