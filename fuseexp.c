@@ -527,15 +527,14 @@ static void out_number(struct out *o, const char *key, uint64_t value)
 static void out_size(struct out *o, const char *key, uint64_t value)
 {
     static const char *const units[] = { "KiB", "MiB", "GiB", "TiB", "PiB", "EiB" };
-    double in = (double)value / 1024;
-    size_t unit = 0;
+    unsigned unit = 0;
 
     out_value(o, key);
     printf("%" PRIu64, value);
-    for (; in >= 1024; in /= 1024)
+    while (value >> (10 * unit + 10) >= 1024)
         unit++;
     if (!o->json && value >= 1024)
-        printf(" (%.4g %s)", in, units[unit]);
+        printf(" (%.4g %s)", (double)value / (double)(1ull << (10 * unit + 10)), units[unit]);
     out_end_line(o);
 }
 
@@ -1077,7 +1076,7 @@ static bool codec_zstd(const uint8_t *in, size_t in_len, uint8_t *out, size_t ou
 
 static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t out_len)
 {
-    size_t used, got;
+    size_t used = 0, got = 0;
 
     if (codec == CODEC_ZSTD)
         return codec_zstd(codec_own.coded, in_len, out, out_len);
@@ -6361,10 +6360,18 @@ static void cmd_map_line(uint64_t start, const struct extent *ext)
     putchar('\n');
 }
 
+static void cmd_map_extent(struct out *out, const struct image *im, uint64_t start, const struct extent *ext)
+{
+    if (ext->length && out->json)
+        cmd_map_json(out, im, start, ext);
+    else if (ext->length)
+        cmd_map_line(start, ext);
+}
+
 static int cmd_map(struct image *im, bool json)
 {
     struct out out = { .json = json };
-    struct extent ext = { .length = 0 }, next;
+    struct extent ext = { .kind = EXT_BAD, .length = 0 }, next;
     uint64_t size = im->size, start = 0;
     int status = EXIT_OK;
 
@@ -6385,21 +6392,15 @@ static int cmd_map(struct image *im, bool json)
             ext.length += next.length;
             continue;
         }
-        if (ext.length && json)
-            cmd_map_json(&out, im, start, &ext);
-        else if (ext.length)
-            cmd_map_line(start, &ext);
+        cmd_map_extent(&out, im, start, &ext);
         if (ferror(stdout))
             return EXIT_FAILED;
         ext = next;
         start = at;
     }
-    if (json) {
-        cmd_map_json(&out, im, start, &ext);
+    cmd_map_extent(&out, im, start, &ext);
+    if (json)
         out_close(&out);
-    } else {
-        cmd_map_line(start, &ext);
-    }
     return status;
 }
 

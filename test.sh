@@ -1327,16 +1327,16 @@ t_check_of_good_images_is_qemu_imgs() {
 t_check_counts_damage_as_qemu_img_does() {
     local bits cluster l1 l2 data block w
     while read -r bits cluster; do
-        qemu-img create -q -f qcow2 -o refcount_bits=$bits,cluster_size=$cluster good 2M
+        qemu-img create -q -f qcow2 -o "refcount_bits=$bits,cluster_size=$cluster" good 2M
         qemu-io -c "write 0 $((16 * cluster))" -c "write -c $((20 * cluster)) $cluster" good >io.log
         read -r l1 l2 data block < <(table_of good)
         w=$(printf '%016x' $((data + cluster)))
         for row in "$block 0000000000000000" "$block ffffffffffffffff" "$((block + 24)) 0101010101010101" \
             "$((l2 + 24)) 80${w:2}" "$((l2 + 24)) 00${w:2}" "$((l2 + 24)) 8000004000000000" "$((l2 + 24)) 8000000000000200" \
             "$((l2 + 24)) 0000000000000000" "$((l2 + 24)) 8000000000010010" "$l2 40ffffffffffffff" \
-            "$l1 0000000000000000" "$l1 8000004000000000" "$l1 00$(printf '%014x' $l2)" "$l1 81$(printf '%014x' $l2)" \
+            "$l1 0000000000000000" "$l1 8000004000000000" "$l1 00$(printf "%014x" "$l2")" "$l1 81$(printf "%014x" "$l2")" \
             "$l1 80$(printf '%014x' $((l2 + 512)))" "$l1 80$(printf '%014x' $((data)))" \
-            "56 00000000" "60 00000001" "$((l1 + 8)) 80$(printf '%014x' $l2)"; do
+            "56 00000000" "60 00000001" "$((l1 + 8)) 80$(printf "%014x" "$l2")"; do
             # shellcheck disable=SC2086
             poke img $row
             as_qemu_check img
@@ -1509,8 +1509,8 @@ t_corpus_info_map_and_check_are_valid() {
             status=0
             "$build/fuseexp-asan" -q --$i --json --no-parts --format "$format" "c/$path" >ours.json 2>err || status=$?
             not grep -q Sanitizer err
-            [ $i$format = checkraw ] && same $status 63 && continue
-            same $status 0
+            [ "$i$format" = checkraw ] && same "$status" 63 && continue
+            same "$status" 0
             jq -e . ours.json >/dev/null
             [ $i = check ] && { as_qemu_check "c/$path"; continue; }
             qemu-img $i -f "$format" --output=json "c/$path" >theirs.json
