@@ -3380,6 +3380,7 @@ struct img_check {
     struct image *im;
     struct check *c;
     uint64_t unit;                  /* what is counted in: clusters */
+    uint64_t allocated, compressed; /* bytes of the disk */
     uint64_t **used;                /* one bitmap per file, made when it is needed */
     const struct file *after;       /* where the last extent ended: what follows there is not fragmented */
     uint64_t after_offset;
@@ -3425,16 +3426,16 @@ static void img_check_extent(struct img_check *k, uint64_t at, const struct exte
         out_finding(k->c, k->im->name, false, clusters, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: %s", at,
                     ext->length, ext->why);
     if (ext->kind == EXT_COMPRESSED)
-        k->c->compressed += clusters;
+        k->compressed += ext->length;
     if (ext->kind != EXT_DATA && ext->kind != EXT_COMPRESSED)
         return;
-    k->c->allocated += clusters;
+    k->allocated += ext->length;
     k->c->fragmented += (k->after && (k->after != ext->file || k->after_offset != ext->offset)) ||
                         ext->kind == EXT_COMPRESSED;
     k->after = ext->file;
     k->after_offset = ext->offset + (ext->kind == EXT_DATA ? ext->length : ext->coded_length);
     if (ext->file == &k->im->files[0] && k->after_offset > k->c->image_end)
-        k->c->image_end = k->after_offset;
+        k->c->image_end = util_min(k->after_offset, ext->file->size);
     twice = ext->kind == EXT_DATA ? img_check_mark(k, ext) : 0;
     if (twice)
         out_finding(k->c, k->im->name, false, (twice + k->unit - 1) / k->unit, "guest 0x%" PRIx64 ", 0x%" PRIx64
@@ -3457,7 +3458,6 @@ static int img_check(struct image *im, struct check *c)
     k.used = calloc(im->n_files, sizeof(*k.used));
     if (!k.used)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    c->total = size / k.unit + (size % k.unit != 0);
     for (uint64_t at = 0; at < size; at += ext.length) {
         ext = (struct extent){ .kind = EXT_BAD };
         ret = im->format->map(im, at, size - at, false, &ext);
@@ -3466,6 +3466,9 @@ static int img_check(struct image *im, struct check *c)
         img_check_extent(&k, at, &ext);
         out_progress_show(at, size);
     }
+    c->total = (size + k.unit - 1) / k.unit;
+    c->allocated = (k.allocated + k.unit - 1) / k.unit;
+    c->compressed = (k.compressed + k.unit - 1) / k.unit;
     for (unsigned i = 0; i < im->n_files; i++)
         if (k.used[i])
             munmap(k.used[i], (im->files[i].size / 512 / 64 + 1) * 8);
