@@ -26,7 +26,7 @@
  *   19. Sandbox                 box_     what the serving process gives up
  *   20. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
  *   21. Life cycle              run_     supervisor and server, the clean-up chain
- *   22. One-shot commands       cmd_     --umount, --formats, --version
+ *   22. One-shot commands       cmd_     --umount, --info, --map, --check, --formats, --version
  *   23. Options                 opt_     one table for getopt, -o and --help
  *   24. Main
  *
@@ -391,133 +391,257 @@ static bool util_fault_at(uint64_t offset, uint64_t len)
 /* ******************************************************************************************************** *
  * 3. Output
  *
- * What --info, --map and --check say on stdout: one document of named values, as JSON or for people. The
- * names are the JSON ones; for people their dashes become blanks.
+ * What --info, --map and --check say on stdout: one document of named values, as JSON or as lines for people.
+ * The names are the JSON ones; for people their dashes become blanks. Nothing is written before the image is
+ * open, so that what can be refused leaves no half document. Findings and progress go to stderr.
  * ******************************************************************************************************** */
 
-enum { OUT_DEPTH = 8 };
+enum {
+    OUT_DEPTH = 8,
+    OUT_COLUMN = 25,                /* where values begin, for people */
+    OUT_FINDINGS = 100,             /* lines of --check on corruptions, and as many on leaks */
+};
 
 struct out {
     bool json;
+    bool dash;                      /* for people: a list's "-" stands on this line, waiting for what follows */
     unsigned depth;
-    struct { char end; bool filled; } level[OUT_DEPTH];
+    struct { char end; bool filled, flat; } level[OUT_DEPTH];   /* flat: on one line of JSON */
 };
 
-/* A JSON string; bytes that are not UTF-8 become U+FFFD: names come from strangers' disks. */
+/*
+ * The length of the character at p if it is good UTF-8 (shortest form, no surrogate, at most U+10FFFF), else 0.
+ * Names come from strangers' disks.
+ */
+static size_t out_character(const uint8_t *p)
+{
+    static const uint32_t least[] = { 0, 0x80, 0x800, 0x10000 };
+    uint32_t code = *p;
+    size_t n = *p < 0x80 ? 0 : (*p & 0xe0) == 0xc0 ? 1 : (*p & 0xf0) == 0xe0 ? 2 : (*p & 0xf8) == 0xf0 ? 3 : 4;
+
+    if (n == 4)
+        return 0;
+    if (n)
+        code &= 0x3fu >> n;
+    for (size_t i = 1; i <= n; i++) {
+        if ((p[i] & 0xc0) != 0x80)
+            return 0;               /* the text's end, too */
+        code = code << 6 | (p[i] & 0x3f);
+    }
+    return code < least[n] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000) ? 0 : n + 1;
+}
+
+static bool out_is_control(const uint8_t *p)
+{
+    return *p < ' ' || *p == 0x7f || (p[0] == 0xc2 && p[1] < 0xa0);
+}
+
+/* For people: what is no character or would steer the terminal becomes "?". */
+static void out_plain(const char *text)
+{
+    for (const uint8_t *p = (const uint8_t *)text; *p;) {
+        size_t n = out_character(p);
+        if (n && !out_is_control(p))
+            fwrite(p, 1, n, stdout);
+        else
+            putchar('?');
+        p += n ? n : 1;
+    }
+}
+
+/* A JSON string; bytes that are not UTF-8 become U+FFFD. */
 static void out_string(const char *text)
 {
-    const uint8_t *p = (const uint8_t *)text;
-
     putchar('"');
-    while (*p) {
-        static const uint8_t lead[] = { 0x80, 0xe0, 0xf0, 0xf8 }, mark[] = { 0, 0xc0, 0xe0, 0xf0 };
-        unsigned n = 0, i = 1;
-        while (n < 4 && (*p & lead[n]) != mark[n])
-            n++;
-        while (n < 4 && i <= n && (p[i] & 0xc0) == 0x80)
-            i++;
-        if (*p == '"' || *p == '\\')
-            printf("\\%c", *p);
-        else if (*p < ' ' || *p == 0x7f)
-            printf("\\u%04x", *p);
-        else if (n == 4 || i <= n)
+    for (const uint8_t *p = (const uint8_t *)text; *p;) {
+        size_t n = out_character(p);
+        if (!n)
             fputs("\\ufffd", stdout);
+        else if (*p == '"' || *p == '\\')
+            printf("\\%c", *p);
+        else if (out_is_control(p))
+            printf("\\u%04x", n == 1 ? p[0] : p[1]);
         else
-            fwrite(p, 1, i, stdout);
-        p += n < 4 && i > n ? i : 1;
+            fwrite(p, 1, n, stdout);
+        p += n ? n : 1;
     }
     putchar('"');
+}
+
+static void out_indent(unsigned depth)
+{
+    printf("%*s", (int)(4 * depth), "");
 }
 
 /* What comes before every value: the comma, the new line, the indentation and the name (NULL: in a list). */
 static void out_key(struct out *o, const char *key)
 {
-    if (o->json && o->depth && o->level[o->depth - 1].filled)
-        putchar(',');
-    if (o->depth) {
-        if (o->json || o->level[o->depth - 1].filled || o->depth > 1)
-            putchar('\n');
-        o->level[o->depth - 1].filled = true;
+    if (!o->depth)
+        return;                     /* the document itself */
+    if (o->json) {
+        fputs(o->level[o->depth - 1].filled ? "," : "", stdout);
+        putchar(o->level[o->depth - 1].flat ? ' ' : '\n');
+        out_indent(o->level[o->depth - 1].flat ? 0 : o->depth);
+        if (key)
+            printf("\"%s\": ", key);
+    } else {
+        out_indent(o->dash ? 0 : o->depth - 1);
+        for (const char *p = key; p && *p; p++)
+            putchar(*p == '-' ? ' ' : *p);
+        fputs(key ? ":" : "-   ", stdout);
+        o->dash = !key;
     }
-    for (unsigned i = o->json ? 0 : 1; i < o->depth; i++)
-        fputs("    ", stdout);
-    if (key && o->json)
-        printf("\"%s\": ", key);
-    else if (!o->json && !key)
-        fputs("-", stdout);
-    for (const char *p = key; p && !o->json; p++) {
-        if (!*p) {
-            fputs(":", stdout);
-            break;
-        }
-        putchar(*p == '-' ? ' ' : *p);
-    }
+    o->level[o->depth - 1].filled = true;
+}
+
+/* The same before one value and not a list or an object; for people in columns. */
+static void out_value(struct out *o, const char *key)
+{
+    out_key(o, key);
+    if (!o->json && key)
+        printf("%*s", strlen(key) + 1 < OUT_COLUMN ? (int)(OUT_COLUMN - strlen(key) - 1) : 1, "");
+    o->dash = false;
+}
+
+static void out_end_line(const struct out *o)
+{
+    if (!o->json)
+        putchar('\n');
 }
 
 /* bracket: { or [ */
-static void out_open(struct out *o, const char *key, char bracket)
+static void out_open(struct out *o, const char *key, char bracket, bool flat)
 {
-    if (o->depth || o->json)
-        out_key(o, key);
+    out_key(o, key);
     if (o->json)
         putchar(bracket);
+    else if (o->depth && key)
+        putchar('\n');
     o->level[o->depth].end = bracket == '{' ? '}' : ']';
+    o->level[o->depth].flat = flat;
     o->level[o->depth++].filled = false;
 }
 
 static void out_close(struct out *o)
 {
-    bool filled = o->level[--o->depth].filled;
+    bool filled = o->level[--o->depth].filled, flat = o->level[o->depth].flat;
 
-    if (o->json && filled) {
-        putchar('\n');
-        for (unsigned i = 0; i < o->depth; i++)
-            fputs("    ", stdout);
+    if (!o->json) {
+        if (o->dash)
+            putchar('\n');
+        o->dash = false;
+        return;
     }
-    if (o->json)
-        putchar(o->level[o->depth].end);
+    if (filled)
+        putchar(flat ? ' ' : '\n');
+    if (filled && !flat)
+        out_indent(o->depth);
+    putchar(o->level[o->depth].end);
     if (!o->depth)
         putchar('\n');
 }
 
+/* Did everything reach stdout? Returns status, or that it failed. */
+static int out_finish(int status)
+{
+    int error = fflush(stdout) ? errno : ferror(stdout) ? EIO : 0;
+
+    if (!error)
+        return status;
+    return msg_err(EXIT_FAILED, "cannot write to standard output: %s", strerror(error));
+}
+
 static void out_number(struct out *o, const char *key, uint64_t value)
 {
-    out_key(o, key);
-    printf(o->json ? "%" PRIu64 : " %" PRIu64, value);
+    out_value(o, key);
+    printf("%" PRIu64, value);
+    out_end_line(o);
 }
 
 /* Bytes: for people also in the largest unit that leaves a number. */
 static void out_size(struct out *o, const char *key, uint64_t value)
 {
     static const char *const units[] = { "KiB", "MiB", "GiB", "TiB", "PiB", "EiB" };
-    double in = (double)value / 1024;
-    size_t unit = 0;
+    unsigned unit = 0;
 
-    out_number(o, key, value);
-    if (o->json || value < 1024)
-        return;
-    for (; in >= 1024; in /= 1024)
+    out_value(o, key);
+    printf("%" PRIu64, value);
+    while (value >> (10 * unit + 10) >= 1024)
         unit++;
-    printf(" (%.3g %s)", in, units[unit]);
+    if (!o->json && value >= 1024)
+        printf(" (%.4g %s)", (double)value / (double)(1ull << (10 * unit + 10)), units[unit]);
+    out_end_line(o);
+}
+
+/* Seconds since 1970; for people also as a date. */
+static void out_time(struct out *o, const char *key, uint32_t value)
+{
+    time_t when = (time_t)value;
+    char text[32] = "";
+    struct tm tm;
+
+    out_value(o, key);
+    printf("%" PRIu32, value);
+    if (!o->json && gmtime_r(&when, &tm) && strftime(text, sizeof(text), "%Y-%m-%d %H:%M:%S", &tm))
+        printf(" (%s UTC)", text);
+    out_end_line(o);
 }
 
 static void out_text(struct out *o, const char *key, const char *value)
 {
-    out_key(o, key);
-    if (o->json) {
+    out_value(o, key);
+    if (o->json)
         out_string(value);
-        return;
-    }
-    putchar(' ');
-    for (; *value; value++)
-        putchar((unsigned char)*value < ' ' || *value == 0x7f ? '?' : *value);
+    else
+        out_plain(value);
+    out_end_line(o);
 }
 
 static void out_flag(struct out *o, const char *key, bool value)
 {
-    out_key(o, key);
-    fputs(o->json ? "" : " ", stdout);
+    out_value(o, key);
     fputs(value ? "true" : "false", stdout);
+    out_end_line(o);
+}
+
+/* Percents on a terminal. on is set before the sandbox closes, which knows no isatty(3). */
+static struct { bool on; int percent; } out_progress = { false, -1 };
+
+static void out_progress_wipe(void)
+{
+    if (out_progress.percent >= 0)
+        (void)!write(STDERR_FILENO, "\r      \r", 8);
+    out_progress.percent = -1;
+}
+
+static void out_progress_show(uint64_t done, uint64_t total)
+{
+    int percent = total ? (int)((double)done / (double)total * 100) : 0, n;
+    char text[16];
+
+    if (!out_progress.on || percent == out_progress.percent || percent > 99)
+        return;
+    out_progress.percent = percent;
+    n = snprintf(text, sizeof(text), "\r%3d %% ", percent);
+    (void)!write(STDERR_FILENO, text, (size_t)n);
+}
+
+/* One line of --check about `times` corruptions (or leaks); lines, not counts, have an end. */
+__attribute__((format(printf, 5, 6))) static void out_finding(struct check *c, const char *image, bool leak,
+                                                              uint64_t times, const char *fmt, ...)
+{
+    unsigned *lines = leak ? &c->leak_lines : &c->corruption_lines;
+    char text[512];
+    va_list ap;
+
+    *(leak ? &c->leaks : &c->corruptions) += times;
+    if (++*lines > OUT_FINDINGS)
+        return;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof(text), fmt, ap);
+    va_end(ap);
+    out_progress_wipe();
+    msg_say(MSG_NOTE, "%s: %s: %s", image, leak ? "leak" : "corrupt", text);
 }
 
 /* ******************************************************************************************************** *
@@ -1059,7 +1183,7 @@ static bool codec_zstd(const uint8_t *in, size_t in_len, uint8_t *out, size_t ou
 
 static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t out_len)
 {
-    size_t used, got;
+    size_t used = 0, got = 0;
 
     if (codec == CODEC_ZSTD)
         return codec_zstd(codec_own.coded, in_len, out, out_len);
@@ -1576,6 +1700,7 @@ static int raw_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     if (exact)
         file_seek_extent(ext->file, ext->offset, ext->length, &data, &ext->length);
     ext->kind = data ? EXT_DATA : EXT_ZERO;
+    ext->zeroed = !data;
     return 0;
 }
 
@@ -1629,7 +1754,12 @@ enum {
     QCOW2_DATA_FILE = 4,
     QCOW2_COMPRESSION = 8,
     QCOW2_EXTL2 = 16,
-    QCOW2_RAW_DATA = 2, /* autoclear */
+    QCOW2_LAZY_REFCOUNTS = 1,           /* compatible */
+    QCOW2_BITMAPS = 1,                  /* autoclear: the bitmaps are up to date, and listed */
+    QCOW2_RAW_DATA = 2,                 /* autoclear */
+    QCOW2_MAX_BITMAPS = 65535,
+    QCOW2_BITMAP_IN_USE = 1,
+    QCOW2_BITMAP_AUTO = 2,
     QCOW2_MAX_L1 = 32 << 20,
     QCOW2_MAX_NAME = 1023,
     QCOW2_MAX_SNAPSHOTS = 65536,
@@ -1642,12 +1772,16 @@ enum {
 #define QCOW2_EXT_BACKING_FORMAT 0xe2792acau
 #define QCOW2_EXT_FEATURES 0x6803f857u
 #define QCOW2_EXT_DATA_FILE 0x44415441u
+#define QCOW2_EXT_BITMAPS 0x23852875u
 
 struct qcow2 {
     uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
-    uint64_t size, l1_offset, l1_entries, incompatible, autoclear;
-    uint32_t header_length;
+    uint64_t size, l1_offset, l1_entries, incompatible, compatible, autoclear;
+    uint32_t header_length, refcount_order;                 /* log2 of a refcount's bits */
+    uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
+    uint32_t n_snapshots, n_bitmaps;
     bool subclusters, v2;
+    bool preallocated;              /* see qcow2_find_holes() */
     enum codec codec;
     struct file *data;              /* where clusters lie: the image itself or the external data file */
     char data_name[QCOW2_MAX_NAME + 1];
@@ -1723,6 +1857,11 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
         if (type == QCOW2_EXT_DATA_FILE &&
             !qcow2_copy_name(q->data_name, sizeof(q->data_name), cluster + at + 8, n))
             return qcow2_bad(im, "the name of the data file is too long", n);
+        if (type == QCOW2_EXT_BITMAPS && n >= 24 && (q->autoclear & QCOW2_BITMAPS)) {
+            q->n_bitmaps = util_be32(cluster + at + 8);
+            q->bitmaps_size = util_be64(cluster + at + 16);
+            q->bitmaps_offset = util_be64(cluster + at + 24);
+        }
         if (type == QCOW2_EXT_FEATURES) {
             features = cluster + at + 8;
             features_len = n;
@@ -1735,7 +1874,7 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
 
 static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *h)
 {
-    uint32_t compression = q->header_length > 104 ? h[104] : 0, order = q->v2 ? 4 : util_be32(h + 96);
+    uint32_t compression = q->header_length > 104 ? h[104] : 0;
 
     if (q->version != 2 && q->version != 3)
         return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u", im->name, q->version);
@@ -1749,8 +1888,8 @@ static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *
     if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) ||
         q->header_length > 1u << q->cluster_bits)
         return qcow2_bad(im, "the header's length", q->header_length);
-    if (order > 6)
-        return qcow2_bad(im, "the refcount width", order);
+    if (q->refcount_order > 6)
+        return qcow2_bad(im, "the refcount width", q->refcount_order);
     if ((compression != 0) != !!(q->incompatible & QCOW2_COMPRESSION) || compression > 1)
         return qcow2_bad(im, "the compression type", compression);
     q->codec = compression ? CODEC_ZSTD : CODEC_DEFLATE;
@@ -1772,7 +1911,11 @@ static int qcow2_read_header(struct image *im, struct qcow2 *q, const uint8_t *h
     q->l1_entries = util_be32(h + 36);
     q->l1_offset = util_be64(h + 40);
     q->incompatible = q->v2 ? 0 : util_be64(h + 72);
+    q->compatible = q->v2 ? 0 : util_be64(h + 80);
     q->autoclear = q->v2 ? 0 : util_be64(h + 88);
+    q->refcount_order = q->v2 ? 4 : util_be32(h + 96);
+    q->n_snapshots = util_be32(h + 60);
+    q->snapshots_offset = util_be64(h + 64);
     q->header_length = q->v2 ? QCOW2_HEADER_V2 : util_be32(h + 100);
     q->subclusters = q->incompatible & QCOW2_EXTL2;
     q->entry_size = q->subclusters ? 16 : 8;
@@ -1815,13 +1958,16 @@ static int qcow2_check_l1(struct image *im, const struct qcow2 *q)
 
 struct qcow2_snapshot {
     uint64_t l1_offset, l1_entries, size, next;
+    uint64_t clock, vm_state;       /* nanoseconds that the guest had run; bytes */
+    uint64_t icount;                /* instructions it had run; UINT64_MAX: not known */
+    uint32_t seconds, nanoseconds, extra_len;
     char id[256], name[1024];
 };
 
 static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t at,
                                struct qcow2_snapshot *sn)
 {
-    uint8_t h[40] = { 0 }, extra[16] = { 0 };
+    uint8_t h[40] = { 0 }, extra[24] = { 0 };
     uint32_t id_len, name_len, extra_len;
     int ret = qcow2_read(im, at, h, sizeof(h), "the snapshot table reaches past the end");
 
@@ -1832,7 +1978,7 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     extra_len = util_be32(h + 36);
     if (extra_len > 1024 || id_len >= sizeof(sn->id) || name_len >= sizeof(sn->name))
         return qcow2_bad(im, "a snapshot's entry", extra_len);
-    ret = qcow2_read(im, at + 40, extra, util_min(extra_len, 16), "the snapshot table reaches past the end");
+    ret = qcow2_read(im, at + 40, extra, util_min(extra_len, 24), "the snapshot table reaches past the end");
     if (!ret)
         ret = qcow2_read(im, at + 40 + extra_len, sn->id, id_len, "the snapshot table reaches past the end");
     if (!ret)
@@ -1841,23 +1987,29 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     sn->id[id_len] = sn->name[name_len] = 0;
     sn->l1_offset = util_be64(h);
     sn->l1_entries = util_be32(h + 8);
+    sn->seconds = util_be32(h + 16);
+    sn->nanoseconds = util_be32(h + 20);
+    sn->clock = util_be64(h + 24);
+    sn->extra_len = extra_len;
+    sn->vm_state = extra_len >= 8 ? util_be64(extra) : util_be32(h + 32);
     sn->size = extra_len >= 16 ? util_be64(extra + 8) : q->size;
+    sn->icount = extra_len >= 24 ? util_be64(extra + 16) : UINT64_MAX;
     sn->next = at + (40 + (uint64_t)extra_len + id_len + name_len + 7) / 8 * 8;
     return ret;
 }
 
 /* By id first, then by name, as qemu-img does. */
-static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const uint8_t *header, const char *wanted)
+static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const char *wanted)
 {
     struct qcow2_snapshot sn = { 0 };
-    uint32_t n = util_be32(header + 60);
+    uint32_t n = q->n_snapshots;
     uint64_t at;
     int ret;
 
     if (n > QCOW2_MAX_SNAPSHOTS)
         return qcow2_bad(im, "the number of snapshots", n);
     for (int by_name = 0; by_name < 2; by_name++) {
-        at = util_be64(header + 64);
+        at = q->snapshots_offset;
         for (uint32_t i = 0; i < n; i++, at = sn.next) {
             ret = qcow2_read_snapshot(im, q, at, &sn);
             if (ret)
@@ -1921,13 +2073,15 @@ static int qcow2_open(struct image *im)
     if (!ret)
         ret = qcow2_read_backing_name(im, q, cluster, len);
     if (!ret && snapshot)
-        ret = qcow2_use_snapshot(im, q, header, snapshot);
+        ret = qcow2_use_snapshot(im, q, snapshot);
     if (!ret)
         ret = qcow2_check_l1(im, q);
     if (!ret)
         ret = qcow2_open_data_file(im, q);
     free(cluster);
     im->size = q->size;
+    im->cluster_size = 1u << q->cluster_bits;
+    im->dirty = q->incompatible & QCOW2_DIRTY;
     if (!ret && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
         msg_say(MSG_NOTE, "%s: is marked %s; reading it is safe", im->name,
                 q->incompatible & QCOW2_CORRUPT ? "corrupt" : "dirty (not closed properly)");
@@ -1951,16 +2105,26 @@ static enum extent_kind qcow2_hole(const struct image *im)
     return *im->backing_name ? EXT_BACKING : EXT_ZERO;
 }
 
+/* In an external data file offset 0 is a place like any other; COPIED tells it from none. */
+static bool qcow2_allocated(const struct qcow2 *q, uint64_t entry)
+{
+    return (entry & QCOW2_OFFSET) || ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
+}
+
 /*
  * Describes `length` bytes from `offset` of the cluster whose L2 entry is given; they are in one cluster (or
  * subcluster).
  */
-static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_kind kind, uint64_t in_cluster,
-                            uint64_t length, struct extent *ext)
+static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_kind kind, bool zeroed,
+                            uint64_t in_cluster, uint64_t length, struct extent *ext)
 {
     uint64_t host = entry & QCOW2_OFFSET;
 
-    *ext = (struct extent){ .kind = kind, .length = length, .file = q->data, .offset = host + in_cluster };
+    *ext = (struct extent){ .kind = kind, .length = length, .zeroed = zeroed };
+    if (kind == EXT_DATA || host || (q->subclusters && qcow2_allocated(q, entry))) {
+        ext->file = q->data;
+        ext->offset = host + in_cluster;
+    }
     if (host % (1u << q->cluster_bits))
         qcow2_bad_extent(ext, length, "its L2 entry is not aligned");
     else if (entry & 0x3f000000000001feu)
@@ -1993,12 +2157,6 @@ static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t
     };
 }
 
-/* In an external data file offset 0 is a place like any other; COPIED tells it from none. */
-static bool qcow2_allocated(const struct qcow2 *q, uint64_t entry)
-{
-    return (entry & QCOW2_OFFSET) || ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
-}
-
 /* One subcluster: bits 0..31 of the bitmap say allocated, 32..63 reads as zeros. */
 static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, uint64_t entry,
                                  uint64_t bitmap, uint64_t in_cluster, uint64_t length, struct extent *ext)
@@ -2020,7 +2178,7 @@ static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, 
                         state == 1   ? EXT_DATA
                         : state == 2 ? EXT_ZERO
                                      : qcow2_hole(im),
-                        in_cluster, length, ext);
+                        state == 2, in_cluster, length, ext);
 }
 
 /* What one L2 entry says about `length` bytes from in_cluster on, all in its cluster. */
@@ -2042,14 +2200,30 @@ static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint6
                         entry & 1   ? EXT_ZERO
                         : allocated ? EXT_DATA
                                     : qcow2_hole(im),
-                        in_cluster, length, ext);
+                        entry & 1, in_cluster, length, ext);
 }
 
-/* Does b carry a on, so that both are one extent? */
-static bool qcow2_continues(const struct extent *a, const struct extent *b)
+/* Does b carry a on, so that both are one extent? For reading all zeros are alike. */
+static bool qcow2_continues(const struct extent *a, const struct extent *b, bool exact)
 {
-    return a->kind == b->kind && (a->kind == EXT_ZERO || a->kind == EXT_BACKING ||
-                                  (a->kind == EXT_DATA && a->file == b->file && a->offset + a->length == b->offset));
+    if (a->kind != b->kind || a->kind == EXT_BAD || a->kind == EXT_COMPRESSED)
+        return false;
+    if (a->kind == EXT_ZERO && !exact)
+        return true;
+    return a->zeroed == b->zeroed && a->file == b->file && (!a->file || a->offset + a->length == b->offset);
+}
+
+/* Clusters may have been set aside and never written: then a hole of the file tells. */
+static void qcow2_map_hole(const struct qcow2 *q, struct extent *ext)
+{
+    bool data = true;
+
+    if (q->preallocated && ext->kind == EXT_DATA)
+        file_seek_extent(ext->file, ext->offset, ext->length, &data, &ext->length);
+    if (!data) {
+        ext->kind = EXT_ZERO;
+        ext->zeroed = ext->in_hole = true;
+    }
 }
 
 static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
@@ -2061,7 +2235,6 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
     struct extent next;
     unsigned n = 0;
 
-    (void)exact;
     length = util_min(length, table_left);
     l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8;
     if (cache_be64(&im->files[0], l1, &entry))
@@ -2087,14 +2260,728 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
             qcow2_map_entry(im, q, entry, bitmap, in_cluster, here, &next);
         if (ext->length == 0)
             *ext = next;
-        else if (qcow2_continues(ext, &next))
+        else if (qcow2_continues(ext, &next, exact))
             ext->length += next.length;
         else
             break;
         if (next.length < here && next.kind == EXT_DATA)
             break;                  /* cut by the end of the file */
     }
+    if (exact)
+        qcow2_map_hole(q, ext);
     return 0;
+}
+
+/* -- what --info says -- */
+
+static int qcow2_list_snapshots(struct image *im, struct out *out)
+{
+    const struct qcow2 *q = im->state;
+    struct qcow2_snapshot sn = { 0 };
+    uint64_t at = q->snapshots_offset;
+    int ret = 0;
+
+    if (q->n_snapshots > QCOW2_MAX_SNAPSHOTS)
+        return qcow2_bad(im, "the number of snapshots", q->n_snapshots);
+    if (q->n_snapshots)
+        out_open(out, "snapshots", '[', false);
+    for (uint32_t i = 0; i < q->n_snapshots && !(ret = qcow2_read_snapshot(im, q, at, &sn)); i++, at = sn.next) {
+        out_open(out, NULL, '{', false);
+        out_text(out, "id", sn.id);
+        out_text(out, "name", sn.name);
+        out_size(out, "vm-state-size", sn.vm_state);
+        out_time(out, "date-sec", sn.seconds);
+        out_number(out, "date-nsec", sn.nanoseconds);
+        out_number(out, "vm-clock-sec", sn.clock / 1000000000);
+        out_number(out, "vm-clock-nsec", sn.clock % 1000000000);
+        if (sn.icount != UINT64_MAX)
+            out_number(out, "icount", sn.icount);
+        out_close(out);
+    }
+    if (q->n_snapshots)
+        out_close(out);
+    return ret;
+}
+
+struct qcow2_bitmap {
+    uint64_t table_offset, next;
+    uint32_t table_entries, flags;
+    uint8_t granularity_bits;
+    char name[1024];
+};
+
+/* One entry of the bitmap directory, 24 bytes and a name, inside the directory. */
+static int qcow2_read_bitmap(struct image *im, const struct qcow2 *q, uint64_t at, struct qcow2_bitmap *b)
+{
+    uint64_t end = q->bitmaps_offset + q->bitmaps_size;
+    uint8_t h[24] = { 0 };
+    uint32_t name_len, extra_len;
+    int ret;
+
+    if (q->bitmaps_offset > (uint64_t)INT64_MAX || q->bitmaps_size > (uint64_t)INT64_MAX || at + sizeof(h) > end)
+        return qcow2_bad(im, "the size of the bitmap directory", q->bitmaps_size);
+    ret = qcow2_read(im, at, h, sizeof(h), "the bitmap directory reaches past the end");
+    if (ret)
+        return ret;
+    b->table_offset = util_be64(h);
+    b->table_entries = util_be32(h + 8);
+    b->flags = util_be32(h + 12);
+    b->granularity_bits = h[17];
+    name_len = util_be16(h + 18);
+    extra_len = util_be32(h + 20);
+    b->next = at + (sizeof(h) + (uint64_t)extra_len + name_len + 7) / 8 * 8;
+    if (name_len >= sizeof(b->name) || b->granularity_bits > 31 || b->next > end)
+        return qcow2_bad(im, "an entry of the bitmap directory", name_len);
+    b->name[name_len] = 0;
+    return qcow2_read(im, at + sizeof(h) + extra_len, b->name, name_len, "the bitmap directory reaches past the end");
+}
+
+static void qcow2_list_bitmaps(struct image *im, const struct qcow2 *q, struct out *out)
+{
+    struct qcow2_bitmap b = { 0 };
+    uint64_t at = q->bitmaps_offset;
+
+    if (!q->n_bitmaps)
+        return;
+    out_open(out, "bitmaps", '[', false);
+    for (uint32_t i = 0; i < util_min(q->n_bitmaps, QCOW2_MAX_BITMAPS) && !qcow2_read_bitmap(im, q, at, &b);
+         i++, at = b.next) {
+        out_open(out, NULL, '{', false);
+        out_text(out, "name", b.name);
+        out_number(out, "granularity", 1ull << b.granularity_bits);
+        out_open(out, "flags", '[', true);
+        if (b.flags & QCOW2_BITMAP_IN_USE)
+            out_text(out, NULL, "in-use");
+        if (b.flags & QCOW2_BITMAP_AUTO)
+            out_text(out, NULL, "auto");
+        out_close(out);
+        out_close(out);
+    }
+    out_close(out);
+}
+
+static void qcow2_info(struct image *im, struct out *out)
+{
+    const struct qcow2 *q = im->state;
+
+    out_text(out, "compat", q->v2 ? "0.10" : "1.1");
+    out_text(out, "compression-type", q->codec == CODEC_ZSTD ? "zstd" : "zlib");
+    out_number(out, "refcount-bits", 1u << q->refcount_order);
+    if (q->v2)
+        return;
+    out_flag(out, "lazy-refcounts", q->compatible & QCOW2_LAZY_REFCOUNTS);
+    out_flag(out, "corrupt", q->incompatible & QCOW2_CORRUPT);
+    out_flag(out, "extended-l2", q->subclusters);
+    if (*q->data_name)
+        out_text(out, "data-file", q->data_name);
+    if (q->incompatible & QCOW2_DATA_FILE)
+        out_flag(out, "data-file-raw", q->autoclear & QCOW2_RAW_DATA);
+    qcow2_list_bitmaps(im, q, out);
+}
+
+/*
+ * -- what --check finds --
+ *
+ * References to every host cluster are counted, as qemu-img check does, and compared with the stored refcounts.
+ * Memory is one small number per cluster of the file, and QCOW2_REFS entries of L1 tables at a time. These are
+ * sorted, so that an L2 table that snapshots share is read once and counted as often as it is used: the work has
+ * a bound, whatever the tables say.
+ */
+
+enum {
+    QCOW2_REFS = 1 << 18,
+    QCOW2_MAX_REFCOUNT_TABLE = 8 << 20,
+    QCOW2_SUSPECTS = 100            /* clusters whose users are named */
+};
+#define QCOW2_REFCOUNT_BLOCK 0xfffffffffffffe00u
+#define QCOW2_L1_RESERVED 0x7f000000000001ffu
+#define QCOW2_L2_RESERVED 0x3f000000000001feu
+#define QCOW2_BITMAP_RESERVED 0xff000000000001feu
+
+/* An L1 entry that is not 0. */
+struct qcow2_ref {
+    uint64_t l2;                    /* where its L2 table lies */
+    uint32_t index;                 /* in its L1 table */
+    uint32_t table;                 /* 0: the active one; else number of the snapshot, from 1 */
+};
+
+struct qcow2_check {
+    struct image *im;
+    const struct qcow2 *q;
+    struct check *c;
+    struct file *f;
+    uint64_t length;                /* of the file, in whole sectors, as QEMU counts */
+    uint64_t n_clusters;            /* of the file; one more may be begun by what is not aligned */
+    void *counts;                   /* n_clusters + 1 numbers of `width` bytes */
+    unsigned width;                 /* wide enough for refcounts of the image, but 4 at most */
+    uint64_t most;                  /* what a counter holds: the largest refcount, or 2^32 - 1 */
+    uint64_t l1_offset, l1_entries, size;   /* the active ones, whatever --snapshot says */
+    uint64_t table_offset, table_entries;   /* the refcount table */
+    uint64_t block_number, block;   /* its entry that was asked for last, from 1 */
+    struct qcow2_ref *refs;
+    size_t n_refs;
+    uint64_t walked, to_walk;       /* L2 tables, for the progress */
+    bool in_header;                 /* an L1 entry of flags alone: QEMU counts what the header would refer to */
+    uint64_t suspect[QCOW2_SUSPECTS];       /* host clusters with more users than their refcount, ascending */
+    size_t n_suspects;
+};
+
+/* Eight bytes of a table; past the end of the file there are zeros, as in the rest of its last cluster. */
+static bool qcow2_check_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
+{
+    *value = 0;
+    if (offset >= k->f->size || cache_be64(k->f, offset, value) == 0)
+        return true;
+    if (k->c->errors++ == 0)
+        msg_err(0, "%s: the table at %" PRIu64 " cannot be read", k->im->name, offset);
+    return false;
+}
+
+static uint64_t qcow2_counted(const struct qcow2_check *k, uint64_t cluster)
+{
+    return k->width == 1   ? ((uint8_t *)k->counts)[cluster]
+           : k->width == 2 ? ((uint16_t *)k->counts)[cluster]
+                           : ((uint32_t *)k->counts)[cluster];
+}
+
+static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_t times)
+{
+    uint64_t now = qcow2_counted(k, cluster), room = util_min(times, k->most - now);
+
+    if (k->width == 1)
+        ((uint8_t *)k->counts)[cluster] = (uint8_t)(now + room);
+    else if (k->width == 2)
+        ((uint16_t *)k->counts)[cluster] = (uint16_t)(now + room);
+    else
+        ((uint32_t *)k->counts)[cluster] = (uint32_t)(now + room);
+    if (times > room && k->q->refcount_order == 6)
+        k->c->errors += times - room;       /* cannot be counted: this is no finding */
+    else if (times > room)
+        out_finding(k->c, k->im->name, false, times - room,
+                    "host 0x%" PRIx64 ": more references than a refcount of %u bits can hold",
+                    cluster << k->q->cluster_bits, 1u << k->q->refcount_order);
+    if (cluster == k->n_clusters)
+        k->n_clusters++;
+}
+
+/* Counts `times` uses of a range; what, guest: for the message. Its last cluster may be only begun in the file. */
+static void qcow2_count_for(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times,
+                            const char *what, uint64_t guest)
+{
+    uint64_t cluster = 1u << k->q->cluster_bits;
+    char name[32] = "";
+
+    if (!length)
+        return;
+    if (offset > (uint64_t)INT64_MAX || length > (uint64_t)INT64_MAX || offset + length >= k->length + cluster) {
+        if (guest != UINT64_MAX)
+            snprintf(name, sizeof(name), "guest 0x%" PRIx64 ", ", guest);
+        out_finding(k->c, k->im->name, false, times, "%s%s: 0x%" PRIx64 " bytes at host 0x%" PRIx64
+                    " reach past the end of the file", name, what, length, offset);
+        return;
+    }
+    for (uint64_t i = offset / cluster; i <= (offset + length - 1) / cluster; i++)
+        qcow2_count_cluster(k, i, times);
+}
+
+static void qcow2_count(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times, const char *what)
+{
+    qcow2_count_for(k, offset, length, times, what, UINT64_MAX);
+}
+
+/* Where the refcount block for a cluster lies; 0: there is none, so all its refcounts are 0. */
+static int qcow2_block_of(struct qcow2_check *k, uint64_t cluster, uint64_t *block)
+{
+    uint64_t index = cluster >> (k->q->cluster_bits + 3 - k->q->refcount_order);
+
+    *block = 0;
+    if (index >= k->table_entries)
+        return 0;
+    if (index + 1 != k->block_number) {
+        k->block_number = 0;
+        if (!qcow2_check_word(k, k->table_offset + index * 8, &k->block))
+            return -EIO;
+        k->block &= QCOW2_REFCOUNT_BLOCK;
+        k->block_number = index + 1;
+    }
+    *block = k->block;
+    return *block % (1u << k->q->cluster_bits) || *block > (uint64_t)INT64_MAX ? -EIO : 0;
+}
+
+/* The refcount of a cluster in its block. Less than a byte: the first is in the lowest bits. */
+static int qcow2_stored_in(struct qcow2_check *k, uint64_t block, uint64_t cluster, uint64_t *refcount)
+{
+    uint32_t order = k->q->refcount_order, bits = 1u << order;
+    uint64_t index = cluster & ((1ull << (k->q->cluster_bits + 3 - order)) - 1), at = index << order, word;
+
+    *refcount = 0;
+    if (!block)
+        return 0;
+    if (!qcow2_check_word(k, block + at / 64 * 8, &word))
+        return -EIO;
+    if (order < 3)
+        *refcount = word >> (56 - at % 64 / 8 * 8 + at % 8) & ((1u << bits) - 1);
+    else
+        *refcount = order == 6 ? word : word >> (64 - bits - at % 64) & ((1ull << bits) - 1);
+    return 0;
+}
+
+static int qcow2_stored(struct qcow2_check *k, uint64_t cluster, uint64_t *refcount)
+{
+    uint64_t block;
+    int ret = qcow2_block_of(k, cluster, &block);
+
+    *refcount = 0;
+    return ret ? ret : qcow2_stored_in(k, block, cluster, refcount);
+}
+
+/* COPIED says that the refcount is 1. Only the active tables have it. */
+static void qcow2_check_copied(struct qcow2_check *k, uint64_t host, bool copied, bool is_data, uint64_t guest,
+                               uint64_t times)
+{
+    uint64_t refcount = 1;
+
+    if (!(is_data && (k->q->incompatible & QCOW2_DATA_FILE)) &&
+        qcow2_stored(k, host >> k->q->cluster_bits, &refcount))
+        return;                     /* said elsewhere */
+    if ((refcount == 1) != copied)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": the %s is %s, but its refcount is %" PRIu64, guest, host, is_data ? "cluster" : "L2 table",
+                    copied ? "marked as used once" : "not marked as used once", refcount);
+}
+
+/* What is wrong with an entry of an L2 table by itself, or NULL. Compressed: bit 62. */
+static const char *qcow2_check_entry(const struct qcow2 *q, uint64_t entry, uint64_t bitmap)
+{
+    bool allocated = qcow2_allocated(q, entry);
+
+    if (entry & QCOW2_COMPRESSED)
+        return NULL;
+    if (!q->subclusters)
+        return (entry & 1) && q->v2 ? "a zero cluster in a version 2 image" : NULL;
+    if (entry & 1)
+        return "its L2 entry has reserved bits set";
+    if (allocated && (bitmap >> 32 & bitmap & UINT32_MAX))
+        return "a subcluster is both allocated and zero";
+    return !allocated && (bitmap & UINT32_MAX) ? "a subcluster is allocated in no cluster" : NULL;
+}
+
+static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest,
+                                   uint64_t times, uint64_t active)
+{
+    uint32_t offset_bits = 62 - (k->q->cluster_bits - 8);
+    uint64_t host = entry & ((1ull << offset_bits) - 1);
+    uint64_t sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
+    bool misplaced = k->q->incompatible & QCOW2_DATA_FILE;
+
+    if (entry & QCOW2_COPIED)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": a compressed cluster is marked as used once", guest, host);
+    if (misplaced || bitmap) {
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": a compressed cluster %s", guest, host,
+                    misplaced ? "in an image with an external data file" : "has subclusters");
+        return;
+    }
+    qcow2_count_for(k, host, sectors * 512 - host % 512, times, "compressed", guest);
+    k->c->allocated += active;
+    k->c->compressed += active;
+    k->c->fragmented += active;     /* by nature */
+}
+
+/*
+ * A cluster that ends past the end of the file is no fault (QEMU does not count it), unless some of what is read
+ * of it is missing.
+ */
+static void qcow2_check_whole(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t times)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t need = guest >= k->size ? 0 : util_min(1u << q->cluster_bits, k->size - guest), last = 0;
+
+    if (!q->subclusters && (entry & 1))
+        return;
+    if (q->subclusters) {
+        for (unsigned i = 0; i < QCOW2_SUBCLUSTERS; i++)
+            last = bitmap >> i & 1 ? i + 1 : last;
+        need = util_min(need, last << (q->cluster_bits - 5));
+    }
+    if (need && (entry & QCOW2_OFFSET) + need > q->data->size)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": %s ends before the cluster does", guest, entry & QCOW2_OFFSET, util_basename(q->data->path));
+}
+
+/* One entry of an L2 table that is used `times` times, `active` of them by the active L1 table. */
+static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest,
+                                 uint64_t times, uint64_t active, uint64_t *follows)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t host = entry & QCOW2_OFFSET, cluster = 1u << q->cluster_bits;
+    const char *why = qcow2_check_entry(q, entry, bitmap);
+
+    if (entry & QCOW2_COMPRESSED) {
+        qcow2_check_compressed(k, entry, bitmap, guest, times, active);
+        return;
+    }
+    if (entry & QCOW2_L2_RESERVED)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ": its L2 entry 0x%" PRIx64
+                    " has reserved bits set", guest, entry);
+    if (why)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ": %s (0x%" PRIx64 ")", guest, why, entry);
+    if (!host && ((entry & 1 && !q->subclusters) || !qcow2_allocated(q, entry)))
+        return;
+    if (host % cluster)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": its L2 entry is not aligned", guest, host);
+    if (active) {
+        k->c->allocated += active;
+        k->c->fragmented += *follows && host != *follows ? active : 0;
+        *follows = host + cluster;
+        if (!k->in_header)
+            qcow2_check_copied(k, host, entry & QCOW2_COPIED, true, guest, active);
+    }
+    if (!(q->incompatible & QCOW2_DATA_FILE))
+        qcow2_count_for(k, host, cluster, times, "its cluster", guest);
+    if (active && ((q->incompatible & QCOW2_DATA_FILE) || host < k->f->size))
+        qcow2_check_whole(k, entry, bitmap, guest, active);
+}
+
+/* Names the users of clusters that have too many: an entry of an L2 table, when all has been counted. */
+static void qcow2_name_user(struct qcow2_check *k, uint64_t entry, uint64_t guest, const struct qcow2_ref *ref)
+{
+    uint32_t offset_bits = 62 - (k->q->cluster_bits - 8);
+    bool compressed = entry & QCOW2_COMPRESSED;
+    uint64_t host = compressed ? entry & ((1ull << offset_bits) - 1) : entry & QCOW2_OFFSET, end = host + 1;
+
+    if (!host || (k->q->incompatible & QCOW2_DATA_FILE))
+        return;
+    if (compressed)
+        end = (host / 512 + ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1) * 512;
+    for (size_t i = 0; i < k->n_suspects; i++)
+        if (k->suspect[i] >= host >> k->q->cluster_bits && k->suspect[i] <= (end - 1) >> k->q->cluster_bits)
+            out_finding(k->c, k->im->name, false, 0, "host 0x%" PRIx64 " is used by guest 0x%" PRIx64 "%s%s",
+                        k->suspect[i] << k->q->cluster_bits, guest, compressed ? ", compressed" : "",
+                        ref->table ? ", of a snapshot" : "");
+}
+
+/* All entries of an L2 table, at refs[0].l2, that n entries of L1 tables point to. */
+static void qcow2_check_l2(struct qcow2_check *k, const struct qcow2_ref *refs, size_t n, bool naming)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t guest = (uint64_t)refs->index << (q->cluster_bits + q->l2_bits), active = 0, entry, bitmap = 0,
+             follows = 0;
+
+    k->in_header = refs->l2 == 0;
+    for (size_t i = 0; i < n; i++)
+        active += refs[i].table == 0;
+    for (uint64_t i = 0; i < 1ull << q->l2_bits; i++, guest += 1ull << q->cluster_bits) {
+        uint64_t at = refs->l2 + i * q->entry_size;
+        if (at >= k->f->size || !qcow2_check_word(k, at, &entry) ||
+            (q->subclusters && !qcow2_check_word(k, at + 8, &bitmap)))
+            break;
+        if (!entry && !bitmap)
+            continue;
+        if (naming)
+            qcow2_name_user(k, entry, guest, refs);
+        else
+            qcow2_check_l2_entry(k, entry, bitmap, guest, n, active, &follows);
+    }
+}
+
+static int qcow2_compare_refs(const void *a, const void *b)
+{
+    const struct qcow2_ref *x = a, *y = b;
+
+    if (x->l2 != y->l2)
+        return x->l2 < y->l2 ? -1 : 1;
+    if (x->table != y->table)
+        return x->table < y->table ? -1 : 1;
+    return x->index < y->index ? -1 : x->index > y->index;
+}
+
+/* Looks at the L2 tables gathered so far. */
+static void qcow2_check_refs(struct qcow2_check *k, bool naming)
+{
+    size_t n;
+
+    qsort(k->refs, k->n_refs, sizeof(*k->refs), qcow2_compare_refs);
+    for (size_t i = 0; i < k->n_refs; i += n) {
+        for (n = 1; i + n < k->n_refs && k->refs[i + n].l2 == k->refs[i].l2;)
+            n++;
+        qcow2_check_l2(k, k->refs + i, n, naming);
+        out_progress_show(k->walked += n, k->to_walk);
+    }
+    k->n_refs = 0;
+}
+
+static void qcow2_check_l1_entry(struct qcow2_check *k, uint64_t entry, uint32_t index, uint32_t table)
+{
+    uint64_t l2 = entry & QCOW2_OFFSET, cluster = 1u << k->q->cluster_bits;
+    uint64_t guest = (uint64_t)index << (k->q->cluster_bits + k->q->l2_bits);
+
+    if (entry & QCOW2_L1_RESERVED)
+        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ": its L1 entry 0x%" PRIx64
+                    " has reserved bits set", guest, entry);
+    if (l2 % cluster)
+        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": its L1 entry is not aligned", guest, l2);
+    qcow2_count_for(k, l2, cluster, 1, "its L2 table", guest);
+    if (l2 < k->f->size && cluster > k->f->size - l2)
+        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": the file ends before its L2 table does", guest, l2);
+    if (table == 0 && l2)
+        qcow2_check_copied(k, l2, entry & QCOW2_COPIED, false, guest, 1);
+}
+
+/* The entries of one L1 table. naming: the second time, see qcow2_name_user(). */
+static void qcow2_count_l1(struct qcow2_check *k, uint64_t offset, uint64_t entries, uint32_t table, bool naming)
+{
+    uint64_t entry;
+
+    if (!naming)
+        qcow2_count(k, offset, entries * 8, 1, table ? "a snapshot's L1 table" : "the L1 table");
+    for (uint64_t i = 0; i < entries && offset + i * 8 < k->f->size; i++) {
+        if (!qcow2_check_word(k, offset + i * 8, &entry))
+            return;
+        if (!entry)
+            continue;
+        if (!naming)
+            qcow2_check_l1_entry(k, entry, (uint32_t)i, table);
+        if (k->n_refs == QCOW2_REFS)
+            qcow2_check_refs(k, naming);
+        k->refs[k->n_refs++] = (struct qcow2_ref){ entry & QCOW2_OFFSET, (uint32_t)i, table };
+        k->to_walk++;
+    }
+}
+
+/* The active tables, then those of the snapshots, as long as these can lie side by side in the file. */
+static void qcow2_check_tables(struct qcow2_check *k, bool naming)
+{
+    const struct qcow2 *q = k->q;
+    struct qcow2_snapshot sn = { 0 };
+    uint64_t at = q->snapshots_offset, sum = k->l1_entries * 8;
+    bool bad;
+
+    k->walked = k->to_walk = 0;
+    qcow2_count_l1(k, k->l1_offset, k->l1_entries, 0, naming);
+    if (q->n_snapshots && (q->incompatible & QCOW2_DATA_FILE) && !naming)
+        out_finding(k->c, k->im->name, false, 1, "snapshots in an image with an external data file");
+    for (uint32_t i = 1; i <= q->n_snapshots; i++, at = sn.next) {
+        if (i > QCOW2_MAX_SNAPSHOTS || sum > k->length || qcow2_read_snapshot(k->im, q, at, &sn)) {
+            if (!naming)
+                out_finding(k->c, k->im->name, false, 1, "the snapshot table is damaged from entry %u on; what only "
+                            "these snapshots use seems leaked", i);
+            break;
+        }
+        bad = sn.l1_offset % (1u << q->cluster_bits) || sn.l1_entries > QCOW2_MAX_L1 / 8;
+        if (bad && !naming)
+            out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its L1 table, 0x%" PRIx64 " entries at 0x%" PRIx64
+                        ", cannot be", sn.name, sn.l1_entries, sn.l1_offset);
+        if (!q->v2 && sn.extra_len < 16 && !naming)
+            out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its entry lacks the size of the disk", sn.name);
+        sum += bad ? 0 : sn.l1_entries * 8;
+        if (!bad && sum <= k->length)
+            qcow2_count_l1(k, sn.l1_offset, sn.l1_entries, i, naming);
+    }
+    qcow2_check_refs(k, naming);
+    if (q->n_snapshots && !naming)
+        qcow2_count(k, q->snapshots_offset, at - q->snapshots_offset, 1, "the snapshot table");
+}
+
+/* The bitmap's table and the clusters that it points to. */
+static void qcow2_check_bitmap(struct qcow2_check *k, const struct qcow2_bitmap *b)
+{
+    uint64_t entry, host, cluster = 1u << k->q->cluster_bits;
+
+    qcow2_count(k, b->table_offset, (uint64_t)b->table_entries * 8, 1, "a bitmap's table");
+    if (b->table_offset % cluster) {
+        out_finding(k->c, k->im->name, false, 1, "bitmap '%s': its table at 0x%" PRIx64 " is not aligned", b->name,
+                    b->table_offset);
+        return;
+    }
+    for (uint64_t i = 0; i < b->table_entries && b->table_offset < k->f->size - i * 8; i++) {
+        if (!qcow2_check_word(k, b->table_offset + i * 8, &entry))
+            return;
+        host = entry & QCOW2_OFFSET;
+        if ((entry & QCOW2_BITMAP_RESERVED) || (host && (entry & 1)) || host % cluster)
+            out_finding(k->c, k->im->name, false, 1, "bitmap '%s': entry 0x%" PRIx64 " of its table is damaged",
+                        b->name, entry);
+        else if (host)
+            qcow2_count(k, host, cluster, 1, "a bitmap");
+    }
+}
+
+static void qcow2_check_bitmaps(struct qcow2_check *k)
+{
+    const struct qcow2 *q = k->q;
+    struct qcow2_bitmap b = { 0 };
+    uint64_t at = q->bitmaps_offset, sum = 0;
+
+    if (!q->n_bitmaps)
+        return;
+    qcow2_count(k, q->bitmaps_offset, q->bitmaps_size, 1, "the bitmap directory");
+    for (uint32_t i = 0; i < q->n_bitmaps; i++, at = b.next) {
+        if (i == QCOW2_MAX_BITMAPS || qcow2_read_bitmap(k->im, q, at, &b)) {
+            out_finding(k->c, k->im->name, false, 1, "the bitmap directory is damaged");
+            return;
+        }
+        sum += (uint64_t)b.table_entries * 8;
+        if (sum > k->length) {
+            out_finding(k->c, k->im->name, false, 1, "the tables of the bitmaps overlap");
+            return;
+        }
+        qcow2_check_bitmap(k, &b);
+    }
+}
+
+/* Last of all, for each block is used once and by nothing else. */
+static void qcow2_check_blocks(struct qcow2_check *k)
+{
+    uint64_t entry, cluster = 1u << k->q->cluster_bits;
+
+    qcow2_count(k, k->table_offset, k->table_entries * 8, 1, "the refcount table");
+    for (uint64_t i = 0; i < k->table_entries; i++) {
+        if (!qcow2_check_word(k, k->table_offset + i * 8, &entry))
+            return;
+        if (!entry)
+            continue;
+        if (entry % cluster) {
+            out_finding(k->c, k->im->name, false, 1, "entry %" PRIu64 " of the refcount table, 0x%" PRIx64
+                        ", is damaged", i, entry);
+        } else if (entry / cluster >= k->n_clusters) {
+            out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
+                        " lies past the end of the file", i, entry);
+        } else {
+            qcow2_count_cluster(k, entry / cluster, 1);
+            if (qcow2_counted(k, entry / cluster) != 1)
+                out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
+                            " is used for something else, too", i, entry);
+        }
+    }
+}
+
+/* `n` clusters up to, but not including, `end` with the same stored and counted refcounts. */
+static void qcow2_report_run(struct qcow2_check *k, uint64_t end, uint64_t n, uint64_t stored, uint64_t counted)
+{
+    uint64_t first = end - n;
+
+    if (stored == counted || !n)
+        return;
+    out_finding(k->c, k->im->name, stored > counted, n, "host 0x%" PRIx64 ", %" PRIu64 " cluster%s: refcount %" PRIu64
+                ", but used %" PRIu64 " time%s", first << k->q->cluster_bits, n, n == 1 ? "" : "s", stored, counted,
+                counted == 1 ? "" : "s");
+    for (; stored < counted && first < end && k->n_suspects < QCOW2_SUSPECTS; first++)
+        k->suspect[k->n_suspects++] = first;
+}
+
+static void qcow2_compare_counts(struct qcow2_check *k)
+{
+    uint64_t per_block = 1ull << (k->q->cluster_bits + 3 - k->q->refcount_order), block = 0, last = 0, run = 0,
+             run_stored = 0, run_counted = 0, i;
+    int ret = 0;
+
+    for (i = 0; i < k->n_clusters; i++) {
+        uint64_t counted = qcow2_counted(k, i), stored = 0;
+        if (i % per_block == 0) {
+            ret = qcow2_block_of(k, i, &block);
+            out_progress_show(i, k->n_clusters);
+        }
+        if (ret || (block && qcow2_stored_in(k, block, i, &stored))) {
+            k->c->errors++;
+            stored = counted;
+        } else if (stored || counted) {
+            last = i;
+        }
+        if (stored != run_stored || counted != run_counted) {
+            qcow2_report_run(k, i, run, run_stored, run_counted);
+            run = 0;
+        }
+        run++;
+        run_stored = stored;
+        run_counted = counted;
+    }
+    qcow2_report_run(k, i, run, run_stored, run_counted);
+    k->c->image_end = (last + 1) << k->q->cluster_bits;
+}
+
+/* The parts of the header that only matter here. */
+static int qcow2_check_begin(struct qcow2_check *k)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t cluster = 1u << q->cluster_bits, done;
+    uint8_t h[QCOW2_HEADER_V2];
+    int ret = file_pread(k->f, h, sizeof(h), 0, &done);
+
+    if (ret)
+        return ret;
+    k->size = util_be64(h + 24);
+    k->l1_entries = util_be32(h + 36);
+    k->l1_offset = util_be64(h + 40);
+    k->table_offset = util_be64(h + 48);
+    k->table_entries = (uint64_t)util_be32(h + 56) * cluster / 8;
+    if (k->table_entries * 8 > QCOW2_MAX_REFCOUNT_TABLE)
+        return qcow2_bad(k->im, "the size of the refcount table", k->table_entries);
+    if (k->table_offset % cluster || k->table_offset > (uint64_t)INT64_MAX)
+        return qcow2_bad(k->im, "the place of the refcount table", k->table_offset);
+    if (k->l1_entries > QCOW2_MAX_L1 / 8 || k->l1_offset % cluster || k->l1_offset > (uint64_t)INT64_MAX)
+        return qcow2_bad(k->im, "the place of the L1 table", k->l1_offset);
+    k->length = (k->f->size + 511) / 512 * 512;
+    k->n_clusters = (k->length + cluster - 1) / cluster;
+    if (k->n_clusters > INT_MAX)
+        return msg_err(-EFBIG, "%s: too large to be checked (%" PRIu64 " clusters)", k->im->name, k->n_clusters);
+    k->width = q->refcount_order <= 3 ? 1 : q->refcount_order == 4 ? 2 : 4;
+    k->most = q->refcount_order >= 5 ? UINT32_MAX : (1ull << (1u << q->refcount_order)) - 1;
+    k->c->total = ((k->size & ~511ull) + cluster - 1) / cluster;
+    return 0;
+}
+
+static void qcow2_check_all(struct qcow2_check *k)
+{
+    qcow2_count(k, 0, 1u << k->q->cluster_bits, 1, "the header");
+    qcow2_check_tables(k, false);
+    qcow2_check_bitmaps(k);
+    qcow2_check_blocks(k);
+    qcow2_compare_counts(k);
+    if (k->n_suspects)
+        qcow2_check_tables(k, true);
+}
+
+static int qcow2_check(struct image *im, struct check *c)
+{
+    struct qcow2_check k = { .im = im, .q = im->state, .c = c, .f = &im->files[0] };
+    int ret = qcow2_check_begin(&k);
+    uint64_t bytes = (k.n_clusters + 1) * k.width;
+
+    if (ret)
+        return ret;
+    k.counts = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    k.refs = malloc(QCOW2_REFS * sizeof(*k.refs));
+    if (k.counts == MAP_FAILED || !k.refs)
+        ret = msg_err(-ENOMEM, "%s: out of memory", im->name);
+    else
+        qcow2_check_all(&k);
+    if (k.counts != MAP_FAILED)
+        munmap(k.counts, bytes);
+    free(k.refs);
+    return ret;
+}
+
+/*
+ * For --map: were clusters set aside that have no room in the file yet, as with preallocation=metadata? As QEMU
+ * finds out: there are more used clusters than the file has blocks for, by a tenth, or by two.
+ */
+static void qcow2_find_holes(struct image *im)
+{
+    struct qcow2 *q = im->state;
+    struct check c = { .errors = 0 };
+    struct qcow2_check k = { .im = im, .q = q, .c = &c, .f = &im->files[0] };
+    uint64_t room = ((uint64_t)k.f->st.st_blocks * 512) >> q->cluster_bits, used = 0, stored = 0;
+    uint64_t enough = room * 10 / 9 > room + 2 ? room * 10 / 9 : room + 2;
+
+    if (k.f->is_blk || (k.f->size >> q->cluster_bits) + 1 < enough || qcow2_check_begin(&k))
+        return;
+    for (uint64_t i = 0; i < k.n_clusters && used < enough && qcow2_stored(&k, i, &stored) == 0; i++)
+        used += stored != 0;
+    q->preallocated = used >= enough;
 }
 
 static const struct image_format qcow2_format = {
@@ -2104,6 +2991,9 @@ static const struct image_format qcow2_format = {
     .probe = qcow2_probe,
     .open = qcow2_open,
     .map = qcow2_map,
+    .info = qcow2_info,
+    .snapshots = qcow2_list_snapshots,
+    .check = qcow2_check,
     .close = qcow2_close,
 };
 
@@ -2128,7 +3018,7 @@ static int ext_merge(struct image *im, uint64_t offset, uint64_t length, bool ex
     block(im, offset, length, exact, ext);
     for (unsigned n = 1; n < EXT_LOOK_AHEAD && offset + ext->length < end; n++) {
         block(im, offset + ext->length, end - offset - ext->length, exact, &next);
-        if (!qcow2_continues(ext, &next))
+        if (!qcow2_continues(ext, &next, exact))
             break;
         ext->length += next.length;
     }
@@ -3796,6 +4686,8 @@ static int img_open_backing(struct image *im)
     int ret = 0;
 
     for (; !ret && *im->backing_name; im = base) {
+        if (im->opt->top_only)
+            return 0;
         if (im->opt->no_backing) {
             msg_say(MSG_NOTE, "%s: without its backing file '%s', whose data reads as errors", im->name,
                     im->backing_name);
@@ -3827,10 +4719,13 @@ static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exac
         size = im->size;
         if (offset >= size) {
             *ext = (struct extent){ .kind = im->depth ? EXT_ZERO : EXT_BAD, .length = length,
+                                    .depth = im->depth ? im->depth - 1 : 0,
                                     .why = "past the end of the image" };
             return 0;
         }
+        *ext = (struct extent){ .kind = EXT_BAD };
         ret = im->format->map(im, offset, util_min(length, size - offset), exact, ext);
+        ext->depth = im->depth;
         if (ret || ext->kind != EXT_BACKING)
             return ret;
         if (!im->backing) {
@@ -4181,6 +5076,113 @@ static uint64_t img_blocks(const struct image *im)
                 blocks += (uint64_t)st.st_blocks;
         }
     return blocks;
+}
+
+/*
+ * -- what --check does for formats that have no check of their own --
+ *
+ * What cannot be read, and what is used twice. The second is looked for with a bit for every sector of every
+ * file, for plain data only: compressed clusters may share a sector, and their length is a bound.
+ */
+
+struct img_check {
+    struct image *im;
+    struct check *c;
+    uint64_t unit;                  /* what is counted in: clusters */
+    uint64_t allocated, compressed; /* bytes of the disk */
+    uint64_t **used;                /* one bitmap per file, made when it is needed */
+    const struct file *after;       /* where the last extent ended: what follows there is not fragmented */
+    uint64_t after_offset;
+};
+
+static bool img_check_bitmap(struct img_check *k, unsigned file)
+{
+    uint64_t bytes = (k->im->files[file].size / 512 / 64 + 1) * 8;
+
+    if (k->used[file])
+        return true;
+    k->used[file] = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (k->used[file] == MAP_FAILED)
+        k->used[file] = NULL;
+    return k->used[file];
+}
+
+/* Marks the sectors that lie wholly in the extent, as far as the file goes. How many bytes were marked before? */
+static uint64_t img_check_mark(struct img_check *k, const struct extent *ext)
+{
+    unsigned file = (unsigned)(ext->file - k->im->files);
+    uint64_t end = util_min(ext->offset + ext->length, ext->file->size) / 512, twice = 0, all = ~0ull;
+
+    if (!img_check_bitmap(k, file)) {
+        k->c->errors++;
+        return 0;
+    }
+    for (uint64_t at = (ext->offset + 511) / 512, n; at < end; at += n) {
+        uint64_t *word = &k->used[file][at / 64], mask;
+        n = util_min(64 - at % 64, end - at);
+        mask = all >> (64 - n) << at % 64;
+        twice += (uint64_t)__builtin_popcountll(*word & mask);
+        *word |= mask;
+    }
+    return twice * 512;
+}
+
+static void img_check_extent(struct img_check *k, uint64_t at, const struct extent *ext)
+{
+    uint64_t clusters = (ext->length + k->unit - 1) / k->unit, twice;
+
+    if (ext->kind == EXT_BAD)
+        out_finding(k->c, k->im->name, false, clusters, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: %s", at,
+                    ext->length, ext->why);
+    if (ext->kind == EXT_COMPRESSED)
+        k->compressed += ext->length;
+    if (ext->kind != EXT_DATA && ext->kind != EXT_COMPRESSED)
+        return;
+    k->allocated += ext->length;
+    k->c->fragmented += (k->after && (k->after != ext->file || k->after_offset != ext->offset)) ||
+                        ext->kind == EXT_COMPRESSED;
+    k->after = ext->file;
+    k->after_offset = ext->offset + (ext->kind == EXT_DATA ? ext->length : ext->coded_length);
+    if (ext->file == &k->im->files[0] && k->after_offset > k->c->image_end)
+        k->c->image_end = util_min(k->after_offset, ext->file->size);
+    twice = ext->kind == EXT_DATA ? img_check_mark(k, ext) : 0;
+    if (twice)
+        out_finding(k->c, k->im->name, false, (twice + k->unit - 1) / k->unit, "guest 0x%" PRIx64 ", 0x%" PRIx64
+                    " bytes: %s at 0x%" PRIx64 " is used for something else, too", at, ext->length,
+                    util_basename(ext->file->path), ext->offset);
+}
+
+/* Counts what is wrong with the top image. -EOPNOTSUPP: nothing in the format can be. */
+static int img_check(struct image *im, struct check *c)
+{
+    struct img_check k = { .im = im, .c = c, .unit = im->cluster_size ? im->cluster_size : 65536 };
+    uint64_t size = im->size;
+    struct extent ext;
+    int ret = 0;
+
+    if (im->format == &raw_format)
+        return -EOPNOTSUPP;
+    if (im->format->check && !util_fault_op("check"))
+        return im->format->check(im, c);
+    k.used = calloc(im->n_files, sizeof(*k.used));
+    if (!k.used)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    for (uint64_t at = 0; at < size; at += ext.length) {
+        ext = (struct extent){ .kind = EXT_BAD };
+        ret = im->format->map(im, at, size - at, false, &ext);
+        if (ret)
+            break;
+        img_check_extent(&k, at, &ext);
+        out_progress_show(at, size);
+    }
+    c->total = (size + k.unit - 1) / k.unit;
+    c->allocated = (k.allocated + k.unit - 1) / k.unit;
+    c->compressed = (k.compressed + k.unit - 1) / k.unit;
+    for (unsigned i = 0; i < im->n_files; i++)
+        if (k.used[i])
+            munmap(k.used[i], (im->files[i].size / 512 / 64 + 1) * 8);
+    free(k.used);
+    return ret ? msg_err(ret, "%s: what lies where could not be found out: %s", im->name, strerror(-ret)) : 0;
 }
 
 /* ******************************************************************************************************** *
@@ -5503,7 +6505,7 @@ static int box_seccomp(void)
         SYS_madvise,    SYS_brk,        SYS_mremap,          SYS_rt_sigprocmask, SYS_rt_sigreturn,
         SYS_exit,       SYS_exit_group, SYS_clock_gettime,   SYS_gettid,         SYS_getpid,
         SYS_tgkill,     SYS_tkill,      SYS_set_robust_list, SYS_sched_yield,    SYS_restart_syscall,
-        SYS_newfstatat,
+        SYS_newfstatat, SYS_writev,
 #ifdef SYS_rseq
         SYS_rseq,
 #endif
@@ -6162,7 +7164,7 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
  * ******************************************************************************************************** */
 
 enum opt_allow_other { ALLOW_AUTO, ALLOW_ON, ALLOW_OFF };
-enum opt_action { ACT_EXPORT, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
+enum opt_action { ACT_EXPORT, ACT_INFO, ACT_MAP, ACT_CHECK, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
 #define OPT_UNSET UINT32_MAX
 
 struct options {
@@ -6170,7 +7172,7 @@ struct options {
     char *snapshot, *backing, *backing_format, *data_file, *allow_external, *error_map;
     unsigned n_images;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        no_backing, force_parent, strict, lazy, verbose, quiet;
+        no_backing, force_parent, strict, lazy, verbose, quiet, json;
     bool mount_helper; /* called by mount(8) */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
@@ -6367,6 +7369,23 @@ static int run_check_strict(struct run *r)
     return img_check_strict(&r->im);
 }
 
+static struct image_options run_image_options(const struct options *o)
+{
+    return (struct image_options){
+        .format = o->format,
+        .snapshot = o->snapshot,
+        .backing = o->backing,
+        .backing_format = o->backing_format,
+        .data_file = o->data_file,
+        .allow_external = o->allow_external,
+        .no_backing = o->no_backing,
+        .force_parent = o->force_parent,
+        .zero_errors = o->on_error,
+        .parts = !o->no_parts,
+        .lock = !o->share,
+    };
+}
+
 static int run_open_image(struct run *r)
 {
     const struct options *o = r->o;
@@ -6380,19 +7399,7 @@ static int run_open_image(struct run *r)
         util_copy(r->source, sizeof(r->source), util_basename(o->images[0]));
     r->im.writable = o->writable;
     r->im.growable = o->growable;
-    r->image_options = (struct image_options){
-        .format = o->format,
-        .snapshot = o->snapshot,
-        .backing = o->backing,
-        .backing_format = o->backing_format,
-        .data_file = o->data_file,
-        .allow_external = o->allow_external,
-        .no_backing = o->no_backing,
-        .force_parent = o->force_parent,
-        .zero_errors = o->on_error,
-        .parts = !o->no_parts,
-        .lock = !o->share,
-    };
+    r->image_options = run_image_options(o);
     ret = cache_start(o->cache_size);
     if (!ret)
         ret = img_open(&r->im, o->images, o->n_images, &r->image_options);
@@ -6995,6 +8002,235 @@ static int cmd_umount(const struct options *o)
     return ret ? EXIT_FAILED : EXIT_OK;
 }
 
+/*
+ * Opens the image as --info, --map and --check need it, and goes into the sandbox: the image may be a
+ * stranger's, and nothing more is opened. Nothing is written to stdout if that fails.
+ */
+static int cmd_look(const struct options *o, int (*look)(struct image *im, bool json))
+{
+    struct image_options opt = run_image_options(o);
+    struct image im = { .files = NULL };
+    int status = EXIT_FAILED;
+
+    opt.top_only = o->action != ACT_MAP;
+    out_progress.on = o->action == ACT_CHECK && !o->quiet && isatty(STDERR_FILENO);
+    if (cache_start(o->cache_size) == 0 && img_open(&im, o->images, o->n_images, &opt) == 0 &&
+        box_enter(o->sandbox) == 0)
+        status = out_finish(look(&im, o->json));
+    img_close(&im);
+    cache_stop();
+    return status;
+}
+
+/* A relative name of a backing file counts from the folder of the image that says it. */
+static void cmd_info_backing(const struct image *im, struct out *out)
+{
+    const char *slash = strrchr(im->files[0].path, '/');
+    char full[PATH_MAX + sizeof(im->backing_name)];
+    bool relative = im->backing_name[0] != '/' && !img_is_url(im->backing_name) && slash;
+
+    snprintf(full, sizeof(full), "%.*s%s", relative ? (int)(slash - im->files[0].path + 1) : 0, im->files[0].path,
+             im->backing_name);
+    out_text(out, "backing-filename", im->backing_name);
+    out_text(out, "full-backing-filename", full);
+    if (*im->backing_format)
+        out_text(out, "backing-filename-format", im->backing_format);
+}
+
+static int cmd_info(struct image *im, bool json)
+{
+    struct out out = { .json = json };
+    uint64_t blocks = 0;
+    int ret = 0;
+
+    for (unsigned i = 0; i < (im->format == &qcow2_format ? 1 : im->n_files); i++)
+        blocks += (uint64_t)im->files[i].st.st_blocks;     /* QEMU does not count an external data file either */
+    out_open(&out, NULL, '{', false);
+    out_text(&out, "filename", im->name);
+    out_text(&out, "format", im->format->name);
+    out_size(&out, "virtual-size", im->size);
+    out_size(&out, "actual-size", blocks * 512);
+    if (im->cluster_size)
+        out_size(&out, "cluster-size", im->cluster_size);
+    out_flag(&out, "dirty-flag", im->dirty);
+    if (im->n_files > 1 && im->format != &qcow2_format)
+        out_number(&out, "files", im->n_files);
+    if (*im->backing_name)
+        cmd_info_backing(im, &out);
+    if (im->format->snapshots)
+        ret = im->format->snapshots(im, &out);
+    if (im->format->info) {
+        out_open(&out, "format-specific", '{', false);
+        out_text(&out, "type", im->format->name);
+        out_open(&out, "data", '{', false);
+        im->format->info(im, &out);
+        out_close(&out);
+        out_close(&out);
+    }
+    out_close(&out);
+    return ret ? EXIT_FAILED : EXIT_OK;
+}
+
+/* Is `next`, which begins where `ext` ends, more of the same? By the rules of qemu-img map. */
+static bool cmd_map_continues(const struct extent *ext, const struct extent *next)
+{
+    if (ext->kind != next->kind || ext->depth != next->depth)
+        return false;
+    if (ext->kind == EXT_BAD)
+        return strcmp(ext->why, next->why) == 0;
+    if (ext->kind == EXT_COMPRESSED)
+        return true;
+    return ext->zeroed == next->zeroed && ext->in_hole == next->in_hole && ext->file == next->file &&
+           (!ext->file || ext->offset + ext->length == next->offset);
+}
+
+static void cmd_map_json(struct out *out, const struct image *im, uint64_t start, const struct extent *ext)
+{
+    bool zero = ext->kind == EXT_ZERO, place = ext->kind != EXT_BAD && ext->kind != EXT_COMPRESSED && ext->file;
+
+    while (im->depth < ext->depth)
+        im = im->backing;
+    out_open(out, NULL, '{', true);
+    out_number(out, "start", start);
+    out_number(out, "length", ext->length);
+    out_number(out, "depth", ext->depth);
+    out_flag(out, "present", !zero || ext->zeroed);
+    out_flag(out, "zero", zero);
+    out_flag(out, "data", !zero || ext->in_hole);
+    if (place)
+        out_number(out, "offset", ext->offset);
+    if (place && im->n_files > 1 && im->format != &qcow2_format)
+        out_text(out, "filename", ext->file->path);
+    if (ext->kind == EXT_BAD)
+        out_text(out, "error", ext->why);
+    out_close(out);
+}
+
+/* One line of the table for people; zeros are left out, as qemu-img does. */
+static void cmd_map_line(uint64_t start, const struct extent *ext)
+{
+    char place[24];
+
+    if (ext->kind == EXT_ZERO)
+        return;
+    snprintf(place, sizeof(place), "%#" PRIx64, ext->offset);
+    printf("%#-16" PRIx64 "%#-16" PRIx64 "%-16s", start, ext->length,
+           ext->kind == EXT_DATA         ? place
+           : ext->kind == EXT_COMPRESSED ? "compressed"
+                                         : "UNREADABLE");
+    out_plain(ext->kind == EXT_BAD ? ext->why : ext->file->path);
+    putchar('\n');
+}
+
+static void cmd_map_extent(struct out *out, const struct image *im, uint64_t start, const struct extent *ext)
+{
+    if (ext->length && out->json)
+        cmd_map_json(out, im, start, ext);
+    else if (ext->length)
+        cmd_map_line(start, ext);
+}
+
+static int cmd_map(struct image *im, bool json)
+{
+    struct out out = { .json = json };
+    struct extent ext = { .kind = EXT_BAD, .length = 0 }, next;
+    uint64_t size = im->size, start = 0;
+    int status = EXIT_OK;
+
+    for (struct image *i = im; i; i = i->backing)
+        if (i->format == &qcow2_format)
+            qcow2_find_holes(i);
+    if (json)
+        out_open(&out, NULL, '[', false);
+    else
+        printf("%-16s%-16s%-16s%s\n", "Offset", "Length", "Mapped to", "File");
+    for (uint64_t at = 0; at < size; at += next.length) {
+        if (img_map(im, at, size - at, true, &next) < 0) {
+            next = (struct extent){ .kind = EXT_BAD, .length = util_min(size - at, 65536),
+                                    .why = "what lies here could not be found out" };
+            status = EXIT_FAILED;
+        }
+        if (ext.length && cmd_map_continues(&ext, &next)) {
+            ext.length += next.length;
+            continue;
+        }
+        cmd_map_extent(&out, im, start, &ext);
+        if (ferror(stdout))
+            return EXIT_FAILED;
+        ext = next;
+        start = at;
+    }
+    cmd_map_extent(&out, im, start, &ext);
+    if (json)
+        out_close(&out);
+    return status;
+}
+
+static double cmd_percent(uint64_t part, uint64_t all)
+{
+    return all ? 100.0 * (double)part / (double)all : 0;
+}
+
+static void cmd_check_json(const struct image *im, const struct check *c)
+{
+    const struct { const char *key; uint64_t value; } counts[] = {
+        { "corruptions", c->corruptions },       { "leaks", c->leaks },
+        { "image-end-offset", c->image_end },    { "total-clusters", c->total },
+        { "allocated-clusters", c->allocated },  { "fragmented-clusters", c->fragmented },
+        { "compressed-clusters", c->compressed },
+    };
+    struct out out = { .json = true };
+
+    out_open(&out, NULL, '{', false);
+    out_text(&out, "filename", im->name);
+    out_text(&out, "format", im->format->name);
+    out_number(&out, "check-errors", c->errors);
+    for (size_t i = 0; i < ARRAY_LEN(counts); i++)
+        if (counts[i].value)
+            out_number(&out, counts[i].key, counts[i].value);
+    out_close(&out);
+}
+
+static void cmd_check_lines(const struct image *im, const struct check *c)
+{
+    out_plain(im->name);
+    printf(" (%s): ", im->format->name);
+    if (c->errors)
+        printf("%" PRIu64 " errors while looking, so there may be more; ", c->errors);
+    if (c->corruptions)
+        printf("%" PRIu64 " corruptions, the data or what is written next may be damaged; ", c->corruptions);
+    printf(c->leaks ? "%" PRIu64 " leaked clusters, which only waste space\n"
+           : c->errors || c->corruptions ? "no leaks\n"
+                                         : "nothing wrong was found\n", c->leaks);
+    printf("%" PRIu64 " of %" PRIu64 " clusters allocated (%.2f %%); of these %.2f %% fragmented, %.2f %% compressed\n",
+           c->allocated, c->total, cmd_percent(c->allocated, c->total), cmd_percent(c->fragmented, c->allocated),
+           cmd_percent(c->compressed, c->allocated));
+    printf("its last used cluster ends at %" PRIu64 "\n", c->image_end);
+}
+
+/* The exit statuses are qemu-img's. */
+static int cmd_check(struct image *im, bool json)
+{
+    struct check c = { .corruptions = 0 };
+    unsigned left_out;
+    int ret = img_check(im, &c);
+
+    out_progress_wipe();
+    if (ret == -EOPNOTSUPP)
+        return msg_err(EXIT_CHECK_NONE, "%s: is %s, which has nothing to check", im->name, im->format->name);
+    if (ret)
+        return EXIT_FAILED;
+    left_out = (c.corruption_lines > OUT_FINDINGS ? c.corruption_lines - OUT_FINDINGS : 0) +
+               (c.leak_lines > OUT_FINDINGS ? c.leak_lines - OUT_FINDINGS : 0);
+    if (left_out)
+        msg_say(MSG_NOTE, "%s: %u more lines like these were left out", im->name, left_out);
+    if (json)
+        cmd_check_json(im, &c);
+    else
+        cmd_check_lines(im, &c);
+    return c.errors ? EXIT_FAILED : c.corruptions ? EXIT_CHECK_CORRUPT : c.leaks ? EXIT_CHECK_LEAKS : EXIT_OK;
+}
+
 static int cmd_formats(void)
 {
     printf("%-10s %-10s %s\n", "FORMAT", "WRITES", "WHAT");
@@ -7246,6 +8482,10 @@ static const struct opt {
     { 0, "pidfile", "FILE", OPT_TEXT, OPT_AT(pidfile), 0,
       "holds the supervisor's process number while mounted" },
     { 0, "sandbox", "auto|off|require", OPT_CHOICE, OPT_AT(sandbox), 0, "lock the serving process in" },
+    { 0, "info", NULL, OPT_ACTION, OPT_AT(action), ACT_INFO, "say what IMAGE is" },
+    { 0, "map", NULL, OPT_ACTION, OPT_AT(action), ACT_MAP, "list what lies where" },
+    { 0, "check", NULL, OPT_ACTION, OPT_AT(action), ACT_CHECK, "look for damage; changes nothing" },
+    { 0, "json", NULL, OPT_SET, OPT_AT(json), 0, "with these three: for programs" },
     { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT,
       "unmount, and wait until the image is free" },
     { 'z', "lazy", NULL, OPT_SET, OPT_AT(lazy), 0, "with --umount: detach at once, do not wait" },
@@ -7264,6 +8504,7 @@ static const char *const opt_ignored[] = {
 static int opt_usage(const char *text)
 {
     printf("Usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND [ARG...]]\n"
+           "       fuseexp --info|--map|--check [--json] [OPTION...] IMAGE...\n"
            "       fuseexp --umount [-z] MOUNTPOINT\n"
            "       fuseexp --formats | --version | --help\n\n%s"
            "Shows a disk image as one plain raw file (MOUNTPOINT a file, made if missing) or as a folder\n"
@@ -7347,6 +8588,8 @@ static int opt_apply(struct options *o, const struct opt *opt, char *value)
         *(uint32_t *)at = choice;
         return 0;
     case OPT_ACTION:
+        if (opt->value < ACT_VERSION && *(uint32_t *)at && *(uint32_t *)at != opt->value)
+            return msg_err(-EINVAL, "--%s: one of --info, --map, --check, --umount and --formats at a time", opt->name);
         *(uint32_t *)at = opt->value;
         return 0;
     case OPT_MOUNT:
@@ -7463,8 +8706,28 @@ static int opt_parse_helper(struct options *o, int argc, char **argv)
     return ret;
 }
 
+/* What says how to mount means nothing to a command that only looks: it was meant otherwise. */
+static int opt_check_look(const struct options *o)
+{
+    const char *lost = o->writable                  ? "-w"
+                       : o->offset                  ? "--offset"
+                       : o->size                    ? "--size"
+                       : o->partition               ? "--partition"
+                       : o->pidfile                 ? "--pidfile"
+                       : o->command                 ? "-- COMMAND"
+                                                    : NULL;
+
+    return lost ? msg_err(-EINVAL, "%s is for mounting: --info, --map and --check look at the whole image", lost) : 0;
+}
+
 static int opt_check(struct options *o)
 {
+    bool looks = o->action >= ACT_INFO && o->action <= ACT_CHECK;
+
+    if (o->json && !looks)
+        return msg_err(-EINVAL, "--json goes with --info, --map or --check");
+    if (looks && opt_check_look(o))
+        return -EINVAL;
     if (o->lazy && o->action != ACT_UMOUNT)
         return msg_err(-EINVAL, "-z goes with --umount");
     if (o->growable && !o->writable)
@@ -7493,7 +8756,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
     if (ret)
         return ret;
     n = (o->mount_helper ? argc : end) - optind;
-    if (end < argc && n == 0 && o->action == ACT_EXPORT) {
+    if (end < argc && n == 0 && o->action < ACT_UMOUNT) {
         /* "fuseexp -r -- IMAGE MOUNTPOINT [-- COMMAND]" */
         memmove(&argv[end], &argv[end + 1], (size_t)(argc - end) * sizeof(*argv));
         for (argc--; end < argc && strcmp(argv[end], "--") != 0;)
@@ -7513,11 +8776,14 @@ static int opt_parse(struct options *o, int argc, char **argv)
     if (o->action == ACT_EXPORT && n < 2)
         return msg_err(-EINVAL,
                        "usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND] (--help explains)");
-    if (n - 1 > MAX_PARTS)
+    if (o->action >= ACT_INFO && o->action <= ACT_CHECK && n < 1)
+        return msg_err(-EINVAL, "--info, --map and --check take an IMAGE");
+    if (o->action == ACT_EXPORT || o->action == ACT_UMOUNT)
+        o->mountpoint = argv[optind + --n];
+    if (n > MAX_PARTS)
         return msg_err(-EINVAL, "more than %d parts", MAX_PARTS);
     o->images = &argv[optind];
-    o->n_images = (unsigned)n - 1;
-    o->mountpoint = argv[optind + n - 1];
+    o->n_images = (unsigned)n;
     return opt_check(o);
 }
 
@@ -7573,7 +8839,10 @@ int main(int argc, char **argv)
     if (!cmd_self_test(argc, argv, &status) && opt_parse(&o, argc, argv) == 0) {
         msg_verbosity = o.debug ? MSG_DEBUG : o.verbose ? MSG_INFO : o.quiet ? MSG_ERROR : MSG_NOTE;
         o.foreground |= o.debug;
-        status = o.action == ACT_UMOUNT    ? cmd_umount(&o)
+        status = o.action == ACT_INFO      ? cmd_look(&o, cmd_info)
+                 : o.action == ACT_MAP     ? cmd_look(&o, cmd_map)
+                 : o.action == ACT_CHECK   ? cmd_look(&o, cmd_check)
+                 : o.action == ACT_UMOUNT  ? cmd_umount(&o)
                  : o.action == ACT_FORMATS ? cmd_formats()
                  : o.action == ACT_VERSION ? cmd_version()
                  : o.action == ACT_HELP    ? opt_usage("")
@@ -7581,8 +8850,9 @@ int main(int argc, char **argv)
     }
     free(o.extra);
 #ifdef FUSEEXP_FAULTS
-    if (o.mountpoint && main_count_fds() + util_n_closed != fds)
-        status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", main_count_fds(), fds);
+    int at_end = main_count_fds();  /* 0: the sandbox does not let us see */
+    if ((o.mountpoint || o.n_images) && at_end && at_end + util_n_closed != fds)
+        status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", at_end, fds);
 #endif
     return status;
 }

@@ -74,6 +74,7 @@ struct image_options {
     const char *allow_external;     /* a folder that names in images may lead to */
     bool no_backing, force_parent, parts, lock;
     bool zero_errors;               /* what cannot be read is shown as zeros, because the user said so */
+    bool top_only;                  /* to look at, not to be read: backing files are named, not opened */
 };
 
 enum extent_kind {
@@ -90,12 +91,15 @@ enum codec { CODEC_DEFLATE, CODEC_ZLIB, CODEC_ZSTD };  /* without a header; with
 struct extent {
     enum extent_kind kind;
     uint64_t length;                /* >= 1: how far this description holds from the offset asked for */
-    struct file *file;              /* EXT_DATA */
-    uint64_t offset;                /* EXT_DATA, EXT_COMPRESSED: in file */
+    struct file *file;              /* EXT_DATA, EXT_COMPRESSED; EXT_ZERO: NULL, or where room is set aside */
+    uint64_t offset;                /* in file */
     uint32_t coded_length;          /* EXT_COMPRESSED: at most; what follows the last frame is ignored */
     uint32_t decoded_length, skip;  /* EXT_COMPRESSED: exactly; at most MAX_CLUSTER */
     enum codec codec;               /* EXT_COMPRESSED */
     const char *why;                /* EXT_BAD: static text */
+    bool zeroed;                    /* EXT_ZERO: the image says zeros, not just nothing */
+    bool in_hole;                   /* EXT_ZERO: the image says data, but where its file has a hole */
+    unsigned depth;                 /* set by img_map(): of the image of the chain that says it */
 };
 
 /* The first and last bytes of a file, for probing without I/O. */
@@ -113,6 +117,7 @@ struct check {
     uint64_t errors;                /* that kept it from looking */
     uint64_t total, allocated, fragmented, compressed;
     uint64_t image_end;             /* bytes: where the last used cluster ends */
+    unsigned corruption_lines, leak_lines;      /* told so far, see out_finding() */
 };
 
 /*
@@ -122,10 +127,12 @@ struct check {
  *           false when `first` does not look like the first of a set, or there is no such name any more.
  *   open    im->files are open; sets im->size. Reports its own errors. May leave a half-built im: close() copes.
  *   map     describes [offset, offset + length) from its start; offset < im->size, length >= 1. With `exact`
- *           allocation is told apart (holes of a sparse file), which may cost system calls; without, EXT_DATA is
- *           right for anything that can be read. Thread-safe, takes no lock on the hot path. < 0: could not find out.
+ *           allocation is told apart (holes of a sparse file; zeros with and without room of their own), which may
+ *           cost system calls; without, EXT_DATA is right for anything that can be read. Thread-safe, takes no lock on
+ *           the hot path. < 0: could not find out. The extent is zeroed before the call.
  *   resize  NULL: the format cannot change its size.
  *   info    writes what only this format has into the open object; may be NULL.
+ *   snapshots  writes the internal snapshots as list "snapshots" into the open object, if there are any; may be NULL.
  *   check   NULL: the core walks map() and finds what is bad or used twice. Else counts into *c what is wrong;
  *           < 0: could not be done.
  *   close   frees im->state; may be NULL.
@@ -139,6 +146,7 @@ struct image_format {
     int (*map)(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
     int (*resize)(struct image *im, uint64_t size);
     void (*info)(struct image *im, struct out *out);
+    int (*snapshots)(struct image *im, struct out *out);
     int (*check)(struct image *im, struct check *c);
     void (*close)(struct image *im);
 };
@@ -292,6 +300,9 @@ enum {
     EXIT_OK = 0,
     EXIT_FAILED = 1,
     EXIT_USAGE = 2,
+    EXIT_CHECK_CORRUPT = 2,         /* --check, as qemu-img has them */
+    EXIT_CHECK_LEAKS = 3,
+    EXIT_CHECK_NONE = 63,           /* the format has nothing to check */
     EXIT_CMD_NOT_STARTED = 125,     /* with -- COMMAND: we failed, before it ran or at the final flush */
     EXIT_CMD_NOT_EXECUTABLE = 126,
     EXIT_CMD_NOT_FOUND = 127,

@@ -1916,6 +1916,362 @@ t_corpus_parallels_images_are_right() {
     [ $n -ge 5 ] || fail "only $n"
 }
 
+# ---- --info, --map, --check ------------------------------------------------------------------------------------
+
+# same_json FILE FILE: the same values, whatever their order
+same_json() { diff <(jq -S . "$1") <(jq -S . "$2") || fail "$1 and $2 differ"; }
+
+# as_qemu_info IMAGE, as_qemu_map IMAGE: our JSON is qemu-img's
+as_qemu_info() { "$fx" -q --info --json "$1" >ours.json; qemu-img info --output=json "$1" >theirs.json; same_json ours.json theirs.json; }
+as_qemu_map() { "$fx" -q --map --json "$1" >ours.json; qemu-img map --output=json "$1" >theirs.json; same_json ours.json theirs.json; }
+
+t_info_says_what_qemu_img_says() {
+    local o
+    for o in compat=0.10 cluster_size=512 refcount_bits=64,lazy_refcounts=on compression_type=zstd extended_l2=on data_file=ext.raw \
+        data_file=raw.raw,data_file_raw=on; do
+        rm -f img; qemu-img create -q -f qcow2 -o "$o" img 3M; as_qemu_info img
+    done
+    qemu-img create -q -f qcow2 img 3M
+    qemu-img bitmap --add -g 64k img first; qemu-img bitmap --add --disable img 'a "name"'
+    qemu-img snapshot -c 'before \ "update"' img; qemu-img snapshot -c two img
+    as_qemu_info img
+    printf '\001' | dd of=img bs=1 seek=79 conv=notrunc status=none; as_qemu_info img
+    same "$("$fx" -q --info --json img | jq '."dirty-flag"')" true
+    mkdir sub; truncate -s 5M sub/base
+    qemu-img create -q -f qcow2 -b base -F raw sub/mid; qemu-img create -q -f qcow2 -b sub/mid -F qcow2 top
+    as_qemu_info sub/mid; as_qemu_info top; as_qemu_info "$PWD/sub/mid"; as_qemu_info sub/base
+    qemu-img create -q -f qcow2 -u -b nbd://host/x -F raw url 1M; as_qemu_info url
+}
+
+t_info_needs_no_backing_file() {
+    qemu-img create -q -f qcow2 -u -b gone -F raw img 1M
+    "$fx" --info --json img >ours.json 2>err
+    same "$(cat err)" ""
+    same "$(jq -r '."full-backing-filename"' ours.json)" gone
+    "$fx" --info img | grep -q '^backing filename: *gone$'
+    "$fx" --check img >/dev/null 2>err
+    same "$(cat err)" ""
+    refused 1 "cannot open its backing file 'gone'" "$fx" --map img
+}
+
+t_info_of_raw_and_split_images() {
+    random img 10
+    same "$("$fx" -q --info --json img | jq -c '[.filename, .format, ."virtual-size", ."dirty-flag"]')" '["img","raw",40960,false]'
+    split -b 10000 -d -a 3 img s.
+    same "$("$fx" -q --info --json s.000 | jq -c '[."virtual-size", .files]')" '[40960,5]'
+    same "$("$fx" -q --map --json s.000 | jq -c '[.[] | [.start, .length, .offset, .filename]]')" \
+        '[[0,10000,0,"s.000"],[10000,10000,0,"s.001"],[20000,10000,0,"s.002"],[30000,10000,0,"s.003"],[40000,960,0,"s.004"]]'
+    same "$("$fx" -q --info --json --no-parts s.000 | jq '."virtual-size"')" 10000
+}
+
+t_map_says_what_qemu_img_says() {
+    local n=0 o
+    for o in compat=0.10 cluster_size=512 cluster_size=4k refcount_bits=1 compression_type=zstd extended_l2=on \
+        extended_l2=on,cluster_size=16k preallocation=falloc data_file=ext.raw extended_l2=on,data_file=ext2.raw; do
+        n=$((n + 1))
+        rm -f img; qemu-img create -q -f qcow2 -o "$o" img 6M
+        scribble img $n; scribble img $((n + 100)) "$(qemu-img info --output=json img | jq '."cluster-size"')"
+        as_qemu_map img
+    done
+}
+
+t_map_of_chains_and_sparse_files_is_qemu_imgs() {
+    truncate -s 5M base; random data 16
+    for i in 3 100 900; do dd if=data of=base bs=4k seek=$i conv=notrunc status=none; done
+    "$fx" -q --map --json base >ours.json; qemu-img map -f raw --output=json base >theirs.json; same_json ours.json theirs.json
+    qemu-img create -q -f qcow2 -b base -F raw mid 8M; scribble mid 1
+    qemu-img create -q -f qcow2 -o cluster_size=4k -b mid -F qcow2 top 10M; scribble top 2 4096
+    qemu-img create -q -f qcow2 -b top -F qcow2 shrunk 3M
+    for i in mid top shrunk; do as_qemu_map $i; done
+}
+
+t_map_for_people_lists_data_and_marks_what_cannot_be_read() {
+    qemu-img create -q -f qcow2 img 4M; qemu-io -c 'write 0 128k' -c 'write 1M 64k' img >/dev/null
+    "$fx" --map img >ours; qemu-img map img >theirs; cmp ours theirs
+    qemu-io -c 'write -c 2M 64k' img >/dev/null
+    "$fx" --map img | grep -q '^0x200000 *0x10000 *compressed *img$'
+    local l1 l2
+    l1=$(od -An -tu8 --endian=big -j40 -N8 img); l2=$(($(od -An -tu8 --endian=big -j$((l1)) -N8 img) & 0xffffffffffff))
+    printf '\200\0\100\0\0\0\0\0' | dd of=img bs=1 seek=$((l2 + 8)) conv=notrunc status=none     # the second cluster
+    "$fx" --map img | grep -q '^0x10000 *0x10000 *UNREADABLE *its cluster lies past the end of the file$'
+    "$fx" --map --json img >ours.json
+    same "$(jq -c '.[1] | [.start, .length, .data, .zero, .present, .offset, .error]' ours.json)" \
+        '[65536,65536,true,false,true,null,"its cluster lies past the end of the file"]'
+    qemu-img create -q -f qcow2 -u -b gone -F raw over 1M
+    same "$("$fx" -q --map --json --no-backing over | jq -c 'map(.error)')" '["in the backing file, which was not opened"]'
+}
+
+t_json_is_valid_whatever_names_are_in_the_image() {
+    qemu-img create -q -f qcow2 good 1M; qemu-img snapshot -c 123456789012 good
+    py '
+d = open("good", "rb").read()
+at = d.index(b"123456789012")
+rnd = random.Random(3)
+for i in range(40):
+    name = bytes(rnd.choice([1, 10, 31, 34, 47, 65, 92, 127, 128, 155, 192, 194, 195, 224, 237, 240, 244, 255, 191, 160]) for j in range(12))
+    open("img%d" % i, "wb").write(d[:at] + name + d[at + 12:])'
+    for i in $(seq 0 39); do
+        "$fx" --info --json "img$i" >ours.json
+        python3 -c 'import json; assert len(json.loads(open("ours.json", "rb").read().decode("utf-8"))["snapshots"]) == 1'
+        not grep -q "$(printf '[\001-\011\013-\037\177]')" <("$fx" --info "img$i")
+    done
+}
+
+t_nothing_is_said_by_halves() {
+    random img 10
+    for i in --info --map; do
+        refused 1 'No such file' "$fx" $i --json gone
+        same "$("$fx" $i --json gone 2>/dev/null | wc -c)" 0
+        expect 1 "$fx" $i --json -q img >/dev/full; grep -q 'cannot write to standard output' err
+        expect 1 "$fx" $i -q img >/dev/full
+        refused 2 'take an IMAGE' "$fx" $i
+        refused 2 'is for mounting' "$fx" $i -w img
+        refused 2 'is for mounting' "$fx" $i --partition 1 img
+        refused 2 'is for mounting' "$fx" $i img -- true
+    done
+    refused 2 'at a time' "$fx" --info --map img
+    refused 2 'goes with' "$fx" --json img m
+    qemu-img create -q -f qcow2 q 1M; py '
+import struct
+f = open("q", "r+b"); f.seek(60); f.write(struct.pack(">IQ", 3, 1 << 40))'
+    expect 1 "$fx" --info --json q >ours.json; grep -q 'snapshot table reaches past the end' err
+    same "$(jq -c .snapshots ours.json)" '[]'
+}
+
+# as_qemu_check IMAGE: the same document and the same exit status as qemu-img check
+as_qemu_check() {
+    local want=0 got=0
+    qemu-img check -f qcow2 --output=json "$1" >theirs.json 2>theirs.err || want=$?
+    "$fx" --check --json "$1" >ours.json 2>err || got=$?
+    [ "$got" = "$want" ] || { cat err theirs.err >&2; fail "exit status $got instead of $want"; }
+    same_json ours.json theirs.json
+    same "$(grep -c Sanitizer err)" 0
+}
+
+# table_of IMAGE: L1 table, first L2 table, first data cluster, first refcount block: places in the file
+table_of() {
+    py '
+import struct
+d = open(sys.argv[1], "rb").read()
+be = lambda at: struct.unpack(">Q", d[at:at + 8])[0] & 0xfffffffffffe00
+l1 = be(40)
+print(l1, be(l1), be(be(l1)), be(be(48)))' "$1"
+}
+
+t_check_of_good_images_is_qemu_imgs() {
+    local n=0 o
+    for o in compat=0.10 cluster_size=512 cluster_size=4k cluster_size=2M refcount_bits=1 refcount_bits=2,cluster_size=4k \
+        refcount_bits=4 refcount_bits=8 refcount_bits=32 refcount_bits=64,lazy_refcounts=on extended_l2=on,cluster_size=16k \
+        compression_type=zstd data_file=ext.raw; do
+        n=$((n + 1))
+        rm -f img; qemu-img create -q -f qcow2 -o "$o" img 2M
+        scribble img $n
+        case $o in *data_file*) ;; *) scribble img $((n + 100)) "$(qemu-img info --output=json img | jq '."cluster-size"')" ;; esac
+        case $o in *data_file* | refcount_bits=1) ;; *) qemu-img snapshot -c one img; qemu-io -c 'write -P 9 1M 900k' img >io.log; qemu-img snapshot -c two img ;; esac
+        case $o in *0.10*) ;; *) qemu-img bitmap --add img b0; qemu-io -c 'write 1M 1M' img >io.log ;; esac
+        as_qemu_check img
+        same "$(jq -c '[."check-errors", .corruptions, .leaks]' ours.json)" '[0,null,null]'
+        same "$(cat err)" ""
+    done
+}
+
+t_check_counts_damage_as_qemu_img_does() {
+    local bits cluster l1 l2 data block w
+    while read -r bits cluster; do
+        qemu-img create -q -f qcow2 -o "refcount_bits=$bits,cluster_size=$cluster" good 2M
+        qemu-io -c "write 0 $((16 * cluster))" -c "write -c $((20 * cluster)) $cluster" good >io.log
+        read -r l1 l2 data block < <(table_of good)
+        w=$(printf '%016x' $((data + cluster)))
+        for row in "$block 0000000000000000" "$block ffffffffffffffff" "$((block + 24)) 0101010101010101" \
+            "$((l2 + 24)) 80${w:2}" "$((l2 + 24)) 00${w:2}" "$((l2 + 24)) 8000004000000000" "$((l2 + 24)) 8000000000000200" \
+            "$((l2 + 24)) 0000000000000000" "$((l2 + 24)) 8000000000010010" "$l2 40ffffffffffffff" \
+            "$l1 0000000000000000" "$l1 8000004000000000" "$l1 00$(printf "%014x" "$l2")" "$l1 81$(printf "%014x" "$l2")" \
+            "$l1 80$(printf '%014x' $((l2 + 512)))" "$l1 80$(printf '%014x' $((data)))" \
+            "56 00000000" "60 00000001" "$((l1 + 8)) 80$(printf "%014x" "$l2")"; do
+            # shellcheck disable=SC2086
+            poke img $row
+            as_qemu_check img
+        done
+    done < <(printf '%s\n' '1 512' '4 65536' '16 512' '16 65536' '64 4096')
+}
+
+t_check_of_random_damage_is_qemu_imgs() {
+    py '
+import subprocess, struct, json
+rnd = random.Random(4)
+M = 0xfffffffffffe00
+def run(*a): return subprocess.run(a, capture_output=True, timeout=60)
+for i in range(80):
+    o, es = [("cluster_size=4k", 8), ("compat=0.10", 8), ("refcount_bits=4,cluster_size=1k", 8), ("extended_l2=on,cluster_size=16k", 16)][i % 4]
+    if i < 4:
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", o, "good%d" % i, "4M")
+        for j in range(40):
+            at = rnd.randrange(60) << 16
+            run("qemu-io", "-c", "%s %d 65536" % (rnd.choice(["write", "write", "write -z", "discard"]), at), "good%d" % i) if j % 2 else \
+                run("qemu-io", "-c", "write -c %d %d" % (at, 16384 if es == 16 else 4096), "good%d" % i)
+            if j == 20: run("qemu-img", "snapshot", "-c", "one", "good%d" % i)
+    d = bytearray(open("good%d" % (i % 4), "rb").read())
+    be = lambda at: struct.unpack(">Q", d[at:at + 8])[0]
+    cs = 1 << struct.unpack(">I", d[20:24])[0]
+    l2s = [be(be(40) + 8 * j) & M for j in range(struct.unpack(">I", d[36:40])[0]) if be(be(40) + 8 * j) & M]
+    for j in range(rnd.randrange(1, 4)):
+        l2 = rnd.choice(l2s)
+        at = rnd.choice([l2 + es * rnd.randrange(min(cs // es, 64)), be(be(48)) + 8 * rnd.randrange(cs // 64), be(40) + 8 * rnd.randrange(len(l2s))])
+        old = be(at)
+        new = rnd.choice([old ^ 1 << rnd.randrange(1, 64), 0, be(rnd.choice(l2s) + es * rnd.randrange(cs // es)), old & ~M | rnd.randrange(1 << 30) & -cs])
+        d[at:at + 8] = struct.pack(">Q", new)
+    open("img", "wb").write(d)
+    a, b = run(sys.argv[1], "--check", "--json", "img"), run("qemu-img", "check", "-f", "qcow2", "--output=json", "img")
+    assert b"Sanitizer" not in a.stderr, a.stderr
+    assert (a.returncode, a.stdout and json.loads(a.stdout)) == (b.returncode, b.stdout and json.loads(b.stdout)), (i, a, b)
+' "$build/fuseexp-asan"
+}
+
+t_check_says_where_the_damage_is() {
+    qemu-img create -q -f qcow2 good 4M; qemu-io -c 'write 0 1M' good >io.log
+    local l1 l2 data block
+    read -r l1 l2 data block < <(table_of good)
+    poke img $((l2 + 24)) "80$(printf '%014x' $((data + 65536)))"           # the fourth is the second
+    expect 2 "$fx" --check img >ours
+    grep -q "corrupt: host 0x60000, 1 cluster: refcount 1, but used 2 times" err
+    grep -q "corrupt: host 0x60000 is used by guest 0x10000$" err
+    grep -q "corrupt: host 0x60000 is used by guest 0x30000$" err
+    grep -q "leak: host 0x80000, 1 cluster: refcount 1, but used 0 times" err
+    grep -q "1 corruptions.*; 1 leaked" ours
+    expect 2 "$fx" -q --check img >ours
+    same "$(cat err)" ""
+    poke img $((l2 + 16)) 8000004000000000
+    expect 2 "$fx" --check img >ours
+    grep -q "guest 0x20000, its cluster: 0x10000 bytes at host 0x4000000000 reach past the end of the file" err
+    # One line for each of many, but not for ever.
+    qemu-img create -q -f qcow2 -o cluster_size=512 good 1M; qemu-io -c 'write 0 1M' good >io.log
+    py 'd = bytearray(open("good", "rb").read()); l = int(sys.argv[1])
+for i in range(0, 64 * 8 * 8, 16): d[l + i] = 0
+open("img", "wb").write(d)' "$(table_of good | cut -d" " -f2)"
+    expect 2 "$fx" --check img >ours
+    [ "$(wc -l <err)" -le 102 ] || fail "$(wc -l <err) lines"
+    # Leaks alone; what a killed writer leaves.
+    qemu-img create -q -f qcow2 img 4M
+    qemu-io -c 'write 0 1M' -c abort img >io.log 2>&1 || true
+    as_qemu_check img
+    qemu-img create -q -f qcow2 good 4M; qemu-io -c 'write 0 1M' good >io.log
+    read -r l1 l2 data block < <(table_of good)
+    poke img $((block + 42)) 0001; truncate -s +128k img; as_qemu_check img; expect 3 "$fx" -q --check img >ours
+}
+
+t_check_of_a_cut_image_sees_what_is_lost() {
+    qemu-img create -q -f qcow2 good 4M; qemu-io -c 'write 0 1M' good >io.log
+    cp good img; truncate -s -1000 img
+    expect 2 "$fx" --check img >ours
+    grep -q "guest 0xf0000, host 0x140000: img ends before the cluster does" err
+    same "$("$fx" --map --json img | jq -c 'map(select(.error)) | .[0] | [.start + .length]')" "[1048576]"
+    truncate -s -64k img; expect 2 "$fx" --check img >ours
+    grep -q "guest 0xf0000, its cluster: 0x10000 bytes at host 0x140000 reach past the end" err
+    qemu-img create -q -f qcow2 -o data_file=ext.raw img 1M; qemu-io -c 'write 0 1M' img >io.log
+    truncate -s 900k ext.raw; expect 2 "$fx" --check img >ours
+    grep -q "ext.raw ends before the cluster does" err
+}
+
+t_check_has_nothing_to_do_for_raw_images() {
+    random img 10
+    expect 63 "$fx" --check --json -q --format raw img >ours
+    same "$(wc -c <ours)" 0
+    same "$(cat err)" "fuseexp: img: is raw, which has nothing to check"
+    expect 63 qemu-img check -f raw img
+    qemu-img create -q -f qcow2 good 1M
+    poke img 48 0000000000030200; refused 1 'the place of the refcount table' "$fx" --check img
+    poke img 56 00000fff; refused 1 'the size of the refcount table' "$fx" --check img
+    expect 1 "$fx" --check --json good >/dev/full; grep -q 'cannot write' err
+}
+
+# Formats without a check of their own, here qcow2 as if it had none: what cannot be read, and what is used twice.
+t_check_by_map_finds_bad_and_double_ranges() {
+    export FUSEEXP_FAIL_OP=check
+    qemu-img create -q -f qcow2 good 4M; qemu-io -c 'write 0 1M' -c 'write -c 2M 64k' good >io.log
+    expect 0 "$fault" --check --json good >ours.json
+    same "$(jq -c '[."check-errors", ."total-clusters", ."allocated-clusters", ."compressed-clusters"]' ours.json)" '[0,64,17,1]'
+    local l1 l2 data block
+    read -r l1 l2 data block < <(table_of good)
+    poke img $((l2 + 24)) "80$(printf '%014x' $((data + 65536)))" $((l2 + 40)) 8000004000000000
+    expect 2 "$fault" --check --json img >ours.json
+    same "$(jq .corruptions ours.json)" 2
+    grep -q "guest 0x30000, 0x10000 bytes: img at 0x60000 is used for something else, too" err
+    grep -q "guest 0x50000, 0x10000 bytes: its cluster lies past the end of the file" err
+    qemu-img create -q -f qcow2 -u -b gone -F raw over 4M
+    expect 0 "$fault" --check over >ours
+}
+
+t_check_of_absurd_tables_ends() {
+    # Four million L1 entries point at one L2 table, whose entries all point at one cluster.
+    py '
+import struct
+c, n = 1 << 21, 4 << 20
+f = open("img", "wb")
+f.write(struct.pack(">IIQIIQIIQQIIQQQQII", 0x514649fb, 3, 0, 0, 21, 1 << 61, 0, n, c, 17 * c, 1, 0, 0, 0, 0, 0, 4, 104))
+f.seek(c); f.write(struct.pack(">Q", 1 << 63 | 18 * c) * n)
+f.seek(17 * c); f.write(struct.pack(">Q", 19 * c))
+f.seek(18 * c); f.write(struct.pack(">Q", 1 << 63 | 20 * c) * (c // 8))
+f.truncate(21 * c)'
+    expect 2 timeout 60 "$fx" --check --json img >ours.json
+    truncate -s 8000G img
+    expect 2 timeout 60 "$fx" -q --check --json img >ours.json
+    qemu-img create -q -f qcow2 -o cluster_size=512 small 1M; truncate -s 2T small
+    refused 1 'too large to be checked' "$fx" --check small
+}
+
+t_check_shows_progress_on_a_terminal_and_wipes_it() {
+    qemu-img create -q -f qcow2 -o cluster_size=512,preallocation=metadata img 64M
+    py '
+import pty, subprocess
+for args, want in (([], True), (["-q"], False)):
+    m, s = pty.openpty()
+    p = subprocess.Popen([sys.argv[1], "--check", "img"] + args, stdout=subprocess.DEVNULL, stderr=s)
+    os.close(s)
+    got = b""
+    try:
+        while True: got += os.read(m, 65536)
+    except OSError: pass
+    assert p.wait() == 0
+    assert (b"% " in got) == want, got
+    assert not want or got.endswith(b"\r      \r"), got[-50:]
+' "$fx"
+}
+
+t_looking_is_done_in_the_sandbox() {
+    qemu-img create -q -f qcow2 img 64M
+    strace -f -o log "$fx" --check --sandbox=require img >/dev/null
+    grep -q 'seccomp\|SECCOMP' log
+    not grep -q 'O_RDWR.*img\|img.*O_RDWR' log
+    "$fx" --info -- img | grep -q '^format: *qcow2$'
+    for n in $(seq 30); do
+        FUSEEXP_FAIL_AT=$n "$fault" -q --info --sandbox=off --json img >ours.json 2>err || { same "$?" 1; [ -s err ] && [ ! -s ours.json ] || fail "step $n"; continue; }
+        jq -e . ours.json >/dev/null; grep -q FAULT err || break
+    done
+}
+
+t_corpus_info_map_and_check_are_valid() {
+    [ -d "$corpus" ] || skip "no corpus"
+    "$corpus/unpack" c
+    local n=0 i status
+    while IFS=$'\t' read -r path format _; do
+        case $format in qcow2 | raw) ;; *) continue ;; esac
+        [ -f "c/$path" ] || continue
+        for i in info map check; do
+            status=0
+            "$build/fuseexp-asan" -q --$i --json --no-parts --format "$format" "c/$path" >ours.json 2>err || status=$?
+            not grep -q Sanitizer err
+            [ "$i$format" = checkraw ] && same "$status" 63 && continue
+            same "$status" 0
+            jq -e . ours.json >/dev/null
+            [ $i = check ] && { as_qemu_check "c/$path"; continue; }
+            qemu-img $i -f "$format" --output=json "c/$path" >theirs.json
+            [ $(($(stat -c %s "c/$path") % 512)) != 0 ] || same_json ours.json theirs.json
+        done
+        n=$((n + 1))
+    done <c/MANIFEST.tsv
+    [ $n -ge 20 ] || fail "only $n"
+}
+
 # ---- life cycle ------------------------------------------------------------------------------------------------
 
 t_ready_when_it_returns_and_gone_when_unmounted() {
