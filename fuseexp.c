@@ -677,6 +677,50 @@ static struct {
     unsigned first_job, n_jobs;
 } pool = { .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
 
+/*
+ * Who has found out where something lies may use that place until his request is over. A place that is given up
+ * is given away again when all requests of that time are over: every worker counts its steps into and out of
+ * requests (odd: inside), and pool_grace_over() compares. Nobody waits.
+ */
+struct pool_steps {
+    _Atomic uint64_t n;
+    char apart[56];                 /* a cache line each */
+};
+struct pool_grace {
+    uint64_t n[MAX_THREADS];
+};
+static struct pool_steps pool_steps[MAX_THREADS];
+static _Atomic unsigned pool_n_threads;
+static _Thread_local unsigned pool_self;    /* index + 1 */
+
+static void pool_enter(void)
+{
+    if (!pool_self)
+        pool_self = ++pool_n_threads;
+    if (pool_self <= MAX_THREADS)
+        pool_steps[pool_self - 1].n++;
+}
+
+static void pool_leave(void)
+{
+    pool_enter();
+}
+
+static void pool_begin_grace(struct pool_grace *g)
+{
+    for (unsigned i = 0; i < MAX_THREADS; i++)
+        g->n[i] = pool_steps[i].n;
+}
+
+/* We ourselves look places up anew. */
+static bool pool_grace_over(const struct pool_grace *g)
+{
+    for (unsigned i = 0; i < MAX_THREADS; i++)
+        if (g->n[i] % 2 && g->n[i] == pool_steps[i].n && i + 1 != pool_self)
+            return false;
+    return pool_n_threads <= MAX_THREADS;
+}
+
 static void pool_start(unsigned most, unsigned running)
 {
     pool.most = most;
@@ -729,7 +773,9 @@ static void pool_do_job_locked(void)
     if (pool_may_help_locked())
         pthread_cond_signal(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
+    pool_enter();
     job.run(job.arg, job.offset, job.length);
+    pool_leave();
     pthread_mutex_lock(&pool.lock);
     pool.helping--;
 }
@@ -1221,6 +1267,19 @@ struct cache_slot {
     uint32_t next_way;              /* of the set, in its first slot; under the set's lock */
 };
 
+/* When a change of a table goes to the file: the stages of a commit, in this order. */
+enum cache_stage { CACHE_REFCOUNTS, CACHE_REFCOUNT_TABLE, CACHE_MAPPING, CACHE_STAGES };
+
+/* A slice with changes that are not in the file yet. Which sectors (of 512 bytes, a bit each) belong to which stage. */
+struct cache_dirty {
+    struct cache_dirty *next;
+    struct file *file;
+    uint64_t start;
+    uint8_t changed[CACHE_STAGES];  /* in now, since the last freeze */
+    uint8_t freezing[CACHE_STAGES]; /* in frozen: being written */
+    uint64_t now[CACHE_WORDS], frozen[CACHE_WORDS];
+};
+
 struct cache_cluster {
     struct cache_cluster *hash_next, *newer, *older;
     const struct file *file;
@@ -1234,7 +1293,9 @@ static struct {
     struct cache_slot *slots;
     _Atomic uint64_t *words;        /* CACHE_WORDS per slot, as they lie in the file */
     uint64_t n_sets;
-    pthread_mutex_t set_lock[CACHE_LOCKS];
+    pthread_mutex_t set_lock[CACHE_LOCKS];  /* [set % CACHE_LOCKS] protects its slots' changes and its dirty slices */
+    struct cache_dirty *dirty[CACHE_LOCKS];
+    _Atomic unsigned n_dirty;
 
     pthread_mutex_t lock; /* protects all that follows, and every struct cache_cluster but its data */
     pthread_cond_t decoded;
@@ -1265,6 +1326,13 @@ static int cache_start(uint64_t budget)
 
 static void cache_stop(void)
 {
+    for (size_t i = 0; i < CACHE_LOCKS; i++)
+        while (cache.dirty[i]) {
+            struct cache_dirty *d = cache.dirty[i];
+            cache.dirty[i] = d->next;
+            free(d);
+        }
+    cache.n_dirty = 0;
     free(cache.slots);
     if (cache.words)
         munmap((void *)cache.words, cache.n_sets * CACHE_WAYS * CACHE_SLICE);
@@ -1289,8 +1357,8 @@ static uint64_t cache_hash(const struct file *f, uint64_t offset)
     return x ^ x >> 29;
 }
 
-/* The 8-byte word of the slot, if it (still) holds the slice. */
-static bool cache_peek(uint64_t slot, uint64_t tag, size_t word, uint64_t *value)
+/* n 8-byte words of the slot, all of one moment, if it (still) holds the slice. */
+static bool cache_peek(uint64_t slot, uint64_t tag, size_t word, uint64_t *value, size_t n)
 {
     struct cache_slot *s = &cache.slots[slot];
     uint32_t before;
@@ -1300,52 +1368,98 @@ static bool cache_peek(uint64_t slot, uint64_t tag, size_t word, uint64_t *value
     before = atomic_load_explicit(&s->sequence, memory_order_acquire);
     if (before & 1 || atomic_load_explicit(&s->tag, memory_order_acquire) != tag)
         return false;
-    /* acquire: the check below may not be made before the word was read */
-    *value = atomic_load_explicit(&cache.words[slot * CACHE_WORDS + word], memory_order_acquire);
+    /* acquire: the check below may not be made before the words were read */
+    for (size_t i = 0; i < n; i++)
+        value[i] = atomic_load_explicit(&cache.words[slot * CACHE_WORDS + word + i], memory_order_acquire);
     return atomic_load_explicit(&s->sequence, memory_order_relaxed) == before;
 }
 
-static void cache_fill(uint64_t set, uint64_t tag, const uint64_t *slice)
+static uint64_t cache_set(const struct file *f, uint64_t start)
 {
-    pthread_mutex_t *lock = &cache.set_lock[set % CACHE_LOCKS];
-    struct cache_slot *first = &cache.slots[set * CACHE_WAYS], *s;
-    uint64_t slot;
-    uint32_t sequence;
+    return cache_hash(f, start) % cache.n_sets;
+}
 
-    pthread_mutex_lock(lock);
-    slot = set * CACHE_WAYS + first->next_way++ % CACHE_WAYS;
-    s = &cache.slots[slot];
-    sequence = atomic_load_explicit(&s->sequence, memory_order_relaxed);
+static uint64_t cache_tag(const struct file *f, uint64_t start)
+{
+    return start / CACHE_SLICE << 13 | (uint64_t)f->id << 1 | 1;
+}
+
+static pthread_mutex_t *cache_lock_of(uint64_t set)
+{
+    return &cache.set_lock[set % CACHE_LOCKS];
+}
+
+/* Writes words of a slot, whose readers notice. tag 0: it holds nothing any more. */
+static void cache_put_words_locked(uint64_t slot, uint64_t tag, const uint64_t *words, size_t word, size_t n)
+{
+    struct cache_slot *s = &cache.slots[slot];
+    uint32_t sequence = atomic_load_explicit(&s->sequence, memory_order_relaxed);
+
     if (sequence == 0)
         cache.table_bytes += CACHE_SLICE;
     atomic_store_explicit(&s->sequence, sequence + 1, memory_order_seq_cst);
     atomic_store_explicit(&s->tag, 0, memory_order_seq_cst);
-    for (size_t i = 0; i < CACHE_WORDS; i++)
-        atomic_store_explicit(&cache.words[slot * CACHE_WORDS + i], slice[i], memory_order_release);
+    for (size_t i = 0; i < n; i++)
+        atomic_store_explicit(&cache.words[slot * CACHE_WORDS + word + i], words[i], memory_order_release);
     atomic_store_explicit(&s->tag, tag, memory_order_release);
     atomic_store_explicit(&s->sequence, sequence + 2, memory_order_release);
-    pthread_mutex_unlock(lock);
+}
+
+static void cache_fill_locked(uint64_t set, uint64_t tag, const uint64_t *slice)
+{
+    struct cache_slot *first = &cache.slots[set * CACHE_WAYS];
+
+    for (uint64_t way = 0; way < CACHE_WAYS; way++) /* two missed it at once: it may be there once only */
+        if (atomic_load_explicit(&first[way].tag, memory_order_relaxed) == tag)
+            return;
+    cache_put_words_locked(set * CACHE_WAYS + first->next_way++ % CACHE_WAYS, tag, slice, 0, CACHE_WORDS);
+}
+
+/* The slice as it is now: with changes that are not in the file yet. */
+static int cache_load_locked(struct file *f, uint64_t start, uint64_t set, uint64_t *slice)
+{
+    uint64_t done, size = f->size;
+
+    for (struct cache_dirty *d = f->writable ? cache.dirty[set % CACHE_LOCKS] : NULL; d; d = d->next)
+        if (d->file == f && d->start == start) {
+            memcpy(slice, d->now, CACHE_SLICE);
+            return 0;
+        }
+    if (start >= size || file_pread(f, slice, util_min(CACHE_SLICE, size - start), start, &done))
+        return -EIO;
+    memset((uint8_t *)slice + done, 0, CACHE_SLICE - done);
+    return 0;
 }
 
 /*
- * Eight bytes of a table in f at offset (a multiple of 8), as they lie there; past the file's end zeros. -EIO:
- * unreadable.
+ * n words (8 bytes each, n at most 2) of a table in f at offset (a multiple of 8 * n), as they lie there; past the
+ * file's end zeros. -EIO: unreadable.
  */
-static int cache_word(struct file *f, uint64_t offset, uint64_t *value)
+static int cache_words(struct file *f, uint64_t offset, uint64_t *value, size_t n)
 {
-    uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_hash(f, start) % cache.n_sets, done;
-    uint64_t slice[CACHE_WORDS], tag = start / CACHE_SLICE << 13 | (uint64_t)f->id << 1 | 1;
+    uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_set(f, start), tag = cache_tag(f, start);
+    uint64_t slice[CACHE_WORDS];
     size_t word = (offset - start) / 8;
+    int ret;
 
     for (uint64_t way = 0; way < CACHE_WAYS; way++)
-        if (cache_peek(set * CACHE_WAYS + way, tag, word, value))
+        if (cache_peek(set * CACHE_WAYS + way, tag, word, value, n))
             return 0;
-    if (start >= f->size || file_pread(f, slice, util_min(CACHE_SLICE, f->size - start), start, &done))
-        return -EIO;
-    memset((uint8_t *)slice + done, 0, CACHE_SLICE - done);
-    cache_fill(set, tag, slice);
-    *value = slice[word];
-    return 0;
+    if (f->writable)                /* what was read before a change may not be put in place after it */
+        pthread_mutex_lock(cache_lock_of(set));
+    ret = cache_load_locked(f, start, set, slice);
+    if (!f->writable)
+        pthread_mutex_lock(cache_lock_of(set));
+    if (!ret)
+        cache_fill_locked(set, tag, slice);
+    pthread_mutex_unlock(cache_lock_of(set));
+    memcpy(value, slice + word, ret ? 0 : 8 * n);
+    return ret;
+}
+
+static int cache_word(struct file *f, uint64_t offset, uint64_t *value)
+{
+    return cache_words(f, offset, value, 1);
 }
 
 static int cache_be64(struct file *f, uint64_t offset, uint64_t *value)
@@ -1374,6 +1488,148 @@ static int cache_le32(struct file *f, uint64_t offset, uint32_t *value)
 
     *value = ret ? 0 : util_le32((const uint8_t *)&word + (offset & 4));
     return ret;
+}
+
+/*
+ * -- changed tables --
+ *
+ * A change is seen by everybody at once, and goes to the file in a commit: cache_freeze(), then cache_write_frozen()
+ * stage by stage with barriers between, then cache_thaw(). Changes made meanwhile wait for the next one. Only whole
+ * sectors that were changed are written: what else lies in the slice may be data, and newer in the file.
+ */
+
+static struct cache_dirty *cache_get_dirty_locked(struct file *f, uint64_t start, uint64_t set)
+{
+    struct cache_dirty **list = &cache.dirty[set % CACHE_LOCKS], *d = *list;
+
+    while (d && (d->file != f || d->start != start))
+        d = d->next;
+    if (d)
+        return d;
+    d = util_fault_op("table") ? NULL : malloc(sizeof(*d));
+    if (!d || cache_load_locked(f, start, set, d->now)) {
+        free(d);
+        return NULL;
+    }
+    d->file = f;
+    d->start = start;
+    memset(d->changed, 0, sizeof(d->changed));
+    memset(d->freezing, 0, sizeof(d->freezing));
+    d->next = *list;
+    *list = d;
+    cache.n_dirty++;
+    return d;
+}
+
+/* Changes n words (at most 2, as they lie in the file) at offset, a multiple of 8 * n. */
+static int cache_store(struct file *f, uint64_t offset, const uint64_t *words, size_t n, enum cache_stage stage)
+{
+    uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_set(f, start), tag = cache_tag(f, start);
+    size_t word = (offset - start) / 8;
+    struct cache_dirty *d;
+
+    pthread_mutex_lock(cache_lock_of(set));
+    d = cache_get_dirty_locked(f, start, set);
+    if (d) {
+        memcpy(d->now + word, words, 8 * n);
+        d->changed[stage] |= (uint8_t)(1 << (offset - start) / 512);
+        for (uint64_t slot = set * CACHE_WAYS; slot < (set + 1) * CACHE_WAYS; slot++)
+            if (atomic_load_explicit(&cache.slots[slot].tag, memory_order_relaxed) == tag)
+                cache_put_words_locked(slot, tag, words, word, n);
+    }
+    pthread_mutex_unlock(cache_lock_of(set));
+    return d ? 0 : -EIO;
+}
+
+/* [offset, offset + len) was written to the file, past the cache: what was known of it is forgotten. */
+static int cache_reload(struct file *f, uint64_t offset, uint64_t len)
+{
+    int ret = 0;
+
+    for (uint64_t start = offset / CACHE_SLICE * CACHE_SLICE; start < offset + len && !ret; start += CACHE_SLICE) {
+        uint64_t set = cache_set(f, start), tag = cache_tag(f, start), done;
+        uint64_t from = start < offset ? offset : start, to = util_min(start + CACHE_SLICE, offset + len);
+        pthread_mutex_lock(cache_lock_of(set));
+        for (struct cache_dirty *d = cache.dirty[set % CACHE_LOCKS]; d && !ret; d = d->next) {
+            if (d->file != f || d->start != start)
+                continue;
+            ret = file_pread(f, (uint8_t *)d->now + (from - start), to - from, from, &done);
+            for (uint64_t at = from; at < to; at += 512)
+                for (size_t i = 0; i < CACHE_STAGES; i++) {
+                    d->changed[i] &= (uint8_t)~(1 << (at - start) / 512);
+                    d->freezing[i] &= (uint8_t)~(1 << (at - start) / 512);
+                }
+        }
+        for (uint64_t slot = set * CACHE_WAYS; slot < (set + 1) * CACHE_WAYS; slot++)
+            if (atomic_load_explicit(&cache.slots[slot].tag, memory_order_relaxed) == tag)
+                cache_put_words_locked(slot, 0, NULL, 0, 0);
+        pthread_mutex_unlock(cache_lock_of(set));
+    }
+    return ret;
+}
+
+/* A commit begins. The caller sees to it that nobody changes anything during the call. True: there is something. */
+static bool cache_freeze(bool any[CACHE_STAGES])
+{
+    memset(any, 0, CACHE_STAGES * sizeof(*any));
+    for (size_t i = 0; i < CACHE_LOCKS; i++) {
+        pthread_mutex_lock(&cache.set_lock[i]);
+        for (struct cache_dirty *d = cache.dirty[i]; d; d = d->next) {
+            memcpy(d->frozen, d->now, CACHE_SLICE);
+            for (size_t stage = 0; stage < CACHE_STAGES; stage++) {
+                d->freezing[stage] = d->changed[stage];
+                d->changed[stage] = 0;
+                any[stage] |= d->freezing[stage] != 0;
+            }
+        }
+        pthread_mutex_unlock(&cache.set_lock[i]);
+    }
+    return any[CACHE_REFCOUNTS] || any[CACHE_REFCOUNT_TABLE] || any[CACHE_MAPPING];
+}
+
+static int cache_write_frozen(enum cache_stage stage)
+{
+    uint64_t done;
+    int ret = 0;
+
+    for (size_t i = 0; i < CACHE_LOCKS && !ret; i++) {
+        pthread_mutex_lock(&cache.set_lock[i]);
+        for (struct cache_dirty *d = cache.dirty[i]; d && !ret; d = d->next)
+            for (unsigned from = 0, to; from < 8 && !ret; from = to + 1) {
+                for (to = from; to < 8 && d->freezing[stage] >> to & 1; to++)
+                    ;
+                if (to > from)
+                    ret = file_pwrite(d->file, (uint8_t *)d->frozen + from * 512, (to - from) * 512ul,
+                                      d->start + from * 512, &done);
+            }
+        pthread_mutex_unlock(&cache.set_lock[i]);
+    }
+    return ret;
+}
+
+/* The commit is over. What could not be written stays changed. */
+static void cache_thaw(bool good)
+{
+    for (size_t i = 0; i < CACHE_LOCKS; i++) {
+        pthread_mutex_lock(&cache.set_lock[i]);
+        for (struct cache_dirty **p = &cache.dirty[i], *d; (d = *p);) {
+            unsigned changed = 0;
+            for (size_t stage = 0; stage < CACHE_STAGES; stage++) {
+                if (!good)
+                    d->changed[stage] |= d->freezing[stage];
+                d->freezing[stage] = 0;
+                changed |= d->changed[stage];
+            }
+            if (changed) {
+                p = &d->next;
+                continue;
+            }
+            *p = d->next;
+            free(d);
+            cache.n_dirty--;
+        }
+        pthread_mutex_unlock(&cache.set_lock[i]);
+    }
 }
 
 /* -- decoded clusters -- */
@@ -1700,6 +1956,7 @@ static int raw_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     if (exact)
         file_seek_extent(ext->file, ext->offset, ext->length, &data, &ext->length);
     ext->kind = data ? EXT_DATA : EXT_ZERO;
+    ext->owned = true;
     ext->zeroed = !data;
     return 0;
 }
@@ -1776,7 +2033,8 @@ enum {
 
 struct qcow2 {
     uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
-    uint64_t size, l1_offset, l1_entries, incompatible, compatible, autoclear;
+    uint64_t size, incompatible, compatible, autoclear;
+    _Atomic uint64_t l1_offset, l1_entries;                 /* change when the image is made longer */
     uint32_t header_length, refcount_order;                 /* log2 of a refcount's bits */
     uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
     uint32_t n_snapshots, n_bitmaps;
@@ -1784,6 +2042,7 @@ struct qcow2 {
     bool preallocated;              /* see qcow2_find_holes() */
     enum codec codec;
     struct file *data;              /* where clusters lie: the image itself or the external data file */
+    struct qcow2_writer *w;         /* NULL: only read */
     char data_name[QCOW2_MAX_NAME + 1];
 };
 
@@ -2124,6 +2383,7 @@ static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_k
     if (kind == EXT_DATA || host || (q->subclusters && qcow2_allocated(q, entry))) {
         ext->file = q->data;
         ext->offset = host + in_cluster;
+        ext->owned = entry & QCOW2_COPIED;
     }
     if (host % (1u << q->cluster_bits))
         qcow2_bad_extent(ext, length, "its L2 entry is not aligned");
@@ -2210,7 +2470,7 @@ static bool qcow2_continues(const struct extent *a, const struct extent *b, bool
         return false;
     if (a->kind == EXT_ZERO && !exact)
         return true;
-    return a->zeroed == b->zeroed && a->file == b->file && (!a->file || a->offset + a->length == b->offset);
+    return a->zeroed == b->zeroed && a->owned == b->owned && a->file == b->file && (!a->file || a->offset + a->length == b->offset);
 }
 
 /* Clusters may have been set aside and never written: then a hole of the file tells. */
@@ -2226,6 +2486,17 @@ static void qcow2_map_hole(const struct qcow2 *q, struct extent *ext)
     }
 }
 
+/* An L2 entry, with its bitmap where there are subclusters: both of one moment. */
+static int qcow2_read_entry(struct image *im, const struct qcow2 *q, uint64_t at, uint64_t *entry, uint64_t *bitmap)
+{
+    uint64_t words[2] = { 0, 0 };
+    int ret = cache_words(&im->files[0], at, words, q->subclusters ? 2 : 1);
+
+    *entry = util_be64((const uint8_t *)&words[0]);
+    *bitmap = util_be64((const uint8_t *)&words[1]);
+    return ret;
+}
+
 static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
 {
     const struct qcow2 *q = im->state;
@@ -2234,12 +2505,14 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
                           (offset & ((1ull << (q->cluster_bits + q->l2_bits)) - 1));
     struct extent next;
     unsigned n = 0;
+    bool shared;
 
     length = util_min(length, table_left);
     l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8;
     if (cache_be64(&im->files[0], l1, &entry))
         return qcow2_bad_extent(ext, length, "the L1 table cannot be read");
     l2 = entry & QCOW2_OFFSET;
+    shared = !(entry & QCOW2_COPIED);
     if (entry & 0x7f000000000001ffu || l2 % cluster)
         return qcow2_bad_extent(ext, length, "its L1 entry is damaged");
     if (!l2) {
@@ -2253,11 +2526,11 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
         index = offset >> q->cluster_bits & ((1ull << q->l2_bits) - 1);
         in_cluster = offset & (cluster - 1);
         here = util_min(left, cluster - in_cluster);
-        if (cache_be64(&im->files[0], l2 + index * q->entry_size, &entry) ||
-            (q->subclusters && cache_be64(&im->files[0], l2 + index * q->entry_size + 8, &bitmap)))
+        if (qcow2_read_entry(im, q, l2 + index * q->entry_size, &entry, &bitmap))
             qcow2_bad_extent(&next, here, "its L2 table cannot be read");
         else
             qcow2_map_entry(im, q, entry, bitmap, in_cluster, here, &next);
+        next.owned &= !shared;
         if (ext->length == 0)
             *ext = next;
         else if (qcow2_continues(ext, &next, exact))
@@ -4103,6 +4376,7 @@ static void prl_map_plain(const struct prl_layer *l, uint64_t offset, uint64_t l
     if (exact)
         file_seek_extent(ext->file, offset, ext->length, &data, &ext->length);
     ext->kind = data ? EXT_DATA : EXT_ZERO;
+    ext->owned = true;
 }
 
 /* One cluster of one layer, or the rest of it; offset counts from the storage's start. */
@@ -6221,6 +6495,7 @@ static int loop_once(struct worker *w)
 {
     ssize_t n = read(w->fd, w->buf, LOOP_BUF);
     size_t len;
+    bool sent;
 
     if (n < 0) {
         if (errno == EINTR)
@@ -6230,8 +6505,11 @@ static int loop_once(struct worker *w)
         return errno == ENODEV ? 1 : msg_err(-errno, "reading from /dev/fuse: %s", strerror(errno));
     }
     w->ref.length = 0;
+    pool_enter();
     len = fop_handle(w, (size_t)n);
-    if (len == 0 || loop_send(w, len))
+    sent = len == 0 || loop_send(w, len);
+    pool_leave();
+    if (sent)
         return 0;
     if (errno == ENOENT || errno == EINTR)                          /* whoever asked has gone */
         return 0;

@@ -48,7 +48,7 @@ struct file {
     bool is_blk;
     bool writable;
     char *path;                     /* as the user named it: for messages */
-    uint64_t size;                  /* at open; see image.size for what is served */
+    _Atomic uint64_t size;          /* at open, and as we made it longer; see image.size for what is served */
     struct stat st;                 /* at open */
     _Atomic int latched;            /* the first failed write-back, 0 or -errno */
     enum { FILE_MAY_SLEEP, FILE_ALWAYS_SLEEPS, FILE_NEVER_SLEEPS } sleep;   /* do reads wait for a disk? */
@@ -98,6 +98,7 @@ struct extent {
     enum codec codec;               /* EXT_COMPRESSED */
     const char *why;                /* EXT_BAD: static text */
     bool zeroed;                    /* EXT_ZERO: the image says zeros, not just nothing */
+    bool owned;                     /* EXT_DATA: may be overwritten where it lies */
     bool in_hole;                   /* EXT_ZERO: the image says data, but where its file has a hole */
     unsigned depth;                 /* set by img_map(): of the image of the chain that says it */
 };
@@ -130,6 +131,10 @@ struct check {
  *           allocation is told apart (holes of a sparse file; zeros with and without room of their own), which may
  *           cost system calls; without, EXT_DATA is right for anything that can be read. Thread-safe, takes no lock on
  *           the hot path. < 0: could not find out. The extent is zeroed before the call.
+ *   write   changes what map() does not call owned: as much of the range as it likes, at least a byte; *done 0
+ *           without an error: it is owned now. NULL: no such thing.
+ *   zero    makes a range read as zeros and gives back its room. -EOPNOTSUPP: write zeros into the first *done bytes.
+ *   sync    as fsync(2) for all written before; `last`: nobody writes any more, everything is put in order.
  *   resize  NULL: the format cannot change its size.
  *   info    writes what only this format has into the open object; may be NULL.
  *   snapshots  writes the internal snapshots as list "snapshots" into the open object, if there are any; may be NULL.
@@ -144,6 +149,9 @@ struct image_format {
     bool (*part)(const char *first, unsigned i, char name[PATH_MAX]);
     int (*open)(struct image *im);
     int (*map)(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
+    int (*write)(struct image *im, const uint8_t *buf, uint64_t len, uint64_t offset, uint64_t *done);
+    int (*zero)(struct image *im, uint64_t len, uint64_t offset, uint64_t *done);
+    int (*sync)(struct image *im, bool last);
     int (*resize)(struct image *im, uint64_t size);
     void (*info)(struct image *im, struct out *out);
     int (*snapshots)(struct image *im, struct out *out);
