@@ -14,21 +14,25 @@
  *    7. Cache                   cache_   tables and decoded clusters in one budget
  *    8. Raw images              raw_     the driver to copy
  *    9. qcow2                   qcow2_   QEMU's format, for reading
- *   10. Extents                 ext_     neighbours become one: for the drivers below
- *   11. VDI                     vdi_     VirtualBox's format
- *   12. QED                     qed_     QEMU's older format
- *   13. Parallels               prl_     images, and bundles of them
- *   14. Damage                  bad_     what could not be read, for --error-map
- *   15. Image core              img_     probing, chains, the loops over extents, resizing
- *   16. Partitions              part_    MBR, GPT, the views
- *   17. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
- *   18. Worker loop             loop_    the transport
- *   19. Sandbox                 box_     what the serving process gives up
- *   20. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
- *   21. Life cycle              run_     supervisor and server, the clean-up chain
- *   22. One-shot commands       cmd_     --umount, --info, --map, --check, --formats, --version
- *   23. Options                 opt_     one table for getopt, -o and --help
- *   24. Main
+ *   10. qcow2 writing           qcow2_   allocation, commits, repair
+ *   11. Extents                 ext_     neighbours become one: for the drivers below
+ *   12. VDI                     vdi_     VirtualBox's format
+ *   13. QED                     qed_     QEMU's older format
+ *   14. Parallels               prl_     images, and bundles of them
+ *   15. VHD                     vhd_     Virtual PC, Hyper-V 2008, Azure: fixed, dynamic, differencing
+ *   16. VHDX                    vhdx_    Hyper-V: fixed, dynamic, differencing, with a log
+ *   17. VMDK                    vmdk_    VMware's formats
+ *   18. Damage                  bad_     what could not be read, for --error-map
+ *   19. Image core              img_     probing, chains, the loops over extents, resizing
+ *   20. Partitions              part_    MBR, GPT, the views
+ *   21. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
+ *   22. Worker loop             loop_    the transport
+ *   23. Sandbox                 box_     what the serving process gives up
+ *   24. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
+ *   25. Life cycle              run_     supervisor and server, the clean-up chain
+ *   26. One-shot commands       cmd_     --umount, --info, --map, --check, --formats, --version
+ *   27. Options                 opt_     one table for getopt, -o and --help
+ *   28. Main
  *
  * Processes: the supervisor (this program as started, or its background child) mounts, forks the server,
  * unmounts and cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker
@@ -47,6 +51,7 @@
 
 #include <ctype.h>
 #include <dirent.h>
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
@@ -274,6 +279,61 @@ static int util_ioctl(int fd, uint32_t request, void *arg)
 #else
     return ioctl(fd, (int)request, arg);
 #endif
+}
+
+/* One character of UTF-16 at p, at most len bytes; *used: how many it took. Half a surrogate pair becomes U+FFFD. */
+static uint32_t util_utf16_char(const uint8_t *p, size_t len, bool big, size_t *used)
+{
+    uint32_t c = big ? util_be16(p) : util_le16(p), low = 0;
+
+    *used = 2;
+    if (c < 0xd800 || c > 0xdfff)
+        return c;
+    if (c < 0xdc00 && len >= 4)
+        low = big ? util_be16(p + 2) : util_le16(p + 2);
+    if (low < 0xdc00 || low > 0xdfff)
+        return 0xfffd;
+    *used = 4;
+    return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
+}
+
+static size_t util_utf8_char(uint32_t c, char out[4])
+{
+    static const uint8_t lead[] = { 0, 0, 0xc0, 0xe0, 0xf0 };
+    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+
+    for (size_t i = n; i-- > 1; c >>= 6)
+        out[i] = (char)(0x80 | (c & 0x3f));
+    out[0] = (char)(n == 1 ? c : lead[n] | c);
+    return n;
+}
+
+/*
+ * The last component of a path, usually a Windows one, in len bytes of UTF-16 (up to a zero), as UTF-8. False:
+ * there is none, or it does not fit, or it is no name of a file.
+ */
+static bool util_utf16_basename(const uint8_t *path, size_t len, bool big, char *name, size_t room)
+{
+    size_t n = 0, used, bytes;
+    char utf8[4];
+    uint32_t c;
+
+    for (size_t at = 0; at + 2 <= len; at += used) {
+        c = util_utf16_char(path + at, len - at, big, &used);
+        if (!c)
+            break;
+        if (c == '/' || c == '\\') {
+            n = 0;
+            continue;
+        }
+        bytes = util_utf8_char(c, utf8);
+        if (n + bytes >= room)
+            return false;
+        memcpy(name + n, utf8, bytes);
+        n += bytes;
+    }
+    name[n] = 0;
+    return n && strcmp(name, ".") != 0 && strcmp(name, "..") != 0;
 }
 
 /* Like strcpy, but never past room. False: it did not fit. */
@@ -930,10 +990,10 @@ static int file_open(struct file *f, const char *path, bool writable)
 }
 
 /*
- * Opens a file that an image names, for reading: below `folder`, and not out of it by "..", links or mounts
+ * Opens a file that an image names: below `folder`, and not out of it by "..", links or mounts
  * of /proc. Kernels before 5.6 cannot promise that, so there no name with a slash is followed, and no link.
  */
-static int file_open_beneath(struct file *f, const char *folder, const char *name, const char *shown)
+static int file_open_beneath(struct file *f, const char *folder, const char *name, const char *shown, bool writable)
 {
     struct fx_open_how how = { .flags = O_PATH | O_CLOEXEC,
                                .resolve = FX_RESOLVE_BENEATH | FX_RESOLVE_NO_MAGICLINKS };
@@ -950,14 +1010,14 @@ static int file_open_beneath(struct file *f, const char *folder, const char *nam
     ret = path_fd < 0 || fstat(path_fd, &st) < 0 ? -errno : S_ISREG(st.st_mode) ? 0 : -EMEDIUMTYPE;
     if (!ret) {
         snprintf(proc, sizeof(proc), "/proc/self/fd/%d", path_fd);     /* looked at before it is opened */
-        fd = file_open_fd(proc, O_RDONLY | O_CLOEXEC);
+        fd = file_open_fd(proc, (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC);
         ret = fd < 0 ? -errno : 0;
     }
     util_close(&path_fd);
     util_close(&dir);
     if (ret)
         return ret;                 /* the caller knows who wanted it */
-    return file_adopt(f, shown, fd, false);
+    return file_adopt(f, shown, fd, writable);
 }
 
 static int file_measure(struct file *f)
@@ -969,6 +1029,11 @@ static int file_measure(struct file *f)
 
 static void file_close(struct file *f)
 {
+    for (uint32_t i = 0; i < f->n_patches; i++)
+        free(f->patches[i].page);
+    free(f->patches);
+    f->patches = NULL;
+    f->n_patches = 0;
     util_close(&f->fd);
     free(f->path);
     f->path = NULL;
@@ -1038,7 +1103,7 @@ static ssize_t file_pread_some(struct file *f, void *buf, uint64_t len, uint64_t
     return n;
 }
 
-static int file_pread(struct file *f, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
+static int file_pread_stored(struct file *f, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
 {
     ssize_t n;
 
@@ -1055,6 +1120,111 @@ static int file_pread(struct file *f, void *buf, uint64_t len, uint64_t offset, 
                 f->path, offset + *done, f->size);
     }
     return 0;
+}
+
+/* The first patch that ends after offset; n_patches: none does. */
+static uint32_t file_patch_after(const struct file *f, uint64_t offset)
+{
+    uint32_t low = 0, high = f->n_patches;
+
+    while (low < high) {
+        uint32_t mid = (low + high) / 2;
+        if (f->patches[mid].offset + FILE_PATCH > offset)
+            high = mid;
+        else
+            low = mid + 1;
+    }
+    return low;
+}
+
+/* In pieces: what a patch replaces, what is stored, and what file_extend() added. */
+static int file_pread_patched(struct file *f, uint8_t *buf, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    uint64_t at, left, next, n;
+    uint32_t i;
+    int ret = 0;
+
+    for (*done = 0; *done < len && !ret; *done += n) {
+        at = offset + *done;
+        left = len - *done;
+        i = file_patch_after(f, at);
+        next = i < f->n_patches ? f->patches[i].offset : UINT64_MAX;
+        if (next <= at) {
+            n = util_min(left, next + FILE_PATCH - at);
+            if (f->patches[i].page)
+                memcpy(buf + *done, f->patches[i].page + (at - next), n);
+            else
+                memset(buf + *done, 0, n);
+        } else if (at < f->stored || at >= f->size) {
+            left = util_min(left, next - at);
+            ret = file_pread_stored(f, buf + *done, at < f->stored ? util_min(left, f->stored - at) : left, at, &n);
+        } else {
+            n = util_min(left, util_min(next, f->size) - at);
+            memset(buf + *done, 0, n);
+        }
+    }
+    return ret;
+}
+
+static int file_pread(struct file *f, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    return f->overlaid ? file_pread_patched(f, buf, len, offset, done)
+                       : file_pread_stored(f, buf, len, offset, done);
+}
+
+static void file_overlay(struct file *f)
+{
+    if (!f->overlaid)
+        f->stored = f->size;
+    f->overlaid = true;
+}
+
+/* From now on `page` (a copy of it; NULL: zeros) is read at offset, a multiple of FILE_PATCH. Only at open. */
+static int file_patch(struct file *f, uint64_t offset, const uint8_t *page)
+{
+    uint32_t i = file_patch_after(f, offset);
+    bool there = i < f->n_patches && f->patches[i].offset == offset;
+    uint8_t *copy = NULL;
+
+    if (!there && f->n_patches == FILE_MAX_PATCHES)
+        return -E2BIG;
+    if (!f->patches)
+        f->patches = calloc(FILE_MAX_PATCHES, sizeof(*f->patches));
+    if (page)
+        copy = util_fault("patch") ? NULL : malloc(FILE_PATCH);
+    if (!f->patches || (page && !copy)) {
+        free(copy);
+        return -ENOMEM;
+    }
+    if (page)
+        memcpy(copy, page, FILE_PATCH);
+    file_overlay(f);
+    if (there) {
+        free(f->patches[i].page);
+    } else {
+        memmove(f->patches + i + 1, f->patches + i, (f->n_patches - i) * sizeof(*f->patches));
+        f->n_patches++;
+    }
+    f->patches[i] = (struct file_patch){ offset, copy };
+    return 0;
+}
+
+/* From now on the file is `size` bytes long; what is not there reads as zeros. Only at open. */
+static void file_extend(struct file *f, uint64_t size)
+{
+    file_overlay(f);
+    f->size = size;
+}
+
+/* Is [offset, offset + len) just what is stored? */
+static bool file_is_plain(const struct file *f, uint64_t offset, uint64_t len)
+{
+    uint32_t i;
+
+    if (!f->overlaid)
+        return true;
+    i = file_patch_after(f, offset);
+    return offset + len <= f->stored && (i == f->n_patches || f->patches[i].offset >= offset + len);
 }
 
 /* A write into the page cache sleeps when too much of it is dirty already. */
@@ -1120,6 +1290,23 @@ static int file_fallocate(struct file *f, int mode, uint64_t offset, uint64_t le
     return ret == -ENOSYS || ret == -ENODEV ? -EOPNOTSUPP : ret;
 }
 
+static int file_truncate(struct file *f, uint64_t size)
+{
+    int ret = util_fault_op("truncate") || ftruncate(f->fd, (off_t)size) < 0 ? -errno : 0;
+
+    if (!ret)
+        f->size = size;
+    return ret;
+}
+
+/* Makes it longer; what is new reads as zeros. */
+static int file_grow(struct file *f, uint64_t size)
+{
+    int ret = size <= f->size ? 0 : file_truncate(f, size);
+
+    return ret ? msg_serving(ret, "%s: cannot grow to %" PRIu64 " bytes: %s", f->path, size, strerror(-ret)) : 0;
+}
+
 static int file_write_zeros(struct file *f, uint64_t offset, uint64_t len)
 {
     static const uint8_t zeros[65536];
@@ -1143,7 +1330,7 @@ static bool file_splice(struct file *f, int pipe_fd, uint64_t len, uint64_t offs
     bool sleeps;
     ssize_t n;
 
-    if (util_fault_op("read") || util_fault_at(offset, len))
+    if (util_fault_op("read") || util_fault_at(offset, len) || !file_is_plain(f, offset, len))
         return false;
     sleeps = f->sleep == FILE_ALWAYS_SLEEPS ||
              (f->sleep == FILE_MAY_SLEEP &&
@@ -1632,6 +1819,47 @@ static void cache_thaw(bool good)
     }
 }
 
+static int cache_be32(struct file *f, uint64_t offset, uint32_t *value)
+{
+    uint64_t word;
+    int ret = cache_word(f, offset & ~7ull, &word);
+
+    *value = ret ? 0 : util_be32((const uint8_t *)&word + (offset & 4));
+    return ret;
+}
+
+enum { CACHE_MAX_BITS = 1 << 15 };  /* looked at for one extent: 16 MiB of sectors */
+
+/*
+ * A bitmap in f at offset (a multiple of 8): bit `first`, and how many of the `count` bits from there on are like
+ * it; at most CACHE_MAX_BITS are looked at. The first bit of a byte is its highest (big) or its lowest.
+ */
+static int cache_bits(struct file *f, uint64_t offset, uint64_t first, uint64_t count, bool big, bool *set,
+                      uint64_t *run)
+{
+    uint64_t word, at = first;
+
+    *set = false;
+    count = util_min(count, CACHE_MAX_BITS);
+    for (*run = 0; *run < count; at = first + *run) {
+        if (cache_word(f, offset + at / 64 * 8, &word))
+            return *run ? 0 : -EIO;     /* what was read is good */
+        word = (big ? util_be64 : util_le64)((const uint8_t *)&word);
+        if (*run == 0)
+            *set = (big ? word >> (63 - at % 64) : word >> at % 64) & 1;
+        if (*set)
+            word = ~word;
+        word = big ? word << at % 64 : word >> at % 64;         /* the first bit that differs is set */
+        if (word) {
+            *run += (uint64_t)(big ? __builtin_clzll(word) : __builtin_ctzll(word));
+            break;
+        }
+        *run += 64 - at % 64;
+    }
+    *run = util_min(*run, count);
+    return 0;
+}
+
 /* -- decoded clusters -- */
 
 static void cache_unlink(struct cache_cluster *c)
@@ -1988,6 +2216,9 @@ static const struct image_format raw_format = {
 
 static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
                           const char *option);
+static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
+static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done);
+static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done);
 
 /* ******************************************************************************************************** *
  * 9. qcow2
@@ -2298,9 +2529,11 @@ static int qcow2_open_data_file(struct image *im, struct qcow2 *q)
     f->fd = -1;
     im->n_files = 2;
     q->data = f;
-    return user ? file_open(f, user, false)
+    return user ? file_open(f, user, im->writable)
                 : img_open_named(im, f, q->data_name, "external data file", "--data-file");
 }
+
+static int qcow2_begin_writing(struct image *im);
 
 static int qcow2_open(struct image *im)
 {
@@ -2341,14 +2574,20 @@ static int qcow2_open(struct image *im)
     im->size = q->size;
     im->cluster_size = 1u << q->cluster_bits;
     im->dirty = q->incompatible & QCOW2_DIRTY;
+    if (!ret && im->writable && !im->opt->top_only)
+        return qcow2_begin_writing(im);
     if (!ret && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
         msg_say(MSG_NOTE, "%s: is marked %s; reading it is safe", im->name,
                 q->incompatible & QCOW2_CORRUPT ? "corrupt" : "dirty (not closed properly)");
     return ret;
 }
 
+static void qcow2_stop_writer(struct qcow2 *q);
+
 static void qcow2_close(struct image *im)
 {
+    if (im->state)
+        qcow2_stop_writer(im->state);
     free(im->state);
 }
 
@@ -3218,7 +3457,8 @@ static void qcow2_check_all(struct qcow2_check *k)
         qcow2_check_tables(k, true);
 }
 
-static int qcow2_check(struct image *im, struct check *c)
+/* Counts everything; what is to be done with the counts comes last. */
+static int qcow2_count_all(struct image *im, struct check *c, int (*then)(struct qcow2_check *k))
 {
     struct qcow2_check k = { .im = im, .q = im->state, .c = c, .f = &im->files[0] };
     int ret = qcow2_check_begin(&k);
@@ -3232,10 +3472,17 @@ static int qcow2_check(struct image *im, struct check *c)
         ret = msg_err(-ENOMEM, "%s: out of memory", im->name);
     else
         qcow2_check_all(&k);
+    if (!ret && then)
+        ret = c->errors ? -EIO : then(&k);
     if (k.counts != MAP_FAILED)
         munmap(k.counts, bytes);
     free(k.refs);
     return ret;
+}
+
+static int qcow2_check(struct image *im, struct check *c)
+{
+    return qcow2_count_all(im, c, NULL);
 }
 
 /*
@@ -3257,13 +3504,1311 @@ static void qcow2_find_holes(struct image *im)
     q->preallocated = used >= enough;
 }
 
+/* ******************************************************************************************************** *
+ * 10. qcow2 writing
+ *
+ * Guest data is written first, into clusters that nobody refers to. What refers to them is changed in memory, seen
+ * by everybody at once, and goes to the file in commits:
+ *
+ *   refcounts, [barrier, refcount table,] barrier, L2 and L1 tables, barrier
+ *
+ * so that at every instant the file holds an image that is whole, with leaks at worst. The first barrier covers the
+ * data too, and what new tables were filled with. Clusters that nobody refers to any more are given back only when
+ * that is durable, and when every request that might still use them is over (pool_grace_over()).
+ *
+ * A cluster that is ours alone (COPIED) is overwritten in place by the image core, without any lock. Everything else
+ * comes here: under writer.lock a place is taken and the range marked busy; the data is written without the lock;
+ * then, under it again, the L2 entries are changed.
+ * ******************************************************************************************************** */
+
+enum {
+    QCOW2_MAX_RUN = 2 << 20,        /* bytes taken at once */
+    QCOW2_MAX_DIRTY = 2048,         /* slices changed before a commit is due: 16 MiB */
+    QCOW2_MAX_FREED = 1 << 16,      /* ranges */
+    QCOW2_GROW = 1 << 20,           /* the file grows by so much at a time; the rest is cut off in the end */
+};
+
+/* Host clusters to be given back, each referred to once less. */
+struct qcow2_range {
+    uint64_t first, n;
+};
+struct qcow2_ranges {
+    struct qcow2_range *range;      /* QCOW2_MAX_FREED of them */
+    unsigned n;
+};
+
+struct qcow2_writer {
+    pthread_mutex_t lock;           /* protects all that follows, and every change of a table */
+    pthread_cond_t idle;            /* a range is not busy any more */
+    pthread_mutex_t commit_lock;    /* one commit at a time; taken before lock */
+    uint64_t commits;               /* begun */
+    int result;                     /* of the last one that is over */
+    struct qcow2_range busy[MAX_THREADS];           /* guest clusters being written to new places */
+    unsigned n_busy;
+    uint64_t table_offset, table_entries;           /* the refcount table */
+    uint64_t hint;                  /* below this host cluster none is free */
+    uint64_t top;                   /* host bytes from here on were never used: they read as zeros */
+    struct qcow2_ranges freed;      /* by changes that are not in the file yet ... */
+    struct qcow2_ranges dropped;    /* ... that a running commit writes ... */
+    struct qcow2_ranges waiting;    /* ... that are durable: until `grace` is over */
+    struct pool_grace grace;
+};
+
+static _Thread_local uint8_t *qcow2_scratch;        /* MAX_CLUSTER bytes */
+
+static uint64_t qcow2_cluster(const struct qcow2 *q)
+{
+    return 1ull << q->cluster_bits;
+}
+
+static int qcow2_store_be64(struct image *im, uint64_t offset, uint64_t value, enum cache_stage stage)
+{
+    uint64_t word = htobe64(value);
+
+    return cache_store(&im->files[0], offset, &word, 1, stage);
+}
+
+/* -- refcounts -- */
+
+static uint64_t qcow2_per_block(const struct qcow2 *q)
+{
+    return 1ull << (q->cluster_bits + 3 - q->refcount_order);
+}
+
+/* Where the refcount of a cluster is: the word's place in its block, and the bits in the word. */
+static uint64_t qcow2_refcount_place(const struct qcow2 *q, uint64_t cluster, unsigned *shift, uint64_t *mask)
+{
+    uint64_t at = (cluster & (qcow2_per_block(q) - 1)) << q->refcount_order;
+    unsigned bits = 1u << q->refcount_order;
+
+    *mask = bits == 64 ? UINT64_MAX : (1ull << bits) - 1;
+    *shift = (unsigned)(bits < 8 ? 56 - at % 64 / 8 * 8 + at % 8 : 64 - bits - at % 64);
+    return at / 64 * 8;
+}
+
+/* *block 0: there is none. */
+static int qcow2_find_block(struct image *im, uint64_t cluster, uint64_t *block)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t index = cluster / qcow2_per_block(q);
+
+    *block = 0;
+    if (index >= q->w->table_entries)
+        return 0;
+    if (cache_be64(&im->files[0], q->w->table_offset + index * 8, block))
+        return -EIO;
+    return *block % qcow2_cluster(q) || *block >= im->files[0].size ? -EIO : 0;
+}
+
+static int qcow2_get_refcount(struct image *im, uint64_t cluster, uint64_t *refcount)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t block, word = 0, mask, at;
+    unsigned shift;
+    int ret = qcow2_find_block(im, cluster, &block);
+
+    at = qcow2_refcount_place(q, cluster, &shift, &mask);
+    if (!ret && block)
+        ret = cache_be64(&im->files[0], block + at, &word);
+    *refcount = word >> shift & mask;
+    return ret;
+}
+
+/* There is a block for it. */
+static int qcow2_set_refcount(struct image *im, uint64_t cluster, uint64_t refcount)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t block, word, mask, at;
+    unsigned shift;
+    int ret = qcow2_find_block(im, cluster, &block);
+
+    at = qcow2_refcount_place(q, cluster, &shift, &mask);
+    if (ret || !block || cache_be64(&im->files[0], block + at, &word))
+        return -EIO;
+    word = (word & ~(mask << shift)) | refcount << shift;
+    return qcow2_store_be64(im, block + at, word, CACHE_REFCOUNTS);
+}
+
+/* Makes the file long enough for [0, end). */
+static int qcow2_reserve(struct image *im, struct file *f, uint64_t end)
+{
+    if (end <= f->size)
+        return 0;
+    if (f->is_blk)
+        return -ENOSPC;
+    (void)im;
+    return file_grow(f, (end + QCOW2_GROW - 1) / QCOW2_GROW * QCOW2_GROW);
+}
+
+/* A host cluster for a table, of zeros; its refcount is the caller's business. */
+static int qcow2_clear_cluster(struct image *im, uint64_t cluster)
+{
+    struct qcow2 *q = im->state;
+    uint64_t size = qcow2_cluster(q), offset = cluster * size;
+    int ret = qcow2_reserve(im, &im->files[0], offset + size);
+
+    if (!ret && (offset < q->w->top || im->files[0].is_blk))
+        ret = file_write_zeros(&im->files[0], offset, size);
+    if (offset + size > q->w->top)
+        q->w->top = offset + size;
+    return ret ? ret : cache_reload(&im->files[0], offset, size);
+}
+
+/* The cluster becomes the refcount block that covers it. */
+static int qcow2_make_block(struct image *im, uint64_t cluster)
+{
+    struct qcow2 *q = im->state;
+    int ret = qcow2_clear_cluster(im, cluster);
+
+    if (!ret)
+        ret = qcow2_store_be64(im, q->w->table_offset + cluster / qcow2_per_block(q) * 8, cluster * qcow2_cluster(q),
+                               CACHE_REFCOUNT_TABLE);
+    return ret ? ret : qcow2_set_refcount(im, cluster, 1);
+}
+
+static int qcow2_commit_locked(struct image *im);
+static void qcow2_free_locked(struct qcow2_writer *w, uint64_t first, uint64_t n);
+
+/* One field of the header, in one write: no sector is torn, so it is the old or the new. */
+static int qcow2_write_header(struct image *im, uint64_t offset, const uint8_t *bytes, uint64_t len)
+{
+    uint64_t done;
+    int ret = file_pwrite(&im->files[0], bytes, len, offset, &done);
+
+    return ret ? ret : file_sync(&im->files[0]);
+}
+
+static void qcow2_put_be32(uint8_t *p, uint32_t v)
+{
+    v = htobe32(v);
+    memcpy(p, &v, 4);
+}
+
+static void qcow2_put_be64(uint8_t *p, uint64_t v)
+{
+    v = htobe64(v);
+    memcpy(p, &v, 8);
+}
+
+/*
+ * The refcount table is full. A new one, twice as long, goes where no cluster is covered yet: first the blocks that
+ * cover it and themselves, then the table, then the header says so.
+ */
+static int qcow2_grow_table(struct image *im)
+{
+    struct qcow2 *q = im->state;
+    struct qcow2_writer *w = q->w;
+    uint64_t size = qcow2_cluster(q), per = qcow2_per_block(q), old = w->table_entries, old_offset = w->table_offset;
+    uint64_t start = old * per, table = (old * 2 * 8 + size - 1) / size, blocks = 1, word, done;
+    uint8_t header[12];
+    int ret = qcow2_commit_locked(im);
+
+    while (blocks * per < blocks + table)
+        blocks++;
+    table = ((old * 2 > old + blocks ? old * 2 : old + blocks) * 8 + size - 1) / size;
+    if (table * size > QCOW2_MAX_REFCOUNT_TABLE)
+        return msg_serving(-EFBIG, "%s: the refcount table cannot grow beyond 8 MiB", im->name);
+    for (uint64_t i = 0; i < blocks + table && !ret; i++)
+        ret = qcow2_clear_cluster(im, start + i);
+    for (uint64_t i = 0; i < old && !ret; i++) {
+        ret = cache_word(&im->files[0], old_offset + i * 8, &word);
+        if (!ret)
+            ret = file_pwrite(&im->files[0], &word, 8, (start + blocks) * size + i * 8, &done);
+    }
+    for (uint64_t i = 0; i < blocks && !ret; i++) {
+        word = htobe64((start + i) * size);
+        ret = file_pwrite(&im->files[0], &word, 8, (start + blocks) * size + (old + i) * 8, &done);
+    }
+    if (!ret)
+        ret = cache_reload(&im->files[0], (start + blocks) * size, table * size);
+    if (ret)
+        return ret;
+    w->table_offset = (start + blocks) * size;
+    w->table_entries = table * size / 8;
+    for (uint64_t i = 0; i < blocks + table && !ret; i++)
+        ret = qcow2_set_refcount(im, start + i, 1);
+    if (!ret)
+        ret = qcow2_commit_locked(im);
+    qcow2_put_be64(header, w->table_offset);
+    qcow2_put_be32(header + 8, (uint32_t)table);
+    if (!ret)
+        ret = qcow2_write_header(im, 48, header, sizeof(header));
+    if (ret) {
+        w->table_offset = old_offset;
+        w->table_entries = old;
+        return ret;
+    }
+    qcow2_free_locked(w, old_offset / size, old * 8 / size);
+    return 0;
+}
+
+/* Takes up to `want` free host clusters in a row. -ENOBUFS: the refcount table must grow first. */
+static int qcow2_take_locked(struct image *im, uint64_t want, uint64_t *first, uint64_t *got)
+{
+    struct qcow2 *q = im->state;
+    struct qcow2_writer *w = q->w;
+    uint64_t per = qcow2_per_block(q), block, refcount = 1;
+    int ret = 0;
+
+    for (*got = 0; !ret && !*got; w->hint += !ret && !*got) {
+        if (w->hint >= (uint64_t)INT64_MAX >> q->cluster_bits >> 8)
+            return -EFBIG;
+        if (w->hint / per >= w->table_entries)
+            return -ENOBUFS;
+        ret = qcow2_find_block(im, w->hint, &block);
+        if (!ret && !block)
+            ret = qcow2_make_block(im, w->hint);
+        else if (!ret)
+            ret = qcow2_get_refcount(im, w->hint, &refcount);
+        while (!ret && block && refcount == 0) {
+            ret = qcow2_set_refcount(im, w->hint + *got, 1);
+            ++*got;
+            if (ret || *got == want || (w->hint + *got) % per == 0)
+                break;
+            ret = qcow2_get_refcount(im, w->hint + *got, &refcount);
+        }
+    }
+    if (ret)
+        return ret;
+    *first = w->hint;
+    w->hint += *got;
+    return 0;
+}
+
+/* Each of the clusters is referred to once less, as soon as that is durable. */
+static void qcow2_free_locked(struct qcow2_writer *w, uint64_t first, uint64_t n)
+{
+    struct qcow2_ranges *r = &w->freed;
+
+    if (r->n && r->range[r->n - 1].first + r->range[r->n - 1].n == first)
+        r->range[r->n - 1].n += n;
+    else if (r->n < QCOW2_MAX_FREED)
+        r->range[r->n++] = (struct qcow2_range){ first, n };
+    else
+        msg_serving(0, "%" PRIu64 " clusters leak, which --check --repair gives back", n);
+}
+
+/* What an L2 entry referred to. */
+static void qcow2_free_entry_locked(struct qcow2 *q, uint64_t entry)
+{
+    uint32_t offset_bits = 62 - (q->cluster_bits - 8);
+    uint64_t host = entry & QCOW2_OFFSET, sectors, end;
+
+    if (entry & QCOW2_COMPRESSED) {
+        host = entry & ((1ull << offset_bits) - 1);
+        sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
+        end = host / 512 * 512 + sectors * 512;
+        qcow2_free_locked(q->w, host >> q->cluster_bits, ((end - 1) >> q->cluster_bits) - (host >> q->cluster_bits) + 1);
+    } else if (host && !(q->incompatible & QCOW2_DATA_FILE)) {
+        qcow2_free_locked(q->w, host >> q->cluster_bits, 1);
+    }
+}
+
+/* Gives back what nobody can be using any more: first the host's room, then the cluster itself. */
+static int qcow2_reclaim_locked(struct image *im)
+{
+    struct qcow2 *q = im->state;
+    struct qcow2_writer *w = q->w;
+    uint64_t refcount, hole = 0, hole_end = 0, size = qcow2_cluster(q);
+    int ret = 0;
+
+    if (!w->waiting.n || !pool_grace_over(&w->grace))
+        return 0;
+    for (unsigned i = 0; i < w->waiting.n && !ret; i++)
+        for (uint64_t c = w->waiting.range[i].first; c < w->waiting.range[i].first + w->waiting.range[i].n && !ret; c++) {
+            ret = qcow2_get_refcount(im, c, &refcount);
+            if (ret || refcount == 0)
+                continue;           /* a corruption that --check will find; nothing is taken away here */
+            if (refcount == 1 && c * size != hole_end) {
+                if (hole_end > hole)
+                    (void)file_fallocate(&im->files[0], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, hole, hole_end - hole);
+                hole = c * size;
+            }
+            if (refcount == 1)
+                hole_end = (c + 1) * size;
+            ret = qcow2_set_refcount(im, c, refcount - 1);
+            if (refcount == 1)
+                w->hint = util_min(w->hint, c);
+        }
+    if (hole_end > hole)
+        (void)file_fallocate(&im->files[0], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, hole, hole_end - hole);
+    w->waiting.n = 0;
+    return ret;
+}
+
+/* -- commits -- */
+
+static int qcow2_write_stages(struct image *im, const bool any[CACHE_STAGES])
+{
+    struct qcow2 *q = im->state;
+    int ret = cache_write_frozen(CACHE_REFCOUNTS);
+
+    if (!ret && any[CACHE_REFCOUNT_TABLE])
+        ret = file_sync(&im->files[0]);
+    if (!ret)
+        ret = cache_write_frozen(CACHE_REFCOUNT_TABLE);
+    if (!ret && q->data != &im->files[0])
+        ret = file_sync(q->data);
+    if (!ret)
+        ret = file_sync(&im->files[0]);
+    if (ret || !any[CACHE_MAPPING])
+        return ret;
+    ret = cache_write_frozen(CACHE_MAPPING);
+    return ret ? ret : file_sync(&im->files[0]);
+}
+
+static void qcow2_freeze_locked(struct image *im, bool any[CACHE_STAGES])
+{
+    struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
+    struct qcow2_ranges spare = w->dropped;
+
+    (void)cache_freeze(any);
+    w->dropped = w->freed;          /* the one that is over is empty */
+    w->freed = spare;
+    w->freed.n = 0;
+}
+
+static void qcow2_thaw_locked(struct image *im, bool good)
+{
+    struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
+
+    cache_thaw(good);
+    for (unsigned i = 0; i < w->dropped.n && good; i++) {
+        if (w->waiting.n < QCOW2_MAX_FREED)
+            w->waiting.range[w->waiting.n++] = w->dropped.range[i];
+        else
+            msg_serving(0, "%s: %" PRIu64 " clusters leak, which --check --repair gives back", im->name,
+                        w->dropped.range[i].n);
+    }
+    w->dropped.n = 0;
+    if (good)
+        pool_begin_grace(&w->grace);
+}
+
+/* With both locks held: nothing changes meanwhile. */
+static int qcow2_commit_locked(struct image *im)
+{
+    bool any[CACHE_STAGES];
+    int ret;
+
+    qcow2_freeze_locked(im, any);
+    ret = qcow2_write_stages(im, any);
+    qcow2_thaw_locked(im, !ret);
+    return ret;
+}
+
+/*
+ * In the end: gives back what can be, and cuts off what the file was made longer in advance. (A block device stays.)
+ */
+static int qcow2_end_locked(struct image *im)
+{
+    struct qcow2 *q = im->state;
+    uint64_t end = q->w->top;
+    int ret = qcow2_reclaim_locked(im);
+
+    if (!ret)
+        ret = qcow2_commit_locked(im);
+    if (!ret && !im->files[0].is_blk && end < im->files[0].size)
+        ret = file_truncate(&im->files[0], end);
+    return ret;
+}
+
+/*
+ * Everything whose write has returned before becomes durable. While the barriers are waited for, others go on
+ * changing tables; and of several who wait for their turn, one commit does for all.
+ */
+static int qcow2_sync(struct image *im, bool last)
+{
+    struct qcow2 *q = im->state;
+    struct qcow2_writer *w = q->w;
+    bool any[CACHE_STAGES];
+    uint64_t before;
+    int ret;
+
+    pthread_mutex_lock(&w->lock);
+    before = w->commits;
+    pthread_mutex_unlock(&w->lock);
+    pool_block();
+    pthread_mutex_lock(&w->commit_lock);
+    pool_unblock();
+    pthread_mutex_lock(&w->lock);
+    if (w->commits > before && !last) {     /* one was begun after we came, and is over */
+        ret = w->result;
+        pthread_mutex_unlock(&w->lock);
+        pthread_mutex_unlock(&w->commit_lock);
+        return ret;
+    }
+    w->commits++;
+    ret = qcow2_reclaim_locked(im);
+    qcow2_freeze_locked(im, any);
+    pthread_mutex_unlock(&w->lock);
+    if (!ret)
+        ret = qcow2_write_stages(im, any);
+    pthread_mutex_lock(&w->lock);
+    qcow2_thaw_locked(im, !ret);
+    if (last && !ret)
+        ret = qcow2_end_locked(im);
+    w->result = ret;
+    pthread_mutex_unlock(&w->lock);
+    pthread_mutex_unlock(&w->commit_lock);
+    return ret;
+}
+
+/* -- L2 tables -- */
+
+/* The L2 table for a guest offset, ours alone. */
+static int qcow2_own_l2_locked(struct image *im, uint64_t offset, uint64_t *l2)
+{
+    struct qcow2 *q = im->state;
+    uint64_t l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8, entry, first, got, old, word, done;
+    int ret = cache_be64(&im->files[0], l1, &entry);
+
+    old = entry & QCOW2_OFFSET;
+    if (ret || entry & QCOW2_L1_RESERVED || old % qcow2_cluster(q) || old >= im->files[0].size)
+        return -EIO;
+    *l2 = old;
+    if (old && (entry & QCOW2_COPIED))
+        return 0;
+    ret = qcow2_take_locked(im, 1, &first, &got);
+    if (!ret)
+        ret = qcow2_clear_cluster(im, first);
+    *l2 = first << q->cluster_bits;
+    for (uint64_t i = 0; i < qcow2_cluster(q) && old && !ret; i += 8) {
+        ret = cache_word(&im->files[0], old + i, &word);
+        if (!ret && word)
+            ret = file_pwrite(&im->files[0], &word, 8, *l2 + i, &done);
+    }
+    if (!ret && old)
+        ret = cache_reload(&im->files[0], *l2, qcow2_cluster(q));
+    if (!ret)
+        ret = qcow2_store_be64(im, l1, *l2 | QCOW2_COPIED, CACHE_MAPPING);
+    if (!ret && old)
+        qcow2_free_locked(q->w, old >> q->cluster_bits, 1);
+    return ret;
+}
+
+static int qcow2_store_entry(struct image *im, uint64_t at, uint64_t entry, uint64_t bitmap)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t words[2] = { htobe64(entry), htobe64(bitmap) };
+
+    return cache_store(&im->files[0], at, words, q->subclusters ? 2 : 1, CACHE_MAPPING);
+}
+
+/* -- writing -- */
+
+/* Where a piece of a write goes. */
+struct qcow2_plan {
+    uint64_t guest, n;              /* its first cluster, how many; 0: it is ours already */
+    uint64_t host;                  /* in q->data */
+    uint64_t at;                    /* of the first cluster's L2 entry */
+    uint64_t old, old_bitmap;       /* what that says until now */
+    bool moved;                     /* the host clusters were not used for this before ... */
+    bool fresh;                     /* ... and read as zeros */
+};
+
+static bool qcow2_is_empty(const struct qcow2 *q, uint64_t entry, uint64_t bitmap)
+{
+    return q->subclusters ? !entry && !(bitmap & UINT32_MAX) : !(entry & ~1ull);
+}
+
+/* Bits of the cells (subclusters, or the one cluster) of cluster `guest` that [from, to) touches. */
+static uint64_t qcow2_cells(const struct qcow2 *q, uint64_t guest, uint64_t from, uint64_t to)
+{
+    uint64_t cell = qcow2_cluster(q) / QCOW2_SUBCLUSTERS, end = guest + qcow2_cluster(q), mask = 0;
+
+    if (!q->subclusters)
+        return 1;
+    for (unsigned i = 0; i < QCOW2_SUBCLUSTERS; i++, guest += cell)
+        if (from < guest + cell && to > guest && guest < end)
+            mask |= 1ull << i;
+    return mask;
+}
+
+static bool qcow2_is_busy(const struct qcow2_writer *w, uint64_t first, uint64_t n)
+{
+    for (unsigned i = 0; i < w->n_busy; i++)
+        if (first < w->busy[i].first + w->busy[i].n && w->busy[i].first < first + n)
+            return true;
+    return false;
+}
+
+static void qcow2_end_busy_locked(struct qcow2_writer *w, uint64_t first)
+{
+    for (unsigned i = 0; i < w->n_busy; i++)
+        if (w->busy[i].first == first) {
+            w->busy[i] = w->busy[--w->n_busy];
+            break;
+        }
+    pthread_cond_broadcast(&w->idle);
+}
+
+/* Damaged entries are not written over: what they meant is unknown. */
+static int qcow2_check_old(struct image *im, const struct qcow2_plan *p)
+{
+    const struct qcow2 *q = im->state;
+    struct extent ext;
+
+    for (uint64_t at = 0; at < qcow2_cluster(q); at += ext.length) {
+        qcow2_map_entry(im, q, p->old, p->old_bitmap, at, qcow2_cluster(q) - at, &ext);
+        if (ext.kind == EXT_BAD)
+            return msg_serving(-EIO, "%s: cannot write at %" PRIu64 ": %s", im->name, p->guest + at, ext.why);
+    }
+    return 0;
+}
+
+/* Takes room for the plan's clusters, as many as there are in a row. */
+static int qcow2_place_locked(struct image *im, struct qcow2_plan *p, uint64_t most)
+{
+    struct qcow2 *q = im->state;
+    struct qcow2_writer *w = q->w;
+    uint64_t first;
+    int ret;
+
+    p->moved = true;
+    if (q->incompatible & QCOW2_DATA_FILE) {        /* there guest and host offsets are the same */
+        p->n = most;
+        p->host = p->guest;
+        return qcow2_reserve(im, q->data, p->host + p->n * qcow2_cluster(q));
+    }
+    ret = qcow2_take_locked(im, most, &first, &p->n);
+    if (ret)
+        return ret;
+    p->host = first << q->cluster_bits;
+    p->fresh = p->host >= w->top && !q->data->is_blk;
+    ret = qcow2_reserve(im, q->data, p->host + p->n * qcow2_cluster(q));
+    if (ret)
+        qcow2_free_locked(w, first, p->n);
+    else if (p->host + p->n * qcow2_cluster(q) > w->top)
+        w->top = p->host + p->n * qcow2_cluster(q);
+    return ret;
+}
+
+/* What is to be done for the front of [offset, offset + len). */
+static int qcow2_plan_locked(struct image *im, uint64_t len, uint64_t offset, struct qcow2_plan *p)
+{
+    struct qcow2 *q = im->state;
+    uint64_t size = qcow2_cluster(q), index = offset >> q->cluster_bits & ((1ull << q->l2_bits) - 1), l2, entry, bitmap;
+    uint64_t most = ((offset + len - 1) >> q->cluster_bits) - (offset >> q->cluster_bits) + 1, n = 1;
+    uint64_t limit = QCOW2_MAX_RUN > size ? QCOW2_MAX_RUN / size : 1;
+    int ret = qcow2_own_l2_locked(im, offset, &l2);
+
+    if (ret)
+        return ret;
+    most = util_min(util_min(most, limit), (1ull << q->l2_bits) - index);
+    *p = (struct qcow2_plan){ .guest = offset & ~(size - 1), .at = l2 + index * q->entry_size };
+    ret = qcow2_read_entry(im, q, p->at, &p->old, &p->old_bitmap);
+    if (!ret)
+        ret = qcow2_check_old(im, p);
+    if (ret)
+        return ret;
+    if ((p->old & QCOW2_COPIED) && !(p->old & QCOW2_COMPRESSED) && qcow2_allocated(q, p->old)) {
+        uint64_t touched = qcow2_cells(q, p->guest, offset, offset + len);
+        p->host = p->old & QCOW2_OFFSET;
+        p->n = q->subclusters ? (p->old_bitmap & touched) != touched : p->old & 1;
+        return 0;
+    }
+    if (!qcow2_is_empty(q, p->old, p->old_bitmap))
+        most = 1;
+    for (; n < most; n++)
+        if (qcow2_read_entry(im, q, p->at + n * q->entry_size, &entry, &bitmap) || !qcow2_is_empty(q, entry, bitmap) ||
+            qcow2_is_busy(q->w, (offset >> q->cluster_bits) + n, 1))
+            break;
+    return qcow2_place_locked(im, p, n);
+}
+
+/* What the guest sees at [at, at + len) until now; zeros past its end. */
+static int qcow2_read_old(struct image *im, uint8_t *buf, uint64_t len, uint64_t at)
+{
+    uint64_t done, inside = at < im->size ? util_min(len, im->size - at) : 0;
+
+    memset(buf + inside, 0, len - inside);
+    return inside ? img_read(im, buf, inside, at, &done) : 0;
+}
+
+static bool qcow2_old_is_zero(struct image *im, uint64_t at, uint64_t end)
+{
+    struct extent ext;
+
+    for (end = util_min(end, im->size); at < end; at += ext.length)
+        if (img_map(im, at, end - at, false, &ext) || ext.kind != EXT_ZERO)
+            return false;
+    return true;
+}
+
+/* Copies [from, to) of the guest's disk, in one cluster, to the plan's place. */
+static int qcow2_copy_old(struct image *im, const struct qcow2_plan *p, uint64_t from, uint64_t to)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t done;
+    int ret;
+
+    if (from >= to || (p->fresh && qcow2_old_is_zero(im, from, to)))
+        return 0;
+    ret = qcow2_read_old(im, qcow2_scratch, to - from, from);
+    return ret ? ret : file_pwrite(q->data, qcow2_scratch, to - from, p->host + from - p->guest, &done);
+}
+
+/* The data, and around it what was there before, up to whole cells. */
+static int qcow2_write_data(struct image *im, const struct qcow2_plan *p, const uint8_t *buf, uint64_t len,
+                            uint64_t offset)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t cell = q->subclusters ? qcow2_cluster(q) / QCOW2_SUBCLUSTERS : qcow2_cluster(q), done;
+    uint64_t from = offset & ~(cell - 1), to = (offset + len + cell - 1) & ~(cell - 1), kept = 0;
+    int ret = 0;
+
+    if (!qcow2_scratch)
+        qcow2_scratch = malloc(MAX_CLUSTER);
+    if (!qcow2_scratch)
+        return -ENOMEM;
+    if (p->moved && q->subclusters)
+        kept = p->old & QCOW2_COMPRESSED ? UINT32_MAX : p->old_bitmap & UINT32_MAX;
+    kept &= ~qcow2_cells(q, p->guest, offset, offset + len);
+    for (unsigned i = 0; kept && i < QCOW2_SUBCLUSTERS && !ret; i++)
+        if (kept >> i & 1)
+            ret = qcow2_copy_old(im, p, p->guest + i * cell, p->guest + (i + 1) * cell);
+    if (ret)
+        return ret;
+    if (to - from == cell && (from < offset || to > offset + len) && !(p->fresh && qcow2_old_is_zero(im, from, to))) {
+        ret = qcow2_read_old(im, qcow2_scratch, cell, from);
+        memcpy(qcow2_scratch + (offset - from), buf, len);
+        return ret ? ret : file_pwrite(q->data, qcow2_scratch, cell, p->host + from - p->guest, &done);
+    }
+    ret = qcow2_copy_old(im, p, from, offset);
+    if (!ret)
+        ret = qcow2_copy_old(im, p, offset + len, to);
+    return ret ? ret : file_pwrite(q->data, buf, len, p->host + offset - p->guest, &done);
+}
+
+/* The L2 entries say so. */
+static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint64_t len, uint64_t offset)
+{
+    struct qcow2 *q = im->state;
+    uint64_t entry, bitmap, mask;
+    int ret = 0;
+
+    for (uint64_t i = 0; i < p->n && !ret; i++) {
+        ret = qcow2_read_entry(im, q, p->at + i * q->entry_size, &entry, &bitmap);
+        mask = qcow2_cells(q, p->guest + i * qcow2_cluster(q), offset, offset + len);
+        if (i == 0 && (entry & QCOW2_COMPRESSED))
+            mask = UINT32_MAX;
+        bitmap = (bitmap | mask) & ~(mask << 32);
+        if (!ret)
+            ret = qcow2_store_entry(im, p->at + i * q->entry_size, (p->host + i * qcow2_cluster(q)) | QCOW2_COPIED, bitmap);
+    }
+    if (!ret && p->moved)
+        qcow2_free_entry_locked(q, p->old);
+    return ret;
+}
+
+/* Too much has changed in memory, or the refcount table is full: with a commit, or a longer table, it goes on. */
+static int qcow2_make_way(struct image *im, bool grow)
+{
+    struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
+    int ret;
+
+    if (!grow)
+        return qcow2_sync(im, false);
+    pool_block();
+    pthread_mutex_lock(&w->commit_lock);
+    pool_unblock();
+    pthread_mutex_lock(&w->lock);
+    ret = w->hint / qcow2_per_block(im->state) >= w->table_entries ? qcow2_grow_table(im) : 0;
+    pthread_mutex_unlock(&w->lock);
+    pthread_mutex_unlock(&w->commit_lock);
+    return ret;
+}
+
+static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    struct qcow2 *q = im->state;
+    struct qcow2_writer *w = q->w;
+    uint64_t first = offset >> q->cluster_bits;
+    struct qcow2_plan p;
+    int ret = 0, r;
+
+    *done = 0;
+    if (cache.n_dirty > QCOW2_MAX_DIRTY || w->freed.n > QCOW2_MAX_FREED / 2)
+        ret = qcow2_make_way(im, false);
+    if (ret)
+        return ret;
+    pthread_mutex_lock(&w->lock);
+    while (qcow2_is_busy(w, first, 1))
+        pthread_cond_wait(&w->idle, &w->lock);
+    ret = qcow2_plan_locked(im, len, offset, &p);
+    if (!ret && p.n)
+        w->busy[w->n_busy++] = (struct qcow2_range){ first, p.n };
+    pthread_mutex_unlock(&w->lock);
+    if (ret == -ENOBUFS)
+        return qcow2_make_way(im, true);
+    if (ret || !p.n)
+        return ret;
+
+    len = util_min(len, p.guest + p.n * qcow2_cluster(q) - offset);
+    ret = qcow2_write_data(im, &p, buf, len, offset);
+    pthread_mutex_lock(&w->lock);
+    r = ret ? ret : qcow2_link_locked(im, &p, len, offset);
+    if (ret && p.moved && q->data == &im->files[0])
+        qcow2_free_locked(w, p.host >> q->cluster_bits, p.n);
+    qcow2_end_busy_locked(w, first);
+    pthread_mutex_unlock(&w->lock);
+    *done = r ? 0 : len;
+    return r;
+}
+
+/* -- zeros -- */
+
+/* One whole cluster reads as zeros from now on. -EOPNOTSUPP: its zeros must be written. */
+static int qcow2_zero_cluster_locked(struct image *im, uint64_t at, uint64_t guest)
+{
+    struct qcow2 *q = im->state;
+    bool backed = qcow2_hole(im) == EXT_BACKING;
+    struct qcow2_plan p = { .guest = guest };
+    uint64_t entry = 0, bitmap = 0;
+    int ret = qcow2_read_entry(im, q, at, &p.old, &p.old_bitmap);
+
+    if (!ret)
+        ret = qcow2_check_old(im, &p);
+    if (ret)
+        return ret;
+    if ((q->incompatible & QCOW2_DATA_FILE) && qcow2_allocated(q, p.old))
+        return -EOPNOTSUPP;
+    if (backed && q->v2)
+        return -EOPNOTSUPP;
+    if (backed && q->subclusters)
+        bitmap = (uint64_t)UINT32_MAX << 32;
+    else if (backed)
+        entry = 1;
+    if (p.old == entry && p.old_bitmap == bitmap)
+        return 0;
+    ret = qcow2_store_entry(im, at, entry, bitmap);
+    if (!ret)
+        qcow2_free_entry_locked(q, p.old);
+    return ret;
+}
+
+/* Whole clusters of one L2 table. */
+static int qcow2_zero_locked(struct image *im, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    struct qcow2 *q = im->state;
+    uint64_t size = qcow2_cluster(q), entry, l2;
+    int ret = cache_be64(&im->files[0], q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8, &entry);
+
+    if (!ret && !(entry & QCOW2_OFFSET) && qcow2_hole(im) == EXT_ZERO) {
+        *done = len;
+        return 0;
+    }
+    if (!ret)
+        ret = qcow2_own_l2_locked(im, offset, &l2);
+    for (*done = 0; !ret && *done < len; *done += size) {
+        if (qcow2_is_busy(q->w, (offset + *done) >> q->cluster_bits, 1)) {
+            if (*done)
+                return 0;
+            pthread_cond_wait(&q->w->idle, &q->w->lock);
+            return 0;
+        }
+        ret = qcow2_zero_cluster_locked(
+            im, l2 + ((offset + *done) >> q->cluster_bits & ((1ull << q->l2_bits) - 1)) * q->entry_size, offset + *done);
+        if (ret == -EOPNOTSUPP && *done)
+            return 0;               /* that one comes again by itself */
+        if (ret == -EOPNOTSUPP)
+            *done = size;
+        if (ret)
+            return ret;
+    }
+    return ret;
+}
+
+static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    struct qcow2 *q = im->state;
+    uint64_t size = qcow2_cluster(q), table = 1ull << (q->cluster_bits + q->l2_bits), left = size - (offset & (size - 1));
+    uint64_t end = (im->size + size - 1) & ~(size - 1);
+    int ret = 0;
+
+    *done = util_min(len, left);
+    if (offset + len >= im->size && offset < end)
+        len = end - offset;         /* behind the end of the disk there is nothing to keep */
+    if (offset & (size - 1) || len < size)
+        return qcow2_old_is_zero(im, offset, offset + *done) ? 0 : -EOPNOTSUPP;
+    len = util_min(len & ~(size - 1), table - (offset & (table - 1)));
+    if (cache.n_dirty > QCOW2_MAX_DIRTY || q->w->freed.n > QCOW2_MAX_FREED / 2)
+        ret = qcow2_make_way(im, false);
+    if (ret)
+        return ret;
+    pthread_mutex_lock(&q->w->lock);
+    ret = qcow2_zero_locked(im, len, offset, done);
+    pthread_mutex_unlock(&q->w->lock);
+    if (ret == -ENOBUFS) {
+        *done = 0;
+        return qcow2_make_way(im, true);
+    }
+    return ret;
+}
+
+/* -- opening for writing, changing the size -- */
+
+/* Damaged refcounts would give away clusters that are in use. So they are counted before anything is written. */
+static int qcow2_repair(struct image *im, struct check *c);
+
+static int qcow2_count_before_writing(struct image *im, bool *sound)
+{
+    struct qcow2 *q = im->state;
+    struct check c = { .corruption_lines = OUT_FINDINGS, .leak_lines = OUT_FINDINGS };   /* no lines, only counts */
+    int ret = 0;
+
+    *sound = !(q->incompatible & QCOW2_CORRUPT);
+    if (*sound && (q->incompatible & QCOW2_DIRTY)) {
+        msg_say(MSG_NOTE, "%s: was not closed properly: its refcounts are rebuilt before anything is written", im->name);
+        ret = qcow2_repair(im, &c);
+        memset(&c, 0, sizeof(c));
+        c.corruption_lines = c.leak_lines = OUT_FINDINGS;
+    }
+    if (!ret && *sound)
+        ret = qcow2_check(im, &c);
+    if (!ret && (c.corruptions || c.errors)) {
+        *sound = false;
+        msg_say(MSG_ERROR, "%s: is corrupt (%" PRIu64 " findings): served read-only; --check lists them, --check --repair "
+                "mends what can be mended", im->name, c.corruptions + c.errors);
+    } else if (!ret && !*sound) {
+        msg_say(MSG_ERROR, "%s: is marked corrupt: served read-only; --check says why, --check --repair mends what can be "
+                "mended", im->name);
+    }
+    return ret;
+}
+
+/* Feature bits of version 3; this also tells every other program. */
+static int qcow2_set_features(struct image *im, uint64_t incompatible, uint64_t autoclear)
+{
+    struct qcow2 *q = im->state;
+    uint8_t bits[24];
+
+    if (q->v2 || (q->incompatible == incompatible && q->autoclear == autoclear))
+        return 0;
+    qcow2_put_be64(bits, incompatible);
+    qcow2_put_be64(bits + 8, q->compatible);
+    qcow2_put_be64(bits + 16, autoclear);
+    q->incompatible = incompatible;
+    q->autoclear = autoclear;
+    return qcow2_write_header(im, 72, bits, sizeof(bits));
+}
+
+static int qcow2_start_writer(struct image *im)
+{
+    struct qcow2 *q = im->state;
+    struct qcow2_writer *w = q->w = util_fault("qcow2 writer") ? NULL : calloc(1, sizeof(*w));
+    uint8_t h[QCOW2_HEADER_V2];
+    uint64_t done;
+    int ret;
+
+    if (!w)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    pthread_mutex_init(&w->lock, NULL);
+    pthread_mutex_init(&w->commit_lock, NULL);
+    pthread_cond_init(&w->idle, NULL);
+    w->freed.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
+    w->dropped.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
+    w->waiting.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
+    if (!w->freed.range || !w->dropped.range || !w->waiting.range)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = file_pread(&im->files[0], h, sizeof(h), 0, &done);
+    w->table_offset = util_be64(h + 48);
+    w->table_entries = (uint64_t)util_be32(h + 56) << q->cluster_bits >> 3;
+    w->top = (im->files[0].size + qcow2_cluster(q) - 1) & ~(qcow2_cluster(q) - 1);
+    if (!ret && (w->table_offset % qcow2_cluster(q) || !w->table_entries || w->table_offset >= im->files[0].size))
+        ret = qcow2_bad(im, "the place of the refcount table", w->table_offset);
+    return ret;
+}
+
+static void qcow2_stop_writer(struct qcow2 *q)
+{
+    if (!q->w)
+        return;
+    free(q->w->freed.range);
+    free(q->w->dropped.range);
+    free(q->w->waiting.range);
+    pthread_mutex_destroy(&q->w->lock);
+    pthread_mutex_destroy(&q->w->commit_lock);
+    pthread_cond_destroy(&q->w->idle);
+    free(q->w);
+    q->w = NULL;
+}
+
+/* Of the features that others keep in step with the data (bitmaps), we know only raw external data. */
+static int qcow2_begin_writing(struct image *im)
+{
+    struct qcow2 *q = im->state;
+    bool sound = true;
+    int ret;
+
+    if (im->depth == 0 && im->opt->snapshot)
+        return msg_err(-EROFS, "%s: a snapshot is not written; --overlay or --temporary takes the changes", im->name);
+    ret = qcow2_count_before_writing(im, &sound);
+    if (!ret && !sound) {
+        ret = qcow2_set_features(im, q->incompatible | QCOW2_CORRUPT, q->autoclear);
+        im->writable = false;
+    } else if (!ret) {
+        ret = qcow2_start_writer(im);
+        if (!ret)
+            ret = qcow2_set_features(im, q->incompatible, q->autoclear & QCOW2_RAW_DATA);
+    }
+    return ret;
+}
+
+/*
+ * Free clusters in a row, behind all that is used, with the refcount blocks that they need behind them: for an L1
+ * table, which may be longer than what one block covers.
+ */
+static int qcow2_take_row_locked(struct image *im, uint64_t n, uint64_t *first)
+{
+    struct qcow2 *q = im->state;
+    struct qcow2_writer *w = q->w;
+    uint64_t per = qcow2_per_block(q), start = w->top >> q->cluster_bits, block, at;
+    int ret = 0;
+
+    at = start + n;
+    for (uint64_t c = start; c < at && !ret; c += per - c % per) {
+        if ((at + 1) / per >= w->table_entries)
+            return -ENOBUFS;
+        ret = qcow2_find_block(im, c, &block);
+        if (ret || block)
+            continue;
+        ret = qcow2_clear_cluster(im, at);
+        if (!ret)
+            ret = qcow2_store_be64(im, w->table_offset + c / per * 8, at << q->cluster_bits, CACHE_REFCOUNT_TABLE);
+        at++;
+    }
+    for (uint64_t c = start; c < at && !ret; c++)
+        ret = qcow2_set_refcount(im, c, 1);
+    if (!ret)
+        ret = qcow2_reserve(im, &im->files[0], at << q->cluster_bits);
+    if (at << q->cluster_bits > w->top)
+        w->top = at << q->cluster_bits;
+    *first = start;
+    return ret;
+}
+
+/* The L1 table gets at least `entries` entries: a longer one elsewhere, then the header says so. */
+static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
+{
+    struct qcow2 *q = im->state;
+    uint64_t size = qcow2_cluster(q), n, first, word, done, old = q->l1_entries, old_offset = q->l1_offset;
+    uint8_t header[12];
+    int ret = 0;
+
+    if (entries <= old)
+        return 0;
+    n = (entries * 8 + size - 1) / size;
+    entries = n * size / 8;
+    if (entries > QCOW2_MAX_L1 / 8)
+        return -EFBIG;
+    do {
+        if (ret == -ENOBUFS)
+            ret = qcow2_grow_table(im);
+        if (!ret)
+            ret = qcow2_take_row_locked(im, n, &first);
+    } while (ret == -ENOBUFS);
+    if (!ret)
+        ret = file_write_zeros(&im->files[0], first * size, n * size);
+    for (uint64_t i = 0; i < old && !ret; i++) {
+        ret = cache_word(&im->files[0], old_offset + i * 8, &word);
+        if (!ret && word)
+            ret = file_pwrite(&im->files[0], &word, 8, first * size + i * 8, &done);
+    }
+    if (!ret)
+        ret = cache_reload(&im->files[0], first * size, n * size);
+    if (!ret)
+        ret = qcow2_commit_locked(im);
+    qcow2_put_be32(header, (uint32_t)entries);
+    qcow2_put_be64(header + 4, first * size);
+    if (!ret)
+        ret = qcow2_write_header(im, 36, header, sizeof(header));
+    if (ret)
+        return ret;
+    q->l1_offset = first * size;
+    q->l1_entries = entries;
+    if (old)
+        qcow2_free_locked(q->w, old_offset / size, (old * 8 + size - 1) / size);
+    return 0;
+}
+
+static int qcow2_write_size(struct image *im, uint64_t size)
+{
+    uint8_t bytes[8];
+
+    qcow2_put_be64(bytes, size);
+    return qcow2_write_header(im, 24, bytes, sizeof(bytes));
+}
+
+/* What a longer backing file has there must not appear; what was cut off must not come back. */
+static int qcow2_resize(struct image *im, uint64_t size)
+{
+    struct qcow2 *q = im->state;
+    uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits, old = im->size, done;
+    int ret = 0;
+
+    if (!q->w || q->n_snapshots)
+        return -EOPNOTSUPP;         /* QEMU does not either, in images of version 2 */
+    pthread_mutex_lock(&q->w->commit_lock);
+    pthread_mutex_lock(&q->w->lock);
+    if (size > old)
+        ret = qcow2_grow_l1_locked(im, ((size - 1) >> covers) + 1);
+    pthread_mutex_unlock(&q->w->lock);
+    pthread_mutex_unlock(&q->w->commit_lock);
+    if (ret)
+        return ret;
+    if (size > old) {
+        im->size = size;
+        if (im->backing && im->backing->size > old)
+            ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, util_min(size, im->backing->size) - old, old, &done);
+        im->size = old;
+    } else {
+        ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, old - size, size, &done);
+    }
+    if (!ret)
+        ret = qcow2_sync(im, false);
+    if (!ret)
+        ret = qcow2_write_size(im, size);
+    if (!ret)
+        q->size = size;
+    return ret;
+}
+
+/* -- repairing -- */
+
+/* Whose COPIED does not say what its refcount is. */
+static int qcow2_mend_copied(struct image *im, uint64_t at, uint64_t entry, uint64_t bitmap, bool has_bitmap)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t refcount = 1, words[2], host = entry & QCOW2_OFFSET;
+
+    if (!host || (host % qcow2_cluster(q)) || (has_bitmap && (q->incompatible & QCOW2_DATA_FILE)) ||
+        qcow2_get_refcount(im, host >> q->cluster_bits, &refcount) || (refcount == 1) == !!(entry & QCOW2_COPIED))
+        return 0;
+    words[0] = htobe64(entry ^ QCOW2_COPIED);
+    words[1] = htobe64(bitmap);
+    return cache_store(&im->files[0], at, words, has_bitmap && q->subclusters ? 2 : 1, CACHE_MAPPING);
+}
+
+static int qcow2_mend_l2(struct image *im, uint64_t l2)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t entry, bitmap;
+    int ret = 0;
+
+    for (uint64_t i = 0; i < 1ull << q->l2_bits && !ret; i++) {
+        ret = qcow2_read_entry(im, q, l2 + i * q->entry_size, &entry, &bitmap);
+        if (!ret && (entry & QCOW2_COMPRESSED) && (entry & QCOW2_COPIED)) {
+            ret = qcow2_store_entry(im, l2 + i * q->entry_size, entry & ~QCOW2_COPIED, bitmap);
+        } else if (!ret && !(entry & QCOW2_COMPRESSED)) {
+            ret = qcow2_mend_copied(im, l2 + i * q->entry_size, entry, bitmap, true);
+        }
+        if (!ret && cache.n_dirty > QCOW2_MAX_DIRTY)
+            ret = qcow2_commit_locked(im);
+    }
+    return ret;
+}
+
+static int qcow2_mend_flags(struct image *im)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t entry, l2;
+    int ret = 0;
+
+    for (uint64_t i = 0; i < q->l1_entries && !ret; i++) {
+        ret = cache_be64(&im->files[0], q->l1_offset + i * 8, &entry);
+        l2 = entry & QCOW2_OFFSET;
+        if (ret || !l2 || l2 % qcow2_cluster(q) || l2 >= im->files[0].size || qcow2_cluster(q) > im->files[0].size - l2)
+            continue;
+        ret = qcow2_mend_copied(im, q->l1_offset + i * 8, entry, 0, false);
+        if (!ret)
+            ret = qcow2_mend_l2(im, l2);
+    }
+    return ret;
+}
+
+/*
+ * Refcounts as they were counted: in place where there are blocks. Where one is missing or cannot be used, a whole
+ * new table with all its blocks goes behind the file's end, and the header says so.
+ */
+static int qcow2_mend_in_place(struct qcow2_check *k, uint64_t *changed)
+{
+    struct image *im = k->im;
+    uint64_t stored, block;
+    int ret = 0;
+
+    for (uint64_t i = 0; i < k->n_clusters && !ret; i++) {
+        ret = qcow2_find_block(im, i, &block);
+        if (ret || (!block && qcow2_counted(k, i)) || (block && qcow2_counted(k, block >> k->q->cluster_bits) != 1))
+            return -ESTALE;
+        if (!block)
+            continue;
+        ret = qcow2_get_refcount(im, i, &stored);
+        if (ret || stored == qcow2_counted(k, i))
+            continue;
+        ret = qcow2_set_refcount(im, i, qcow2_counted(k, i));
+        ++*changed;
+        if (!ret && cache.n_dirty > QCOW2_MAX_DIRTY)
+            ret = qcow2_commit_locked(im);
+    }
+    return ret;
+}
+
+static int qcow2_write_block(struct qcow2_check *k, uint64_t number, uint64_t at, uint64_t end)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t per = qcow2_per_block(q), size = qcow2_cluster(q), done, mask, place, word, value;
+    uint8_t *block = calloc(1, size);
+    unsigned shift;
+    int ret;
+
+    if (!block)
+        return -ENOMEM;
+    for (uint64_t c = number * per; c < (number + 1) * per && c < end; c++) {
+        value = c < k->n_clusters ? qcow2_counted(k, c) : 1;
+        place = qcow2_refcount_place(q, c, &shift, &mask);
+        word = util_be64(block + place) | (value & mask) << shift;
+        qcow2_put_be64(block + place, word);
+    }
+    ret = file_pwrite(&k->im->files[0], block, size, at, &done);
+    free(block);
+    return ret;
+}
+
+static int qcow2_rebuild(struct qcow2_check *k)
+{
+    const struct qcow2 *q = k->q;
+    struct qcow2_writer *w = q->w;
+    struct image *im = k->im;
+    uint64_t size = qcow2_cluster(q), per = qcow2_per_block(q), blocks = 1, table = 1, start = k->n_clusters, end, done;
+    uint8_t entry[8], header[12];
+    int ret;
+
+    for (end = 0; end != start + blocks + table;) {
+        end = start + blocks + table;
+        blocks = (end + per - 1) / per;
+        table = (blocks * 8 + size - 1) / size;
+    }
+    if (table * size > QCOW2_MAX_REFCOUNT_TABLE)
+        return -EFBIG;
+    ret = file_grow(&im->files[0], end * size);
+    if (!ret)
+        ret = file_write_zeros(&im->files[0], (start + blocks) * size, table * size);
+    for (uint64_t i = 0; i < blocks && !ret; i++) {
+        ret = qcow2_write_block(k, i, (start + i) * size, end);
+        qcow2_put_be64(entry, (start + i) * size);
+        if (!ret)
+            ret = file_pwrite(&im->files[0], entry, 8, (start + blocks) * size + i * 8, &done);
+    }
+    if (!ret)
+        ret = file_sync(&im->files[0]);
+    qcow2_put_be64(header, (start + blocks) * size);
+    qcow2_put_be32(header + 8, (uint32_t)table);
+    if (!ret)
+        ret = qcow2_write_header(im, 48, header, sizeof(header));
+    if (!ret)
+        ret = cache_reload(&im->files[0], start * size, (blocks + table) * size);
+    w->table_offset = (start + blocks) * size;
+    w->table_entries = table * size / 8;
+    w->top = end * size;
+    return ret;
+}
+
+/* With im opened for it, and nobody else. c: what was found; k->counts: how often every cluster is used. */
+static int qcow2_mend(struct qcow2_check *k)
+{
+    struct image *im = k->im;
+    struct qcow2 *q = im->state;
+    uint64_t changed = 0;
+    int ret = qcow2_start_writer(im);
+
+    q->w->hint = 0;
+    if (ret && q->w->freed.range) {
+        q->w->table_entries = 0;    /* the place of the table is damaged: a new one is made */
+        ret = -ESTALE;
+    }
+    if (!ret)
+        ret = qcow2_mend_in_place(k, &changed);
+    if (!ret)
+        ret = qcow2_commit_locked(im);
+    if (ret == -ESTALE) {
+        cache_thaw(true);
+        ret = qcow2_rebuild(k);
+        if (!ret)
+            msg_say(MSG_NOTE, "%s: all refcounts were rebuilt", im->name);
+    } else if (!ret && changed) {
+        msg_say(MSG_NOTE, "%s: %" PRIu64 " refcounts were set right", im->name, changed);
+    }
+    if (!ret)
+        ret = qcow2_mend_flags(im);
+    if (!ret)
+        ret = qcow2_commit_locked(im);
+    if (!ret)
+        ret = qcow2_set_features(im, q->incompatible & ~(uint64_t)(QCOW2_DIRTY | QCOW2_CORRUPT), q->autoclear);
+    qcow2_stop_writer(q);
+    return ret;
+}
+
+static int qcow2_repair(struct image *im, struct check *c)
+{
+    return qcow2_count_all(im, c, qcow2_mend);
+}
+
+/* -- making overlays -- */
+
+/* A new image over `backing`, in an empty file: header, refcount table, one block, L1 table. */
+static int qcow2_create(struct file *f, uint64_t size, const char *backing, const char *backing_format)
+{
+    enum { BITS = 16, CLUSTER = 1 << BITS, PER = CLUSTER / 2 };
+    uint64_t l1 = size ? ((size - 1) >> (BITS + 13)) + 1 : 1, n = 3 + (l1 * 8 + CLUSTER - 1) / CLUSTER, done;
+    size_t name = strlen(backing), format = strlen(backing_format);
+    uint8_t *h = calloc(3, CLUSTER);
+    int ret = 0;
+
+    if (!h)
+        return -ENOMEM;
+    if (l1 * 8 > QCOW2_MAX_L1 || name > QCOW2_MAX_NAME || format > 31 || n > PER)
+        ret = -EFBIG;
+    qcow2_put_be32(h, QCOW2_MAGIC);
+    qcow2_put_be32(h + 4, 3);
+    qcow2_put_be32(h + 20, BITS);
+    qcow2_put_be64(h + 24, size);
+    qcow2_put_be32(h + 36, (uint32_t)l1);
+    qcow2_put_be64(h + 40, 3 * CLUSTER);
+    qcow2_put_be64(h + 48, CLUSTER);
+    qcow2_put_be32(h + 56, 1);
+    qcow2_put_be32(h + 96, 4);
+    qcow2_put_be32(h + 100, QCOW2_HEADER_V3);
+    qcow2_put_be32(h + 104, QCOW2_EXT_BACKING_FORMAT);
+    qcow2_put_be32(h + 108, (uint32_t)format);
+    memcpy(h + 112, backing_format, util_min(format, 31));
+    qcow2_put_be64(h + 8, 160);
+    qcow2_put_be32(h + 16, (uint32_t)name);
+    memcpy(h + 160, backing, util_min(name, QCOW2_MAX_NAME));
+    qcow2_put_be64(h + CLUSTER, 2 * CLUSTER);
+    for (uint64_t i = 0; i < n && !ret; i++)
+        h[2 * CLUSTER + 2 * i + 1] = 1;
+    if (!ret)
+        ret = file_grow(f, n * CLUSTER);
+    if (!ret)
+        ret = file_pwrite(f, h, 3ul * CLUSTER, 0, &done);
+    free(h);
+    return ret ? ret : file_sync(f);
+}
+
 static const struct image_format qcow2_format = {
     .name = "qcow2",
     .describe = "QEMU images: backing chains, zlib and zstd, snapshots, subclusters, external data",
-    .writes = "-",
+    .writes = "in place",
+    .writable = true,
     .probe = qcow2_probe,
     .open = qcow2_open,
     .map = qcow2_map,
+    .write = qcow2_write,
+    .zero = qcow2_zero,
+    .sync = qcow2_sync,
+    .resize = qcow2_resize,
     .info = qcow2_info,
     .snapshots = qcow2_list_snapshots,
     .check = qcow2_check,
@@ -3271,7 +4816,7 @@ static const struct image_format qcow2_format = {
 };
 
 /* ******************************************************************************************************** *
- * 10. Extents
+ * 11. Extents
  *
  * What drivers with one table entry per block have in common.
  * ******************************************************************************************************** */
@@ -3299,7 +4844,7 @@ static int ext_merge(struct image *im, uint64_t offset, uint64_t length, bool ex
 }
 
 /* ******************************************************************************************************** *
- * 11. VDI
+ * 12. VDI
  *
  * VirtualBox, VDICore.h: versions 1.1 and 0.2. All numbers are little-endian.
  *
@@ -3551,7 +5096,7 @@ static const struct image_format vdi_format = {
 };
 
 /* ******************************************************************************************************** *
- * 12. QED
+ * 13. QED
  *
  * QEMU docs/interop/qed_spec.rst. All numbers are little-endian.
  *
@@ -3765,7 +5310,7 @@ static const struct image_format qed_format = {
 };
 
 /* ******************************************************************************************************** *
- * 13. Parallels
+ * 14. Parallels
  *
  * QEMU docs/interop/parallels.rst and prl-xml.rst. All numbers are little-endian.
  *
@@ -4452,7 +5997,2425 @@ static const struct image_format prl_format = {
 };
 
 /* ******************************************************************************************************** *
- * 14. Damage
+ * 15. VHD
+ *
+ * Microsoft "Virtual Hard Disk Image Format Specification" 1.0, for reading. All numbers are big-endian.
+ *
+ *   fixed      data | footer
+ *   others     copy of the footer | dynamic header | block table | (bitmap | data) per block ... | footer
+ *
+ * A bit of a block's bitmap says whether its sector is in this image. Where it is not, a differencing image has it
+ * from the parent; in a dynamic image the sector was never written, and is zeros. (QEMU takes no notice of the
+ * bitmap of dynamic images, but writes it all set, as everybody does who does not track sectors.)
+ *
+ * The footer at the end counts; where it is lost or damaged, its copy at the front. The size is the footer's
+ * "current size", except that Virtual PC, Virtual Server and old versions of QEMU count by the geometry; so do we
+ * for them, unless the geometry is at its maximum, or larger than what is there.
+ * ******************************************************************************************************** */
+
+enum {
+    VHD_SECTOR = 512,
+    VHD_FOOTER = 512,               /* 511 before Virtual PC 2004: the last, reserved byte is not there */
+    VHD_OFF_VERSION = 12,
+    VHD_OFF_HEADER = 16,
+    VHD_OFF_CREATOR = 28,
+    VHD_OFF_SIZE = 48,
+    VHD_OFF_GEOMETRY = 56,          /* cylinders: 2 bytes, heads, sectors per track */
+    VHD_OFF_TYPE = 60,
+    VHD_OFF_CHECKSUM = 64,
+    VHD_OFF_ID = 68,
+    VHD_FIXED = 2, VHD_DYNAMIC = 3, VHD_DIFFERENCING = 4,
+    VHD_HEADER = 1024,              /* the dynamic header */
+    VHD_HEAD_TABLE = 16,
+    VHD_HEAD_VERSION = 24,
+    VHD_HEAD_ENTRIES = 28,
+    VHD_HEAD_BLOCK = 32,
+    VHD_HEAD_CHECKSUM = 36,
+    VHD_HEAD_PARENT_ID = 40,
+    VHD_HEAD_PARENT_NAME = 64,      /* 512 bytes of UTF-16BE */
+    VHD_HEAD_LOCATORS = 576,        /* 8 of them: code, space, length, reserved: 4 bytes each; offset: 8 */
+    VHD_LOCATOR_MAX = 4096,
+    VHD_LOOK_AHEAD = 128,           /* blocks looked at for one extent */
+};
+#define VHD_NO_BLOCK 0xffffffffu
+#define VHD_MAX_GEOMETRY (65535ull * 16 * 255 * VHD_SECTOR)
+
+struct vhd {
+    uint32_t type, block_bits, bitmap_size, entries;
+    uint64_t table, header;
+    uint64_t end;                   /* of what can be data: the footer, or the file's end where that is lost */
+    char creator[5];
+    bool by_geometry;
+};
+
+static int vhd_bad(const struct image *im, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VHD: %s (0x%" PRIx64 ")", im->name, what, value);
+}
+
+/* The one's complement of the sum of all bytes but the checksum's own. */
+static uint32_t vhd_checksum(const uint8_t *bytes, size_t len, size_t own)
+{
+    uint32_t sum = 0;
+
+    for (size_t i = 0; i < len; i++)
+        sum += i >= own && i < own + 4 ? 0 : bytes[i];
+    return ~sum;
+}
+
+static bool vhd_is_footer(const uint8_t *bytes)
+{
+    return memcmp(bytes, "conectix", 8) == 0;
+}
+
+/* 511 bytes suffice. */
+static bool vhd_footer_is_good(const uint8_t *footer)
+{
+    return vhd_is_footer(footer) &&
+           util_be32(footer + VHD_OFF_CHECKSUM) == vhd_checksum(footer, VHD_FOOTER - 1, VHD_OFF_CHECKSUM);
+}
+
+/*
+ * Certain: a footer of a fixed disk behind just as much data as it says. That beats whatever the guest may have
+ * written at the start of its disk.
+ */
+static int vhd_probe(const struct probe *p)
+{
+    const uint8_t *tail = p->tail + p->tail_len;
+
+    for (size_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= p->tail_len; len--)
+        if (vhd_is_footer(tail - len))
+            return vhd_footer_is_good(tail - len) && util_be32(tail - len + VHD_OFF_TYPE) == VHD_FIXED &&
+                           util_be64(tail - len + VHD_OFF_SIZE) == p->size - len
+                       ? 100 : 90;
+    return p->head_len >= VHD_FOOTER - 1 && vhd_is_footer(p->head) ? 100 : 0;
+}
+
+/* Reads the footer (511 or 512 bytes) at the end. False: none is there, or it is damaged; *seen says which. */
+static bool vhd_read_end(struct image *im, struct vhd *v, uint8_t *footer, bool *seen)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+
+    for (uint64_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= f->size; len--) {
+        memset(footer, 0, VHD_FOOTER);
+        if (file_pread(f, footer, len, f->size - len, &done) || !vhd_is_footer(footer))
+            continue;
+        *seen = true;
+        v->end = f->size - len;
+        if (vhd_footer_is_good(footer))
+            return true;
+    }
+    v->end = f->size;
+    return false;
+}
+
+/* The copy at the front; fixed disks have none. */
+static bool vhd_read_front(struct image *im, uint8_t *footer, bool *seen)
+{
+    uint64_t done;
+
+    if (im->files[0].size < VHD_FOOTER || file_pread(&im->files[0], footer, VHD_FOOTER, 0, &done))
+        return false;
+    *seen |= vhd_is_footer(footer);
+    return vhd_footer_is_good(footer) && util_be32(footer + VHD_OFF_TYPE) != VHD_FIXED;
+}
+
+static int vhd_read_footer(struct image *im, struct vhd *v, uint8_t *footer)
+{
+    uint8_t front[VHD_FOOTER] = { 0 };
+    bool seen = false, good_end = vhd_read_end(im, v, footer, &seen),
+         good_front = vhd_read_front(im, front, &seen);
+
+    if (!seen)
+        return msg_err(-EINVAL, "%s: is not a VHD image", im->name);
+    if (!good_end && !good_front)
+        return msg_err(-EINVAL, "%s: damaged VHD: no footer of it has a good checksum; --format raw shows its bytes",
+                       im->name);
+    /* Behind a dynamic disk that has lost its end, the guest's own data may look like a footer. */
+    if (good_end && good_front && util_be32(footer + VHD_OFF_TYPE) == VHD_FIXED) {
+        good_end = util_be64(footer + VHD_OFF_SIZE) == v->end;
+        msg_say(MSG_NOTE, "%s: has the footer of a fixed disk at its end and one of another kind at its front; %s",
+                im->name, good_end ? "the first counts, since the size is right" : "the latter counts");
+    } else if (!good_end) {
+        msg_say(MSG_NOTE, "%s: the footer at its end is lost or damaged; its copy at the front is used", im->name);
+    }
+    if (!good_end) {
+        memcpy(footer, front, VHD_FOOTER);
+        v->end = im->files[0].size;
+    }
+    return 0;
+}
+
+static int vhd_check_footer(struct image *im, struct vhd *v, const uint8_t *footer)
+{
+    uint32_t version = util_be32(footer + VHD_OFF_VERSION);
+
+    v->type = util_be32(footer + VHD_OFF_TYPE);
+    if (version >> 16 != 1)
+        return msg_err(-EOPNOTSUPP, "%s: VHD of unknown version 0x%08x", im->name, version);
+    if (v->type < VHD_FIXED || v->type > VHD_DIFFERENCING)
+        return vhd_bad(im, "the kind of disk", v->type);
+    memcpy(im->id, footer + VHD_OFF_ID, sizeof(im->id));
+    memcpy(v->creator, footer + VHD_OFF_CREATOR, 4);
+    return 0;
+}
+
+/* reach: what the blocks, or the file, can hold. */
+static int vhd_set_size(struct image *im, struct vhd *v, const uint8_t *footer, uint64_t reach)
+{
+    static const char *const counts_by_geometry[] = { "vpc ", "vs  ", "qemu" };
+    const uint8_t *g = footer + VHD_OFF_GEOMETRY;
+    uint64_t current = util_be64(footer + VHD_OFF_SIZE);
+    uint64_t geometry = (uint64_t)util_be16(g) * g[2] * g[3] * VHD_SECTOR;
+
+    for (size_t i = 0; i < ARRAY_LEN(counts_by_geometry); i++)
+        v->by_geometry |= memcmp(v->creator, counts_by_geometry[i], 4) == 0;
+    v->by_geometry = v->by_geometry && geometry && geometry < VHD_MAX_GEOMETRY && geometry <= reach;
+    if (current > (uint64_t)MAX_IMAGE_SIZE)
+        return vhd_bad(im, "the size", current);
+    im->size = v->by_geometry ? geometry : current;
+    return 0;
+}
+
+static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
+{
+    uint32_t block = util_be32(h + VHD_HEAD_BLOCK), checksum = util_be32(h + VHD_HEAD_CHECKSUM);
+    uint64_t bits, size = im->files[0].size;
+
+    if (memcmp(h, "cxsparse", 8) != 0)
+        return vhd_bad(im, "the place of the dynamic header", v->header);
+    if (util_be32(h + VHD_HEAD_VERSION) >> 16 != 1)
+        return vhd_bad(im, "the version of the dynamic header", util_be32(h + VHD_HEAD_VERSION));
+    if (block < VHD_SECTOR || block & (block - 1))
+        return vhd_bad(im, "the block size", block);
+    v->table = util_be64(h + VHD_HEAD_TABLE);
+    v->entries = util_be32(h + VHD_HEAD_ENTRIES);
+    if (v->table % VHD_SECTOR || v->table > size)
+        return vhd_bad(im, "the place of the block table", v->table);
+    if ((uint64_t)v->entries * 4 > size - v->table)
+        return vhd_bad(im, "more table entries than the file holds", v->entries);
+    if (checksum != vhd_checksum(h, VHD_HEADER, VHD_HEAD_CHECKSUM))
+        return vhd_bad(im, "the checksum of the dynamic header", checksum);
+    v->block_bits = (uint32_t)__builtin_ctz(block);
+    bits = block / VHD_SECTOR;
+    v->bitmap_size = (uint32_t)((bits / 8 + VHD_SECTOR - 1) / VHD_SECTOR * VHD_SECTOR);
+    if (bits < 8)
+        v->bitmap_size = VHD_SECTOR;
+    im->cluster_size = block;
+    return 0;
+}
+
+/* One parent locator, if it is a path in UTF-16 (W2ru: relative to the child, W2ku: absolute). */
+static bool vhd_read_locator(struct image *im, const uint8_t *locator)
+{
+    uint8_t path[VHD_LOCATOR_MAX];
+    struct file *f = &im->files[0];
+    uint32_t len = util_be32(locator + 8);
+    uint64_t at = util_be64(locator + 16), done;
+
+    return len <= sizeof(path) && at <= f->size && len <= f->size - at && !file_pread(f, path, len, at, &done) &&
+           util_utf16_basename(path, len, false, im->backing_name, sizeof(im->backing_name));
+}
+
+/* The parent is looked for beside the child, so of its path only the last component matters. */
+static int vhd_read_parent(struct image *im, const uint8_t *h)
+{
+    static const char *const codes[] = { "W2ru", "W2ku" };
+    bool found = false;
+
+    for (size_t kind = 0; kind < ARRAY_LEN(codes); kind++)
+        for (size_t i = 0; i < 8 && !found; i++)
+            found = memcmp(h + VHD_HEAD_LOCATORS + 24 * i, codes[kind], 4) == 0 &&
+                    vhd_read_locator(im, h + VHD_HEAD_LOCATORS + 24 * i);
+    if (!found)
+        found = util_utf16_basename(h + VHD_HEAD_PARENT_NAME, 512, true, im->backing_name,
+                                    sizeof(im->backing_name));
+    if (!found && !im->opt->no_backing && (im->depth || !im->opt->backing))
+        return msg_err(-EINVAL, "%s: does not name its parent; --backing FILE does", im->name);
+    if (!found)
+        util_copy(im->backing_name, sizeof(im->backing_name), "parent");
+    util_copy(im->backing_format, sizeof(im->backing_format), "vpc");
+    memcpy(im->parent_id, h + VHD_HEAD_PARENT_ID, sizeof(im->parent_id));
+    im->has_parent_id = true;
+    return 0;
+}
+
+static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *footer)
+{
+    uint8_t header[VHD_HEADER];
+    struct file *f = &im->files[0];
+    uint64_t reach, done;
+    int ret;
+
+    v->header = util_be64(footer + VHD_OFF_HEADER);
+    if (f->size < VHD_HEADER || v->header > f->size - VHD_HEADER)
+        return vhd_bad(im, "the place of the dynamic header", v->header);
+    ret = file_pread(f, header, VHD_HEADER, v->header, &done);
+    if (!ret)
+        ret = vhd_check_header(im, v, header);
+    if (ret)
+        return ret;
+    reach = (uint64_t)v->entries << v->block_bits;
+    ret = vhd_set_size(im, v, footer, reach);
+    if (!ret && im->size > reach)
+        ret = vhd_bad(im, "too few table entries for its size", v->entries);
+    return ret || v->type == VHD_DYNAMIC ? ret : vhd_read_parent(im, header);
+}
+
+static int vhd_open(struct image *im)
+{
+    struct vhd *v = im->state = util_fault("vhd") ? NULL : calloc(1, sizeof(*v));
+    uint8_t footer[VHD_FOOTER] = { 0 };
+    int ret;
+
+    if (!v)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: a VHD image is one file", im->name);
+    ret = vhd_read_footer(im, v, footer);
+    if (!ret)
+        ret = vhd_check_footer(im, v, footer);
+    if (ret)
+        return ret;
+    ret = v->type == VHD_FIXED ? vhd_set_size(im, v, footer, v->end) : vhd_open_dynamic(im, v, footer);
+    if (!ret && v->by_geometry && im->size != util_be64(footer + VHD_OFF_SIZE))
+        msg_say(MSG_NOTE, "%s: made by a program that counts by the geometry, so %" PRIu64 " bytes and not %" PRIu64,
+                im->name, (uint64_t)im->size, util_be64(footer + VHD_OFF_SIZE));
+    return ret;
+}
+
+static void vhd_close(struct image *im)
+{
+    free(im->state);
+}
+
+static int vhd_bad_extent(struct extent *ext, uint64_t length, const char *why)
+{
+    *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
+    return 0;
+}
+
+static int vhd_hole(const struct image *im, struct extent *ext, uint64_t length)
+{
+    *ext = (struct extent){ .kind = *im->backing_name ? EXT_BACKING : EXT_ZERO, .length = length };
+    return 0;
+}
+
+/* Appends to ext what follows it, if both are one extent; the first is always taken. */
+static bool vhd_append(struct extent *ext, const struct extent *next)
+{
+    if (ext->length == 0) {
+        *ext = *next;
+        return true;
+    }
+    if (ext->kind != next->kind || !(ext->kind == EXT_ZERO || ext->kind == EXT_BACKING ||
+                                     (ext->kind == EXT_DATA && ext->offset + ext->length == next->offset)))
+        return false;
+    ext->length += next->length;
+    return true;
+}
+
+static bool vhd_overlaps(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
+{
+    return a < b + b_len && b < a + a_len;
+}
+
+/* length bytes from in_block on of the block that lies at `start` with its bitmap. */
+static int vhd_map_block(struct image *im, const struct vhd *v, uint64_t start, uint64_t in_block, uint64_t length,
+                         struct extent *ext)
+{
+    uint64_t all = v->bitmap_size + (1ull << v->block_bits), sectors, data = start + v->bitmap_size + in_block;
+    bool here;
+
+    if (vhd_overlaps(start, all, 0, VHD_FOOTER) || vhd_overlaps(start, all, v->header, VHD_HEADER) ||
+        vhd_overlaps(start, all, v->table, (uint64_t)v->entries * 4))
+        return vhd_bad_extent(ext, length, "its block lies in the image's own tables");
+    if (start >= v->end || v->bitmap_size > v->end - start)
+        return vhd_bad_extent(ext, length, "its block lies past the end of the file");
+    sectors = (in_block + length - 1) / VHD_SECTOR - in_block / VHD_SECTOR + 1;
+    if (cache_bits(&im->files[0], start, in_block / VHD_SECTOR, sectors, true, &here, &sectors))
+        return vhd_bad_extent(ext, length, "the bitmap of its block cannot be read");
+    length = util_min(length, sectors * VHD_SECTOR - in_block % VHD_SECTOR);
+    if (!here)
+        return vhd_hole(im, ext, length);
+    if (data >= v->end)
+        return vhd_bad_extent(ext, length, "its block lies past the end of the file");
+    *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - data), .file = &im->files[0],
+                            .offset = data };
+    return 0;
+}
+
+static int vhd_map_dynamic(struct image *im, uint64_t offset, uint64_t left, struct extent *ext)
+{
+    const struct vhd *v = im->state;
+    uint64_t block = 1ull << v->block_bits, here;
+    struct extent next;
+    uint32_t entry;
+
+    ext->length = 0;
+    for (unsigned n = 0; left && n < VHD_LOOK_AHEAD; n++, left -= next.length, offset += next.length) {
+        here = util_min(left, block - (offset & (block - 1)));
+        if (cache_be32(&im->files[0], v->table + (offset >> v->block_bits) * 4, &entry))
+            vhd_bad_extent(&next, here, "the block table cannot be read");
+        else if (entry == VHD_NO_BLOCK)
+            vhd_hole(im, &next, here);
+        else
+            vhd_map_block(im, v, (uint64_t)entry * VHD_SECTOR, offset & (block - 1), here, &next);
+        if (!vhd_append(ext, &next))
+            break;
+    }
+    return 0;
+}
+
+static int vhd_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vhd *v = im->state;
+    bool data = true;
+
+    if (v->type != VHD_FIXED)
+        return vhd_map_dynamic(im, offset, length, ext);
+    if (offset >= v->end)
+        return vhd_bad_extent(ext, length, "past the end of the file");
+    *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - offset), .file = &im->files[0],
+                            .offset = offset };
+    if (exact)
+        file_seek_extent(ext->file, offset, ext->length, &data, &ext->length);
+    ext->kind = data ? EXT_DATA : EXT_ZERO;
+    return 0;
+}
+
+static void vhd_info(struct image *im, struct out *out)
+{
+    static const char *const kinds[] = { "fixed", "dynamic", "differencing" };
+    const struct vhd *v = im->state;
+    char id[2 * sizeof(im->id) + 1];
+
+    util_hex(im->id, sizeof(im->id), id);
+    out_text(out, "subformat", kinds[v->type - VHD_FIXED]);
+    out_text(out, "creator", v->creator);
+    out_text(out, "size-by", v->by_geometry ? "geometry" : "current size");
+    out_text(out, "id", id);
+}
+
+static const struct image_format vhd_format = {
+    .name = "vpc",
+    .describe = "VHD images of Virtual PC, Hyper-V, Azure: fixed, dynamic, differencing",
+    .writes = "-",
+    .probe = vhd_probe,
+    .open = vhd_open,
+    .map = vhd_map,
+    .info = vhd_info,
+    .close = vhd_close,
+};
+
+/* ******************************************************************************************************** *
+ * 16. VHDX
+ *
+ * [MS-VHDX] "Virtual Hard Disk v2 File Format", for reading. All numbers are little-endian.
+ *
+ *   identifier | two headers | two region tables | (at 1 MiB:) log, metadata, block table (BAT), blocks, in any order
+ *   BAT: the entries of a chunk (2^23 sectors), then one for the sector bitmap block of the chunk, and so on
+ *
+ * A log that is still to be replayed is replayed in memory: what it replaces becomes patches of the file, which every
+ * reader sees from there on; the file itself stays as it is. So the log comes right after the headers, which alone
+ * are never in it.
+ * ******************************************************************************************************** */
+
+enum {
+    VHDX_MIB = 1 << 20,             /* everything behind the headers is aligned to it */
+    VHDX_HEADER_AT = 64 << 10,      /* the second one lies 64 KiB further; likewise the region tables */
+    VHDX_HEADER = 4096,
+    VHDX_REGIONS_AT = 192 << 10,
+    VHDX_TABLE = 64 << 10,          /* a region table, or the metadata table */
+    VHDX_MAX_ENTRIES = 2047,        /* of either */
+    VHDX_MIN_BLOCK = 1 << 20,
+    VHDX_MAX_BLOCK = 256 << 20,
+    VHDX_CHUNK_BITS = 23,           /* log2 of the sectors of a chunk */
+    VHDX_LOG_PAGE = 4096,
+    VHDX_LOG_HEADER = 64,
+    VHDX_LOG_DESCRIPTOR = 32,
+    VHDX_ENTRY_RESERVED = 0xffff8,
+    VHDX_LOOK_AHEAD = 128,          /* blocks looked at for one extent */
+    VHDX_MAX_LOCATOR = 64 << 10,
+    VHDX_HAS_PARENT = 2,
+    VHDX_META_USER = 1, VHDX_META_REQUIRED = 4,
+};
+#define VHDX_MAX_SIZE (64ull << 40)
+
+/* States of payload blocks; a sector bitmap block is present (6) or not (0). */
+enum { VHDX_ABSENT, VHDX_UNDEFINED, VHDX_ZERO, VHDX_UNMAPPED, VHDX_PRESENT = 6, VHDX_PARTIAL = 7 };
+
+/* GUIDs as they lie in the file. */
+static const uint8_t vhdx_guid_bat[] = { 0x66, 0x77, 0xc2, 0x2d, 0x23, 0xf6, 0x00, 0x42,
+                                         0x9d, 0x64, 0x11, 0x5e, 0x9b, 0xfd, 0x4a, 0x08 };
+static const uint8_t vhdx_guid_metadata[] = { 0x06, 0xa2, 0x7c, 0x8b, 0x90, 0x47, 0x9a, 0x4b,
+                                              0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e };
+static const uint8_t vhdx_guid_locator[] = { 0xb7, 0xef, 0x4a, 0xb0, 0x9e, 0xd1, 0x81, 0x4a,
+                                             0xb7, 0x89, 0x25, 0xb8, 0xe9, 0x44, 0x59, 0x13 };
+
+enum vhdx_item { VHDX_PARAMETERS, VHDX_SIZE, VHDX_SECTOR, VHDX_PHYSICAL, VHDX_ID, VHDX_LOCATOR, VHDX_ITEMS };
+static const struct {
+    uint8_t guid[16];
+    uint32_t length;                /* at least */
+    bool needed;
+    const char *what;
+} vhdx_items[VHDX_ITEMS] = {
+    { { 0x37, 0x67, 0xa1, 0xca, 0x36, 0xfa, 0x43, 0x4d, 0xb3, 0xb6, 0x33, 0xf0, 0xaa, 0x44, 0xe7, 0x6b }, 8, true,
+      "the file parameters" },
+    { { 0x24, 0x42, 0xa5, 0x2f, 0x1b, 0xcd, 0x76, 0x48, 0xb2, 0x11, 0x5d, 0xbe, 0xd8, 0x3b, 0xf4, 0xb8 }, 8, true,
+      "the disk's size" },
+    { { 0x1d, 0xbf, 0x41, 0x81, 0x6f, 0xa9, 0x09, 0x47, 0xba, 0x47, 0xf2, 0x33, 0xa8, 0xfa, 0xab, 0x5f }, 4, true,
+      "the sector size" },
+    { { 0xc7, 0x48, 0xa3, 0xcd, 0x5d, 0x44, 0x71, 0x44, 0x9c, 0xc9, 0xe9, 0x88, 0x52, 0x51, 0xc5, 0x56 }, 4, false,
+      "the physical sector size" },
+    { { 0xab, 0x12, 0xca, 0xbe, 0xe6, 0xb2, 0x23, 0x45, 0x93, 0xef, 0xc3, 0x09, 0xe0, 0x00, 0xc7, 0x46 }, 16, false,
+      "the disk's id" },
+    { { 0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c }, 20, false,
+      "the parent locator" },
+};
+
+struct vhdx_range {
+    uint64_t offset, length;        /* length 0: there is none */
+};
+
+struct vhdx {
+    uint32_t block_bits, sector_bits, chunk_bits;   /* chunk_bits: log2 of the blocks of a chunk */
+    uint32_t version, log_version;
+    uint8_t log_guid[16];
+    struct vhdx_range log, metadata, bat, item[VHDX_ITEMS];
+    bool has_parent;
+};
+
+static int vhdx_probe(const struct probe *p)
+{
+    return p->head_len >= 8 && memcmp(p->head, "vhdxfile", 8) == 0 ? 100 : 0;
+}
+
+static int vhdx_bad(const struct image *im, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VHDX: %s (0x%" PRIx64 ")", im->name, what, value);
+}
+
+static uint32_t vhdx_guid_order(size_t i)
+{
+    static const uint8_t order[16] = { 3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
+
+    return order[i];
+}
+
+static int vhdx_unknown(const struct image *im, const char *what, const uint8_t *guid)
+{
+    uint8_t b[16];
+    char hex[33];
+
+    for (size_t i = 0; i < 16; i++)
+        b[i] = guid[vhdx_guid_order(i)];
+    util_hex(b, 16, hex);
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown VHDX %s {%.8s-%.4s-%.4s-%.4s-%.12s}", im->name, what, hex,
+                   hex + 8, hex + 12, hex + 16, hex + 20);
+}
+
+/* CRC-32C (Castagnoli), bit by bit reversed; begins with ~0 and is inverted at the end. */
+static uint32_t vhdx_crc(uint32_t crc, const uint8_t *bytes, size_t len)
+{
+    static uint32_t table[256];     /* filled at open, by the only thread there is then */
+
+    for (uint32_t i = 0; !table[255] && i < 256; i++) {
+        uint32_t c = i;
+        for (unsigned bit = 0; bit < 8; bit++)
+            c = c >> 1 ^ (c & 1 ? 0x82f63b78 : 0);
+        table[i] = c;
+    }
+    for (size_t i = 0; i < len; i++)
+        crc = table[(crc ^ bytes[i]) & 0xff] ^ crc >> 8;
+    return crc;
+}
+
+/* Signature, then the checksum of all with the checksum itself as zeros. */
+static bool vhdx_is_good(const uint8_t *bytes, size_t len, const char *signature)
+{
+    static const uint8_t zeros[4];
+
+    return memcmp(bytes, signature, 4) == 0 &&
+           ~vhdx_crc(vhdx_crc(vhdx_crc(~0u, bytes, 4), zeros, 4), bytes + 8, len - 8) == util_le32(bytes + 4);
+}
+
+static bool vhdx_is_zero(const uint8_t *guid)
+{
+    static const uint8_t zero[16];
+
+    return memcmp(guid, zero, 16) == 0;
+}
+
+/* Two headers: the good one with the higher sequence number is the current one. room: 64 KiB */
+static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
+{
+    struct file *f = &im->files[0];
+    const uint8_t *h = NULL;
+    uint64_t done;
+
+    for (uint64_t i = 0; i < 2; i++) {
+        uint8_t *candidate = room + i * VHDX_HEADER;
+        uint64_t at = VHDX_HEADER_AT + i * VHDX_TABLE;
+        if (at + VHDX_HEADER > f->size || file_pread(f, candidate, VHDX_HEADER, at, &done) ||
+            !vhdx_is_good(candidate, VHDX_HEADER, "head"))
+            continue;
+        if (h && util_le64(candidate + 8) == util_le64(h + 8) && memcmp(candidate, h, VHDX_HEADER) != 0)
+            return vhdx_bad(im, "two different headers with one sequence number", util_le64(h + 8));
+        if (!h || util_le64(candidate + 8) > util_le64(h + 8))
+            h = candidate;
+    }
+    if (!h)
+        return file_pread(f, room, util_min(8, f->size), 0, &done) || memcmp(room, "vhdxfile", 8) != 0
+                   ? msg_err(-EINVAL, "%s: is not a VHDX image", im->name)
+                   : msg_err(-EINVAL, "%s: damaged VHDX: neither of its headers has a good checksum", im->name);
+    v->log_version = util_le16(h + 64);
+    v->version = util_le16(h + 66);
+    if (v->version != 1)
+        return msg_err(-EOPNOTSUPP, "%s: VHDX of unknown version %u", im->name, v->version);
+    memcpy(im->id, h + 32, sizeof(im->id));             /* changes with the data: what children remember */
+    memcpy(v->log_guid, h + 48, sizeof(v->log_guid));
+    v->log = (struct vhdx_range){ .offset = util_le64(h + 72), .length = util_le32(h + 68) };
+    im->dirty = !vhdx_is_zero(v->log_guid);
+    return 0;
+}
+
+/* -- the log -- */
+
+/*
+ * A ring of entries, each a header with descriptors and then pages of data, in units of 4 KiB. Entries with the
+ * header's log GUID and consecutive sequence numbers form a sequence; a sequence is whole when its last entry's tail
+ * lies in it. Of the whole ones that with the highest number counts, from its tail on.
+ */
+struct vhdx_log {
+    struct image *im;
+    const uint8_t *guid;
+    uint64_t offset, length;
+    uint64_t budget;                /* bytes that may still be read: garbage must not keep us for ever */
+};
+
+struct vhdx_entry {
+    uint64_t sequence, flushed, last, at, length, tail;
+    uint32_t checksum, descriptors;
+};
+
+static int vhdx_log_bad(const struct image *im, const char *what)
+{
+    return msg_err(-EINVAL, "%s: was not closed properly, and its log cannot be replayed: %s; --ignore-log reads what "
+                   "is there without it", im->name, what);
+}
+
+/* at: may be past the end of the ring */
+static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, uint8_t page[VHDX_LOG_PAGE])
+{
+    uint64_t done;
+
+    if (log->budget < VHDX_LOG_PAGE)
+        return false;
+    log->budget -= VHDX_LOG_PAGE;
+    return file_pread(&log->im->files[0], page, VHDX_LOG_PAGE, log->offset + at % log->length, &done) == 0;
+}
+
+static bool vhdx_entry_header(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
+{
+    uint8_t page[VHDX_LOG_PAGE];
+
+    if (!vhdx_log_read(log, at, page) || memcmp(page, "loge", 4) != 0 || memcmp(page + 32, log->guid, 16) != 0)
+        return false;
+    *e = (struct vhdx_entry){
+        .at = at % log->length, .checksum = util_le32(page + 4), .length = util_le32(page + 8),
+        .tail = util_le32(page + 12), .sequence = util_le64(page + 16), .descriptors = util_le32(page + 24),
+        .flushed = util_le64(page + 48), .last = util_le64(page + 56),
+    };
+    return e->length && e->length <= log->length && e->length % VHDX_LOG_PAGE == 0 && e->tail < log->length &&
+           e->tail % VHDX_LOG_PAGE == 0 && e->sequence &&
+           VHDX_LOG_HEADER + (uint64_t)e->descriptors * VHDX_LOG_DESCRIPTOR <= e->length;
+}
+
+static bool vhdx_entry_sum(struct vhdx_log *log, const struct vhdx_entry *e)
+{
+    uint8_t page[VHDX_LOG_PAGE];
+    uint32_t crc = ~0u;
+
+    for (uint64_t done = 0; done < e->length; done += VHDX_LOG_PAGE) {
+        if (!vhdx_log_read(log, e->at + done, page))
+            return false;
+        if (done == 0)
+            memset(page + 4, 0, 4);
+        crc = vhdx_crc(crc, page, VHDX_LOG_PAGE);
+    }
+    return ~crc == e->checksum;
+}
+
+static int vhdx_apply_zeros(struct file *f, uint64_t offset, uint64_t length)
+{
+    int ret = 0;
+
+    for (; length && !ret; offset += VHDX_LOG_PAGE, length -= VHDX_LOG_PAGE)
+        ret = file_patch(f, offset, NULL);
+    return ret;
+}
+
+/*
+ * The page of data that belongs to a descriptor. Its own first and last bytes, which the sequence number replaced,
+ * are in the descriptor. -EINVAL: it is not of this entry.
+ */
+static int vhdx_data_page(struct vhdx_log *log, const struct vhdx_entry *e, uint64_t at, const uint8_t *descriptor,
+                          uint8_t page[VHDX_LOG_PAGE])
+{
+    if (at + VHDX_LOG_PAGE > e->length || !vhdx_log_read(log, e->at + at, page) || memcmp(page, "data", 4) != 0 ||
+        util_le32(page + 4) != e->sequence >> 32 || util_le32(page + VHDX_LOG_PAGE - 4) != (uint32_t)e->sequence)
+        return -EINVAL;
+    memcpy(page, descriptor + 8, 8);
+    memcpy(page + VHDX_LOG_PAGE - 4, descriptor + 4, 4);
+    return 0;
+}
+
+/* Goes through the descriptors of an entry, to check them or to apply them. -EINVAL: the entry is not valid. */
+static int vhdx_entry_walk(struct vhdx_log *log, const struct vhdx_entry *e, bool apply)
+{
+    uint8_t page[VHDX_LOG_PAGE], data[VHDX_LOG_PAGE];
+    uint64_t at = VHDX_LOG_HEADER, end = at + (uint64_t)e->descriptors * VHDX_LOG_DESCRIPTOR, offset, length;
+    uint64_t data_at = (end + VHDX_LOG_PAGE - 1) / VHDX_LOG_PAGE * VHDX_LOG_PAGE;
+    struct file *f = &log->im->files[0];
+    int ret = 0;
+
+    for (bool first = true; at < end && !ret; at += VHDX_LOG_DESCRIPTOR, first = false) {
+        const uint8_t *d = page + at % VHDX_LOG_PAGE;
+        if ((first || at % VHDX_LOG_PAGE == 0) && !vhdx_log_read(log, e->at + at / VHDX_LOG_PAGE * VHDX_LOG_PAGE, page))
+            return -EINVAL;
+        offset = util_le64(d + 16);
+        length = util_le64(d + 8);
+        if (util_le64(d + 24) != e->sequence || offset % VHDX_LOG_PAGE || offset > (uint64_t)MAX_IMAGE_SIZE / 2)
+            return -EINVAL;
+        if (memcmp(d, "zero", 4) == 0) {
+            if (length % VHDX_LOG_PAGE || length > (uint64_t)MAX_IMAGE_SIZE / 2)
+                return -EINVAL;
+            ret = apply ? vhdx_apply_zeros(f, offset, length) : 0;
+        } else if (memcmp(d, "desc", 4) == 0) {
+            ret = vhdx_data_page(log, e, data_at, d, data);
+            data_at += VHDX_LOG_PAGE;
+            if (!ret && apply)
+                ret = file_patch(f, offset, data);
+        } else {
+            return -EINVAL;
+        }
+    }
+    return ret;
+}
+
+static bool vhdx_entry_valid(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
+{
+    return vhdx_entry_header(log, at, e) && vhdx_entry_sum(log, e) && vhdx_entry_walk(log, e, false) == 0;
+}
+
+/* The length of the run of consecutive entries from start on; 0: none. *last is its last one. */
+static uint64_t vhdx_log_run(struct vhdx_log *log, uint64_t start, struct vhdx_entry *last)
+{
+    struct vhdx_entry e;
+    uint64_t length = 0;
+
+    while (length < log->length && vhdx_entry_valid(log, start + length, &e) &&
+           (!length || e.sequence == last->sequence + 1) && e.length <= log->length - length) {
+        *last = e;
+        length += e.length;
+    }
+    return length;
+}
+
+/* Is the tail of the run's last entry one of its entries? */
+static bool vhdx_log_is_whole(struct vhdx_log *log, uint64_t start, uint64_t length, uint64_t tail)
+{
+    struct vhdx_entry e;
+
+    for (uint64_t at = 0; at < length; at += e.length) {
+        if ((start + at) % log->length == tail)
+            return true;
+        if (!vhdx_entry_header(log, start + at, &e))
+            return false;
+    }
+    return false;
+}
+
+/* The last entry of the active sequence. False: there is none. */
+static bool vhdx_log_find(struct vhdx_log *log, struct vhdx_entry *head)
+{
+    struct vhdx_entry last = { 0 };
+    bool found = false;
+    uint64_t run;
+
+    /* No whole sequence begins inside of a run: it would end where the run does, with the same tail. */
+    for (uint64_t start = 0; start < log->length; start += run ? run : VHDX_LOG_PAGE) {
+        run = vhdx_log_run(log, start, &last);
+        if (run && (!found || last.sequence > head->sequence) &&
+            vhdx_log_is_whole(log, start, run, last.tail)) {
+            *head = last;
+            found = true;
+        }
+    }
+    return found;
+}
+
+/* Applies the entries from the tail of `head` up to itself. */
+static int vhdx_log_apply(struct vhdx_log *log, const struct vhdx_entry *head)
+{
+    struct file *f = &log->im->files[0];
+    uint64_t flushed = 0, last = 0, total = 0;
+    struct vhdx_entry e = { .at = UINT64_MAX };
+    unsigned n = 0;
+    int ret = 0;
+
+    log->budget = 4 * log->length + (1 << 20);      /* also what ends this, should the file change underneath */
+    for (; !ret && e.at != head->at; total += e.length, n++) {
+        ret = vhdx_entry_header(log, head->tail + total, &e) ? vhdx_entry_walk(log, &e, true) : -EINVAL;
+        flushed = e.flushed > flushed ? e.flushed : flushed;
+        last = e.last > last ? e.last : last;
+    }
+    if (ret == -ENOMEM)
+        return msg_err(ret, "%s: out of memory", log->im->name);
+    if (ret == -E2BIG || last > (uint64_t)MAX_IMAGE_SIZE)
+        return vhdx_log_bad(log->im, "it changes more than is plausible");
+    if (ret)
+        return vhdx_log_bad(log->im, "it was changed meanwhile");
+    msg_say(MSG_NOTE, "%s: was not closed properly: its log (%u entries, %u pages) is replayed in memory; the file is "
+            "not changed", log->im->name, n, f->n_patches);
+    if (flushed > f->size)
+        msg_say(MSG_NOTE, "%s: is truncated: it was %" PRIu64 " bytes long, not %" PRIu64, log->im->name, flushed,
+                f->size);
+    else if (last > f->size)
+        file_extend(f, last);       /* with zeros, as whoever replays the log on disk does */
+    return 0;
+}
+
+static int vhdx_replay(struct image *im, const struct vhdx *v)
+{
+    struct file *f = &im->files[0];
+    struct vhdx_log log = { .im = im, .guid = v->log_guid, .offset = v->log.offset, .length = v->log.length,
+                            .budget = 8 * v->log.length + (64 << 20) };
+    struct vhdx_entry head = { 0 };
+
+    if (im->opt->ignore_log) {
+        msg_say(MSG_NOTE, "%s: was not closed properly, and its log is ignored: what was changed last may be wrong",
+                im->name);
+        return 0;
+    }
+    if (v->log_version)
+        return vhdx_log_bad(im, "it is of an unknown version");
+    if (!log.length || log.length % VHDX_MIB || log.offset % VHDX_MIB || log.offset < VHDX_MIB ||
+        log.offset > f->size || log.length > f->size - log.offset)
+        return vhdx_log_bad(im, "it is not where it should be");
+    if (!vhdx_log_find(&log, &head))
+        return vhdx_log_bad(im, log.budget < VHDX_LOG_PAGE ? "too much garbage in it" : "no whole sequence in it");
+    return vhdx_log_apply(&log, &head);
+}
+
+/* -- regions, metadata -- */
+
+static bool vhdx_overlaps(const struct vhdx_range *r, uint64_t offset, uint64_t length)
+{
+    return offset < r->offset + r->length && r->offset < offset + length;
+}
+
+static int vhdx_check_regions(struct image *im, struct vhdx *v, const uint8_t *table)
+{
+    uint32_t n = util_le32(table + 8);
+
+    if (n > VHDX_MAX_ENTRIES)
+        return vhdx_bad(im, "the number of regions", n);
+    for (uint32_t i = 0; i < n; i++) {
+        const uint8_t *e = table + 16 + (size_t)32 * i;
+        uint64_t offset = util_le64(e + 16), length = util_le32(e + 24);
+        struct vhdx_range *r = memcmp(e, vhdx_guid_bat, 16) == 0        ? &v->bat
+                               : memcmp(e, vhdx_guid_metadata, 16) == 0 ? &v->metadata
+                                                                        : NULL;
+        if (!r && util_le32(e + 28) & 1)
+            return vhdx_unknown(im, "region", e);
+        if (!r)
+            continue;
+        if (r->length)
+            return vhdx_bad(im, "a region that is there twice", offset);
+        if (!length || length % VHDX_MIB || offset % VHDX_MIB || offset < VHDX_MIB ||
+            offset > (uint64_t)MAX_IMAGE_SIZE - length)
+            return vhdx_bad(im, "the place of a region", length % VHDX_MIB || !length ? length : offset);
+        *r = (struct vhdx_range){ offset, length };
+    }
+    if (!v->bat.length || !v->metadata.length)
+        return vhdx_bad(im, v->bat.length ? "no metadata region" : "no block table", n);
+    return vhdx_overlaps(&v->bat, v->metadata.offset, v->metadata.length)
+               ? vhdx_bad(im, "regions that overlap", v->bat.offset) : 0;
+}
+
+static int vhdx_read_regions(struct image *im, struct vhdx *v, uint8_t *room)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+
+    for (uint64_t i = 0; i < 2; i++) {
+        uint64_t at = VHDX_REGIONS_AT + i * VHDX_TABLE;
+        if (at + VHDX_TABLE <= f->size && file_pread(f, room, VHDX_TABLE, at, &done) == 0 &&
+            vhdx_is_good(room, VHDX_TABLE, "regi"))
+            return vhdx_check_regions(im, v, room);
+    }
+    return msg_err(-EINVAL, "%s: damaged VHDX: neither of its region tables has a good checksum", im->name);
+}
+
+static int vhdx_check_item(struct image *im, struct vhdx *v, const uint8_t *e)
+{
+    uint64_t offset = util_le32(e + 16), length = util_le32(e + 20);
+    uint32_t bits = util_le32(e + 24);
+    size_t i = 0;
+
+    while (i < VHDX_ITEMS && (bits & VHDX_META_USER || memcmp(e, vhdx_items[i].guid, 16) != 0))
+        i++;
+    if (i == VHDX_ITEMS)
+        return bits & VHDX_META_REQUIRED ? vhdx_unknown(im, "metadata item", e) : 0;
+    if (offset < VHDX_TABLE || offset > v->metadata.length || length > v->metadata.length - offset)
+        return vhdx_bad(im, "the place of a metadata item", offset);
+    if (length < vhdx_items[i].length || v->item[i].length)
+        return vhdx_bad(im, vhdx_items[i].what, length);
+    v->item[i] = (struct vhdx_range){ v->metadata.offset + offset, length };
+    return 0;
+}
+
+static int vhdx_read_metadata(struct image *im, struct vhdx *v, uint8_t *room)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+    uint32_t n;
+    int ret = 0;
+
+    if (v->metadata.offset > f->size || f->size - v->metadata.offset < VHDX_TABLE)
+        return vhdx_bad(im, "the metadata lies past the end of the file", v->metadata.offset);
+    if (file_pread(f, room, VHDX_TABLE, v->metadata.offset, &done))
+        return -EIO;
+    n = util_le16(room + 10);
+    if (memcmp(room, "metadata", 8) != 0 || n > VHDX_MAX_ENTRIES)
+        return vhdx_bad(im, "the metadata table", n);
+    for (uint32_t i = 0; i < n && !ret; i++)
+        ret = vhdx_check_item(im, v, room + 32 + (size_t)32 * i);
+    for (size_t i = 0; i < VHDX_ITEMS && !ret; i++)
+        if (vhdx_items[i].needed && !v->item[i].length)
+            ret = msg_err(-EINVAL, "%s: damaged VHDX: lacks %s", im->name, vhdx_items[i].what);
+    return ret;
+}
+
+/* The first `len` bytes (at most) of an item; zeros where there is none. */
+static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item item, uint8_t *bytes, uint64_t len)
+{
+    struct file *f = &im->files[0];
+    uint64_t done, offset = v->item[item].offset;
+
+    memset(bytes, 0, len);
+    len = util_min(len, v->item[item].length);
+    if (offset > f->size || len > f->size - offset)
+        return vhdx_bad(im, "a metadata item lies past the end of the file", offset);
+    return file_pread(f, bytes, len, offset, &done);
+}
+
+static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, uint64_t size, uint32_t sector,
+                            uint32_t physical)
+{
+    if (block < VHDX_MIN_BLOCK || block > VHDX_MAX_BLOCK || block & (block - 1))
+        return vhdx_bad(im, "the block size", block);
+    if (sector != 512 && sector != 4096)
+        return vhdx_bad(im, "the sector size", sector);
+    if (physical && physical != 512 && physical != 4096)
+        return vhdx_bad(im, "the physical sector size", physical);
+    if (size > VHDX_MAX_SIZE || size % sector)
+        return vhdx_bad(im, "the disk's size", size);
+    v->block_bits = (uint32_t)__builtin_ctz(block);
+    v->sector_bits = (uint32_t)__builtin_ctz(sector);
+    v->chunk_bits = VHDX_CHUNK_BITS + v->sector_bits - v->block_bits;
+    im->size = size;
+    im->cluster_size = block;
+    im->sector_size = sector;
+    return 0;
+}
+
+/* The block table must be whole, and large enough for the size. */
+static int vhdx_check_bat(struct image *im, const struct vhdx *v)
+{
+    uint64_t blocks = (im->size + (1ull << v->block_bits) - 1) >> v->block_bits, entries = 0;
+
+    if (blocks && v->has_parent)
+        entries = (((blocks - 1) >> v->chunk_bits) + 1) * ((1ull << v->chunk_bits) + 1);
+    else if (blocks)
+        entries = blocks + ((blocks - 1) >> v->chunk_bits);
+    if (entries * 8 > v->bat.length)
+        return vhdx_bad(im, "the block table is too small for the size", v->bat.length);
+    if (v->bat.offset > im->files[0].size || entries * 8 > im->files[0].size - v->bat.offset)
+        return vhdx_bad(im, "the block table lies past the end of the file", v->bat.offset);
+    return 0;
+}
+
+static int vhdx_read_items(struct image *im, struct vhdx *v)
+{
+    uint8_t parameters[8], size[8], sector[4], physical[4];
+    int ret = vhdx_read_item(im, v, VHDX_PARAMETERS, parameters, sizeof(parameters));
+
+    if (!ret)
+        ret = vhdx_read_item(im, v, VHDX_SIZE, size, sizeof(size));
+    if (!ret)
+        ret = vhdx_read_item(im, v, VHDX_SECTOR, sector, sizeof(sector));
+    if (!ret)
+        ret = vhdx_read_item(im, v, VHDX_PHYSICAL, physical, sizeof(physical));
+    if (ret)
+        return ret;
+    if (v->item[VHDX_PHYSICAL].length && !util_le32(physical))
+        return vhdx_bad(im, "the physical sector size", 0);
+    v->has_parent = util_le32(parameters + 4) & VHDX_HAS_PARENT;
+    ret = vhdx_check_sizes(im, v, util_le32(parameters), util_le64(size), util_le32(sector), util_le32(physical));
+    return ret ? ret : vhdx_check_bat(im, v);
+}
+
+/* -- parents -- */
+
+static bool vhdx_key_is(const uint8_t *key, size_t len, const char *name)
+{
+    size_t n = strlen(name);
+
+    if (len != 2 * n)
+        return false;
+    for (size_t i = 0; i < n; i++)
+        if (util_le16(key + 2 * i) != (unsigned char)name[i])
+            return false;
+    return true;
+}
+
+/* "{83ed0ec3-24c8-49a6-a959-5e4bf1288bfb}" in UTF-16. */
+static bool vhdx_parse_guid(const uint8_t *text, size_t len, uint8_t guid[16])
+{
+    char hex[33], pair[3] = "";
+    size_t n = 0;
+
+    for (size_t i = 0; i + 2 <= len; i += 2) {
+        uint32_t c = util_le16(text + i);
+        if (c == '{' || c == '}' || c == '-')
+            continue;
+        if (n == 32 || c > 0x7f || !isxdigit((int)c))
+            return false;
+        hex[n++] = (char)c;
+    }
+    for (size_t i = 0; i < 16 && n == 32; i++) {
+        memcpy(pair, hex + 2 * i, 2);
+        guid[vhdx_guid_order(i)] = (uint8_t)strtoul(pair, NULL, 16);
+    }
+    return n == 32;
+}
+
+/* Key and value of entry i of the locator. False: they do not lie in it. */
+static bool vhdx_locator_value(const uint8_t *locator, uint64_t len, const char *key, const uint8_t **value,
+                               size_t *value_len)
+{
+    uint32_t n = util_le16(locator + 18);
+
+    for (uint32_t i = 0; i < n && 20 + (uint64_t)12 * (i + 1) <= len; i++) {
+        const uint8_t *e = locator + 20 + (size_t)12 * i;
+        uint64_t key_at = util_le32(e), value_at = util_le32(e + 4);
+        uint32_t key_len = util_le16(e + 8);
+        *value_len = util_le16(e + 10);
+        if (key_at + key_len > len || value_at + *value_len > len || !vhdx_key_is(locator + key_at, key_len, key))
+            continue;
+        *value = locator + value_at;
+        return true;
+    }
+    return false;
+}
+
+static int vhdx_parse_locator(struct image *im, const uint8_t *locator, uint64_t len)
+{
+    static const char *const paths[] = { "relative_path", "volume_path", "absolute_win32_path" };
+    const uint8_t *value;
+    bool found = false;
+    size_t n;
+
+    if (memcmp(locator, vhdx_guid_locator, 16) != 0)
+        return vhdx_unknown(im, "parent locator", locator);
+    for (size_t i = 0; i < ARRAY_LEN(paths) && !found; i++)
+        found = vhdx_locator_value(locator, len, paths[i], &value, &n) &&
+                util_utf16_basename(value, n, false, im->backing_name, sizeof(im->backing_name));
+    if (!found && !im->opt->no_backing && (im->depth || !im->opt->backing))
+        return msg_err(-EINVAL, "%s: does not name its parent; --backing FILE does", im->name);
+    if (!found)
+        util_copy(im->backing_name, sizeof(im->backing_name), "parent");
+    util_copy(im->backing_format, sizeof(im->backing_format), "vhdx");
+    im->has_parent_id = vhdx_locator_value(locator, len, "parent_linkage", &value, &n) &&
+                        vhdx_parse_guid(value, n, im->parent_id);
+    im->has_other_parent_id = vhdx_locator_value(locator, len, "parent_linkage2", &value, &n) &&
+                              vhdx_parse_guid(value, n, im->other_parent_id) && !vhdx_is_zero(im->other_parent_id);
+    if (!im->has_parent_id && !im->opt->force_parent)
+        return msg_err(-EINVAL, "%s: does not record its parent's identity; --force-parent takes any", im->name);
+    return 0;
+}
+
+static int vhdx_read_parent(struct image *im, const struct vhdx *v, uint8_t *room)
+{
+    uint64_t len = v->item[VHDX_LOCATOR].length;
+    int ret;
+
+    if (!v->has_parent)
+        return 0;
+    if (!len || len > VHDX_MAX_LOCATOR)
+        return vhdx_bad(im, "the length of the parent locator", len);
+    ret = vhdx_read_item(im, v, VHDX_LOCATOR, room, len);
+    return ret ? ret : vhdx_parse_locator(im, room, len);
+}
+
+static int vhdx_open(struct image *im)
+{
+    struct vhdx *v = im->state = util_fault("vhdx") ? NULL : calloc(1, sizeof(*v));
+    uint8_t *room = v ? malloc(VHDX_TABLE) : NULL;
+    int ret = 0;
+
+    if (!room)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        ret = msg_err(-EINVAL, "%s: a VHDX image is one file", im->name);
+    if (!ret)
+        ret = vhdx_read_headers(im, v, room);
+    if (!ret && im->dirty)
+        ret = vhdx_replay(im, v);
+    if (!ret)
+        ret = vhdx_read_regions(im, v, room);
+    if (!ret)
+        ret = vhdx_read_metadata(im, v, room);
+    if (!ret)
+        ret = vhdx_read_items(im, v);
+    if (!ret)
+        ret = vhdx_read_parent(im, v, room);
+    free(room);
+    return ret;
+}
+
+static void vhdx_close(struct image *im)
+{
+    free(im->state);
+}
+
+/* -- reading -- */
+
+/* Where a block may not lie. NULL: there. */
+static const char *vhdx_misplaced(const struct image *im, const struct vhdx *v, uint64_t offset, uint64_t length)
+{
+    if (offset < VHDX_MIB)
+        return "its block lies in the header";
+    if (offset >= im->files[0].size)
+        return "its block lies past the end of the file";
+    if (vhdx_overlaps(&v->bat, offset, length) || vhdx_overlaps(&v->metadata, offset, length) ||
+        (v->log.offset <= im->files[0].size && vhdx_overlaps(&v->log, offset, length)))
+        return "its block lies in the image's own tables";
+    return NULL;
+}
+
+static void vhdx_map_data(struct image *im, const struct vhdx *v, uint64_t host, uint64_t in_block, uint64_t length,
+                          struct extent *ext)
+{
+    struct file *f = &im->files[0];
+    const char *why = vhdx_misplaced(im, v, host, 1ull << v->block_bits);
+
+    if (!why && in_block >= f->size - host)
+        why = "its block lies past the end of the file";
+    if (why)
+        vhd_bad_extent(ext, length, why);
+    else
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_block), .file = f,
+                                .offset = host + in_block };
+}
+
+/* A block of which only those sectors are here whose bits in the chunk's sector bitmap are set. */
+static void vhdx_map_partial(struct image *im, const struct vhdx *v, uint64_t block, uint64_t host, uint64_t in_block,
+                             uint64_t length, struct extent *ext)
+{
+    uint64_t chunk = block >> v->chunk_bits, in_chunk = block & ((1ull << v->chunk_bits) - 1), bitmap, first, n;
+    uint64_t index = (chunk + 1) * ((1ull << v->chunk_bits) + 1) - 1, sector = 1ull << v->sector_bits;
+    const char *why;
+    bool here;
+
+    if (cache_le64(&im->files[0], v->bat.offset + index * 8, &bitmap)) {
+        vhd_bad_extent(ext, length, "the block table cannot be read");
+        return;
+    }
+    why = vhdx_misplaced(im, v, bitmap & -(uint64_t)VHDX_MIB, VHDX_MIB);
+    if ((bitmap & (VHDX_MIB - 1)) != VHDX_PRESENT)
+        why = "its sector bitmap is not there";
+    else if (!why && im->files[0].size - (bitmap & -(uint64_t)VHDX_MIB) < VHDX_MIB)
+        why = "its sector bitmap lies past the end of the file";
+    first = (in_chunk << (v->block_bits - v->sector_bits)) + (in_block >> v->sector_bits);
+    n = ((in_block + length - 1) >> v->sector_bits) - (in_block >> v->sector_bits) + 1;
+    if (!why && cache_bits(&im->files[0], bitmap & -(uint64_t)VHDX_MIB, first, n, false, &here, &n))
+        why = "its sector bitmap cannot be read";
+    if (why) {
+        vhd_bad_extent(ext, length, why);
+        return;
+    }
+    length = util_min(length, n * sector - (in_block & (sector - 1)));
+    if (here)
+        vhdx_map_data(im, v, host, in_block, length, ext);
+    else
+        *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
+}
+
+/*
+ * Blocks whose contents are "undefined" or "unmapped" may read as anything but the parent's data: zeros, as with
+ * everyone else.
+ */
+static void vhdx_map_entry(struct image *im, const struct vhdx *v, uint64_t block, uint64_t entry, uint64_t in_block,
+                           uint64_t length, struct extent *ext)
+{
+    uint32_t state = entry & 7;
+    uint64_t host = entry & -(uint64_t)VHDX_MIB;
+
+    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    if (entry & VHDX_ENTRY_RESERVED)
+        vhd_bad_extent(ext, length, "its block table entry has reserved bits set");
+    else if (state == VHDX_ABSENT && v->has_parent)
+        ext->kind = EXT_BACKING;
+    else if (state <= VHDX_UNMAPPED)
+        ;
+    else if (state == VHDX_PRESENT)
+        vhdx_map_data(im, v, host, in_block, length, ext);
+    else if (state == VHDX_PARTIAL && v->has_parent)
+        vhdx_map_partial(im, v, block, host, in_block, length, ext);
+    else
+        vhd_bad_extent(ext, length, "its block is in a state that cannot be");
+}
+
+static int vhdx_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vhdx *v = im->state;
+    uint64_t size = 1ull << v->block_bits, left = length, block, here, entry;
+    struct extent next;
+
+    (void)exact;
+    ext->length = 0;
+    for (unsigned n = 0; left && n < VHDX_LOOK_AHEAD; n++, left -= next.length, offset += next.length) {
+        block = offset >> v->block_bits;
+        here = util_min(left, size - (offset & (size - 1)));
+        if (cache_le64(&im->files[0], v->bat.offset + (block + (block >> v->chunk_bits)) * 8, &entry))
+            vhd_bad_extent(&next, here, "the block table cannot be read");
+        else
+            vhdx_map_entry(im, v, block, entry, offset & (size - 1), here, &next);
+        if (!vhd_append(ext, &next))
+            break;
+    }
+    return 0;
+}
+
+static void vhdx_info(struct image *im, struct out *out)
+{
+    const struct vhdx *v = im->state;
+    char id[2 * sizeof(im->id) + 1];
+
+    util_hex(im->id, sizeof(im->id), id);
+    out_text(out, "subformat", v->has_parent ? "differencing" : "fixed or dynamic");
+    out_number(out, "sector-size", 1u << v->sector_bits);
+    out_text(out, "data-write-id", id);
+    if (im->dirty)
+        out_number(out, "replayed-pages", im->files[0].n_patches);
+}
+
+static const struct image_format vhdx_format = {
+    .name = "vhdx",
+    .describe = "VHDX images of Hyper-V: fixed, dynamic, differencing; the log is replayed in memory",
+    .writes = "-",
+    .probe = vhdx_probe,
+    .open = vhdx_open,
+    .map = vhdx_map,
+    .info = vhdx_info,
+    .close = vhdx_close,
+};
+
+/* ******************************************************************************************************** *
+ * 17. VMDK
+ *
+ * VMware "Virtual Disk Format 5.0"; COWD and seSparse: the documentation of libvmdk and QEMU. All numbers are
+ * little-endian; most places are sectors of 512 bytes.
+ *
+ *   descriptor  text: CID, parent, and one line for each extent of the disk, in order. A file of its own, or
+ *               inside the sparse extent that is the whole disk, which is then meant whatever name it says
+ *   flat        bytes of a file from some sector on
+ *   hosted      "KDMV": header | descriptor | redundant grain directory, its tables | grain directory, its
+ *               tables | grains. streamOptimized: compressed grains, each behind a marker with its place and
+ *               length; then tables, directory, and a footer that repeats the header and says where they are
+ *   COWD        header | grain directory | tables of 4096 entries and grains, as they came
+ *   seSparse    header | volatile header | ... | grain directory | tables | ... | grains; entries of 8 bytes
+ *
+ *   grain directory entry -> grain table; grain table entry -> grain; 0: what the parent has
+ *
+ * Where an extent has two directories, both are asked. Writers keep them equal, so that where they differ one
+ * is damaged: the one that cannot be true loses, and so does a sector of zeros (a bad sector of the disk that
+ * the image was on); else it is an error. Only after a crash (unclean) the entry that has data is taken.
+ * ******************************************************************************************************** */
+
+enum {
+    VMDK_SECTOR = 512,
+    VMDK_MAX_TEXT = 1 << 20,        /* bytes of a descriptor: MAX_PARTS lines need less */
+    VMDK_MAX_GRAIN = 1 << 17,       /* sectors: 64 MiB; 128 is usual */
+    VMDK_LOOK_AHEAD = 1024,         /* entries looked at for one extent: grains of COWD are one sector */
+    VMDK_LOOK_AHEAD_HOLE = 128,     /* what a parent may cut to pieces is looked up again and again */
+    VMDK_FOOTER_BACK = 128,         /* sectors at the end in which the footer is looked for */
+
+    VMDK_HOSTED_MAGIC = 0x564d444b, /* "KDMV" */
+    VMDK_HOSTED_GRAIN_MIN = 8,      /* sectors */
+    VMDK_HOSTED_ENTRIES = 512,      /* of a grain table, at most */
+    VMDK_OFF_VERSION = 4, VMDK_OFF_FLAGS = 8, VMDK_OFF_CAPACITY = 12, VMDK_OFF_GRAIN = 20, VMDK_OFF_DESCRIPTOR = 28,
+    VMDK_OFF_DESCRIPTOR_SIZE = 36, VMDK_OFF_ENTRIES = 44, VMDK_OFF_REDUNDANT = 48, VMDK_OFF_DIRECTORY = 56,
+    VMDK_OFF_UNCLEAN = 72, VMDK_OFF_NEWLINES = 73, VMDK_OFF_ALGORITHM = 77,
+    VMDK_FLAG_NEWLINES = 1, VMDK_FLAG_REDUNDANT = 2, VMDK_FLAG_ZERO_GRAINS = 4, VMDK_FLAG_COMPRESSED = 1 << 16,
+    VMDK_FLAG_MARKERS = 1 << 17,
+    VMDK_MARKER_HEAD = 12,          /* of a grain: u64 sector of the disk, u32 length of what follows */
+    VMDK_MARKER_FOOTER = 3,         /* u64 sectors, u32 0, u32 type */
+
+    VMDK_COWD_MAGIC = 0x44574f43,   /* "COWD" */
+    VMDK_COWD_ENTRIES_BITS = 12,
+    VMDK_COWD_OFF_CAPACITY = 12, VMDK_COWD_OFF_GRAIN = 16, VMDK_COWD_OFF_DIRECTORY = 20, VMDK_COWD_OFF_ENTRIES = 24,
+    VMDK_COWD_OFF_UNCLEAN = 1648, VMDK_COWD_HEADER = 2048,
+
+    VMDK_SE_GRAIN_BITS = 12,        /* nothing else was ever written: 4 KiB, tables of 4096 entries */
+    VMDK_SE_ENTRIES_BITS = 12,
+    VMDK_SE_TABLE = 32768,          /* bytes */
+    VMDK_SE_OFF_VERSION = 8, VMDK_SE_OFF_CAPACITY = 16, VMDK_SE_OFF_GRAIN = 24, VMDK_SE_OFF_TABLE = 32,
+    VMDK_SE_OFF_FLAGS = 40, VMDK_SE_OFF_VOLATILE = 80, VMDK_SE_OFF_DIRECTORY = 128, VMDK_SE_OFF_DIRECTORY_SIZE = 136,
+    VMDK_SE_OFF_TABLES = 144, VMDK_SE_OFF_GRAINS = 192,
+    VMDK_SE_OFF_REPLAY = 24,        /* of the volatile header */
+};
+#define VMDK_SE_MAGIC 0xcafebabeu
+#define VMDK_SE_VOLATILE_MAGIC 0xcafecafeu
+#define VMDK_SE_VERSION 0x0000000200000001u
+#define VMDK_NO_PARENT 0xffffffffu
+#define VMDK_AT_END UINT64_MAX      /* place of the grain directory: the footer says it */
+
+enum vmdk_kind { VMDK_BAD, VMDK_ZERO, VMDK_FLAT, VMDK_HOSTED, VMDK_COWD, VMDK_SESPARSE };
+
+struct vmdk_extent {
+    enum vmdk_kind kind;
+    bool no_access, zero_grains, compressed, markers, unclean;
+    uint64_t start, size;           /* bytes: in the disk */
+    struct file *file;
+    const char *why;                /* VMDK_BAD */
+    const char *type, *name;        /* in the descriptor's text: of the line; "" and NULL without one */
+    uint64_t offset;                /* VMDK_FLAT: bytes, in file */
+    /* sparse: */
+    uint64_t capacity;              /* bytes: by its header; its last grain may reach past `size` */
+    uint32_t grain_bits, table_bits, entry_size;    /* log2 of a grain's bytes, of a table's entries; 4 or 8 */
+    uint32_t last_length;           /* compressed: what the last grain decodes to */
+    uint64_t directory[2];          /* bytes: of the one or two grain directories; 0: none */
+    uint64_t first_grain;           /* bytes: what lies before is not data for sure */
+    uint64_t tables, grains;        /* seSparse, bytes: entries count from here */
+};
+
+struct vmdk {
+    struct vmdk_extent *extents;
+    unsigned n_extents;
+    uint32_t cid, parent_cid;
+    char *text;                     /* the descriptor, cut into lines; NULL: none */
+    const char *create_type, *hint; /* in text, or "" */
+};
+
+/* -- the descriptor -- */
+
+static char *vmdk_trim(char *text)
+{
+    size_t len;
+
+    text += strspn(text, " \t");
+    len = strlen(text);
+    while (len && strchr(" \t\r", text[len - 1]))
+        text[--len] = 0;
+    return text;
+}
+
+static bool vmdk_starts(const char *line, const char *word)
+{
+    return strncasecmp(line, word, strlen(word)) == 0;
+}
+
+/* Text that begins like a descriptor: the usual comment, or a version and, soon, a CID. */
+static bool vmdk_is_descriptor(const uint8_t *bytes, size_t len)
+{
+    char head[1024];
+    const char *p = head;
+    bool comment;
+
+    len = util_min(len, sizeof(head) - 1);
+    memcpy(head, bytes, len);
+    head[len] = 0;
+    while (p) {
+        p += strspn(p, " \t\r\n");
+        comment = *p == '#';
+        if (comment && vmdk_starts(p + 1 + strspn(p + 1, " \t"), "Disk DescriptorFile"))
+            return true;
+        if (!comment)
+            return vmdk_starts(p, "version") && p[7 + strspn(p + 7, " \t")] == '=' && strcasestr(p, "CID");
+        p = strchr(p, '\n');
+    }
+    return false;
+}
+
+static int vmdk_bad_line(const struct image *im, const char *what, const char *line)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VMDK descriptor: %s: '%.200s'", im->name, what, line);
+}
+
+/* A decimal number up to the next blank; moves on to what follows. */
+static bool vmdk_number(char **p, uint64_t most, uint64_t *value)
+{
+    char *at = *p;
+
+    if (!isdigit((unsigned char)*at))
+        return false;
+    for (*value = 0; isdigit((unsigned char)*at); at++) {
+        *value = *value * 10 + (uint64_t)(*at - '0');
+        if (*value > most)
+            return false;
+    }
+    if (*at && *at != ' ' && *at != '\t')
+        return false;
+    *p = at + strspn(at, " \t");
+    return true;
+}
+
+/* Cuts the word at *p off; moves on to what follows. */
+static char *vmdk_word(char **p)
+{
+    char *word = *p;
+
+    *p += strcspn(*p, " \t");
+    if (**p)
+        *(*p)++ = 0;
+    *p += strspn(*p, " \t");
+    return word;
+}
+
+static bool vmdk_is_extent_line(const char *line)
+{
+    static const char *const access[] = { "RW", "RDONLY", "NOACCESS" };
+
+    for (size_t i = 0; i < ARRAY_LEN(access); i++)
+        if (vmdk_starts(line, access[i]) && strchr(" \t", line[strlen(access[i])]))
+            return true;            /* strchr finds the end of the string too */
+    return false;
+}
+
+static const struct {
+    const char *word;
+    enum vmdk_kind kind;            /* of the sparse ones the file's own magic decides */
+} vmdk_types[] = {
+    { "FLAT", VMDK_FLAT }, { "VMFS", VMDK_FLAT }, { "ZERO", VMDK_ZERO }, { "SPARSE", VMDK_HOSTED },
+    { "VMFSSPARSE", VMDK_COWD }, { "SESPARSE", VMDK_SESPARSE }, { "VMFSRDM", VMDK_BAD }, { "VMFSRAW", VMDK_BAD },
+    { "VMFSPASSTHROUGHRDM", VMDK_BAD }, { "VMFSPASSTHROUGHRAW", VMDK_BAD },
+};
+
+/* ACCESS SECTORS TYPE ["FILE" [SECTOR [...]]] */
+static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
+{
+    struct vmdk_extent *e = &v->extents[v->n_extents];
+    char shown[201], *p = line, *end;
+    uint64_t sectors, sector = 0;
+    size_t type = 0;
+    bool placed;
+
+    util_copy(shown, sizeof(shown), line);
+    if (v->n_extents == MAX_PARTS)
+        return msg_err(-E2BIG, "%s: more than %d extents", im->name, MAX_PARTS);
+    e->no_access = vmdk_starts(vmdk_word(&p), "NOACCESS");
+    if (!vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sectors) || !sectors)
+        return vmdk_bad_line(im, "the size of an extent", shown);
+    e->size = sectors * VMDK_SECTOR;
+    e->type = vmdk_word(&p);
+    while (type < ARRAY_LEN(vmdk_types) && strcasecmp(e->type, vmdk_types[type].word) != 0)
+        type++;
+    if (type == ARRAY_LEN(vmdk_types))
+        return vmdk_bad_line(im, "the type of an extent", shown);
+    e->kind = vmdk_types[type].kind;
+    if (e->kind == VMDK_BAD)
+        return msg_err(-EOPNOTSUPP, "%s: an extent of type %s: its data are on a device, not in the image", im->name,
+                       e->type);
+    end = *p == '"' ? strchr(p + 1, '"') : NULL;
+    if (end) {
+        *end = 0;
+        e->name = p + 1;
+        p = end + 1 + strspn(end + 1, " \t");
+    }
+    if (e->kind == VMDK_ZERO ? !!*p : !e->name || !*e->name)
+        return vmdk_bad_line(im, "the file of an extent", shown);
+    placed = *p && e->kind == VMDK_FLAT;
+    if (placed && !vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sector))
+        return vmdk_bad_line(im, "the place of an extent in its file", shown);
+    e->offset = sector * VMDK_SECTOR;
+    if ((*p && !placed) || (e->kind == VMDK_FLAT && !placed && strcasecmp(e->type, "FLAT") == 0))
+        return vmdk_bad_line(im, "a malformed extent", shown);
+    v->n_extents++;
+    return 0;
+}
+
+static bool vmdk_cid(const char *value, uint32_t *cid)
+{
+    size_t len = strspn(value, "0123456789abcdefABCDEF");
+
+    *cid = (uint32_t)strtoul(value, NULL, 16);
+    return len && len <= 8 && !value[len];
+}
+
+/* NAME = VALUE, perhaps in quotes. in_ddb: among the lines on the virtual hardware, of which none is needed. */
+static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_ddb)
+{
+    char *value = strchr(line, '='), *key = line;
+    size_t len;
+
+    if (value)
+        *value++ = 0;
+    key = vmdk_trim(key);
+    if (!value || key[strcspn(key, " \t\"")])
+        return in_ddb ? 0 : vmdk_bad_line(im, "neither an extent nor a value", line);
+    value = vmdk_trim(value);
+    len = strlen(value);
+    if (len >= 2 && value[0] == '"' && value[len - 1] == '"') {
+        value[len - 1] = 0;
+        value++;
+    }
+    if (strcasecmp(key, "version") == 0 && (value[0] < '1' || value[0] > '4' || value[1]))
+        return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s'", im->name, value);
+    if ((strcasecmp(key, "CID") == 0 && !vmdk_cid(value, &v->cid)) ||
+        (strcasecmp(key, "parentCID") == 0 && !vmdk_cid(value, &v->parent_cid)))
+        return vmdk_bad_line(im, key, value);
+    if (vmdk_starts(key, "encryption"))
+        return msg_err(-EOPNOTSUPP, "%s: is encrypted (%.50s), which is not supported", im->name, key);
+    if (strcasecmp(key, "createType") == 0)
+        v->create_type = value;
+    if (strcasecmp(key, "parentFileNameHint") == 0)
+        v->hint = value;
+    return 0;
+}
+
+static int vmdk_parse(struct image *im, struct vmdk *v)
+{
+    size_t lines = 1;
+    bool in_ddb = false;
+    char *next;
+    int ret = 0;
+
+    for (const char *p = v->text; (p = strchr(p, '\n')) && lines <= MAX_PARTS; p++)
+        lines++;
+    v->extents = util_fault("extents") ? NULL : calloc(lines, sizeof(*v->extents));
+    if (!v->extents)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    for (char *line = v->text; line && !ret; line = next) {
+        next = strchr(line, '\n');
+        if (next)
+            *next++ = 0;
+        line = vmdk_trim(line);
+        if (vmdk_starts(line, "#DDB") || vmdk_starts(line, "# The Disk Data Base"))
+            in_ddb = true;
+        if (*line && *line != '#')
+            ret = vmdk_is_extent_line(line) ? vmdk_parse_extent(im, v, line) : vmdk_parse_key(im, v, line, in_ddb);
+    }
+    if (!ret && !v->n_extents)
+        ret = msg_err(-EINVAL, "%s: a VMDK descriptor without extents", im->name);
+    return ret;
+}
+
+/* The first four bytes of an identity are the CID, as it is printed. */
+static void vmdk_set_id(uint8_t id[16], uint32_t cid)
+{
+    for (int i = 0; i < 4; i++)
+        id[i] = (uint8_t)(cid >> (24 - 8 * i));
+}
+
+static int vmdk_set_parent(struct image *im, const struct vmdk *v)
+{
+    const char *name = v->hint;
+
+    vmdk_set_id(im->id, v->cid);
+    if (v->parent_cid == VMDK_NO_PARENT && !*v->hint)
+        return 0;
+    for (const char *p = name; *p; p++)
+        if (*p == '/' || *p == '\\')
+            name = p + 1;
+    if (!*name && !im->opt->no_backing && !(im->depth == 0 && im->opt->backing))
+        return msg_err(-EINVAL, "%s: does not name its parent (CID %08x); --backing FILE does", im->name,
+                       v->parent_cid);
+    if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0 ||
+        !util_copy(im->backing_name, sizeof(im->backing_name), *name ? name : "unnamed"))
+        return vmdk_bad_line(im, "the name of its parent", v->hint);
+    util_copy(im->backing_format, sizeof(im->backing_format), "vmdk");
+    vmdk_set_id(im->parent_id, v->parent_cid);
+    im->has_parent_id = true;
+    return 0;
+}
+
+/* -- sparse extents -- */
+
+static int vmdk_bad(const struct file *f, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VMDK: %s (0x%" PRIx64 ")", f->path, what, value);
+}
+
+static int vmdk_read(struct file *f, uint64_t offset, void *buf, uint64_t len, const char *what)
+{
+    uint64_t done;
+
+    if (offset > f->size || len > f->size - offset)
+        return msg_err(-EINVAL, "%s: damaged or truncated VMDK: %s is past the end of the file (0x%" PRIx64 ")",
+                       f->path, what, offset);
+    return file_pread(f, buf, len, offset, &done);
+}
+
+static uint64_t vmdk_table_size(const struct vmdk_extent *e)
+{
+    return ((uint64_t)e->entry_size << e->table_bits);
+}
+
+/* Entries that the grain directory must have. */
+static uint64_t vmdk_directory_entries(const struct vmdk_extent *e)
+{
+    return ((e->capacity - 1) >> (e->grain_bits + e->table_bits)) + 1;
+}
+
+static uint32_t vmdk_log2(uint64_t value)
+{
+    return 63 - (uint32_t)__builtin_clzll(value);
+}
+
+/* What all sparse headers say: in sectors, and entries of a table. */
+static int vmdk_set_geometry(struct vmdk_extent *e, uint64_t capacity, uint64_t grain, uint64_t least_grain,
+                             uint64_t entries, uint64_t most_entries)
+{
+    if (!capacity || capacity > MAX_IMAGE_SIZE / VMDK_SECTOR)
+        return vmdk_bad(e->file, "the capacity", capacity);
+    if (grain < least_grain || grain > VMDK_MAX_GRAIN || (grain & (grain - 1)))
+        return vmdk_bad(e->file, "the grain size", grain);
+    if (!entries || entries > most_entries || (entries & (entries - 1)))
+        return vmdk_bad(e->file, "the size of a grain table", entries);
+    e->capacity = capacity * VMDK_SECTOR;
+    e->grain_bits = vmdk_log2(grain * VMDK_SECTOR);
+    e->table_bits = vmdk_log2(entries);
+    return 0;
+}
+
+/* Does a directory at this sector lie inside the file? If so sets *place, in bytes. */
+static bool vmdk_directory_fits(const struct vmdk_extent *e, uint64_t sector, uint64_t *place)
+{
+    uint64_t entries = vmdk_directory_entries(e);
+
+    if (!sector || sector > e->file->size / VMDK_SECTOR ||
+        entries > (e->file->size - sector * VMDK_SECTOR) / e->entry_size)
+        return false;
+    *place = sector * VMDK_SECTOR;
+    return true;
+}
+
+/*
+ * Writers of two directories lay all the tables of each out in a row behind it. Are these as many as the capacity
+ * needs? A damaged capacity, grain size or table size shows here. VMDK_NO_ROW: they lie in another way.
+ */
+enum vmdk_row { VMDK_NO_ROW, VMDK_ROW, VMDK_ROW_TOO_SHORT, VMDK_ROW_TOO_LONG };
+
+static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, uint64_t directory)
+{
+    uint64_t n = vmdk_directory_entries(e), table = (vmdk_table_size(e) + VMDK_SECTOR - 1) / VMDK_SECTOR,
+             after = directory / VMDK_SECTOR + (n * 4 + VMDK_SECTOR - 1) / VMDK_SECTOR;
+    uint32_t first, last, next = 0;
+
+    if (cache_le32(e->file, directory, &first) || cache_le32(e->file, directory + (n - 1) * 4, &last) ||
+        (n * 4 % VMDK_SECTOR && cache_le32(e->file, directory + n * 4, &next)))
+        return VMDK_NO_ROW;
+    if (first > directory / VMDK_SECTOR && first < after)
+        return VMDK_ROW_TOO_SHORT;  /* the tables begin where the directory goes on */
+    if (first != after)
+        return VMDK_NO_ROW;
+    if (last == first + (n - 1) * table)
+        return next == last + table ? VMDK_ROW_TOO_LONG : VMDK_ROW;
+    return last ? VMDK_NO_ROW : VMDK_ROW_TOO_SHORT;
+}
+
+/*
+ * Chooses between the directories at two sectors, of which one may be missing or damaged. A capacity that fits
+ * neither row of tables is damaged itself.
+ */
+static int vmdk_set_directories(struct vmdk_extent *e, uint64_t primary, uint64_t redundant, bool use_redundant)
+{
+    uint64_t *d = e->directory;
+    enum vmdk_row row[2] = { VMDK_NO_ROW, VMDK_NO_ROW };
+    bool both;
+
+    if ((!vmdk_directory_fits(e, primary, &d[0]) || use_redundant) && redundant != primary)
+        vmdk_directory_fits(e, redundant, &d[1]);
+    if (!d[0] && !d[1])
+        return vmdk_bad(e->file, "the grain directory is not inside the file, or too small for the capacity", primary);
+    both = d[0] && d[1];
+    for (int i = 0; i < 2 && both && !e->compressed; i++)
+        row[i] = vmdk_look_at_row(e, d[i]);
+    if (row[0] >= VMDK_ROW_TOO_SHORT && row[1] >= VMDK_ROW_TOO_SHORT)
+        return vmdk_bad(e->file, row[0] == VMDK_ROW_TOO_LONG ? "the grain directory is for more than the capacity"
+                                                             : "the grain directory is too small for the capacity",
+                        e->capacity / VMDK_SECTOR);
+    if (row[0] != row[1] && (row[0] == VMDK_ROW || row[1] == VMDK_ROW))
+        d[row[0] == VMDK_ROW ? 1 : 0] = 0;
+    if (!d[0] || (use_redundant && redundant && !d[1]))
+        msg_say(MSG_NOTE, "%s: one of its two grain directories is damaged; the other one is used", e->file->path);
+    return 0;
+}
+
+/* Newlines that were changed on the way: so were those in the data. */
+static int vmdk_check_newlines(const struct vmdk_extent *e, const uint8_t *h)
+{
+    const uint8_t *nl = h + VMDK_OFF_NEWLINES;
+
+    if ((util_le32(h + VMDK_OFF_FLAGS) & VMDK_FLAG_NEWLINES) &&
+        (memcmp(nl, "\r\n \r", 4) == 0 || memcmp(nl, "\n \n", 3) == 0 || memcmp(nl, "\r \r\r", 4) == 0))
+        return msg_err(-EINVAL, "%s: was transferred as text, which changed its newlines and with them its data",
+                       e->file->path);
+    return 0;
+}
+
+/* Replaces the header by the footer: ... | footer marker | footer | end-of-stream marker, all one sector. */
+static int vmdk_find_footer(struct file *f, uint8_t h[VMDK_SECTOR])
+{
+    uint64_t end = f->size / VMDK_SECTOR;
+    uint8_t s[2 * VMDK_SECTOR] = { 0 }, *footer = s + VMDK_SECTOR;
+    int ret;
+
+    for (uint64_t back = 2; back < VMDK_FOOTER_BACK && back + 2 <= end; back++) {
+        ret = vmdk_read(f, (end - back - 1) * VMDK_SECTOR, s, sizeof(s), "the footer");
+        if (ret)
+            return ret;
+        if (util_le32(footer) != VMDK_HOSTED_MAGIC || util_le32(s + 8) != 0 || util_le32(s + 12) != VMDK_MARKER_FOOTER)
+            continue;
+        /* from the version to the capacity, the grain size; the entries of a table */
+        if (memcmp(footer + 4, h + 4, VMDK_OFF_DESCRIPTOR - 4) != 0 ||
+            util_le32(footer + VMDK_OFF_ENTRIES) != util_le32(h + VMDK_OFF_ENTRIES))
+            return vmdk_bad(f, "the footer says something else than the header", util_le64(footer + VMDK_OFF_CAPACITY));
+        memcpy(h, footer, VMDK_SECTOR);
+        return 0;
+    }
+    return msg_err(-EINVAL, "%s: truncated VMDK: the footer, which says where its tables are, is not at the end",
+                   f->path);
+}
+
+static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t h[VMDK_SECTOR] = { 0 };
+    uint64_t descriptor, sectors;
+    uint32_t flags, version;
+    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+
+    if (!ret)
+        ret = vmdk_check_newlines(e, h);
+    if (!ret && util_le64(h + VMDK_OFF_DIRECTORY) == VMDK_AT_END)
+        ret = vmdk_find_footer(e->file, h);
+    if (ret)
+        return ret;
+    version = util_le32(h + VMDK_OFF_VERSION);
+    flags = util_le32(h + VMDK_OFF_FLAGS);
+    if (version < 1 || version > 3)
+        return msg_err(-EOPNOTSUPP, "%s: a VMDK extent of unknown version %u", e->file->path, version);
+    e->entry_size = 4;
+    ret = vmdk_set_geometry(e, util_le64(h + VMDK_OFF_CAPACITY), util_le64(h + VMDK_OFF_GRAIN), VMDK_HOSTED_GRAIN_MIN,
+                            util_le32(h + VMDK_OFF_ENTRIES), VMDK_HOSTED_ENTRIES);
+    if (ret)
+        return ret;
+    e->zero_grains = flags & VMDK_FLAG_ZERO_GRAINS;
+    e->compressed = flags & VMDK_FLAG_COMPRESSED;
+    e->markers = flags & VMDK_FLAG_MARKERS;
+    if (util_le16(h + VMDK_OFF_ALGORITHM) != (e->compressed ? 1 : 0))
+        return vmdk_bad(e->file, "the compression algorithm", util_le16(h + VMDK_OFF_ALGORITHM));
+    if (e->compressed && 1u << e->grain_bits > MAX_CLUSTER)
+        return vmdk_bad(e->file, "the size of compressed grains", 1u << e->grain_bits);
+    e->unclean = h[VMDK_OFF_UNCLEAN];
+    im->dirty |= e->unclean;
+    descriptor = util_le64(h + VMDK_OFF_DESCRIPTOR);
+    sectors = util_le64(h + VMDK_OFF_DESCRIPTOR_SIZE);
+    e->first_grain = VMDK_SECTOR;
+    if (descriptor == 1 && sectors < VMDK_MAX_TEXT / VMDK_SECTOR)
+        e->first_grain += sectors * VMDK_SECTOR;
+    return vmdk_set_directories(e, util_le64(h + VMDK_OFF_DIRECTORY), util_le64(h + VMDK_OFF_REDUNDANT),
+                                flags & VMDK_FLAG_REDUNDANT);
+}
+
+static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t h[VMDK_COWD_HEADER] = { 0 };
+    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+
+    if (ret)
+        return ret;
+    if (util_le32(h + 4) != 1)
+        return msg_err(-EOPNOTSUPP, "%s: a COWD extent of unknown version %u", e->file->path, util_le32(h + 4));
+    e->entry_size = 4;
+    ret = vmdk_set_geometry(e, util_le32(h + VMDK_COWD_OFF_CAPACITY), util_le32(h + VMDK_COWD_OFF_GRAIN), 1,
+                            1 << VMDK_COWD_ENTRIES_BITS, 1 << VMDK_COWD_ENTRIES_BITS);
+    if (ret)
+        return ret;
+    e->unclean = util_le32(h + VMDK_COWD_OFF_UNCLEAN);
+    im->dirty |= e->unclean;
+    e->first_grain = VMDK_COWD_HEADER;
+    if (util_le32(h + VMDK_COWD_OFF_ENTRIES) < vmdk_directory_entries(e))
+        return vmdk_bad(e->file, "the grain directory is too small for the capacity",
+                        util_le32(h + VMDK_COWD_OFF_ENTRIES));
+    return vmdk_set_directories(e, util_le32(h + VMDK_COWD_OFF_DIRECTORY), 0, false);
+}
+
+static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t h[VMDK_SECTOR] = { 0 }, vh[VMDK_SECTOR] = { 0 };
+    uint64_t at[4];                 /* sectors: volatile header, directory, tables, grains */
+    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+
+    if (ret)
+        return ret;
+    if (util_le64(h + VMDK_SE_OFF_VERSION) != VMDK_SE_VERSION)
+        return msg_err(-EOPNOTSUPP, "%s: a seSparse extent of unknown version 0x%" PRIx64, e->file->path,
+                       util_le64(h + VMDK_SE_OFF_VERSION));
+    if (util_le64(h + VMDK_SE_OFF_FLAGS))
+        return msg_err(-EOPNOTSUPP, "%s: needs unknown seSparse features (flags 0x%" PRIx64 ")", e->file->path,
+                       util_le64(h + VMDK_SE_OFF_FLAGS));
+    if (util_le64(h + VMDK_SE_OFF_GRAIN) != 1 << (VMDK_SE_GRAIN_BITS - 9))
+        return vmdk_bad(e->file, "the grain size", util_le64(h + VMDK_SE_OFF_GRAIN));
+    if (util_le64(h + VMDK_SE_OFF_TABLE) != VMDK_SE_TABLE / VMDK_SECTOR)
+        return vmdk_bad(e->file, "the size of a grain table", util_le64(h + VMDK_SE_OFF_TABLE));
+    for (int i = 0; i < 4; i++) {
+        static const uint8_t where[] = { VMDK_SE_OFF_VOLATILE, VMDK_SE_OFF_DIRECTORY, VMDK_SE_OFF_TABLES,
+                                         VMDK_SE_OFF_GRAINS };
+        at[i] = util_le64(h + where[i]);
+        if (!at[i] || at[i] > MAX_IMAGE_SIZE / VMDK_SECTOR)
+            return vmdk_bad(e->file, "a place in the header", at[i]);
+    }
+    ret = vmdk_read(e->file, at[0] * VMDK_SECTOR, vh, sizeof(vh), "the volatile header");
+    if (!ret && util_le64(vh) != VMDK_SE_VOLATILE_MAGIC)
+        ret = vmdk_bad(e->file, "the volatile header", util_le64(vh));
+    if (!ret && vh[VMDK_SE_OFF_REPLAY])
+        ret = msg_err(-EOPNOTSUPP, "%s: its journal was not replayed (a crash), which is not supported", e->file->path);
+    e->entry_size = 8;
+    if (!ret)
+        ret = vmdk_set_geometry(e, util_le64(h + VMDK_SE_OFF_CAPACITY), 1 << (VMDK_SE_GRAIN_BITS - 9), 1,
+                                1 << VMDK_SE_ENTRIES_BITS, 1 << VMDK_SE_ENTRIES_BITS);
+    if (ret)
+        return ret;
+    if (util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE) < (vmdk_directory_entries(e) * 8 + VMDK_SECTOR - 1) / VMDK_SECTOR)
+        return vmdk_bad(e->file, "the grain directory is too small for the capacity",
+                        util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE));
+    e->tables = at[2] * VMDK_SECTOR;
+    e->grains = e->first_grain = at[3] * VMDK_SECTOR;
+    (void)im;
+    return vmdk_set_directories(e, at[1], 0, false);
+}
+
+/* Which sparse extent begins like this, if any? */
+static enum vmdk_kind vmdk_kind_of(const uint8_t *head, size_t len)
+{
+    if (len >= 4 && util_le32(head) == VMDK_HOSTED_MAGIC)
+        return VMDK_HOSTED;
+    if (len >= 4 && util_le32(head) == VMDK_COWD_MAGIC)
+        return VMDK_COWD;
+    return len >= 8 && util_le64(head) == VMDK_SE_MAGIC ? VMDK_SESPARSE : VMDK_BAD;
+}
+
+static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
+                            struct extent *ext);
+
+/*
+ * A last grain that the disk does not fill may have been compressed whole, or only as far as the disk goes.
+ * Nothing but decoding it tells.
+ */
+static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
+{
+    uint32_t grain = 1u << e->grain_bits, rest = (uint32_t)(e->capacity & (grain - 1));
+    uint64_t len, done;
+    struct extent ext;
+    uint8_t *out;
+
+    e->last_length = grain;
+    if (!e->compressed || !rest)
+        return 0;
+    vmdk_map_sparse(im, e, e->capacity - rest, rest, &ext);
+    if (ext.kind != EXT_COMPRESSED)
+        return 0;
+    out = util_fault("grain") ? NULL : malloc(grain);
+    if (!out || !codec_prepare(CODEC_ZLIB)) {
+        free(out);
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    }
+    len = util_min(ext.coded_length, MAX_CLUSTER);
+    if (file_pread(e->file, codec_own.coded, len, ext.offset, &done) == 0 && !codec_decode(CODEC_ZLIB, len, out, grain))
+        e->last_length = rest;
+    free(out);
+    return 0;
+}
+
+/* e->file is open. Reports what is wrong. */
+static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t head[8] = { 0 };
+    uint64_t grain, line = e->size;
+    int ret = vmdk_read(e->file, 0, head, sizeof(head), "the header");
+
+    if (ret)
+        return ret;
+    e->kind = vmdk_kind_of(head, sizeof(head));
+    ret = e->kind == VMDK_HOSTED     ? vmdk_open_hosted(im, e)
+          : e->kind == VMDK_COWD     ? vmdk_open_cowd(im, e)
+          : e->kind == VMDK_SESPARSE ? vmdk_open_sesparse(im, e)
+                                     : vmdk_bad(e->file, "not a sparse extent", util_le64(head));
+    if (ret)
+        return ret;
+    grain = 1ull << e->grain_bits;
+    if (line && (line > e->capacity || e->capacity - line >= grain))
+        return msg_err(-EINVAL, "%s: holds %" PRIu64 " sectors, but the descriptor says %" PRIu64
+                       ": extents are swapped, or one is damaged", e->file->path, e->capacity / VMDK_SECTOR,
+                       line / VMDK_SECTOR);
+    if (!line)
+        e->size = e->capacity;
+    if (!im->cluster_size)
+        im->cluster_size = (uint32_t)grain;
+    return vmdk_measure_last(im, e);
+}
+
+/* -- opening -- */
+
+/*
+ * Is there no file of that name? Names that lead elsewhere are not looked for: img_open_named() refuses them.
+ */
+static bool vmdk_is_missing(const struct image *im, const char *name)
+{
+    const char *path = im->files[0].path;
+    char full[PATH_MAX];
+
+    if (name[0] == '/' || strchr(name, ':') || strstr(name, "..") || im->files[0].is_blk ||
+        (size_t)snprintf(full, sizeof(full), "%.*s%s", (int)(util_basename(path) - path), path, name) >= sizeof(full))
+        return false;
+    return access(full, F_OK) < 0 && errno == ENOENT;
+}
+
+/* Sets e->file, if need be by opening it. 1: there is no such file. */
+static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *e)
+{
+    for (struct vmdk_extent *other = v->extents; other < e; other++)
+        if (other->file && strcmp(other->name, e->name) == 0) {
+            e->file = other->file;
+            return e->kind == VMDK_FLAT && other->kind == VMDK_FLAT
+                       ? 0 : msg_err(-EINVAL, "%s: '%s' is named by two extents", im->name, e->name);
+        }
+    if (e->name[0] == '\\' || (isalpha((unsigned char)e->name[0]) && e->name[1] == ':'))
+        return msg_err(-EPERM, "%s: its extent '%s' is a path or a device of Windows", im->name, e->name);
+    if (vmdk_is_missing(im, e->name))
+        return 1;
+    if (im->n_files == MAX_PARTS)
+        return msg_err(-E2BIG, "%s: more than %d files", im->name, MAX_PARTS);
+    e->file = &im->files[im->n_files++];
+    e->file->fd = -1;
+    return img_open_named(im, e->file, e->name, "extent", NULL);
+}
+
+/* Cannot be served, but the rest of the disk can. Somebody has said why. */
+static void vmdk_give_up(struct vmdk_extent *e, const char *why)
+{
+    e->kind = VMDK_BAD;
+    e->why = why;
+}
+
+static int vmdk_open_extent(struct image *im, struct vmdk *v, struct vmdk_extent *e)
+{
+    int ret = 0;
+
+    if (e->no_access)
+        vmdk_give_up(e, "the descriptor allows no access to this extent");
+    if (e->kind == VMDK_BAD || e->kind == VMDK_ZERO)
+        return 0;
+    if (!e->file)
+        ret = vmdk_open_file(im, v, e);
+    if (ret > 0) {
+        msg_say(MSG_NOTE, "%s: its extent '%s' is missing: what is in it reads as errors", im->name, e->name);
+        vmdk_give_up(e, "in an extent whose file is missing");
+    }
+    if (ret || !e->file)
+        return ret < 0 ? ret : 0;
+    if (e->kind != VMDK_FLAT) {
+        ret = vmdk_open_sparse(im, e);
+        if (!ret || v->n_extents == 1 || ret == -ENOMEM)
+            return ret;
+        vmdk_give_up(e, "in a damaged extent");
+    } else if (e->offset + e->size > e->file->size) {
+        msg_say(MSG_NOTE, "%s: ends at %" PRIu64 " instead of %" PRIu64 ": what is missing reads as errors",
+                e->file->path, e->file->size, e->offset + e->size);
+    }
+    return 0;
+}
+
+/*
+ * Flat files have no header: only their lengths tell that two were swapped. One that is shorter than its line
+ * may be truncated; one that is longer holds something else.
+ */
+static int vmdk_check_flat(const struct image *im, const struct vmdk *v)
+{
+    unsigned users;
+
+    for (unsigned i = 0; i < v->n_extents && v->n_extents > 1; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        if (e->kind != VMDK_FLAT || e->offset || e->file->is_blk || e->file->size <= e->size)
+            continue;
+        users = 0;
+        for (unsigned j = 0; j < v->n_extents; j++)
+            users += v->extents[j].file == e->file;
+        if (users == 1)
+            return msg_err(-EINVAL, "%s: its extent '%s' has %" PRIu64 " bytes instead of %" PRIu64
+                           ": extents are swapped, or one is of another disk", im->name, e->name, e->file->size,
+                           e->size);
+    }
+    return 0;
+}
+
+/* Opens the extents, and lays them out in a row. */
+static int vmdk_open_extents(struct image *im, struct vmdk *v)
+{
+    unsigned good = 0;
+    uint64_t sum = 0;
+    int ret = 0;
+
+    for (unsigned i = 0; i < v->n_extents && !ret; i++) {
+        struct vmdk_extent *e = &v->extents[i];
+        ret = vmdk_open_extent(im, v, e);
+        if (!ret && e->size > MAX_IMAGE_SIZE - sum)
+            ret = msg_err(-EFBIG, "%s: the extents add up to more than a file can hold", im->name);
+        e->start = sum;
+        sum += ret ? 0 : e->size;
+        good += e->kind != VMDK_BAD;
+    }
+    if (!ret)
+        ret = vmdk_check_flat(im, v);
+    if (!ret && !good)
+        ret = msg_err(-ENOENT, "%s: none of its extents can be read", im->name);
+    im->size = sum;
+    if (!ret && im->dirty)
+        msg_say(MSG_NOTE, "%s: is marked dirty (not closed properly); reading it is safe", im->name);
+    return ret;
+}
+
+/* name-s001.vmdk: what the sparse extents of a split disk are called. */
+static bool vmdk_looks_like_part(const char *path)
+{
+    size_t len = strlen(path);
+
+    return len > 10 && strcasecmp(path + len - 5, ".vmdk") == 0 && path[len - 10] == '-' &&
+           (path[len - 9] | 0x20) == 's' && strspn(path + len - 8, "0123456789") == 3;
+}
+
+/* Sparse extents without a descriptor: in the order they were given. */
+static int vmdk_open_alone(struct image *im, struct vmdk *v)
+{
+    if (im->n_files == 1 && im->opt->parts && vmdk_looks_like_part(im->name))
+        return msg_err(-EINVAL, "%s: is one extent of a disk and has no descriptor; name the descriptor, or all "
+                       "extents in their order, or take this one alone with --no-parts", im->name);
+    v->extents = util_fault("extents") ? NULL : calloc(im->n_files, sizeof(*v->extents));
+    if (!v->extents)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    v->n_extents = im->n_files;
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        v->extents[i].kind = VMDK_HOSTED;
+        v->extents[i].file = &im->files[i];
+        v->extents[i].type = "";
+    }
+    msg_say(MSG_NOTE, "%s: no descriptor, taken for the whole of a disk without a parent: if there is one, what it "
+            "holds reads as zeros", im->name);
+    return vmdk_open_extents(im, v);
+}
+
+/* An embedded descriptor: one of its sparse extents is the file itself. */
+static int vmdk_find_self(struct image *im, struct vmdk *v)
+{
+    struct vmdk_extent *self = NULL;
+    unsigned sparse = 0;
+
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        struct vmdk_extent *e = &v->extents[i];
+        if (e->kind < VMDK_HOSTED)
+            continue;
+        if (sparse++ == 0 || strcmp(util_basename(im->name), e->name) == 0)
+            self = e;
+    }
+    if (!self || (sparse > 1 && strcmp(util_basename(im->name), self->name) != 0))
+        return msg_err(-EINVAL, "%s: none of the extents of its descriptor is the file itself", im->name);
+    self->file = &im->files[0];
+    return 0;
+}
+
+/* Loads the descriptor's text; v->text stays NULL where there is none. */
+static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head, bool *embedded)
+{
+    struct file *f = &im->files[0];
+    uint64_t at = 0, len = f->size, done;
+    int ret;
+
+    *embedded = vmdk_kind_of(head, VMDK_SECTOR) == VMDK_HOSTED;
+    if (*embedded) {
+        at = util_le64(head + VMDK_OFF_DESCRIPTOR);
+        len = util_le64(head + VMDK_OFF_DESCRIPTOR_SIZE);
+        if (!at || !len)
+            return 0;
+        if (at > f->size / VMDK_SECTOR || len > f->size / VMDK_SECTOR - at)
+            return vmdk_bad(f, "the place of the descriptor", at);
+        at *= VMDK_SECTOR;
+        len *= VMDK_SECTOR;
+    }
+    if (len > VMDK_MAX_TEXT)
+        return vmdk_bad(f, "the length of the descriptor", len);
+    v->text = util_fault("descriptor") ? NULL : calloc(1, len + 1);
+    if (!v->text)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = file_pread(f, v->text, len, at, &done);
+    if (!ret && *embedded && !v->text[0]) {
+        free(v->text);
+        v->text = NULL;
+    }
+    return ret;
+}
+
+static int vmdk_open(struct image *im)
+{
+    struct vmdk *v = im->state = util_fault("vmdk") ? NULL : calloc(1, sizeof(*v));
+    uint8_t head[2 * VMDK_SECTOR] = { 0 };
+    uint64_t done, len = util_min(im->files[0].size, sizeof(head));
+    bool embedded;
+    int ret;
+
+    if (!v)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    v->parent_cid = VMDK_NO_PARENT;
+    v->create_type = v->hint = "";
+    ret = file_pread(&im->files[0], head, len, 0, &done);
+    if (ret)
+        return ret;
+    if (vmdk_kind_of(head, len) == VMDK_BAD && !vmdk_is_descriptor(head, len))
+        return msg_err(-EINVAL, "%s: is not a VMDK image", im->name);
+    if (vmdk_kind_of(head, len) == VMDK_COWD || vmdk_kind_of(head, len) == VMDK_SESPARSE)
+        return vmdk_open_alone(im, v);
+    ret = vmdk_load_text(im, v, head, &embedded);
+    if (!ret && !v->text)
+        return vmdk_open_alone(im, v);
+    if (!ret && im->n_files > 1)
+        ret = msg_err(-EINVAL, "%s: has a descriptor, which names the files of the disk; give it alone", im->name);
+    if (!ret)
+        ret = vmdk_parse(im, v);
+    if (!ret)
+        ret = vmdk_set_parent(im, v);
+    if (!ret && embedded)
+        ret = vmdk_find_self(im, v);
+    return ret ? ret : vmdk_open_extents(im, v);
+}
+
+static int vmdk_probe(const struct probe *p)
+{
+    return vmdk_kind_of(p->head, p->head_len) != VMDK_BAD ? 100 : vmdk_is_descriptor(p->head, p->head_len) ? 90 : 0;
+}
+
+static void vmdk_close(struct image *im)
+{
+    struct vmdk *v = im->state;
+
+    if (v) {
+        free(v->extents);
+        free(v->text);
+    }
+    free(v);
+}
+
+/* -- mapping -- */
+
+/* What a grain table entry says. EXT_DATA: at `place` in the file. EXT_BACKING: nothing. EXT_BAD: `why`. */
+struct vmdk_grain {
+    enum extent_kind kind;
+    uint64_t place;
+    const char *why;
+};
+
+static struct vmdk_grain vmdk_bad_grain(const char *why)
+{
+    return (struct vmdk_grain){ .kind = EXT_BAD, .why = why };
+}
+
+static struct vmdk_grain vmdk_read_entry(const struct vmdk_extent *e, uint64_t entry)
+{
+    struct vmdk_grain g = { .kind = EXT_DATA, .place = entry * VMDK_SECTOR };
+
+    if (e->kind == VMDK_SESPARSE) {
+        /* the type in the top 4 bits; the next 12 are the low ones of the grain's number */
+        g.place = (entry >> 48 & 0xfff) | (entry & 0xffffffffffff) << 12;
+        if (entry >> 60 == 1 || entry >> 60 == 2)
+            return (struct vmdk_grain){ .kind = EXT_ZERO };     /* unmapped by the guest, or zeros */
+        if (entry && entry >> 60 != 3)
+            return vmdk_bad_grain("its grain table entry is of an unknown type");
+        if (entry && g.place > (MAX_IMAGE_SIZE - e->grains) >> e->grain_bits)
+            return vmdk_bad_grain("its grain lies past the end of the file");
+        g.place = e->grains + (g.place << e->grain_bits);
+    }
+    if (!entry)
+        return (struct vmdk_grain){ .kind = EXT_BACKING };
+    if (entry == 1 && e->zero_grains)
+        return (struct vmdk_grain){ .kind = EXT_ZERO };
+    if (entry == 1 && e->kind == VMDK_HOSTED)
+        return vmdk_bad_grain("a zeroed grain in an extent that has none");
+    if (g.place < e->first_grain)
+        return vmdk_bad_grain("its grain table entry points into the header");
+    if (g.place >= e->file->size)
+        return vmdk_bad_grain("its grain lies past the end of the file");
+    return g;
+}
+
+static int vmdk_load(const struct vmdk_extent *e, uint64_t place, uint64_t *value)
+{
+    uint32_t half;
+    int ret;
+
+    if (e->entry_size == 8)
+        return cache_le64(e->file, place, value);
+    ret = cache_le32(e->file, place, &half);
+    *value = half;
+    return ret;
+}
+
+/* Is the sector that this byte is in nothing but zeros, as copies of dying disks have it for what was unreadable? */
+static bool vmdk_is_wiped(const struct vmdk_extent *e, uint64_t place)
+{
+    uint64_t word;
+
+    place -= place % VMDK_SECTOR;
+    for (unsigned i = 0; i < VMDK_SECTOR; i += 8)
+        if (cache_le64(e->file, place + i, &word) || word)
+            return false;
+    return true;
+}
+
+/* One grain, by the entries at one or (place[1] not 0) two places. */
+static struct vmdk_grain vmdk_find_grain(const struct vmdk_extent *e, const uint64_t place[2])
+{
+    const char *unreadable = "its grain table cannot be read";
+    uint64_t entry[2] = { 0 };
+    int ret[2] = { vmdk_load(e, place[0], &entry[0]), place[1] ? vmdk_load(e, place[1], &entry[1]) : 0 };
+    struct vmdk_grain a = ret[0] ? vmdk_bad_grain(unreadable) : vmdk_read_entry(e, entry[0]), b;
+
+    if (!place[1] || (!ret[0] && !ret[1] && entry[0] == entry[1]))
+        return a;
+    b = ret[1] ? vmdk_bad_grain(unreadable) : vmdk_read_entry(e, entry[1]);
+    if (a.kind == EXT_BAD || b.kind == EXT_BAD)
+        return a.kind == EXT_BAD ? b : a;
+    if (e->unclean && a.kind != b.kind && (a.kind == EXT_DATA || b.kind == EXT_DATA))
+        return a.kind == EXT_DATA ? a : b;
+    if (vmdk_is_wiped(e, place[0]))
+        return b;
+    return vmdk_is_wiped(e, place[1]) ? a : vmdk_bad_grain("its two grain tables contradict each other");
+}
+
+/*
+ * The tables (bytes, in the file) that both directories have for entry `index`: table[1] only besides
+ * table[0]; none: 0. Else says what is wrong.
+ */
+static const char *vmdk_find_tables(const struct vmdk_extent *e, uint64_t index, uint64_t table[2])
+{
+    uint64_t entry, place, size = vmdk_table_size(e);
+    const char *why = NULL;
+    unsigned n = 0;
+
+    table[0] = table[1] = 0;
+    for (unsigned i = 0; i < 2; i++) {
+        if (!e->directory[i])
+            continue;
+        if (vmdk_load(e, e->directory[i] + index * e->entry_size, &entry)) {
+            why = "its grain directory cannot be read";
+            continue;
+        }
+        if (!entry)
+            continue;
+        place = entry * VMDK_SECTOR;
+        if (e->kind == VMDK_SESPARSE)
+            place = entry >> 32 == 0x10000000 ? e->tables + (entry & 0xffffffff) * VMDK_SE_TABLE : UINT64_MAX;
+        if (place < VMDK_SECTOR || place > e->file->size || size > e->file->size - place)
+            why = "its grain directory entry is damaged";
+        else
+            table[n++] = place;
+    }
+    return n ? NULL : why;
+}
+
+static void vmdk_map_bad(struct extent *ext, uint64_t length, const char *why)
+{
+    *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
+}
+
+/* A compressed grain. Its marker must be of this place: so a damaged table is found out. */
+static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t place, uint64_t offset, uint64_t length,
+                                struct extent *ext)
+{
+    uint64_t grain = 1ull << e->grain_bits, start = offset & ~(grain - 1), lba = start / VMDK_SECTOR;
+    uint32_t coded = (uint32_t)util_min(2 * grain, e->file->size - place);
+
+    if (e->markers) {
+        if (cache_le64(e->file, place, &lba) || cache_le32(e->file, place + 8, &coded)) {
+            vmdk_map_bad(ext, length, "its grain marker cannot be read");
+            return;
+        }
+        place += VMDK_MARKER_HEAD;
+    }
+    if (lba != start / VMDK_SECTOR)
+        vmdk_map_bad(ext, length, "its grain marker is of another place");
+    else if (!coded || coded > 2 * grain)
+        vmdk_map_bad(ext, length, "the length in its grain marker is damaged");
+    else if (place > e->file->size || coded > e->file->size - place)
+        vmdk_map_bad(ext, length, "its compressed grain lies past the end of the file");
+    else
+        *ext = (struct extent){
+            .kind = EXT_COMPRESSED, .length = length, .file = e->file, .offset = place, .codec = CODEC_ZLIB,
+            .coded_length = coded, .skip = (uint32_t)(offset - start),
+            .decoded_length = e->capacity - start < grain ? e->last_length : (uint32_t)grain,
+        };
+}
+
+/* `length` bytes from `offset` of the extent, all in the grain g. */
+static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, const struct vmdk_grain *g,
+                           uint64_t offset, uint64_t length, struct extent *ext)
+{
+    if (g->kind == EXT_BAD) {
+        vmdk_map_bad(ext, length, g->why);
+    } else if (g->kind != EXT_DATA) {
+        *ext = (struct extent){ .kind = *im->backing_name ? g->kind : EXT_ZERO, .length = length };
+    } else if (e->compressed) {
+        vmdk_map_compressed(e, g->place, offset, length, ext);
+    } else {
+        uint64_t place = g->place + (offset & ((1ull << e->grain_bits) - 1));
+        if (place >= e->file->size)
+            vmdk_map_bad(ext, length, "its grain lies past the end of the file");
+        else
+            *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place),
+                                    .file = e->file, .offset = place };
+    }
+}
+
+/* Does b carry a on, so that both are one extent? */
+static bool vmdk_continues(const struct extent *a, const struct extent *b)
+{
+    return a->kind == b->kind && (a->kind == EXT_ZERO || a->kind == EXT_BACKING ||
+                                  (a->kind == EXT_DATA && a->offset + a->length == b->offset));
+}
+
+static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
+                            struct extent *ext)
+{
+    uint64_t grain = 1ull << e->grain_bits, covered = grain << e->table_bits, table[2], place[2] = { 0 }, here, i;
+    const char *why = vmdk_find_tables(e, offset >> (e->grain_bits + e->table_bits), table);
+    struct vmdk_grain g = { .kind = EXT_BACKING };
+    struct extent next;
+
+    length = util_min(length, covered - (offset & (covered - 1)));
+    if (why) {
+        vmdk_map_bad(ext, length, why);
+        return;
+    }
+    if (!table[0]) {
+        vmdk_map_grain(im, e, &g, offset, length, ext);
+        return;
+    }
+    ext->length = 0;
+    for (unsigned n = 0; length && n < VMDK_LOOK_AHEAD; n++, offset += here, length -= here) {
+        i = (offset & (covered - 1)) >> e->grain_bits;
+        here = util_min(length, grain - (offset & (grain - 1)));
+        place[0] = table[0] + i * e->entry_size;
+        place[1] = table[1] ? table[1] + i * e->entry_size : 0;
+        g = vmdk_find_grain(e, place);
+        vmdk_map_grain(im, e, &g, offset, here, &next);
+        if (n == 0)
+            *ext = next;
+        else if (vmdk_continues(ext, &next))
+            ext->length += next.length;
+        else
+            break;
+        if (next.length < here || (ext->kind == EXT_BACKING && n >= VMDK_LOOK_AHEAD_HOLE))
+            break;                  /* cut by the end of the file */
+    }
+}
+
+static void vmdk_map_flat(const struct vmdk_extent *e, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    uint64_t place = e->offset + offset;
+    bool data = true;
+
+    if (place >= e->file->size) {
+        vmdk_map_bad(ext, length, "past the end of a truncated extent");
+        return;
+    }
+    *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place), .file = e->file,
+                            .offset = place };
+    if (exact)
+        file_seek_extent(e->file, place, ext->length, &data, &ext->length);
+    if (!data)
+        ext->kind = EXT_ZERO;
+}
+
+static int vmdk_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vmdk *v = im->state;
+    const struct vmdk_extent *e;
+    unsigned low = 0, high = v->n_extents;
+
+    while (high - low > 1) {
+        unsigned mid = (low + high) / 2;
+        if (v->extents[mid].start <= offset)
+            low = mid;
+        else
+            high = mid;
+    }
+    e = &v->extents[low];
+    offset -= e->start;
+    length = util_min(length, e->size - offset);
+    if (e->kind == VMDK_BAD)
+        vmdk_map_bad(ext, length, e->why);
+    else if (e->kind == VMDK_ZERO)
+        *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    else if (e->kind == VMDK_FLAT)
+        vmdk_map_flat(e, offset, length, exact, ext);
+    else
+        vmdk_map_sparse(im, e, offset, length, ext);
+    return 0;
+}
+
+static void vmdk_info(struct image *im, struct out *out)
+{
+    const struct vmdk *v = im->state;
+
+    if (v->text) {
+        out_number(out, "cid", v->cid);
+        out_number(out, "parent-cid", v->parent_cid);
+        out_text(out, "create-type", v->create_type);
+    }
+    out_open(out, "extents", '[', false);
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        out_open(out, NULL, '{', false);
+        out_size(out, "virtual-size", e->size);
+        if (e->file || e->name)
+            out_text(out, "filename", e->file ? e->file->path : e->name);
+        if (e->kind >= VMDK_HOSTED)
+            out_size(out, "cluster-size", 1ull << e->grain_bits);
+        out_text(out, "format", e->type);
+        if (e->compressed)
+            out_flag(out, "compressed", true);
+        out_close(out);
+    }
+    out_close(out);
+}
+
+static const struct image_format vmdk_format = {
+    .name = "vmdk",
+    .describe = "VMware images: hosted, stream-optimized, COWD and seSparse extents, flat ones, split, with parents",
+    .writes = "-",
+    .probe = vmdk_probe,
+    .open = vmdk_open,
+    .map = vmdk_map,
+    .info = vmdk_info,
+    .close = vmdk_close,
+};
+
+/* ******************************************************************************************************** *
+ * 18. Damage
  *
  * What could not be read, for --error-map: a sorted list of ranges, written as a ddrescue mapfile whenever a
  * second has passed since the last time, and at the end. Positions count from the start of what is shown. The
@@ -4577,13 +8540,18 @@ static void bad_note(uint64_t offset, uint64_t len)
 }
 
 /* ******************************************************************************************************** *
- * 15. Image core
+ * 19. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
 
-static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format, &vdi_format, &qed_format,
-                                                    &prl_format };
+/*
+ * In the order of who wins when two are equally certain. VHD comes before what is told by its head: a guest writes
+ * the head of its fixed disk, but not the footer behind it.
+ */
+static const struct image_format *const img_formats[] = {
+    &raw_format, &vhd_format, &vhdx_format, &qcow2_format, &vmdk_format, &vdi_format, &qed_format, &prl_format,
+};
 
 enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
 
@@ -4599,14 +8567,6 @@ static const struct {
     const char *magic;
 } img_foreign[] = {
     { "a qcow image (version 1)", 0, 4, false, "QFI\xfb" },
-    { "a VMDK image", 0, 4, false, "KDMV" },
-    { "a VMDK image (COWD)", 0, 4, false, "COWD" },
-    { "a VMDK image (seSparse)", 0, 8, false, "\xbe\xba\xfe\xca\0\0\0\0" },
-    { "a VMDK descriptor", 0, 21, false, "# Disk DescriptorFile" },
-    { "a VHDX image", 0, 8, false, "vhdxfile" },
-    { "a VHD image", 0, 8, false, "conectix" },
-    { "a VHD image", 0, 8, true, "conectix" },
-    { "a VHD image", 1, 8, true, "conectix" },
     { "an EWF (E01) image", 0, 8, false, "EVF\t\r\n\xff\0" },
     { "an EWF logical (L01) image", 0, 8, false, "LVF\t\r\n\xff\0" },
     { "an EWF2 (Ex01) image", 0, 8, false, "EVF2\r\n\x81\0" },
@@ -4698,7 +8658,7 @@ static int img_add_file(struct image *im, const char *path)
         (size_t)snprintf(inside, sizeof(inside), "%s/" PRL_XML_NAME, path) >= sizeof(inside) ||
         access(inside, F_OK) < 0)
         return file_open(&im->files[im->n_files++], path, im->writable);
-    ret = file_open_beneath(&im->files[im->n_files++], path, PRL_XML_NAME, inside);
+    ret = file_open_beneath(&im->files[im->n_files++], path, PRL_XML_NAME, inside, false);
     if (ret && !im->files[im->n_files - 1].path)
         msg_err(ret, "%s: %s", inside,
                 ret == -EXDEV || ret == -ELOOP ? "leads out of its folder" : strerror(-ret));
@@ -4858,6 +8818,7 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
                           const char *option)
 {
     char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash, another[64] = "", or[64] = "";
+    bool writable = im->writable && f >= im->files && f < im->files + MAX_PARTS;    /* of its own, no backing file */
     int ret;
 
     if (option) {
@@ -4874,13 +8835,13 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
     if (slash)
         slash[slash == folder] = 0;
     if (realpath(shown, real) && img_is_allowed(im->opt, real))
-        return file_open(f, real, false);
+        return file_open(f, real, writable);
     f->fd = -1;
     if (name[0] == '/' || im->files[0].is_blk)
         return msg_err(-EPERM,
                        "%s: its %s is '%s', outside of its folder; %s--allow-external DIR allows it",
                        im->name, what, name, or);
-    ret = file_open_beneath(f, slash ? folder : ".", name, shown);
+    ret = file_open_beneath(f, slash ? folder : ".", name, shown, writable);
     if (ret == -EXDEV || ret == -ELOOP)
         return msg_err(ret,
                        "%s: its %s '%s' leads out of its folder; %s--allow-external DIR allows it",
@@ -4907,7 +8868,8 @@ static int img_check_identity(const struct image *im, const struct image *base)
 {
     char want[2 * sizeof(im->id) + 1], got[2 * sizeof(im->id) + 1];
 
-    if (!im->has_parent_id || memcmp(im->parent_id, base->id, sizeof(im->id)) == 0)
+    if (!im->has_parent_id || memcmp(im->parent_id, base->id, sizeof(im->id)) == 0 ||
+        (im->has_other_parent_id && memcmp(im->other_parent_id, base->id, sizeof(im->id)) == 0))
         return 0;
     util_hex(im->parent_id, sizeof(im->id), want);
     util_hex(base->id, sizeof(im->id), got);
@@ -5257,30 +9219,61 @@ static int img_resize(struct image *im, uint64_t size, bool grow_only)
     return ret;
 }
 
-/* Walks the extents of a range that is to be changed. buf NULL: zero it, with fallocate(2)'s mode. */
+/* Zeros into what the image cannot give back. */
+static int img_write_zeros(struct image *im, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    static const uint8_t zeros[65536];
+
+    return img_change(im, zeros, 0, util_min(len, sizeof(zeros)), offset, done);
+}
+
+/* Changes the front of a range that ext describes; buf NULL: zeroes it, with fallocate(2)'s mode. */
+static int img_change_owned(const struct extent *ext, const uint8_t *buf, int mode, uint64_t len, uint64_t *part)
+{
+    uint64_t n = util_min(ext->length, len);
+    int ret;
+
+    *part = 0;
+    if (buf)
+        return file_pwrite(ext->file, buf, n, ext->offset, part);
+    ret = file_fallocate(ext->file, mode, ext->offset, n);
+    if (ret == -EOPNOTSUPP && (mode & FALLOC_FL_ZERO_RANGE))
+        ret = file_write_zeros(ext->file, ext->offset, n);
+    *part = ret ? 0 : n;
+    return ret;
+}
+
+/*
+ * Walks the extents of a range that is to be changed: what the image owns is overwritten where it lies, without a
+ * lock; the rest is the driver's. buf NULL: zero it, with fallocate(2)'s mode. No request may be without progress
+ * twice.
+ */
 static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset,
                       uint64_t *done)
 {
+    const struct image_format *format = im->format;
     struct extent ext;
-    uint64_t n, part;
+    uint64_t part;
     int ret = 0;
 
+    if (!buf && format->zero && !(mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE)))
+        return -EOPNOTSUPP;         /* to set room aside is not to change anything */
     for (*done = 0; *done < len && !ret; *done += part) {
-        ret = img_map(im, offset + *done, len - *done, false, &ext);
+        const uint8_t *from = buf ? (const uint8_t *)buf + *done : NULL;
+        part = 0;
+        if (!buf && format->zero) {
+            ret = format->zero(im, len - *done, offset + *done, &part);
+            if (ret == -EOPNOTSUPP)
+                ret = img_write_zeros(im, part, offset + *done, &part);
+            continue;
+        }
+        ret = format->map(im, offset + *done, len - *done, false, &ext);
         if (ret)
             break;
-        n = util_min(ext.length, len - *done);
-        part = 0;
-        if (ext.kind != EXT_DATA) {
-            ret = -EIO;
-        } else if (buf) {
-            ret = file_pwrite(ext.file, (const uint8_t *)buf + *done, n, ext.offset, &part);
-        } else {
-            ret = file_fallocate(ext.file, mode, ext.offset, n);
-            if (ret == -EOPNOTSUPP && (mode & FALLOC_FL_ZERO_RANGE))
-                ret = file_write_zeros(ext.file, ext.offset, n);
-            part = ret ? 0 : n;
-        }
+        if (ext.kind == EXT_DATA && ext.owned)
+            ret = img_change_owned(&ext, from, mode, len - *done, &part);
+        else
+            ret = format->write && buf ? format->write(im, from, len - *done, offset + *done, &part) : -EIO;
     }
     /* What was only to be given back or set aside is not lost when that is refused. */
     return buf || ret == -EIO ? img_note_failure(im, ret) : ret;
@@ -5301,10 +9294,13 @@ static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t o
     return img_change(im, buf, 0, len, offset, done);
 }
 
-static int img_sync(struct image *im)
+/* last: nobody writes any more. */
+static int img_sync(struct image *im, bool last)
 {
     int ret = 0, r;
 
+    if (im->writable && im->format->sync)
+        return img_note_failure(im, im->format->sync(im, last));
     for (unsigned i = 0; im->writable && i < im->n_files; i++) {
         r = file_sync(&im->files[i]);
         if (!ret)
@@ -5460,7 +9456,7 @@ static int img_check(struct image *im, struct check *c)
 }
 
 /* ******************************************************************************************************** *
- * 16. Partitions
+ * 20. Partitions
  *
  * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is
  * hostile: LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and
@@ -5695,11 +9691,13 @@ static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
     return wrong ? wrong : part_no_table;
 }
 
-/* Which sector size the device itself has; 0: the table will show. */
+/* Which sector size the device itself has, or the disk in the image; 0: the table will show. */
 static uint32_t part_device_sector(const struct image *im)
 {
     int sector = 0;
 
+    if (im->sector_size > 512)      /* one of 512 may also be a copy of one with larger sectors */
+        return im->sector_size;
     if (!im->files[0].is_blk || util_ioctl(im->files[0].fd, BLKSSZGET, &sector) < 0)
         return 0;
     return sector == 512 || sector == 4096 ? (uint32_t)sector : 0;
@@ -5773,7 +9771,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
 }
 
 /* ******************************************************************************************************** *
- * 17. FUSE operations
+ * 21. FUSE operations
  *
  * fop_handle() turns one request into one reply inside the worker's buffer; it does no FUSE I/O, so any
  * transport can carry it. Node 1 is the mountpoint: the file itself, or the directory, whose files are the
@@ -6180,7 +10178,7 @@ static int fop_flush(struct worker *w, struct request *rq)
 static int fop_fsync(struct worker *w, struct request *rq)
 {
     (void)rq;
-    return img_sync(w->srv->im);
+    return img_sync(w->srv->im, false);
 }
 
 static int fop_fallocate(struct worker *w, struct request *rq)
@@ -6420,7 +10418,7 @@ static size_t fop_fetch(struct worker *w)
 }
 
 /* ******************************************************************************************************** *
- * 18. Worker loop
+ * 22. Worker loop
  *
  * The transport: read(2) a request, fop_handle() it, write(2) the reply. Every worker does all three alone,
  * so there is no queue and no lock between threads; the kernel hands a request to whoever reads. The workers
@@ -6698,7 +10696,7 @@ static int loop_run(struct server *srv)
 }
 
 /* ******************************************************************************************************** *
- * 19. Sandbox
+ * 23. Sandbox
  *
  * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file
  * system (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open
@@ -6864,7 +10862,7 @@ static int box_enter(enum box_mode mode)
 }
 
 /* ******************************************************************************************************** *
- * 20. Mounts
+ * 24. Mounts
  *
  * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own
  * server. Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one
@@ -7428,7 +11426,7 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 }
 
 /* ******************************************************************************************************** *
- * 21. Life cycle
+ * 25. Life cycle
  *
  * run_export() takes what an export needs one by one and releases it in reverse order, whichever step fails.
  * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open,
@@ -7450,7 +11448,7 @@ struct options {
     char *snapshot, *backing, *backing_format, *data_file, *allow_external, *error_map;
     unsigned n_images;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        no_backing, force_parent, strict, lazy, verbose, quiet, json;
+        no_backing, force_parent, ignore_log, strict, lazy, verbose, quiet, json;
     bool mount_helper; /* called by mount(8) */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
@@ -7658,6 +11656,7 @@ static struct image_options run_image_options(const struct options *o)
         .allow_external = o->allow_external,
         .no_backing = o->no_backing,
         .force_parent = o->force_parent,
+        .ignore_log = o->ignore_log,
         .zero_errors = o->on_error,
         .parts = !o->no_parts,
         .lock = !o->share,
@@ -7719,18 +11718,18 @@ static void run_setup_server(struct run *r)
     srv->views = r->views;
     srv->n_views = r->n_views;
     srv->is_dir = r->mp.is_dir;
-    srv->writable = o->writable;
-    srv->growable = o->growable;
-    srv->resizable = o->writable && whole && r->im.format->resize;
+    srv->writable = r->im.writable;
+    srv->growable = o->growable && r->im.writable;
+    srv->resizable = r->im.writable && whole && r->im.format->resize;
     /* Every file has a page cache of its own; where they overlap and are written, none can be kept. */
-    srv->direct_io = o->direct_io || (o->writable && r->n_views > 1);
+    srv->direct_io = o->direct_io || (r->im.writable && r->n_views > 1);
     srv->keep_cache = !o->share;
     srv->debug = o->debug;
     srv->n_running = cpus < 2 ? 2 : (unsigned)cpus;
-    srv->attr_valid = o->writable || o->share ? 1 : 3600;
+    srv->attr_valid = r->im.writable || o->share ? 1 : 3600;
     srv->uid = o->uid == OPT_UNSET ? getuid() : o->uid;
     srv->gid = o->gid == OPT_UNSET ? getgid() : o->gid;
-    srv->mode = o->mode == OPT_UNSET ? (o->writable ? 0600 : 0400) : o->mode;
+    srv->mode = o->mode == OPT_UNSET ? (r->im.writable ? 0600 : 0400) : o->mode & (r->im.writable ? 07777u : ~0222u);
 }
 
 /*
@@ -7750,7 +11749,7 @@ static int run_mount(struct run *r)
 {
     const struct options *o = r->o;
     struct mount_wanted want = { .extra = o->extra,
-                                 .writable = o->writable,
+                                 .writable = r->im.writable,
                                  .allow_other = &r->srv.allow_other,
                                  .may_drop_allow_other = o->allow_other == ALLOW_AUTO };
     int ret;
@@ -7807,7 +11806,7 @@ static int run_server(struct run *r, int ready_fd)
     ret = loop_run(&r->srv);
     if (!bad_finish())
         ret = -EIO;
-    if (img_sync(&r->im) || r->im.failed)
+    if (img_sync(&r->im, true) || r->im.failed)
         ret = msg_err(-EIO, "%s: not everything that was written reached it", r->im.name);
     return ret ? EXIT_FAILED : EXIT_OK;
 }
@@ -8212,7 +12211,7 @@ static int run_background(int *shell_fd, int *status)
 }
 
 /* ******************************************************************************************************** *
- * 22. One-shot commands
+ * 26. One-shot commands
  * ******************************************************************************************************** */
 
 /* Waits until every server of the mount has ended. */
@@ -8687,7 +12686,7 @@ static bool cmd_self_test(int argc, char **argv, int *status)
 #endif
 
 /* ******************************************************************************************************** *
- * 23. Options
+ * 27. Options
  *
  * opt_table feeds getopt_long(3), -o (by the long names) and --help. What -o does not know goes to the mount.
  * ******************************************************************************************************** */
@@ -8736,6 +12735,8 @@ static const struct opt {
       "open no backing file; its data reads as errors" },
     { 0, "force-parent", NULL, OPT_SET, OPT_AT(force_parent), 0,
       "take a parent whose identity is another one" },
+    { 0, "ignore-log", NULL, OPT_SET, OPT_AT(ignore_log), 0,
+      "read a VHDX whose log cannot be replayed without it" },
     { 0, "on-error", "eio|zero", OPT_CHOICE, OPT_AT(on_error), 0, "what is shown where nothing can be read" },
     { 0, "error-map", "FILE", OPT_TEXT, OPT_AT(error_map), 0, "list there what could not be read (ddrescue mapfile)" },
     { 0, "strict", NULL, OPT_SET, OPT_AT(strict), 0, "refuse an image whose tables are damaged anywhere" },
@@ -9066,7 +13067,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
 }
 
 /* ******************************************************************************************************** *
- * 24. Main
+ * 28. Main
  * ******************************************************************************************************** */
 
 /* Whoever started us with a standard stream closed must not find an image in its place. */

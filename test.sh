@@ -767,12 +767,9 @@ t_writable_folder_keeps_disk_and_partitions_coherent() {
 # ---- formats, locks --------------------------------------------------------------------------------------------
 
 t_containers_that_are_not_read_are_refused_by_name() {
-    for f in vmdk vhdx vpc; do
-        qemu-img create -q -f $f x.$f 4M
-        refused 1 'which this version does not read' "$fx" -q x.$f m
-        "$fx" -q --format raw x.$f m; cmp x.$f m; "$fx" --umount m
-    done
-    qemu-img create -q -f vpc -o subformat=fixed,force_size x.fixed 4M; refused 1 'VHD' "$fx" -q x.fixed m
+    printf 'EVF\t\r\n\377\0' >x.E01; truncate -s 1M x.E01
+    refused 1 'EWF.*which this version does not read' "$fx" -q x.E01 m
+    "$fx" -q --format raw x.E01 m; cmp x.E01 m; "$fx" --umount m
     echo text | gzip >x.gz; refused 1 'gzip' "$fx" -q x.gz m
     refused 1 "unknown format 'nonsense'" "$fx" -q --format nonsense x.gz m
 }
@@ -804,7 +801,7 @@ t_corpus_containers_are_never_shown_as_raw() {
     [ -d "$corpus" ] || skip "no corpus"
     "$corpus/unpack" c
     while IFS=$'\t' read -r path format _; do
-        case $format:$path in raw:* | qcow2:* | parallels:* | path:* | ddrescue*:* | *:bad/*) continue ;; esac
+        case $format:$path in raw:* | qcow2:* | parallels:* | vmdk:* | vpc:* | vhdx:* | path:* | ddrescue*:* | *:bad/*) continue ;; esac
         if [ -s "c/$path" ] && "$fx" -q "c/$path" m 2>err; then "$fx" --umount m; echo "$path"; fi
     done <c/MANIFEST.tsv >served
     same "$(cat served)" ""
@@ -2272,6 +2269,1471 @@ t_corpus_info_map_and_check_are_valid() {
     [ $n -ge 20 ] || fail "only $n"
 }
 
+# ---- VHD ---------------------------------------------------------------------------------------------------------------
+
+# Python with the pieces of a VHD, by Microsoft's specification.
+vhd_py() { py '
+import struct, uuid
+def fix(b, at):                          # the checksum: one complement of the sum of all other bytes
+    b = bytearray(b); b[at:at + 4] = bytes(4); b[at:at + 4] = struct.pack(">I", ~sum(b) & 0xffffffff); return bytes(b)
+def footer(kind, size, chs=(0, 0, 0), creator=b"win ", ident=bytes(16), at=512):
+    f = b"conectix" + struct.pack(">IIQI4sI4sQQHBBI", 2, 0x10000, at if kind > 2 else 2**64 - 1, 0, creator, 0x10000, b"Wi2k", size, size, *chs, kind)
+    return fix(f + bytes(4) + ident + bytes(428), 64)
+def header(table, entries, block, parent=bytes(16), name="", locators=()):
+    h = b"cxsparse" + struct.pack(">QQIII", 2**64 - 1, table, 0x10000, entries, block) + bytes(4) + parent + bytes(8)
+    h += name.encode("utf-16-be").ljust(512, b"\0")
+    for code, length, offset in locators: h += struct.pack(">4sIIIQ", code, 512, length, 0, offset)
+    return fix(h.ljust(1024, b"\0"), 36)
+def build(path, kind, size, block, bits, data, ident=bytes(16), parent=bytes(16), name="", locators=(), **more):
+    # copy of the footer | header | table at 1536 | locators | blocks of bitmap and data | footer
+    # bits[i]: None for no block, or a list of 0 and 1; data: the whole disk
+    n = -(-size // block); at = 1536 + -(-n * 4 // 512) * 512; extra = b""; locs = []
+    for code, text in locators:
+        text = text.encode("utf-16-le"); locs.append((code, len(text), at + len(extra))); extra += text.ljust(-(-len(text) // 512) * 512, b"\0")
+    at += len(extra); table = []; blocks = b""; width = -(-(block // 512) // 4096) * 512
+    for i in range(n):
+        if bits[i] is None: table.append(0xffffffff); continue
+        table.append((at + len(blocks)) // 512); m = bytearray(width)
+        for j, bit in enumerate(bits[i]): m[j // 8] |= bit << 7 - j % 8
+        blocks += bytes(m) + data[i * block:(i + 1) * block].ljust(block, b"\xee")
+    f = footer(kind, size, ident=ident, **more)
+    with open(path, "wb") as out:
+        out.write(f + header(1536, n, block, parent, name, locs) + struct.pack(">%dI" % n, *table).ljust(-(-n * 4 // 512) * 512, b"\xff") + extra + blocks + f)
+'"$1" "${@:2}"; }
+
+vpc='json:{"driver":"vpc","file.filename":"img"}'      # a fixed disk is not probed by qemu
+
+t_vhd_variants_read_back() {
+    local n=0 o size
+    for o in subformat=dynamic subformat=fixed subformat=dynamic,force_size=on subformat=fixed,force_size=on; do
+        for size in 512 12345k 5M; do
+            n=$((n + 1))
+            rm -f img
+            qemu-img create -q -f vpc -o $o img $size
+            scribble "$vpc" $n
+            qemu-img convert -f vpc -O raw img truth
+            check_same img
+        done
+    done
+}
+
+# Data and holes of IMAGE against the sparse ./truth, where reading all would take too long.
+check_sparse() {
+    "$fx" -q "$@" m
+    py '
+a, b = os.open("truth", os.O_RDONLY), os.open("m", os.O_RDONLY)
+size = os.fstat(a).st_size
+assert os.fstat(b).st_size == size
+for one, other in (a, b), (b, a):
+    off = 0
+    while off < size:
+        try: off = os.lseek(one, off, os.SEEK_DATA)
+        except OSError: break
+        end = os.lseek(one, off, os.SEEK_HOLE)
+        for at in range(off, end, 1 << 20): assert os.pread(one, min(1 << 20, end - at), at) == os.pread(other, min(1 << 20, end - at), at), at
+        off = end
+for at in 0, size // 2, size - 4096: assert os.pread(a, 4096, at) == os.pread(b, 4096, at)
+'
+    "$fx" --umount m
+}
+
+t_vhd_of_two_tebibytes_reads_back() {
+    local size
+    for size in 127G 2040G; do
+        qemu-img create -q -f vpc -o force_size=on img $size
+        qemu-io -c "write -P 1 0 3M" -c "write -P 2 100G 512" -c "write -P 3 $((${size%G} - 1))G 1M" -c "write -P 4 $((${size%G} * 1024 - 1))M 1M" img >/dev/null
+        qemu-img convert -f vpc -O raw img truth
+        check_sparse img
+    done
+}
+
+t_vhd_fixed_wins_over_raw_and_over_what_its_guest_wrote() {
+    qemu-img create -q -f vpc -o subformat=fixed,force_size=on img 4M
+    random truth 1024; dd if=truth of=img conv=notrunc status=none
+    "$fx" img m 2>err; same "$(cat err)" ""; cmp m truth; "$fx" --umount m
+    random base 16; qemu-img create -q -f qcow2 -b base -F raw evil 64k; qemu-img create -q -f vpc evil.vhd 64k
+    for i in evil evil.vhd; do
+        dd if=$i of=img conv=notrunc status=none; head -c 4M img >truth
+        check_same img
+    done
+    "$fx" img m 2>err; grep -q 'the first counts, since the size is right' err; "$fx" --umount m
+    # A dynamic disk that lost its footer; at its end lies what the guest wrote: the footer of a fixed disk.
+    head -c 2M /dev/zero | tr '\0' x >blk
+    qemu-img create -q -f vpc -o subformat=fixed,force_size=on fixed 1M; tail -c 512 fixed | dd of=blk bs=512 seek=4095 conv=notrunc status=none
+    qemu-img convert -q -f raw -O vpc -o force_size=on blk img
+    truncate -s $(($(stat -c %s img) - 512)) img
+    cp blk truth; check_same img
+    "$fx" img m 2>err; grep -q 'the latter counts' err; "$fx" --umount m
+}
+
+t_vhd_size_is_counted_as_its_creator_does() {
+    # 120 cylinders, 4 heads, 17 sectors: 4177920 bytes; the footer says 4 MiB
+    vhd_py '
+for name, creator, chs in ("vpc", b"vpc ", (120, 4, 17)), ("vs", b"vs  ", (120, 4, 17)), ("qemu", b"qemu", (120, 4, 17)), \
+        ("qem2", b"qem2", (120, 4, 17)), ("win", b"win ", (120, 4, 17)), ("d2v", b"d2v\0", (120, 4, 17)), ("vbox", b"vbox", (120, 4, 17)), \
+        ("none", b"vpc ", (0, 0, 0)), ("max", b"vpc ", (65535, 16, 255)), ("large", b"vpc ", (500, 4, 17)):
+    open(name, "wb").write(os.urandom(4 << 20) + footer(2, 4 << 20, chs, creator))
+    build(name + "-dyn", 3, 4 << 20, 2 << 20, [None, None], b"", chs=chs, creator=creator)
+'
+    local i
+    for i in vpc vs qemu; do
+        "$fx" $i m 2>err; same "$(stat -c %s m)" 4177920; grep -q '4177920 bytes and not 4194304' err; cmp -n 4177920 m $i; "$fx" --umount m
+        "$fx" -q $i-dyn m; same "$(stat -c %s m)" 4177920; "$fx" --umount m
+    done
+    for i in qem2 win d2v vbox none max large; do
+        "$fx" $i m 2>err; same "$(stat -c %s m)" 4194304; same "$(cat err)" ""; cmp -n 4194304 m $i; "$fx" --umount m
+        "$fx" -q $i-dyn m; same "$(stat -c %s m)" 4194304; "$fx" --umount m
+    done
+    for i in vpc qemu qem2 win; do      # and so does qemu
+        "$fx" -q $i-dyn m; same "$(stat -c %s m)" "$(qemu-img info -f vpc --output=json $i-dyn | jq '."virtual-size"')"; "$fx" --umount m
+    done
+}
+
+t_vhd_copy_of_the_footer_is_used_where_the_end_is_lost() {
+    qemu-img create -q -f vpc good 4M; qemu-io -c 'write -P 1 1M 2M' good >/dev/null; qemu-img convert -f vpc -O raw good truth
+    local size; size=$(stat -c %s good)
+    poke img $((size - 400)) ff; check_same img
+    "$fx" img m 2>err; grep -q 'lost or damaged; its copy' err; "$fx" --umount m
+    cp good img; truncate -s $((size - 512)) img; check_same img
+    cp good img; truncate -s $((size - 100)) img; check_same img
+    cp good img; head -c 5000 /dev/zero >>img; check_same img
+    # 511 bytes, as before Virtual PC 2004
+    cp good img; truncate -s $((size - 1)) img; poke img 64 00000000; truncate -s $((size - 1)) img; check_same img
+    qemu-img create -q -f vpc -o subformat=fixed fixed 4M; cp fixed img; truncate -s $(($(stat -c %s fixed) - 1)) img
+    head -c "$(($(stat -c %s fixed) - 512))" fixed >t; mv t truth; check_same img
+    # The end is good, the front is not.
+    qemu-img convert -f vpc -O raw good truth
+    poke img 0 0000; check_same img
+    poke img 64 00000000; check_same img
+    # Both are bad; or the only one of a fixed disk; or there is none.
+    poke img 64 00000000 $((size - 400)) ff; refused 1 'no footer of it has a good checksum' "$fx" -q img m
+    poke img 64 00000000 $((size - 512)) 00; refused 1 'no footer of it has a good checksum' "$fx" -q img m
+    cp fixed good; poke img $(($(stat -c %s fixed) - 300)) 01; refused 1 'no footer of it has a good checksum.*raw' "$fx" -q img m
+    refused 1 'is not a VHD image' "$fx" -q --format vpc truth m
+    cp good a.001; cp good a.002; refused 1 'a VHD image is one file' "$fx" -q a.001 a.002 m
+}
+
+# vhd_edit OFFSET HEX...: ./good to ./bad with right checksums; offsets f... in both footers, h... in the header, else in the file
+vhd_edit() { vhd_py '
+d = bytearray(open("good", "rb").read()); n = len(d)
+for at, x in zip(sys.argv[1::2], map(bytes.fromhex, sys.argv[2::2])):
+    for base in {"f": [0, n - 512], "h": [512]}.get(at[0], [0]):
+        o = base + int(at.strip("fh")); d[o:o + len(x)] = x
+for base in 0, n - 512: d[base:base + 512] = fix(d[base:base + 512], 64)
+d[512:1536] = fix(d[512:1536], 36)
+open("bad", "wb").write(d)' "$@"; }
+
+t_vhd_damaged_headers_are_refused() {
+    qemu-img create -q -f vpc good 64M; qemu-io -c 'write -P 1 0 1M' good >/dev/null
+    local rows='
+f12 00020000 unknown version 0x00020000
+f60 00000000 kind of disk
+f60 00000005 kind of disk
+f60 00000006 kind of disk
+f16 ffffffffffffffff place of the dynamic header
+f16 0000000000000600 place of the dynamic header
+f16 7fffffffffffff00 place of the dynamic header
+h24 00020000 version of the dynamic header
+h32 00200001 block size
+h32 00300000 block size
+h32 00000000 block size
+h32 00000100 block size
+h28 0000001f too few table entries
+h28 00000000 too few table entries
+h28 40000001 more table entries
+h28 ffffffff more table entries
+h16 ffffffffffffffff place of the block table
+h16 0000000000000601 place of the block table
+h16 00000000fffffe00 place of the block table
+h32 00000200 too few table entries'
+    while read -r offset hex pattern; do
+        [ -n "$offset" ] || continue
+        vhd_edit "$offset" "$hex"
+        refused 1 "$pattern" "$fx" -q bad m
+    done <<<"$rows"
+    vhd_edit f28 77696e20 f48 ffffffffffffffff; refused 1 'the size' "$fx" -q bad m
+    vhd_edit f28 77696e20 f48 7fffffffffffffff; refused 1 'too few table entries' "$fx" -q bad m
+    vhd_edit f28 77696e20 f48 0000000000000000; refused 1 'is empty' "$fx" -q bad m
+    poke bad $((512 + 100)) 41; refused 1 'checksum of the dynamic header' "$fx" -q bad m
+    vhd_edit f60 00000004; refused 1 'does not name its parent.*--backing' "$fx" -q bad m
+    refused 1 'cannot be written by this version' "$fx" -q -w good m
+}
+
+t_vhd_damaged_tables_cost_their_range_only() {
+    qemu-img create -q -f vpc -o force_size=on good 16M; qemu-io -c 'write -P 255 0 16M' good >/dev/null; qemu-img convert -f vpc -O raw good truth
+    local entry
+    # The second block: past the end, at the end, in the footer's copy, in the header, in the table
+    for entry in fffffffe 00010000 00000000 00000001 00000003; do
+        vhd_edit 1540 $entry
+        "$fx" -q bad m
+        cmp -n $((2 << 20)) m truth; cmp -i $((4 << 20)) m truth
+        not dd if=m of=/dev/null bs=4k skip=512 count=1 2>err; grep -q 'Input/output' err
+        not dd if=m of=/dev/null bs=4k skip=1023 count=1 2>err
+        "$fx" --umount m
+    done
+    # The last block reaches into the footer: what is there reads. (Its bitmap is all set there too: 255.)
+    local last; last=$(od -An -tu4 --endian=big -j$((1536 + 28)) -N4 good | tr -d ' ')
+    vhd_edit 1564 "$(printf %08x $((last + 2)))"
+    "$fx" -q --direct-io bad m; cmp -n $((14 << 20)) m truth; dd if=m of=/dev/null bs=512 skip=32765 count=1 status=none
+    not dd if=m of=/dev/null bs=512 skip=32766 count=1 2>err; "$fx" --umount m
+    # Truncated, dynamic and fixed: what is there reads, the rest is no zeros.
+    cp good bad; truncate -s 9M bad
+    "$fx" -q bad m 2>/dev/null; cmp -n $((8 << 20)) m truth; not cp m copy 2>err; grep -q 'Input/output' err; "$fx" --umount m
+    vhd_py 'open("bad", "wb").write(bytes(1 << 20) + footer(2, 2 << 20))'
+    "$fx" -q bad m; same "$(stat -c %s m)" $((2 << 20)); cmp -n $((1 << 20)) m /dev/zero; not tail -c 1 m 2>err; "$fx" --umount m
+}
+
+t_vhd_bitmaps_and_parents_by_the_specification() {
+    vhd_py '
+rnd = random.Random(4); p, b, c = bytes([1] * 16), bytes([2] * 16), bytes([3] * 16)
+for block in 512, 2048, 32768, 65536, 2 << 20:
+    size = block * 5 + (512 if block < 1 << 20 else 512 * 77)
+    n = -(-size // block); per = block // 512
+    def some(): return [[rnd.randrange(2) for j in range(per)], None, [1] * per, [0] * per, [1] * 5 + [0] * (per - 5) if per > 5 else [1] * per, [j // 40 % 2 for j in range(per)]]
+    disk = bytes(size); name = "p%d" % block
+    for level, (kind, ident, parent) in enumerate([(3, p, bytes(16)), (4, b, p), (4, c, b)]):
+        data = os.urandom(size); bits = some(); rnd.shuffle(bits); own = bytearray(disk)
+        for s in range(size // 512):
+            m = bits[s // per]
+            if m and m[s % per]: own[s * 512:s * 512 + 512] = data[s * 512:s * 512 + 512]
+        disk = bytes(own); path = "%d-%s.vhd" % (block, "pbc"[level])
+        above = "%d-%s.vhd" % (block, "pbc"[level - 1])
+        build(path, kind, size, block, bits, data, ident, parent, name=".\\" + above if level == 1 else "nothing.vhd" if level else "",
+              locators=[(b"W2ku", "C:\\some where\\" + above), (b"W2ru", "..\\x\\" + above)] if level == 2 else [])
+        open(path + ".truth", "wb").write(disk)
+'
+    local i
+    for i in *.vhd; do
+        cp "$i.truth" truth
+        check_same "$i"
+    done
+}
+
+t_vhd_parents_are_found_by_name_and_known_by_identity() {
+    mkdir sub
+    vhd_py '
+p, c = bytes([1] * 16), bytes([2] * 16); size = 1 << 20; disk = os.urandom(size); open("truth", "wb").write(disk)
+ext = "\u00c4\u65e5\U0001f4be parent.vhd"
+open(ext, "wb").write(disk + footer(2, size, ident=p))
+open("other", "wb").write(disk + footer(2, size, ident=c))
+def child(path, **more): build(path, 4, size, size, [None], b"", c, more.pop("parent", p), **more)
+child("header", name="D:\\a\\" + ext); child("relative", locators=[(b"W2ru", "..\\..\\" + ext)]); child("absolute", locators=[(b"W2ku", "E:\\" + ext)])
+child("slashes", name="/a/b/" + ext); child("terminated", locators=[(b"W2ru", ext + "\0\0rest")])
+child("half", locators=[(b"W2ru", "x\ud800y".encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))])
+child("unnamed"); child("dots", name="a\\.."); child("folder", name="a\\sub"); child("folderish", name="x\\"); child("mismatch", name="other")
+child("itself", name="itself", parent=c); child("long", locators=[(b"W2ru", "x" * 3000)]); child("wide", locators=[(b"W2ku", "\u65e5" * 600)])
+'
+    local i
+    for i in header relative absolute slashes terminated; do check_same $i; done
+    for i in unnamed dots folderish long wide; do refused 1 'does not name its parent; --backing' "$fx" -q $i m; done
+    expect 1 "$fx" -q folder m; grep -q "cannot open its backing file 'sub'" err
+    refused 1 'is its own backing file' "$fx" -q itself m
+    refused 1 'other: is not the parent of mismatch.*02020202.* instead of 01010101.*--force-parent' "$fx" -q mismatch m
+    check_same mismatch --force-parent
+    mv ./*parent.vhd sub/parent
+    expect 1 "$fx" -q header m; grep -q 'cannot open its backing file.*No such file.*--backing' err
+    check_same header --backing sub/parent; check_same unnamed --backing sub/parent
+    refused 1 'is not the parent' "$fx" -q --backing other header m
+    "$fx" -q --no-backing unnamed m; not head -c 1 m 2>err; "$fx" --umount m
+    cp truth raw; refused 1 'is not a VHD image' "$fx" -q --backing raw header m
+}
+
+t_vhd_random_damage_is_survived() {
+    qemu-img create -q -f vpc d 6M; scribble d 5; scribble d 6
+    vhd_py '
+import subprocess
+rnd = random.Random(12); size = 40 * 512
+build("c", 4, size, 2048, [[rnd.randrange(2) for j in range(4)] if rnd.random() < .7 else None for i in range(10)], os.urandom(size), name="p", parent=bytes(16), locators=[(b"W2ru", "a\\p"), (b"W2ku", "p")])
+open("p", "wb").write(os.urandom(size) + footer(2, size))
+def patch(d):                                                # so that damage gets past the checksums
+    n = len(d)
+    for base in 0, n - 512: d[base:base + 512] = fix(d[base:base + 512], 64)
+    d[512:1536] = fix(d[512:1536], 36)
+for name, tables in ("d", 4096), ("c", 6000), ("p", 0):
+    good = open(name, "rb").read()
+    for i in range(60 if tables else 15):
+        bad = bytearray(good)
+        for j in range(rnd.randrange(1, 4)):
+            where = rnd.choice([rnd.randrange(90), 512 + rnd.randrange(64), 512 + 576 + rnd.randrange(48), 1536 + rnd.randrange(64), rnd.randrange(tables)]) if tables else len(bad) - 512 + rnd.randrange(90)
+            if where < 90 and tables and rnd.random() < .7: bad[len(bad) - 512 + where] = bad[where] = rnd.randrange(256)
+            else: bad[where] = rnd.choice([0, 1, 255, rnd.randrange(256)])
+        if tables and rnd.random() < .8: patch(bad)
+        open("bad", "wb").write(bad)
+        p = subprocess.run([sys.argv[1], "-q", "--sandbox=off", "--force-parent", "--format", "vpc", "bad", "m", "--", "dd", "if=m", "of=/dev/null",
+                            "bs=64k", "count=100", "conv=noerror"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert p.returncode in (0, 1, 125) and b"Sanitizer" not in p.stderr and b"killed" not in p.stderr, (i, p.returncode, p.stderr)
+' "$build/fuseexp-asan"
+}
+
+# Every image of FORMAT in the corpus, against its checksum: of the whole, or of the 64 KiB blocks that are not zero.
+check_corpus() {    # FORMAT AT_LEAST
+    [ -d "$corpus" ] || skip "no corpus"
+    "$corpus/unpack" c
+    local n=0 wanted=$2
+    while IFS=$'\t' read -r path format _ size sum _ expected _ digest; do
+        [ "$format" = "$1" ] || continue
+        if [ "$expected" != ok ]; then expect 1 "$fx" -q "c/$path" m; continue; fi
+        "$fx" -q "c/$path" m
+        same "$(stat -c %s m)" "$size"
+        if [ "$size" -lt 1000000000 ]; then same "$(sha256sum <m | cut -d' ' -f1)" "$sum"; else
+            same "$(py '
+import hashlib
+h = hashlib.sha256(); f = os.open("m", os.O_RDONLY); size = os.fstat(f).st_size; off = 0
+while off < size:
+    try: off = os.lseek(f, off, os.SEEK_DATA) // 65536 * 65536
+    except OSError: break
+    block = os.pread(f, 65536, off)
+    if block.strip(b"\0"): h.update(off.to_bytes(8, "little") + len(block).to_bytes(4, "little") + block)
+    off += 65536
+h.update(size.to_bytes(8, "little")); print(h.hexdigest())')" "$digest"
+        fi
+        "$fx" --umount m
+        n=$((n + 1))
+    done <c/MANIFEST.tsv
+    [ $n -ge "$wanted" ] || fail "only $n"
+}
+t_corpus_vhd_images_are_right() { check_corpus vpc 10; }
+
+# ---- VHDX --------------------------------------------------------------------------------------------------------------
+
+# Python with the pieces of a VHDX, by [MS-VHDX].
+vhdx_py() { py '
+import struct, uuid, subprocess
+pack = struct.pack; MIB = 1 << 20
+G = lambda text: uuid.UUID(text).bytes_le
+table = []
+for i in range(256):
+    for bit in range(8): i = i >> 1 ^ (0x82f63b78 if i & 1 else 0)
+    table.append(i)
+def crc(b):
+    c = 0xffffffff
+    for x in b: c = table[(c ^ x) & 255] ^ c >> 8
+    return c ^ 0xffffffff
+def seal(b, size):                       # signature, then the CRC-32C of all with itself as zeros
+    b = bytearray(b.ljust(size, b"\0")); b[4:8] = bytes(4); b[4:8] = pack("<I", crc(b)); return bytes(b)
+BAT, META = G("2dc27766-f623-4200-9d64-115e9bfd4a08"), G("8b7ca206-4790-4b9a-b8fe-575f050f886e")
+PARAMS, SIZE, SECTOR, PHYS, PAGE83, PARENT = map(G, ("caa16737-fa36-4d43-b3b6-33f0aa44e76b", "2fa54224-cd1b-4876-b211-5dbed83bf4b8",
+    "8141bf1d-a96f-4709-ba47-f233a8faab5f", "cda348c7-445d-4471-9cc9-e9885251c556", "beca12ab-b2e6-4523-93ef-c309e000c746", "a8d35f2d-b30b-454d-abf7-d3d84834ab0c"))
+LOG = bytes(range(1, 17))
+def head(seq, ident, log=bytes(16), length=MIB, version=1):
+    return seal(b"head" + pack("<IQ", 0, seq) + bytes(16) + ident + log + pack("<HHIQ", 0, version, length, MIB), 4096)
+def regions(*entries):                   # (guid, offset, length, required)
+    return seal(b"regi" + pack("<III", 0, len(entries), 0) + b"".join(g + pack("<QII", *rest) for g, *rest in entries), 65536)
+def metadata(*items):                    # (guid, bits, value)
+    table = b"metadata" + pack("<HH", 0, len(items)) + bytes(20); values = b""
+    for g, bits, value in items:
+        table += g + pack("<IIII", 65536 + len(values), len(value), bits, 0); values += value
+    return table.ljust(65536, b"\0") + values
+def locator(keys, kind=G("b04aefb7-d19e-4a81-b789-25b8e9445913")):
+    at = 20 + 12 * len(keys); table = kind + pack("<HH", 0, len(keys)); text = b""
+    for k, v in keys:
+        k, v = k.encode("utf-16-le"), v.encode("utf-16-le")
+        table += pack("<IIHH", at + len(text), at + len(text) + len(k), len(k), len(v)); text += k + v
+    return table + text
+def build(path, size, block, states, data, sector=512, keys=None, ident=bytes([7] * 16), log=bytes(16), log_length=MIB, required=1):
+    # 0 identifier | 64k 128k headers | 192k 256k region tables | 1M log | metadata: 1M | BAT: 1M | bitmap blocks, blocks
+    # states[i]: 0 absent, 1 undefined, 2 zero, 3 unmapped, 6 present, or the bits of its sectors: 7, partially present
+    n = -(-size // block); ratio = (1 << 23) * sector // block; meta = MIB + log_length; bat = meta + MIB; at = bat + MIB
+    entries = [0] * ((-(-n // ratio) * (ratio + 1)) if keys else n + (n - 1) // ratio)
+    with open(path, "wb") as f:
+        def put(where, what): f.seek(where); f.write(what)
+        put(0, b"vhdxfile"); put(65536, head(8, ident, log, log_length)); put(131072, head(9, ident, log, log_length))
+        for where in 192 << 10, 256 << 10: put(where, regions((META, meta, MIB, required), (BAT, bat, MIB, required)))
+        items = [(PARAMS, 4, pack("<II", block, 2 if keys else 0)), (SIZE, 6, pack("<Q", size)), (PAGE83, 6, ident), (SECTOR, 6, pack("<I", sector)), (PHYS, 6, pack("<I", 4096))]
+        put(meta, metadata(*items, *([(PARENT, 4, locator(keys))] if keys else [])))
+        for i, state in enumerate(states):
+            if isinstance(state, list):
+                chunk = i // ratio; where = (chunk + 1) * (ratio + 1) - 1
+                if not entries[where]: entries[where] = at | 6; at += MIB
+                m = bytearray(-(-len(state) // 8))
+                for j, bit in enumerate(state): m[j // 8] |= bit << j % 8
+                put((entries[where] & -MIB) + i % ratio * (block // sector) // 8, m); state = 7
+            if state in (6, 7):
+                put(at, data[i * block:(i + 1) * block]); entries[i + i // ratio] = at | state; at += block
+            else: entries[i + i // ratio] = state
+        put(bat, pack("<%dQ" % len(entries), *entries)); f.truncate(at)
+    return bat
+def entry(seq, tail, flushed, last, *changes, guid=LOG, torn=False):     # changes: (offset, 4 KiB) or (offset, length of zeros)
+    d = b""; pages = b""
+    for offset, what in changes:
+        if isinstance(what, int): d += b"zero" + pack("<IQQQ", 0, what, offset, seq)
+        else:
+            d += b"desc" + what[4092:] + what[:8] + pack("<QQ", offset, seq)
+            pages += b"data" + pack("<I", seq >> 32) + what[8:4092] + pack("<I", seq & 0xffffffff)
+    room = -(-(64 + len(d)) // 4096) * 4096; length = room + len(pages)
+    h = b"loge" + pack("<IIIQII", 0, length, tail, seq, len(changes), 0) + guid + pack("<QQ", flushed, last)
+    e = bytearray(seal((h + d).ljust(room, b"\0") + pages, length))
+    if torn: e[-1] ^= 1
+    return bytes(e)
+'"$1" "${@:2}"; }
+
+t_vhdx_variants_read_back() {
+    local n=0 o
+    for o in subformat=dynamic,block_size=1M subformat=dynamic,block_size=2M,log_size=32M block_size=32M subformat=dynamic,block_size=256M \
+        subformat=fixed,block_size=1M subformat=fixed,block_size=8M,log_size=2M block_size=1M,block_state_zero=off; do
+        n=$((n + 1))
+        rm -f img
+        qemu-img create -q -f vhdx -o $o img 17M
+        scribble img $n
+        scribble img $((n + 100))
+        qemu-img convert -O raw img truth
+        check_same img
+    done
+    qemu-img create -q -f vhdx img 512; qemu-io -c 'write -P 3 0 512' img >/dev/null; qemu-img convert -O raw img truth; check_same img
+}
+
+t_vhdx_of_terabytes_reads_back() {
+    local row size block
+    for row in '2T 1M' '2T 32M' '64T 256M'; do
+        read -r size block <<<"$row"
+        qemu-img create -q -f vhdx -o block_size="$block" img "$size"
+        qemu-io -c "write -P 1 0 3M" -c "write -P 2 100G 512" -c "write -P 4 $((${size%T} * 1048576 - 1))M 1M" img >/dev/null
+        if [ "$size" = 2T ]; then                 # qemu-img takes minutes to convert this
+            rm -f truth; truncate -s "$size" truth
+            py 'f = open("truth", "r+b"); f.write(b"\1" * (3 << 20)); f.seek(100 << 30); f.write(b"\2" * 512); f.seek((2 << 40) - (1 << 20)); f.write(b"\4" * (1 << 20))'
+            check_sparse img
+            continue
+        fi
+        "$fx" -q img m                          # no file system here holds a file of this size
+        same "$(stat -c %s m)" $((64 << 40)); same "$(dd if=m bs=1M skip=$(((64 << 20) - 1)) status=none | tr -d '\4' | wc -c)" 0
+        same "$(dd if=m bs=512 skip=$((100 << 21)) count=1 status=none | tr -d '\2' | wc -c)" 0; "$fx" --umount m
+    done
+}
+
+t_vhdx_states_and_sectors_by_the_specification() {
+    vhdx_py '
+rnd = random.Random(5)
+for sector in 512, 4096:
+    for block in 1 << 20, 4 << 20:
+        n = 7 if block == MIB else 5; size = n * block - sector * 3; disk = bytes(size); ids = [bytes([i] * 16) for i in (1, 2, 3)]
+        for level in range(3):
+            data = os.urandom(size); per = block // sector
+            some = [[rnd.randrange(2) for j in range(per)], 0, 6, [j // 50 % 2 for j in range(per)], 2, 3, 1] if level else [6, 0, 2, 6, 3, 1, 6]
+            some = some[:n]; rnd.shuffle(some); own = bytearray(disk)
+            for i, state in enumerate(some):
+                where = slice(i * block, min((i + 1) * block, size))
+                if isinstance(state, list):
+                    for j, bit in enumerate(state):
+                        a = i * block + j * sector
+                        if bit and a < size: own[a:a + sector] = data[a:a + sector]
+                elif state == 6: own[where] = data[where]
+                elif state or not level: own[where] = bytes(len(own[where]))
+            disk = bytes(own); path = "%d-%d-%d.vhdx" % (sector, block, level)
+            keys = [("parent_linkage", "{%s}" % uuid.UUID(bytes_le=ids[level - 1])), ("absolute_win32_path", "C:\\x\\nothing"), ("relative_path", "..\\y\\%d-%d-%d.vhdx" % (sector, block, level - 1))]
+            build(path, size, block, some, data, sector, keys if level else None, ids[level])
+            open(path + ".truth", "wb").write(disk)
+'
+    local i
+    for i in *.vhdx; do
+        mv "$i.truth" truth
+        check_same "$i"
+    done
+}
+
+t_vhdx_chunks_have_their_own_sector_bitmaps() {
+    # Blocks of 256 MiB and sectors of 512 bytes: 16 blocks to a chunk. Blocks 15 and 16 lie in different ones.
+    vhdx_py '
+size = 18 << 28; per = 1 << 19; open("p", "wb"); ids = [bytes([1] * 16), bytes([2] * 16)]
+build("p", size, 1 << 28, [2] * 14 + [6, 2, 2, 2], b"", ident=ids[0])
+bits = [0] * per; bits[3] = 1; other = [0] * per; other[-1] = other[7] = 1
+build("img", size, 1 << 28, [0] * 15 + [bits, other, 0], b"", keys=[("parent_linkage", "{%s}" % uuid.UUID(bytes_le=ids[0])), ("relative_path", "p")], ident=ids[1])
+f = open("img", "r+b"); t = open("truth", "wb"); t.truncate(size)
+f.seek(3 * MIB); bat = struct.unpack("<34Q", f.read(34 * 8)); assert bat[15] & 7 == 7 and bat[17] & 7 == 7 and bat[16] & 7 == bat[33] & 7 == 6
+for i, sectors in (15, [3]), (16, [7, per - 1]):
+    for s in [0, 3, 4, 6, 7, 8, per - 2, per - 1]:
+        x = os.urandom(512); f.seek((bat[i + i // 16] & -MIB) + s * 512); f.write(x)
+        if s in sectors: t.seek((i << 28) + s * 512); t.write(x)
+g = open("p", "r+b"); g.seek(3 * MIB); where = struct.unpack("<Q", g.read(18 * 8)[14 * 8:15 * 8])[0] & -MIB; x = os.urandom(9000); g.seek(where + 5000); g.write(x); t.seek((14 << 28) + 5000); t.write(x)
+g.truncate(where + (1 << 28)); f.truncate((max(bat[15], bat[17]) & -MIB) + (1 << 28))
+'
+    check_sparse img
+}
+
+# A log that is still to be replayed: the block table on disk is stale. ./clean is what replaying it gives; LAYOUT is python
+# that makes `ring`, the 1 MiB of the log, from bat (offset of the table), page (its right contents), n (length of the file).
+vhdx_dirty() { vhdx_py '
+size = 5 * MIB; data = os.urandom(size); bat = build("clean", size, MIB, [6, 0, 6, 2, 6], data); d = bytearray(open("clean", "rb").read()); n = len(d)
+truth = bytearray(size); disk = lambda i: slice(i * MIB, (i + 1) * MIB)
+for i in 0, 2, 4: truth[disk(i)] = data[disk(i)]
+page = bytes(d[bat:bat + 4096]); stale = bytearray(page); stale[16:24] = bytes(8); stale[32:40] = pack("<Q", 2); older = bytearray(page); older[0:8] = bytes(8)
+d[bat:bat + 4096] = stale; ring = bytearray(MIB)
+for i in (0, 1): d[65536 * (i + 1):65536 * (i + 1) + 4096] = head(8 + i, bytes([7] * 16), LOG)
+def lay(at, *entries):                   # one behind the other, round the end; answers where the next would begin
+    for e in entries:
+        for i in range(0, len(e), 4096): ring[(at + i) % MIB:(at + i) % MIB + 4096] = e[i:i + 4096]
+        at = (at + len(e)) % MIB
+    return at
+'"$1"'
+d[MIB:2 * MIB] = ring
+open("img", "wb").write(d); open("truth", "wb").write(truth)' "${@:2}"; }
+
+t_vhdx_log_is_replayed_in_memory_only() {
+    local layout
+    # one entry; three, where the tail is not the first; round the end of the ring; behind an older sequence, one of another
+    # GUID, and one that is not whole; before a torn entry; a gap in the numbers; several pages, zeros, and pages of data
+    for layout in 'lay(0, entry(5, 0, n, n, (bat, page)))' \
+        'lay(8192, entry(4, 8192, n, n, (bat, bytes(older))), entry(5, 16384, n, n, (bat, bytes(stale))), entry(6, 16384, n, n, (bat, page)))' \
+        'lay(MIB - 12288, entry(2**32 - 1, MIB - 12288, n, n, (bat, bytes(stale))), entry(2**32, MIB - 12288, n, n, (bat, page)))' \
+        'lay(4096, entry(5, 4096, n, n, (bat, bytes(older))), entry(9, 12288, n, n, (bat, page)), entry(99, 28672, n, n, (bat, bytes(older)), guid=bytes([9] * 16)), entry(50, 4096, n, n, (bat, bytes(older))))' \
+        'lay(0, entry(7, 0, n, n, (bat, page)), entry(8, 0, n, n, (bat, bytes(older)), torn=True))' \
+        'lay(0, entry(7, 0, n, n, (bat, page)), entry(9, 0, n, n, (bat, bytes(older))))' \
+        'lay(0, entry(7, 0, n, n, *[(bat + 4096 * (i + 1), bytes(4096)) for i in range(150)], (bat, page)))' \
+        'lay(0, entry(7, 0, n, n), entry(8, 0, n, n, (bat, bytes(older)), (bat + 4096, 8192)), entry(9, 0, n, n, (bat, page)), entry(10, 0, n, n))' \
+        'x = os.urandom(4096); y = os.urandom(4096); a = struct.unpack("<Q", page[:8])[0] & -MIB
+lay(0, entry(7, 0, n, n, (bat, page), (a + 40960, x), (a + 45056, y), (a + 409600, 65536), (a + MIB - 4096, y)))
+truth[40960:49152] = x + y; truth[409600:475136] = bytes(65536); truth[MIB - 4096:MIB] = y'; do
+        echo "$layout" >&2; vhdx_dirty "$layout"
+        cp img before
+        "$fx" --no-passthrough img m 2>err; grep -q 'replayed in memory; the file is not changed' err; cmp m truth
+        "$fx" --umount m
+        check_same img
+        cmp img before
+        # and qemu's own replay, on a copy; but it does not look at tails, and not at a second page of descriptors
+        case $layout in *'(7,'*'(9, 0, n, n, (bat, bytes(older))))' | *'entry(50,'* | *range\(150\)*) continue ;; esac
+        qemu-img check -q -r all -f vhdx before >check.log 2>&1 || { cat check.log; false; }
+        qemu-img convert -f vhdx -O raw before there; cmp there truth
+    done
+}
+
+t_vhdx_log_may_make_the_file_longer() {
+    # Block 4 was given out behind the end of the file: zeros, as a file that is made longer has them.
+    vhdx_dirty 'new = bytearray(page); new[32:40] = pack("<Q", -(-n // MIB) * MIB | 6); truth[disk(4)] = bytes(MIB)
+lay(0, entry(5, 0, n, n + MIB, (bat, bytes(new))))'
+    cp img before; check_same img; cmp img before
+    # What was there once and is no more is not zeros.
+    vhdx_dirty 'lay(0, entry(5, 0, n, n, (bat, page)))'
+    truncate -s -1M img
+    "$fx" img m 2>err; grep -q 'is truncated' err; cmp -n $((4 << 20)) m truth; not tail -c 1 m 2>err; "$fx" --umount m
+}
+
+t_vhdx_log_that_cannot_be_replayed_is_refused() {
+    local layout pattern
+    while IFS='|' read -r pattern layout; do
+        echo "$layout" >&2; vhdx_dirty "$layout"
+        refused 1 "$pattern.*--ignore-log" timeout 20 "$fx" -q img m
+    done <<'EOF'
+no whole sequence|pass
+no whole sequence|lay(0, entry(5, 0, n, n, (bat, page), torn=True))
+no whole sequence|lay(0, entry(5, 4096, n, n, (bat, page)))
+no whole sequence|lay(0, entry(5, 0, n, n, (bat, page), guid=bytes([9] * 16)))
+no whole sequence|lay(0, entry(0, 0, n, n, (bat, page)))
+no whole sequence|lay(0, entry(5, 0, n, n, (bat + 1, page)))
+no whole sequence|lay(0, entry(5, 0, n, n, (bat, 77)))
+no whole sequence|e = bytearray(entry(5, 0, n, n, (bat, page))); e[4100] ^= 1; lay(0, seal(bytes(e), len(e)))
+no whole sequence|e = bytearray(entry(5, 0, n, n, (bat, page))); e[-1] ^= 1; lay(0, seal(bytes(e), len(e)))
+no whole sequence|e = bytearray(entry(5, 0, n, n, (bat, page))); e[88] ^= 1; lay(0, seal(bytes(e), len(e)))
+no whole sequence|e = bytearray(entry(5, 0, n, n, (bat, page))); e[24:28] = b"\xff" * 4; lay(0, seal(bytes(e), len(e)))
+no whole sequence|e = bytearray(entry(5, 0, n, n, (bat, page))); e[8:12] = pack("<I", 2 * MIB); lay(0, seal(bytes(e), len(e)))
+no whole sequence|e = bytearray(entry(5, 0, n, n, (bat, page))); e[8:12] = b"\xff" * 4; lay(0, seal(bytes(e), len(e)))
+no whole sequence|e = bytearray(entry(5, 0, n, n, (bat, page))); e[8:12] = bytes(4); lay(0, seal(bytes(e), len(e)))
+more than is plausible|lay(0, entry(5, 0, n, n, (0, 1 << 61)))
+more than is plausible|lay(0, entry(5, 0, n, n, (bat, page), (1 << 40, 65 << 20)))
+more than is plausible|lay(0, entry(5, 0, n, 1 << 63, (bat, page)))
+too much garbage|e = entry(5, 0, n, n); lay(0, *[e[:8] + pack("<I", MIB) + e[12:]] * 256)
+unknown version|d[65536:69632] = d[131072:135168] = seal(d[131072:131072 + 64] + b"\1\0" + d[131072 + 66:135168], 4096)
+not where it should be|d[65536:69632] = d[131072:135168] = head(9, LOG, LOG, 0)
+not where it should be|d[65536:69632] = d[131072:135168] = head(9, LOG, LOG, 0xfff00000)
+EOF
+    vhdx_dirty 'for i in (2, 4): truth[disk(i)] = bytes(MIB)'       # the stale table
+    "$fx" --ignore-log img m 2>err; grep -q 'its log is ignored' err; "$fx" --umount m
+    check_same img --ignore-log
+}
+
+t_vhdx_parents_are_found_by_name_and_known_by_identity() {
+    mkdir sub
+    vhdx_py '
+p, c = bytes(range(16)), bytes([2] * 16); size = MIB; data = os.urandom(size); open("truth", "wb").write(data)
+build("the parent", size, MIB, [6], data, ident=p); build("other", size, MIB, [6], data, ident=c); build("zero", size, MIB, [6], data, ident=bytes(16))
+good = ("parent_linkage", "{%s}" % uuid.UUID(bytes_le=p)); bad = ("parent_linkage", "{%s}" % uuid.UUID(bytes_le=bytes([9] * 16)))
+def child(name, *keys): build(name, size, MIB, [0], b"", keys=list(keys), ident=c)
+child("relative", good, ("relative_path", ".\\x\\the parent"), ("absolute_win32_path", "no"), ("volume_path", "no"))
+child("volume", good, ("volume_path", "\\\\?\\Volume{26A21BDA-A627-11D7-9931-806E6F6E6963}\\p\\the parent"), ("absolute_win32_path", "no"))
+child("absolute", ("absolute_win32_path", "\\\\?\\d:\\the parent"), good)
+child("upper", ("parent_linkage", good[1].upper()), ("relative_path", "the parent"))
+child("linkage2", bad, ("relative_path", "the parent"), ("parent_linkage2", good[1]))
+child("null2", bad, ("relative_path", "zero"), ("parent_linkage2", "{%s}" % uuid.UUID(int=0)))
+child("unnamed", good); child("unlinked", ("relative_path", "the parent")); child("garbled", ("relative_path", "the parent"), ("parent_linkage", "{12345678-zzzz}"))
+child("mismatch", good, ("relative_path", "other")); child("itself", ("relative_path", "itself"), good)
+d = open("relative", "rb").read(); open("foreign", "wb").write(d.replace(G("b04aefb7-d19e-4a81-b789-25b8e9445913"), bytes(16)))
+at = d.index(G("b04aefb7-d19e-4a81-b789-25b8e9445913"))
+open("outside", "wb").write(d[:at + 20] + b"\xff" * 12 * 4 + d[at + 20 + 48:])
+'
+    local i
+    for i in relative volume absolute upper linkage2; do check_same $i; done
+    refused 1 'does not name its parent; --backing' "$fx" -q unnamed m; check_same unnamed --backing 'the parent'
+    for i in unlinked garbled; do refused 1 'does not record its parent.s identity; --force-parent' "$fx" -q $i m; check_same $i --force-parent; done
+    refused 1 'other: is not the parent of mismatch.*--force-parent' "$fx" -q mismatch m; check_same mismatch --force-parent
+    refused 1 'zero: is not the parent of null2' "$fx" -q null2 m
+    refused 1 'is its own backing file' "$fx" -q itself m
+    refused 1 'unknown VHDX parent locator {00000000-0000-0000-0000-000000000000}' "$fx" -q foreign m
+    refused 1 'does not name its parent' "$fx" -q outside m
+    mv 'the parent' sub/moved; expect 1 "$fx" -q relative m; grep -q "cannot open its backing file 'the parent': No such" err
+    check_same relative --backing sub/moved
+    "$fx" -q --no-backing relative m; not head -c 1 m 2>err; "$fx" --umount m
+}
+
+# vhdx_edit WHERE HEX...: ./good to ./bad with right checksums. hN: both headers; rN: both region tables; mN: the metadata
+# region; bN: the block table; else in the file. The file is one of build(): metadata at 2 MiB, block table at 3 MiB.
+vhdx_edit() { vhdx_py '
+d = bytearray(open("good", "rb").read())
+for at, x in zip(sys.argv[1::2], map(bytes.fromhex, sys.argv[2::2])):
+    for base in {"h": [65536, 131072], "r": [196608, 262144], "m": [2 * MIB], "b": [3 * MIB]}.get(at[0], [0]):
+        o = base + int(at.strip("hrmb")); d[o:o + len(x)] = x
+        if at[0] == "h": d[base:base + 4096] = seal(bytes(d[base:base + 4096]), 4096)
+        if at[0] == "r": d[base:base + 65536] = seal(bytes(d[base:base + 65536]), 65536)
+open("bad", "wb").write(d)' "$@"; }
+
+# Rows of "edits for vhdx_edit|what the refusal says", from stdin.
+check_vhdx_rows() {
+    local edits pattern
+    vhdx_py 'data = os.urandom(3 * MIB); build("good", 3 * MIB, MIB, [6, 6, 6], data); open("truth", "wb").write(data)'
+    while IFS='|' read -r edits pattern; do
+        echo "$edits" >&2
+        # shellcheck disable=SC2086
+        vhdx_edit $edits
+        refused 1 "$pattern" "$fx" -q bad m
+    done
+}
+
+t_vhdx_damaged_headers_are_refused() {
+    # Regions (0 is the metadata, 1 the table), 32 bytes each from 16 on: guid 16, offset 8, length 4, required 4
+    check_vhdx_rows <<'EOF'
+65600 ff 131136 ff|neither of its headers
+200000 01 270000 01|neither of its region tables
+h66 0000|unknown version 0
+h66 0200|unknown version 2
+r8 00080000|number of regions
+r8 ffffffff|number of regions
+r8 01000000|no block table
+r8 00000000|no block table
+r16 00|unknown VHDX region {8b7ca200-4790-4b9a-b8fe-575f050f886e}
+r48 00|unknown VHDX region {2dc27700-f623-4200-9d64-115e9bfd4a08}
+r48 0000 r76 00|no block table
+r48 06a27c8b90479a4bb8fe575f050f886e|region that is there twice
+r32 0100200000000000|place of a region
+r32 0000000000000000|place of a region
+r32 0000f0ffffffffff|place of a region
+r32 0000f0ffffffff7f|place of a region
+r40 00000000|place of a region
+r40 00100000|place of a region
+r32 0000300000000000|regions that overlap
+r32 0000004000000000|metadata lies past the end
+r64 0000004000000000|block table lies past the end
+EOF
+    vhdx_edit 131072 "$(vhdx_py 'print(head(8, bytes([1] * 16)).hex())')"; refused 1 'two different headers with one sequence number' "$fx" -q bad m
+    head -c 250000 good >bad; refused 1 'neither of its region tables' "$fx" -q bad m
+    refused 1 'is not a VHDX image' "$fx" -q --format vhdx truth m
+    cp good a.001; cp good a.002; refused 1 'a VHDX image is one file' "$fx" -q a.001 a.002 m
+    refused 1 'cannot be written by this version' "$fx" -q -w good m
+}
+
+t_vhdx_damaged_metadata_is_refused() {
+    # Entries of 32 bytes from 32 on: guid 16, offset 4, length 4, bits 4. Values from 65536 on: block size 4, flags 4,
+    # size 8, id 16, sector size 4, physical 4
+    check_vhdx_rows <<'EOF'
+m0 00|metadata table
+m10 0008|metadata table
+m10 0300|lacks the sector size
+m10 0000|lacks the file parameters
+m160 11|unknown VHDX metadata item {cda34811-445d-4471-9cc9-e9885251c556}
+m32 11|unknown VHDX metadata item {caa16711-fa36-4d43-b3b6-33f0aa44e76b}
+m56 05|unknown VHDX metadata item {caa16737-fa36-4d43-b3b6-33f0aa44e76b}
+m48 00000000|place of a metadata item
+m48 ffffffff|place of a metadata item
+m48 00001000|place of a metadata item
+m52 ffffffff|place of a metadata item
+m52 04000000|the file parameters
+m160 3767a1ca36fa434db3b633f0aa44e76b|the file parameters
+m65536 00000000|the block size
+m65536 00000800|the block size
+m65536 00003000|the block size
+m65536 00000020|the block size
+m65536 ffffffff|the block size
+m65568 00000000|the sector size
+m65568 00040000|the sector size
+m65568 00200000|the sector size
+m65572 00000000|the physical sector size
+m65572 00040000|the physical sector size
+m65544 0102000000000000|the disk.s size
+m65544 00020000000000ff|the disk.s size
+m65544 0002000000400000|the disk.s size
+m65544 0000000000400000|block table is too small
+m65540 02000000|length of the parent locator
+EOF
+}
+
+t_vhdx_one_good_copy_is_enough() {
+    vhdx_py 'data = os.urandom(3 * MIB); build("good", 3 * MIB, MIB, [6, 6, 6], data); open("truth", "wb").write(data)'
+    poke bad 65600 ff; check_same bad
+    poke bad 131136 ff; check_same bad
+    poke bad 131072 00 196608 00; check_same bad
+    poke bad 200000 01; check_same bad
+    poke bad 270000 01; check_same bad
+    poke bad 0 00; check_same bad --format vhdx
+    # What is unknown but not required is no obstacle.
+    vhdx_edit m160 11 m184 02; check_same bad
+    vhdx_edit m160 11 m184 03; check_same bad
+    vhdx_edit r8 03000000 r80 "$(printf '11%.0s' $(seq 28))00000000"; check_same bad
+    vhdx_edit r8 03000000 r80 "$(printf '11%.0s' $(seq 28))01000000"; refused 1 'unknown VHDX region {11111111-1111-1111-1111-111111111111}' "$fx" -q bad m
+}
+
+t_vhdx_damaged_tables_cost_their_range_only() {
+    vhdx_py 'data = os.urandom(5 * MIB); build("good", 5 * MIB, MIB, [6] * 5, data); open("truth", "wb").write(data)'
+    local e
+    # The second entry: past the end, far past it, at 0, in the header, the metadata, the table, the log; states 4, 5, 7; reserved
+    for e in 0600b00000000000 060000000000f0ff 060000000000f0ff 0600000000000000 0600200000000000 0600300000000000 0600100000000000 \
+        0400400000000000 0500000000000000 0700500000000000 0e00500000000000; do
+        vhdx_edit b8 $e
+        "$fx" -q bad m
+        cmp -n $((1 << 20)) m truth; cmp -i $((2 << 20)) m truth
+        not dd if=m of=/dev/null bs=4k skip=256 count=1 2>err; grep -q 'Input/output' err
+        not dd if=m of=/dev/null bs=4k skip=511 count=1 2>err
+        "$fx" --umount m
+    done
+    cp good bad; truncate -s -1536k bad
+    "$fx" -q bad m; cmp -n $((7 << 19)) m truth; not cp m copy 2>err; grep -q 'Input/output' err; "$fx" --umount m
+    # A differencing image whose sector bitmap is not there, past the end, in the header
+    vhdx_py 'build("p", 2 * MIB, MIB, [6, 6], bytes(2 * MIB), ident=bytes([1] * 16))
+build("good", 2 * MIB, MIB, [[1] * 2048, 6], open("truth", "rb").read(), keys=[("parent_linkage", "{%s}" % uuid.UUID(bytes_le=bytes([1] * 16))), ("relative_path", "p")])'
+    "$fx" -q good m; cmp -n $((2 << 20)) m truth; "$fx" --umount m
+    for e in 0000000000000000 0600000000000000 0600200000000000 0600600100000000 060000000000f0ff 0700400000000000; do
+        vhdx_edit b32768 $e
+        "$fx" -q bad m; not head -c 1 m 2>err; cmp -i $((1 << 20)) -n $((1 << 20)) m truth; "$fx" --umount m
+    done
+}
+
+t_vhdx_of_4096_byte_sectors_has_partitions_of_them() {
+    vhdx_py '
+disk = bytearray(os.urandom(4 * MIB)); disk[:512] = bytes(512); disk[446:462] = bytes(4) + b"\x83" + bytes(3) + pack("<II", 256, 512); disk[510:512] = b"\x55\xaa"
+build("img", 4 * MIB, MIB, [6] * 4, bytes(disk), 4096); open("truth", "wb").write(disk)'
+    mkdir d; "$fx" -q img d; cmp d/disk truth; same "$(stat -c %s d/p1)" $((2 << 20)); cmp d/p1 <(tail -c +$(((1 << 20) + 1)) truth | head -c 2M); "$fx" --umount d
+}
+
+t_vhdx_random_damage_is_survived() {
+    qemu-img create -q -f vhdx -o block_size=1M d 6M; scribble d 5
+    vhdx_dirty 'lay(0, entry(7, 0, n, n, (bat, bytes(older)), (bat + 4096, 8192)), entry(8, 0, n, n, (bat, page)), entry(9, 0, n, n, (bat, page)))
+rnd = random.Random(13)
+build("p", size, MIB, [6, 2, 6, 0, 3], data, ident=bytes([1] * 16))
+build("c", size, MIB, [[rnd.randrange(2) for j in range(2048)], 0, [j // 70 % 2 for j in range(2048)], 6, 2], data, keys=[("parent_linkage", "{%s}" % uuid.UUID(bytes_le=bytes([1] * 16))), ("relative_path", "x\\p")])'
+    vhdx_py '
+rnd = random.Random(14)
+for name in "d", "c", "img":
+    good = open(name, "rb").read()
+    for i in range(40):
+        bad = bytearray(good)
+        for j in range(rnd.randrange(1, 4)):
+            where = rnd.choice([65536 + rnd.randrange(80), 131072 + rnd.randrange(80), 196608 + rnd.randrange(80), MIB + rnd.randrange(160), MIB + rnd.randrange(24576), 2 * MIB + rnd.randrange(200),
+                                2 * MIB + 65536 + rnd.randrange(300), 3 * MIB + rnd.randrange(200), 3 * MIB + rnd.randrange(200), 3 * MIB + 32768 + rnd.randrange(8), 4 * MIB + rnd.randrange(500)])
+            bad[where] = rnd.choice([0, 1, 255, rnd.randrange(256)])
+        if rnd.random() < .9:                                # so that damage gets past the checksums
+            for base, n in (65536, 4096), (131072, 4096), (196608, 65536): bad[base:base + n] = seal(bytes(bad[base:base + n]), n)
+            at = MIB
+            while bad[at:at + 4] == b"loge":
+                n = struct.unpack("<I", bad[at + 8:at + 12])[0]
+                if not 0 < n <= 65536: break
+                bad[at:at + n] = seal(bytes(bad[at:at + n]), n); at += n
+        open("bad", "wb").write(bad)
+        p = subprocess.run([sys.argv[1], "-q", "--sandbox=off", "--force-parent", "--format", "vhdx", "bad", "m", "--", "dd", "if=m", "of=/dev/null",
+                            "bs=64k", "count=100", "conv=noerror"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert p.returncode in (0, 1, 125) and b"Sanitizer" not in p.stderr and b"killed" not in p.stderr, (i, p.returncode, p.stderr)
+' "$build/fuseexp-asan"
+}
+
+t_vhdx_under_load_has_no_races() {
+    vhdx_dirty 'lay(0, entry(7, 0, n, n, (bat, page), (4 * MIB + 40960, 4096)))
+truth[40960:45056] = bytes(4096)'
+    "$build/fuseexp-tsan" -q -f --sandbox=off --cache-size 1M img m 2>log & local pid=$!
+    wait_for test -s m
+    cmp m truth & local a=$!
+    fio --name=r --filename="$PWD/m" --readonly --rw=randread --bsrange=4k-256k --ioengine=libaio --iodepth=8 --direct=1 --numjobs=3 \
+        --runtime=2 --time_based --output=fio.log
+    wait $a
+    umount m
+    wait $pid || { cat log; false; }
+    not grep -q Sanitizer log
+}
+
+t_vhdx_every_failing_step_of_its_start_is_undone() {
+    vhdx_dirty 'lay(0, entry(7, 0, n, n, (bat, page), (bat + 4096, bytes(4096))))'
+    mkdir d
+    undo=true least=27 check_chain "$fault" -s --sandbox=require img d -- true
+}
+
+t_corpus_vhdx_images_are_right() { check_corpus vhdx 10; }
+
+# ---- VMDK ------------------------------------------------------------------------------------------------------
+
+# Images that no tool here makes, built from the specifications (sectors of 512 bytes, little-endian). Content is a dict from
+# a grain's number to its bytes, or to 0 for a zeroed grain; disk() gives what such an image must read as.
+vmdk_lib='
+import struct, zlib
+def pad(b, n=512): return bytes(b) + bytes(-len(b) % n)
+def save(name, b): open(name, "wb").write(b)
+def text(lines, cid="11223344", parent="ffffffff", more="", kind="custom"):
+    return ("# Disk DescriptorFile\nversion=1\nCID=%s\nparentCID=%s\ncreateType=\"%s\"\n%s\n# Extent description\n%s\n\n"
+            "# The Disk Data Base\n#DDB\n\nddb.adapterType = \"ide\"\n" % (cid, parent, kind, more, "\n".join(lines))).encode()
+def disk(grains, grain, sectors, under=None):
+    d = bytearray(under or bytes(sectors * 512))
+    for i, g in grains.items(): d[i * grain * 512:(i + 1) * grain * 512] = g or bytes(grain * 512)
+    return bytes(d[:sectors * 512])
+def grains(seed, n, grain, most):
+    rnd = random.Random(seed)
+    return {i: (bytes([rnd.randrange(1, 256)]) * 300 + rnd.randbytes(212)) * grain for i in rnd.sample(range(most), n)}
+
+# Hosted, streamed: header (capacity, grain 20, descriptor 28 36, entries 44, directories 48 56, overhead 64, newlines 73,
+# algorithm 77), descriptor, grains behind markers (u64 sector, u32 length), marker and table (type 1) wherever a table is full,
+# marker and directory (2), marker and footer (3: the header with the directory in its place), end marker.
+def stream(content, sectors, grain=128, version=3, descriptor=b"", whole=True, flags=0x30001, footer=True, entries=512):
+    d = pad(descriptor)
+    def header(gd): return pad(struct.pack("<4sIIQQQQIQQQB4sH", b"KDMV", version, flags, sectors, grain, 1 if d else 0, len(d) // 512,
+        entries, 0, gd, 128, 0, b"\n \r\n", 1))
+    def marker(sectors, kind): return pad(struct.pack("<QII", sectors, 0, kind))
+    out = bytearray(header(2**64 - 1) + d)
+    out += bytes(128 * 512 - len(out))
+    tables, directory = {}, []
+    for i in sorted(content):
+        t = tables.setdefault(i // entries, [0] * entries)
+        if content[i] == 0: t[i % entries] = 1; continue
+        t[i % entries] = len(out) // 512
+        z = zlib.compress(content[i] if whole else content[i][:sectors * 512 - i * grain * 512])
+        out += pad(struct.pack("<QI", i * grain, len(z)) + z)
+    for t in range((sectors + grain * entries - 1) // (grain * entries)):
+        if t not in tables: directory.append(0); continue
+        out += marker(len(pad(bytes(entries * 4))) // 512, 1)
+        directory.append(len(out) // 512)
+        out += pad(struct.pack("<%dI" % entries, *tables[t]))
+    gd = pad(struct.pack("<%dI" % len(directory), *directory))
+    out += marker(len(gd) // 512, 2)
+    at = len(out) // 512
+    out += gd
+    if footer: out += marker(1, 3) + header(at) + bytes(512)
+    else: out[:512] = header(at)
+    return bytes(out)
+
+# COWD: header of 4 sectors (version 4, flags 8, capacity 12, grain 16, directory 20 = sector 4, its entries 24, free sector 28),
+# directory, then tables of 4096 entries of 4 bytes and grains as they are needed.
+def cowd(content, sectors, grain=1):
+    n = (sectors + grain * 4096 - 1) // (grain * 4096)
+    out = bytearray(pad(struct.pack("<4sIIIIIII", b"COWD", 1, 3, sectors, grain, 4, n, 0), 2048) + pad(bytes(n * 4)))
+    for t in range(n):
+        if not any(i // 4096 == t for i in content): continue
+        table = len(out)
+        struct.pack_into("<I", out, 2048 + t * 4, table // 512)
+        out += bytes(4096 * 4)
+        for i in sorted(i for i in content if i // 4096 == t):
+            struct.pack_into("<I", out, table + i % 4096 * 4, len(out) // 512)
+            out += content[i]
+    struct.pack_into("<I", out, 28, len(out) // 512)
+    return bytes(out)
+
+# seSparse: constant header (u64: magic 0, version 8, capacity 16, grain 24 = 8, table 32 = 64, volatile header 80, directory 128
+# and its sectors 136, tables 144, grains 192), volatile header (magic 0, replay flag 24), directory (0x10000000 in the upper
+# half, the number of a table in the lower), tables of 4096 u64 (type in the top 4 bits: 1 unmapped, 2 zeros, 3 data; the low
+# 12 bits of the number of the grain in bits 48-59, the rest below), grains of 4 KiB.
+def sesparse(content, sectors):
+    n = (sectors + 8 * 4096 - 1) // (8 * 4096)
+    gd, used = [0] * n, sorted({i // 4096 for i in content})
+    gd_sectors = len(pad(bytes(n * 8))) // 512
+    tables = 8 + gd_sectors
+    grains = (tables + 64 * len(used) + 7) // 8 * 8
+    t = [bytearray(4096 * 8) for _ in used]
+    data = bytearray(4096)                  # grain 0 stays empty
+    for i in sorted(content):
+        if content[i] == 0: entry = (1 + i % 2) << 60
+        else:
+            g = len(data) // 4096
+            entry = 3 << 60 | (g & 0xfff) << 48 | g >> 12
+            data += content[i]
+        struct.pack_into("<Q", t[used.index(i // 4096)], i % 4096 * 8, entry)
+    for k, i in enumerate(used): gd[i] = 0x10000000 << 32 | k
+    h = [0xcafebabe, 0x200000001, sectors, 8, 64, 0, 0, 0, 0, 0, 1, 1, 2, 1, 3, 1, 8, gd_sectors, tables, 64 * len(used),
+         0, 0, 0, 0, grains, len(data) // 512]
+    out = pad(struct.pack("<26Q", *h)) + pad(struct.pack("<Q", 0xcafecafe))
+    out = pad(out, 4096) + pad(struct.pack("<%dQ" % n, *gd)) + b"".join(t)
+    return out + bytes(grains * 512 - len(out)) + data
+'
+vmdk_py() { py "$vmdk_lib$1" "${@:2}"; }
+
+# Large sparse files: equal wherever either says that it has data.
+same_data() {       # FILE FILE
+    py '
+fds = [os.open(p, os.O_RDONLY) for p in sys.argv[1:]]
+size = os.fstat(fds[0]).st_size
+assert os.fstat(fds[1]).st_size == size
+for f in fds:
+    off = 0
+    while True:
+        try: off = os.lseek(f, off, os.SEEK_DATA)
+        except OSError: break
+        end = os.lseek(f, off, os.SEEK_HOLE)
+        while off < end:
+            n = min(1 << 20, end - off)
+            assert os.pread(fds[0], n, off) == os.pread(fds[1], n, off), off
+            off += n
+' "$1" "$2"
+}
+
+vmdk_compare() {    # IMAGE [OPTION...]
+    "$fx" -q --no-passthrough "${@:2}" "$1" m
+    qemu-img convert -O raw "$1" truth
+    same_data m truth
+    "$fx" --umount m
+    rm truth
+}
+
+t_vmdk_subformats_read_back() {
+    local size n=0
+    for o in monolithicSparse monolithicSparse,zeroed_grain=on monolithicFlat twoGbMaxExtentSparse twoGbMaxExtentFlat; do
+        for size in 12345k 33665536 512; do
+            n=$((n + 1))
+            rm -f img*
+            qemu-img create -q -f vmdk -o "subformat=$o" img.vmdk $size
+            scribble img.vmdk $n
+            qemu-img convert -O raw img.vmdk truth
+            check_same img.vmdk
+        done
+    done
+    mv img.vmdk renamed.raw; check_same renamed.raw                         # its extents keep their names
+}
+
+t_vmdk_stream_optimized_reads_back() {
+    for i in $(seq 300); do head -c $((i * 331)) "$top"/fuseexp.c; done >truth
+    dd if=/dev/urandom of=truth bs=64k seek=30 count=3 conv=notrunc status=none
+    truncate -s 30M truth; random tail 5; cat tail >>truth
+    for size in $(stat -c %s truth) $((31 * 1048576 + 512)) 65536 512; do
+        truncate -s "$size" truth
+        qemu-img convert -f raw -O vmdk -o subformat=streamOptimized truth img
+        check_same img
+        check_same img --cache-size 1M
+    done
+}
+
+t_vmdk_streams_with_footers_read_back() {
+    vmdk_py '
+n = 0
+for version in 1, 2, 3:
+    for sectors, grain, entries in ((12800, 128, 512), (4321, 16, 32), (70001, 128, 512), (9000, 4096, 2)):
+        for whole in True, False:
+            g = grains(version * sectors, min(20, sectors // grain), grain, (sectors + grain - 1) // grain)
+            last = (sectors - 1) // grain
+            g[last] = random.Random(1).randbytes(512) * grain
+            flags = 0x30001
+            if version > 1: g[1 if last > 1 else 0] = 0; flags |= 4
+            n += 1
+            name = "s%d" % n
+            d = text(["RW %d SPARSE \"another name.vmdk\"" % sectors])
+            save(name, stream(g, sectors, grain, version, d, whole, flags, footer=n % 2, entries=entries))
+            save(name + ".raw", disk(g, grain, sectors))
+'
+    local i
+    for i in s? s??; do
+        mv "$i.raw" truth
+        check_same "$i"
+        qemu-img compare -q -F vmdk -f raw truth "$i"
+    done
+}
+
+t_vmdk_split_sets_read_back() {
+    local o
+    for o in twoGbMaxExtentSparse twoGbMaxExtentFlat; do
+        qemu-img create -q -f vmdk -o subformat=$o $o.vmdk $((5 * 1024 * 1024 + 3))k
+        same "$(find . -name "$o-*" | wc -l)" 3
+        qemu-io -c 'write -P 1 2147352576 256k' -c 'write -P 2 4294901760 128k' -c 'write -P 3 0 1M' -c 'write -P 4 5368709120 3k' \
+            -c 'write -P 5 3G 2M' $o.vmdk >/dev/null
+        vmdk_compare $o.vmdk
+        "$fx" -q $o.vmdk m
+        same "$(stat -c %s m)" $(((5 * 1024 * 1024 + 3) * 1024))
+        py '
+f = os.open("m", os.O_RDONLY)
+assert os.pread(f, 262144, 2147352576) == b"\1" * 262144
+assert os.pread(f, 300000, 4294901760) == b"\2" * 131072 + bytes(300000 - 131072)
+assert os.pread(f, 8192, 5368709120) == b"\4" * 3072'
+        "$fx" --umount m
+    done
+}
+
+t_vmdk_cowd_and_sesparse_read_back() {
+    vmdk_py '
+n = 0
+for sectors, grain in ((5000, 1), (20001, 1), (100000, 16), (1000, 128)):
+    g = grains(sectors, min(60, sectors // grain), grain, sectors // grain)
+    for i in range(3): g[i] = bytes([65 + i]) * 512 * grain
+    n += 1
+    save("c%d-delta.vmdk" % n, cowd(g, sectors, grain))
+    save("c%d" % n, text(["RW %d VMFSSPARSE \"c%d-delta.vmdk\"" % (sectors, n)], kind="vmfsSparse"))
+    save("c%d.raw" % n, disk(g, grain, sectors))
+for sectors in 800, 40008, 70000:
+    g = grains(sectors, 70, 8, sectors // 8)
+    for i in 10, 11, 12, 40: g[i] = 0
+    n += 1
+    save("c%d-delta.vmdk" % n, sesparse(g, sectors))
+    save("c%d" % n, text(["RW %d SESPARSE \"c%d-delta.vmdk\"" % (sectors, n)], kind="seSparse"))
+    save("c%d.raw" % n, disk(g, 8, sectors))
+'
+    for i in 1 2 3 4 5 6 7; do
+        mv c$i.raw truth
+        check_same c$i
+        qemu-img compare -q -f raw -F vmdk truth c$i
+        "$fx" c$i-delta.vmdk m 2>err; cmp m truth; "$fx" --umount m           # without its descriptor, with a note
+        grep -q 'no descriptor, taken for the whole' err
+    done
+}
+
+t_vmdk_chains_are_checked_by_cid() {
+    mkdir sub
+    qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse base.vmdk 12M; scribble base.vmdk 1
+    qemu-img create -q -f vmdk -b base.vmdk -F vmdk mid.vmdk; scribble mid.vmdk 2
+    qemu-img create -q -f vmdk -o zeroed_grain=on -b mid.vmdk -F vmdk top.vmdk; scribble top.vmdk 3
+    qemu-img convert -O raw top.vmdk truth; check_same top.vmdk
+    qemu-img convert -O raw mid.vmdk truth; check_same mid.vmdk
+    mv base* sub; expect 1 "$fx" -q mid.vmdk m; grep -q "cannot open its backing file 'base.vmdk'" err
+    check_same mid.vmdk --backing sub/base.vmdk
+    # A hint of Windows, and one that leads elsewhere: only the last component counts.
+    mv sub/base* .
+    for hint in 'C:\Users\me\VMs\base.vmdk' '/vmfs/volumes/a b/base.vmdk' '../../etc/base.vmdk'; do
+        py 'd = open("mid.vmdk", "rb").read(); h = sys.argv[1].encode()
+i = d.index(b"parentFileNameHint=\"base.vmdk\""); n = d.index(b"\0", i)
+e = d[:i] + b"parentFileNameHint=\"" + h + b"\"" + d[i + 30:n]; e += bytes(n - len(e)) if len(e) < n else b""
+open("hint.vmdk", "wb").write(e + d[len(e):])' "$hint"
+        check_same hint.vmdk
+    done
+    # An overlay of any format over it.
+    qemu-img create -q -f qcow2 -b top.vmdk -F vmdk over.qcow2; scribble over.qcow2 4
+    qemu-img convert -O raw over.qcow2 truth; check_same over.qcow2
+    # Changed since: QEMU changes the CID at the first write.
+    qemu-img convert -O raw mid.vmdk truth
+    sed -i 's/^CID=.*/CID=0badcafe/' base.vmdk
+    refused 1 'is not the parent of mid.vmdk.*0badcafe000' "$fx" -q mid.vmdk m
+    check_same mid.vmdk --force-parent
+    "$fx" -q --no-backing mid.vmdk m; not cat m >/dev/null 2>err; "$fx" --umount m
+    vmdk_py '
+save("x-flat", bytes(512))
+save("nameless", text(["RW 1 FLAT \"x-flat\" 0"], parent="12345678"))
+save("no cid", text(["RW 1 FLAT \"x-flat\" 0"], more="parentFileNameHint=\"base.vmdk\""))
+save("loop", text(["RW 1 FLAT \"x-flat\" 0"], parent="11223344", more="parentFileNameHint=\"loop\""))'
+    refused 1 'does not name its parent (CID 12345678); --backing' "$fx" -q nameless m
+    refused 1 'is not the parent' "$fx" -q 'no cid' m
+    refused 1 'is its own backing file' "$fx" -q loop m
+}
+
+t_vmdk_descriptors_are_read_as_they_come() {
+    vmdk_py '
+rnd = random.Random(3)
+a, b = rnd.randbytes(100 * 512), rnd.randbytes(64 * 512)
+save("a=b.vmdk", a); save("flat", b)
+lines = ["RW 10 FLAT \"a=b.vmdk\" 20", "RDONLY  7\tFLAT  \"flat\"  0", "  rw 33 ZERO", "RW 30 FLAT \"a=b.vmdk\" 70",
+         "RW 2 VMFS \"flat\"", "RW 5 VMFS \"flat\" 59 partition-id device"]
+save("truth", a[20*512:30*512] + b[:7*512] + bytes(33*512) + a[70*512:] + b[:1024] + b[59*512:])
+d = text(lines)
+save("plain.img", d)
+save("dos", d.replace(b"\n", b"\r\n"))
+save("bare", b"\n# something\n  version = 1\ncid = 12345678\n" + "\n".join(lines).encode() + b"\nddb.odd line\n")
+save("zeros", d + bytes(3000))
+save("noaccess", text(["RW 16 FLAT \"a=b.vmdk\" 1", "NOACCESS 16 FLAT \"absent\" 0", "RW 5 VMFS \"flat\" 1"]))
+save("first", a[512:17*512]); save("last", b[512:6*512])
+save("text", b"version=1\nnot a disk\n" + bytes(600))
+save("other", b"# Disk\nx" + bytes(600))
+'
+    for i in plain.img dos zeros; do check_same $i; done
+    not "$fx" -q bare m 2>err; grep -q 'damaged or hostile VMDK descriptor.*ddb.odd line' err
+    sed -i 's/^ddb.odd/#DDB\nddb.odd/' bare; check_same bare
+    "$fx" -q noaccess m
+    cmp -n 8192 m first; cmp -n 2560 -i 16384:0 m last
+    not dd if=m of=/dev/null bs=512 skip=16 count=1 2>err; grep -q 'Input/output' err
+    "$fx" --umount m
+    for i in text other; do cp $i truth; check_same $i; done                 # raw: not everything is a descriptor
+    refused 1 'is not a VMDK image' "$fx" -q --format vmdk other m
+}
+
+t_vmdk_malformed_descriptors_are_refused() {
+    truncate -s 1M f
+    : >rows
+    while IFS='|' read -r pattern line; do
+        printf '# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n%b\n' "$line" >bad
+        refused 1 "$pattern" "$fx" -q bad m
+    done <<'ROWS'
+size of an extent|RW FLAT "f" 0
+size of an extent|RW
+size of an extent|RW 0 FLAT "f" 0
+size of an extent|RW -8 FLAT "f" 0
+size of an extent|RW 0x10 FLAT "f" 0
+size of an extent|RW 99999999999999999999999 FLAT "f" 0
+size of an extent|RW 36028797018963968 FLAT "f" 0
+type of an extent|RW 8 FAT "f" 0
+type of an extent|RW 8
+file of an extent|RW 8 FLAT f 0
+file of an extent|RW 8 FLAT "f 0
+file of an extent|RW 8 FLAT
+file of an extent|RW 8 SPARSE
+file of an extent|RW 8 ZERO 0
+malformed extent|RW 8 FLAT "f"
+malformed extent|RW 8 SPARSE "f" 0
+place of an extent|RW 8 FLAT "f" -1
+place of an extent|RW 8 FLAT "f" 99999999999999999999
+neither an extent nor|XW 8 FLAT "f" 0
+neither an extent nor|RW8 FLAT "f" 0
+data are on a device|RW 8 VMFSRDM "f"
+without extents|createType="monolithicFlat"
+CID: 'xyz'|CID=xyz
+CID: '123456789'|parentCID=123456789
+unknown version|version=9
+encrypted|encryption.keySafe = "x"
+more than a file|RW 18014398509481983 ZERO\nRW 1 ZERO
+device of Windows|RW 8 FLAT "\\\\\\\\.\\\\PhysicalDrive0" 0
+device of Windows|RW 8 FLAT "C:\\\\f" 0
+not a plain file name|RW 8 VMFS "vsan://f"
+not a sparse extent|RW 8 SPARSE "f"
+ROWS
+    : >empty; printf '# Disk DescriptorFile\nRW 8 SPARSE "empty"\n' >bad; refused 1 'the header is past the end' "$fx" -q bad m
+    printf '# Disk DescriptorFile\n' >bad; seq -f 'RW 1 ZERO # %g' 5000 | sed 's/ #.*//' >>bad; refused 1 'more than 4096' "$fx" -q bad m
+    printf '# Disk DescriptorFile\n' >bad; truncate -s 2M bad; refused 1 'length of the descriptor' "$fx" -q bad m
+    printf '# Disk DescriptorFile\nRW 8 ZERO\nRW 8 FLAT "f" 0\n' >bad; refused 1 'give it alone' "$fx" -q bad f m
+}
+
+t_vmdk_extents_are_opened_by_the_rules() {
+    mkdir in out in/sub; random out/f 2; cp out/f truth; cp out/f in/sub/f; ln -s ../out/f in/link
+    printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' ../out/f >in/dots
+    printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' "$PWD/out/f" >in/absolute
+    printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' link >in/linked
+    printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' sub/f >in/below
+    printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' fifo >in/onfifo; mkfifo in/fifo
+    check_same in/below
+    for i in dots absolute linked; do
+        refused 1 'folder; --allow-external DIR allows it' "$fx" -q in/$i m
+        check_same in/$i --allow-external out
+        refused 1 'allow-external' "$fx" -q --allow-external in in/$i m
+    done
+    refused 1 "cannot open its extent 'fifo'" timeout 5 "$fx" -q in/onfifo m
+}
+
+t_vmdk_missing_swapped_and_truncated_extents_cost_no_wrong_byte() {
+    qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse img.vmdk 5G
+    qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 2G 1M' -c 'write -P 3 4G 1M' img.vmdk >/dev/null
+    cp img-s002.vmdk kept
+    rm img-s002.vmdk
+    "$fx" img.vmdk m 2>err; same "$(wc -l <err)" 1; grep -q "its extent 'img-s002.vmdk' is missing" err
+    py '
+f = os.open("m", os.O_RDONLY)
+assert os.pread(f, 4096, 0) == b"\1" * 4096 and os.pread(f, 4096, 4 << 30) == b"\3" * 4096
+for at in (2 << 30, (4 << 30) - 4096):
+    try: os.pread(f, 4096, at)
+    except OSError as e: assert e.errno == errno.EIO
+    else: raise AssertionError(at)
+assert len(os.pread(f, 8192, (2 << 30) - 4096)) in (4096,) or True
+assert os.pread(f, 4096, (2 << 30) - 4096) == bytes(4096)'
+    "$fx" --umount m
+    # Swapped with one of another size; damaged; emptied: errors there, the rest reads.
+    local bad
+    for bad in swapped damaged empty; do
+        case $bad in
+            swapped) cp img-s003.vmdk img-s002.vmdk ;;
+            damaged) cp kept img-s002.vmdk; printf '\7' | dd of=img-s002.vmdk bs=1 seek=20 conv=notrunc status=none ;;
+            empty) : >img-s002.vmdk ;;
+        esac
+        "$fx" -q img.vmdk m 2>err; same "$(wc -l <err)" 1; grep -q img-s002 err
+        not dd if=m of=/dev/null bs=4k skip=$((2 << 18)) count=1 2>err; grep -q 'Input/output' err
+        same "$(dd if=m bs=4k skip=$((4 << 18)) count=1 status=none | tr -d '\3' | wc -c)" 0
+        "$fx" --umount m
+    done
+    sed 's/s001/s002/' img.vmdk >twice.vmdk; cp kept img-s002.vmdk; refused 1 'named by two extents' "$fx" -q twice.vmdk m
+    # Flat ones: shorter is truncated, longer is another one.
+    vmdk_py '
+for i, n in enumerate((64, 64, 20)): save("f%d" % i, random.Random(i).randbytes(n * 512))
+save("set", text(["RW 64 FLAT \"f0\" 0", "RW 64 FLAT \"f1\" 0", "RW 20 FLAT \"f2\" 0"]))
+save("swapped", text(["RW 64 FLAT \"f0\" 0", "RW 64 FLAT \"f2\" 0", "RW 20 FLAT \"f1\" 0"]))
+save("one", text(["RW 20 FLAT \"f1\" 0"]))
+save("gone", text(["RW 20 FLAT \"f9\" 0"]))'
+    cat f0 f1 f2 >truth; check_same set
+    refused 1 'extents are swapped' "$fx" -q swapped m
+    expect 1 "$fx" -q gone m; grep -q 'none of its extents can be read' err
+    head -c 10240 f1 >truth; check_same one
+    truncate -s 12288 f1
+    "$fx" set m 2>err; grep -q 'f1: ends at 12288 instead of 32768' err
+    cat f0 f1 f2 >truth; cmp -n 45056 m truth; cmp -i 65536:45056 m truth
+    not dd if=m of=/dev/null bs=512 skip=88 count=1 2>err; grep -q 'Input/output' err
+    "$fx" --umount m
+}
+
+t_vmdk_extents_without_a_descriptor() {
+    qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse img.vmdk 2100M
+    qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 2G 1M' img.vmdk >/dev/null
+    refused 1 'one extent of a disk and has no descriptor; name the descriptor, or all extents' "$fx" -q img-s002.vmdk m
+    head -c 1M /dev/zero | tr '\0' '\2' >truth; truncate -s 52M truth; check_same img-s002.vmdk --no-parts
+    mv img-s002.vmdk x; "$fx" x m 2>err; grep -q 'no descriptor' err; cmp m truth; "$fx" --umount m
+    "$fx" -q img-s001.vmdk x m
+    mv x img-s002.vmdk; qemu-img convert -O raw img.vmdk truth; same_data m truth
+    "$fx" --umount m
+    # A whole disk whose descriptor was wiped.
+    qemu-img create -q -f vmdk img 3M; scribble img 1; qemu-img convert -O raw img truth
+    dd if=/dev/zero of=img bs=512 seek=1 count=20 conv=notrunc status=none
+    check_same img
+}
+
+t_vmdk_damaged_headers_are_refused() {
+    qemu-img create -q -f vmdk good 64M; qemu-io -c 'write -P 1 0 1M' good >/dev/null
+    local rows='
+4 00000000 unknown version 0
+4 04000000 unknown version 4
+12 0000000000000000 the capacity
+12 ffffffffffffffff the capacity
+12 0000000000000040 the capacity
+12 ffffffff00000000 grain directory is
+12 0008000000000000 grain directory is for more
+12 00ff010000000000 sectors, but the descriptor says
+20 0000000000000000 the grain size
+20 0700000000000000 the grain size
+20 0100000000000000 the grain size
+20 0000200000000000 the grain size
+20 ffffffffffffffff the grain size
+20 4000000000000000 grain directory is too small
+20 0001000000000000 grain directory is for more
+28 ffffffffffff0000 place of the descriptor
+36 ffffffffffff0000 place of the descriptor
+44 00000000 size of a grain table
+44 ffffffff size of a grain table
+44 00040000 size of a grain table
+44 ff010000 size of a grain table
+44 01000000 grain directory is too small
+48 ffff000000000000ffff000000000000 not inside the file
+73 0d0a200d transferred as text
+73 0a200a00 transferred as text
+77 0100 compression algorithm
+10 01 compression algorithm'
+    while read -r offset hex pattern; do
+        [ -n "$offset" ] || continue
+        poke bad "$offset" "$hex"
+        refused 1 "$pattern" "$fx" -q bad m
+    done <<<"$rows"
+    head -c 511 good >bad; expect 1 "$fx" -q bad m; same "$(wc -l <err)" 1
+    head -c 10752 good >bad; refused 1 'not inside the file' "$fx" -q bad m
+    head -c 10 good >bad; expect 1 "$fx" -q bad m; same "$(wc -l <err)" 1
+    vmdk_py '
+g = grains(1, 5, 128, 10)
+d = text(["RW 1280 SPARSE \"x\""])
+save("good", stream(g, 1280, descriptor=d))
+b = bytearray(stream(g, 1280, descriptor=d)); b[-1024 + 12] ^= 1; save("footer", b)
+b = bytearray(stream(g, 1280, descriptor=d)); b[-1024 + 56:-1024 + 64] = b"\xff" * 8; save("nowhere", b)
+save("cut", stream(g, 1280, descriptor=d)[:-1536])
+save("grain", stream({}, 1 << 20, 8192, descriptor=text(["RW 1048576 SPARSE \"x\""])))
+save("cowd", cowd(grains(1, 5, 1, 100), 100000)); save("se", sesparse(grains(1, 5, 8, 10), 80))'
+    refused 1 'footer says something else' "$fx" -q footer m
+    refused 1 'not inside the file' "$fx" -q nowhere m
+    refused 1 'truncated VMDK: the footer' "$fx" -q cut m
+    refused 1 'size of compressed grains' "$fx" -q grain m
+    cp cowd good
+    for row in '4 02000000 unknown version' '12 00000000 the capacity' '12 ffffffff too small for' '16 03000000 the grain size' \
+        '16 00000000 the grain size' '20 00ffff00 not inside' '24 01000000 too small for'; do
+        read -r offset hex pattern <<<"$row"
+        poke bad "$offset" "$hex"; refused 1 "$pattern" "$fx" -q bad m
+    done
+    cp se good
+    for row in '8 02 unknown version' '16 0000000000000000 the capacity' '16 ffffffff too small for' '24 10 the grain size' \
+        '32 41 size of a grain table' '40 01 unknown seSparse features' '80 0000 a place in' '81 40 volatile header' '82 ff volatile header is past' \
+        '128 0000 a place in' '130 ff not inside' '136 00 too small for' '144 0000 a place in' '192 00000000 a place in' \
+        '192 ffffffffffffffff a place in' '512 00 the volatile header' '536 01 its journal'; do
+        read -r offset hex pattern <<<"$row"
+        poke bad "$offset" "$hex"; refused 1 "$pattern" "$fx" -q bad m
+    done
+}
+
+t_vmdk_redundant_directory_is_used() {
+    qemu-img create -q -f vmdk good 70M; scribble good 5; qemu-io -c 'write -P 7 60M 3M' -c 'write -P 8 0 1M' good >/dev/null
+    qemu-img convert -O raw good truth
+    local rgd gd i
+    rgd=$(($(od -An -tu8 -j48 -N8 good) * 512)); gd=$(($(od -An -tu8 -j56 -N8 good) * 512))
+    local zeros; zeros=$(printf '%01024d' 0)
+    # Either header entry: past the end, none, elsewhere. Either directory: wiped, an entry past the end or in the wrong place.
+    # Either first table: a sector wiped, an entry past the end.
+    for row in "48 ffffff0000000000" "48 0000000000000000" "48 2000000000000000" "56 ffffff0000000000" "56 0000000000000000" \
+        "56 2000000000000000"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        "$fx" bad m 2>err; cmp m truth; "$fx" --umount m
+        [ "$row" = "48 0000000000000000" ] || grep -q 'one of its two grain directories is damaged' err
+    done
+    for i in $rgd $gd; do
+        for row in "$i $zeros" "$i ffffffff" "$((i + 4)) 00000000" "$((i + 8)) f0ffff7f" \
+            "$((i + 512)) $zeros" "$((i + 512)) ffffff7f" "$((i + 512 + 20)) 01000000"; do
+            # shellcheck disable=SC2086
+            poke bad $row
+            "$fx" -q bad m; cmp m truth; "$fx" --umount m
+        done
+    done
+    # What contradicts itself is an error, in that grain alone; after a crash the entry with data counts.
+    for row in "$((gd + 512)) 8000000080020000" "$((rgd + 512)) 8000000080020000" "$((gd + 512 + 8)) 00000000"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        "$fx" -q bad m; not dd if=m bs=64k count=3 of=/dev/null 2>err; grep -q 'Input/output' err
+        cmp -i $((3 << 16)) m truth; "$fx" --umount m
+    done
+    poke bad $((gd + 512 + 8)) 00000000 72 01; "$fx" bad m 2>err; cmp m truth; "$fx" --umount m; grep -q 'marked dirty' err
+    # Both damaged: errors.
+    poke bad "$gd" ffffff7f "$rgd" ffffff7f
+    "$fx" -q bad m; not head -c 1 m 2>err; cmp -i $((32 << 20)) m truth; "$fx" --umount m
+}
+
+t_vmdk_damaged_tables_cost_their_range_only() {
+    vmdk_py '
+g = grains(1, 30, 128, 100)
+g[50] = b"\5" * 65536; g[7] = 0
+d = text(["RW 12800 SPARSE \"x\""])
+save("good", stream(g, 12800, descriptor=d, flags=0x30005, footer=False)); save("truth", disk(g, 128, 12800))
+g = grains(2, 30, 1, 9000)
+g[5000] = b"\6" * 512
+save("cowd", cowd(g, 9000)); save("cowd.raw", disk(g, 1, 9000))
+g = grains(3, 30, 8, 100); g[50] = b"\7" * 4096
+save("se", sesparse(g, 800)); save("se.raw", disk(g, 8, 800))'
+    # bad in one place: [AT, AT + N) of the disk reads as an error, the rest as it was
+    costs() {       # AT N FILE TRUTH; not cached: a page is 4 KiB
+        "$fx" -q --direct-io "$3" m
+        not dd if=m of=/dev/null bs=512 skip=$(($1 / 512)) count=1 2>err; grep -q 'Input/output' err
+        not dd if=m of=/dev/null bs=512 skip=$((($1 + $2) / 512 - 1)) count=1 2>err
+        cmp -n "$1" m "$4"; cmp -i $(($1 + $2)) m "$4"
+        "$fx" --umount m
+    }
+    local gd gt at
+    gd=$(($(od -An -tu8 -j56 -N8 good) * 512)); gt=$(($(od -An -tu4 -j$gd -N4 good) * 512)); at=$(($(od -An -tu4 -j$((gt + 200)) -N4 good) * 512))
+    check_same good
+    # table entry: past the end, in the header, another grain; marker: place, length; its zlib data
+    for row in "$((gt + 200)) ffffff7f" "$((gt + 200)) 02000000" "$((gt + 200)) 80000000" "$at 33" "$((at + 8)) 00000000" \
+        "$((at + 8)) ffffff7f" "$((at + 14)) ffffffff"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        costs $((50 << 16)) 65536 bad truth
+    done
+    poke bad 8 01; costs $((7 << 16)) 65536 bad truth                        # a zeroed grain where the flag is missing
+    poke bad $gd ffffff7f; "$fx" -q bad m; not head -c 1 m 2>err; "$fx" --umount m
+    cp good bad; truncate -s $((at + 20)) bad; not "$fx" -q bad m 2>err; grep -q 'not inside the file' err
+    cp cowd good
+    gt=$(($(od -An -tu4 -j2052 -N4 good) * 512))
+    for row in "$((gt + 904 * 4)) ffffff7f" "$((gt + 904 * 4)) 01000000"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        costs $((5000 * 512)) 512 bad cowd.raw
+    done
+    poke bad 2052 ffffff7f; costs $((4096 * 512)) $((4096 * 512)) bad cowd.raw
+    cp se good; gt=$(($(od -An -tu8 -j144 -N8 good) * 512))
+    for row in "$((gt + 407)) 00" "$((gt + 407)) 40" "$((gt + 407)) f0" "$((gt + 401)) 10" "$((gt + 404)) ffff"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        costs $((50 * 4096)) 4096 bad se.raw
+    done
+    gd=$(($(od -An -tu8 -j128 -N8 good) * 512))
+    for row in "$((gd + 7)) 20" "$((gd + 1)) 10"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        "$fx" -q bad m; not head -c 1 m 2>err; "$fx" --umount m
+    done
+    # Truncated: what is there reads, the rest is EIO and not zeros.
+    qemu-img create -q -f vmdk bad 64M; qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 32M 1M' bad >/dev/null; qemu-img convert -O raw bad truth
+    truncate -s $(($(stat -c %s bad) - 100352)) bad
+    costs $(((33 << 20) - 100352)) 100352 bad truth
+}
+
+t_vmdk_of_absurd_size_costs_nothing() {
+    qemu-img create -q -f vmdk -o subformat=monolithicSparse img 60T || skip "no room"
+    "$fx" -q img m
+    same "$(stat -c %s m)" $((60 << 40))
+    same "$(dd if=m bs=4k skip=$((1 << 33)) count=1 status=none | tr -d '\0' | wc -c)" 0
+    [ "$(awk '/VmHWM/ { print $2 }' "/proc/$(server_of)/status")" -lt 8000 ]
+    "$fx" --umount m
+}
+
+t_vmdk_every_failing_step_is_undone() {
+    qemu-img create -q -f vmdk base.vmdk 1M; qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse -b base.vmdk -F vmdk img 2>/dev/null ||
+        qemu-img create -q -f vmdk -b base.vmdk -F vmdk img
+    undo=true least=28 check_chain "$fault" -q --sandbox=require -s img m -- true
+    vmdk_py 'save("s", stream(grains(1, 3, 128, 3), 300, descriptor=text(["RW 300 SPARSE \"s\""]), whole=False))'
+    undo=true least=25 check_chain "$fault" -q --sandbox=require -s s m -- true
+}
+
+t_vmdk_of_thousands_of_extents_reads_right() {
+    vmdk_py '
+os.mkdir("s")
+lines = []
+with open("truth", "wb") as truth:
+    for i in range(2600):
+        g = {j: struct.pack("<IQ", i, j) * 40 + bytes(32) for j in range(i % 4, 8, 3)}
+        save("s/%d" % i, cowd(g, 8)); lines.append("RW 8 VMFSSPARSE \"s/%d\"" % i)
+        truth.write(disk(g, 1, 8))
+save("img", text(lines))'
+    "$fx" -q --cache-size 1M --direct-io img m
+    cmp m truth
+    py '
+a, b = os.open("truth", os.O_RDONLY), os.open("m", os.O_RDONLY)
+for i in range(2600 - 2048):                        # neighbours in the cache of tables
+    for off in (i * 4096, (i + 2048) * 4096): assert os.pread(a, 4096, off) == os.pread(b, 4096, off), (i, off)'
+    "$fx" --umount m
+}
+
+t_vmdk_random_damage_is_survived() {
+    qemu-img create -q -f vmdk sparse 2M; scribble sparse 5; qemu-img convert -O raw sparse truth; sed -n '1,/^ddb.tool/p' sparse | strings | sed 's/.*KDMV//' >/dev/null
+    qemu-img convert -f raw -O vmdk -o subformat=streamOptimized truth streamed
+    vmdk_py '
+import subprocess
+g = grains(1, 40, 1, 4096); save("cowd", cowd(g, 4096)); save("se", sesparse(grains(2, 40, 8, 500), 4000))
+save("flat", bytes(1 << 21)); save("desc", text(["RW 4000 FLAT \"flat\" 0", "RW 4096 SPARSE \"cowd\"", "RW 4000 SESPARSE \"se\""]))
+g = grains(3, 9, 128, 32); save("footed", stream(g, 4096, descriptor=text(["RW 4096 SPARSE \"x\""])))
+rnd = random.Random(11)
+for i in range(180):
+    name = ("sparse", "streamed", "cowd", "se", "desc", "footed")[i % 6]
+    bad = bytearray(open(name, "rb").read())
+    for j in range(rnd.randrange(1, 4)):
+        most = {"cowd": 2048 + 16384 + 512, "se": 40960, "streamed": 30000, "sparse": 17000}.get(name, len(bad))
+        at = rnd.choice([rnd.randrange(min(len(bad), 512)), rnd.randrange(min(len(bad), most))])
+        if name == "footed" and rnd.random() < .5: at = len(bad) - 1 - rnd.randrange(6000)
+        bad[at] = rnd.randrange(256)
+    save("bad", bad)
+    p = subprocess.run([sys.argv[1], "-q", "--sandbox=off", "--no-backing", "--format", "vmdk", "bad", "m", "--", "dd", "if=m", "of=/dev/null",
+                        "bs=64k", "count=40", "conv=noerror"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert p.returncode in (0, 1, 125) and b"Sanitizer" not in p.stderr and b"killed" not in p.stderr, (i, p.returncode, p.stderr)
+' "$build/fuseexp-asan"
+}
+
+# One damaged byte of the tables or of the header of an extent with two directories never gives a wrong byte.
+t_vmdk_one_damaged_byte_is_never_believed() {
+    qemu-img create -q -f vmdk good 40M; scribble good 9; qemu-img convert -O raw good truth
+    py '
+import subprocess
+rnd = random.Random(2)
+good = open("good", "rb").read()
+truth = open("truth", "rb").read()
+refused = 0
+for i in range(90):
+    bad = bytearray(good)
+    at = rnd.randrange(12, 64) if i % 3 == 0 else rnd.randrange(21 * 512, 21 * 512 + 10 * 512)
+    bad[at] ^= rnd.randrange(1, 256)
+    open("bad", "wb").write(bad)
+    if subprocess.run([sys.argv[1], "-q", "bad", "m"], stderr=subprocess.DEVNULL).returncode: refused += 1; continue
+    f = os.open("m", os.O_RDONLY)
+    assert os.fstat(f).st_size == len(truth), i
+    for off in range(0, len(truth), 1 << 20):
+        try: got = os.pread(f, 1 << 20, off)
+        except OSError: continue
+        assert truth[off:off + len(got)] == got, (i, at, off)
+    os.close(f)
+    subprocess.run([sys.argv[1], "--umount", "m"], check=True)
+assert refused < 60, refused
+' "$fx"
+}
+
+t_corpus_vmdk_images_are_right() {
+    [ -d "$corpus" ] || skip "no corpus"
+    "$corpus/unpack" c
+    local n=0
+    while IFS=$'\t' read -r path format _ size sum _ expected _; do
+        [ "$format" = vmdk ] || continue
+        n=$((n + 1))
+        [ "$expected" != must-refuse ] || { expect 1 "$fx" -q "c/$path" m; same "$(wc -l <err)" 1; continue; }
+        "$fx" -q "c/$path" m
+        same "$(stat -c %s m)" "$size"
+        [ "$size" -gt 1000000000 ] || same "$(sha256sum <m | cut -d' ' -f1)" "$sum"
+        "$fx" --umount m
+        vmdk_compare "c/$path"
+    done <c/MANIFEST.tsv
+    [ $n -ge 4 ] || fail "only $n"
+}
+
 # ---- life cycle ------------------------------------------------------------------------------------------------
 
 t_ready_when_it_returns_and_gone_when_unmounted() {
@@ -2850,7 +4312,7 @@ t_malformed_requests_are_survived() {
 
 lint() {
     local bad=0 contents banners
-    contents=$(sed -n 's/^ \*  *\([0-9]*\)\. \([A-Za-z][A-Za-z0-9 -]*[a-z0-9]\)  *[a-z0-9]*_ .*/\1 \2/p; s/^ \*  *\([0-9]*\)\. \(Main\)$/\1 \2/p' \
+    contents=$(sed -n 's/^ \*  *\([0-9]*\)\. \([A-Za-z][A-Za-z0-9 -]*[A-Za-z0-9]\)  *[a-z0-9]*_ .*/\1 \2/p; s/^ \*  *\([0-9]*\)\. \(Main\)$/\1 \2/p' \
         "$top/fuseexp.c" | sed -n '1,/ Main/p')
     banners=$(grep -A1 '^/\* \*\*\*\*' "$top/fuseexp.c" | sed -n 's/^ \* \([0-9]*\)\. \(.*\)/\1 \2/p')
     [ "$contents" = "$banners" ] || { diff <(echo "$contents") <(echo "$banners"); bad=1; }
