@@ -14,6 +14,7 @@
  *    7. Cache                   cache_   tables and decoded clusters in one budget
  *    8. Raw images              raw_     the driver to copy
  *    9. qcow2                   qcow2_   QEMU's format, for reading
+ *    0. VMDK                    vmdk_    VMware's formats, for reading
  *   10. Image core              img_     probing, chains, the loops over extents, resizing
  *   11. Partitions              part_    MBR, GPT, the views
  *   12. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
@@ -1121,6 +1122,25 @@ static int cache_be64(struct file *f, uint64_t offset, uint64_t *value)
     return ret;
 }
 
+static int cache_le64(struct file *f, uint64_t offset, uint64_t *value)
+{
+    uint64_t word;
+    int ret = cache_word(f, offset, &word);
+
+    *value = ret ? 0 : util_le64((const uint8_t *)&word);
+    return ret;
+}
+
+/* Four bytes at a multiple of 4. */
+static int cache_le32(struct file *f, uint64_t offset, uint32_t *value)
+{
+    uint64_t word;
+    int ret = cache_word(f, offset & ~7ull, &word);
+
+    *value = ret ? 0 : util_le32((const uint8_t *)&word + (offset & 4));
+    return ret;
+}
+
 /* -- decoded clusters -- */
 
 static void cache_unlink(struct cache_cluster *c)
@@ -1899,12 +1919,1199 @@ static const struct image_format qcow2_format = {
 };
 
 /* ******************************************************************************************************** *
+ * 0. VMDK
+ *
+ * VMware "Virtual Disk Format 5.0"; COWD and seSparse: the documentation of libvmdk and QEMU. All numbers are
+ * little-endian; most places are sectors of 512 bytes.
+ *
+ *   descriptor  text: CID, parent, and one line for each extent of the disk, in order. A file of its own, or
+ *               inside the sparse extent that is the whole disk, which is then meant whatever name it says
+ *   flat        bytes of a file from some sector on
+ *   hosted      "KDMV": header | descriptor | redundant grain directory, its tables | grain directory, its
+ *               tables | grains. streamOptimized: compressed grains, each behind a marker with its place and
+ *               length; then tables, directory, and a footer that repeats the header and says where they are
+ *   COWD        header | grain directory | tables of 4096 entries and grains, as they came
+ *   seSparse    header | volatile header | ... | grain directory | tables | ... | grains; entries of 8 bytes
+ *
+ *   grain directory entry -> grain table; grain table entry -> grain; 0: what the parent has
+ *
+ * Where an extent has two directories, both are asked. Writers keep them equal, so that where they differ one
+ * is damaged: the one that cannot be true loses, and so does a sector of zeros (a bad sector of the disk that
+ * the image was on); else it is an error. Only after a crash (unclean) the entry that has data is taken.
+ * ******************************************************************************************************** */
+
+enum {
+    VMDK_SECTOR = 512,
+    VMDK_MAX_TEXT = 1 << 20,        /* bytes of a descriptor: MAX_PARTS lines need less */
+    VMDK_MAX_GRAIN = 1 << 17,       /* sectors: 64 MiB. 128 is usual; more than 16 was never seen beyond 2 MiB */
+    VMDK_LOOK_AHEAD = 1024,         /* entries looked at for one extent: grains of COWD are one sector */
+    VMDK_LOOK_AHEAD_HOLE = 128,     /* what a parent may cut to pieces is looked up again and again */
+    VMDK_FOOTER_BACK = 128,         /* sectors at the end in which the footer is looked for */
+
+    VMDK_HOSTED_MAGIC = 0x564d444b, /* "KDMV" */
+    VMDK_HOSTED_GRAIN_MIN = 8,      /* sectors */
+    VMDK_HOSTED_ENTRIES = 512,      /* of a grain table, at most */
+    VMDK_OFF_VERSION = 4, VMDK_OFF_FLAGS = 8, VMDK_OFF_CAPACITY = 12, VMDK_OFF_GRAIN = 20, VMDK_OFF_DESCRIPTOR = 28,
+    VMDK_OFF_DESCRIPTOR_SIZE = 36, VMDK_OFF_ENTRIES = 44, VMDK_OFF_REDUNDANT = 48, VMDK_OFF_DIRECTORY = 56,
+    VMDK_OFF_UNCLEAN = 72, VMDK_OFF_NEWLINES = 73, VMDK_OFF_ALGORITHM = 77,
+    VMDK_FLAG_NEWLINES = 1, VMDK_FLAG_REDUNDANT = 2, VMDK_FLAG_ZERO_GRAINS = 4, VMDK_FLAG_COMPRESSED = 1 << 16,
+    VMDK_FLAG_MARKERS = 1 << 17,
+    VMDK_MARKER_HEAD = 12,          /* of a grain: u64 sector of the disk, u32 length of what follows */
+    VMDK_MARKER_FOOTER = 3,         /* u64 sectors, u32 0, u32 type */
+
+    VMDK_COWD_MAGIC = 0x44574f43,   /* "COWD" */
+    VMDK_COWD_ENTRIES_BITS = 12,
+    VMDK_COWD_OFF_CAPACITY = 12, VMDK_COWD_OFF_GRAIN = 16, VMDK_COWD_OFF_DIRECTORY = 20, VMDK_COWD_OFF_ENTRIES = 24,
+    VMDK_COWD_OFF_UNCLEAN = 1648, VMDK_COWD_HEADER = 2048,
+
+    VMDK_SE_GRAIN_BITS = 12,        /* nothing else was ever written: 4 KiB, tables of 4096 entries */
+    VMDK_SE_ENTRIES_BITS = 12,
+    VMDK_SE_TABLE = 32768,          /* bytes */
+    VMDK_SE_OFF_VERSION = 8, VMDK_SE_OFF_CAPACITY = 16, VMDK_SE_OFF_GRAIN = 24, VMDK_SE_OFF_TABLE = 32,
+    VMDK_SE_OFF_FLAGS = 40, VMDK_SE_OFF_VOLATILE = 80, VMDK_SE_OFF_DIRECTORY = 128, VMDK_SE_OFF_DIRECTORY_SIZE = 136,
+    VMDK_SE_OFF_TABLES = 144, VMDK_SE_OFF_GRAINS = 192,
+    VMDK_SE_OFF_REPLAY = 24,        /* of the volatile header */
+};
+#define VMDK_SE_MAGIC 0xcafebabeu
+#define VMDK_SE_VOLATILE_MAGIC 0xcafecafeu
+#define VMDK_SE_VERSION 0x0000000200000001u
+#define VMDK_NO_PARENT 0xffffffffu
+#define VMDK_AT_END UINT64_MAX      /* place of the grain directory: the footer says it */
+
+enum vmdk_kind { VMDK_BAD, VMDK_ZERO, VMDK_FLAT, VMDK_HOSTED, VMDK_COWD, VMDK_SESPARSE };
+
+struct vmdk_extent {
+    enum vmdk_kind kind;
+    bool no_access, zero_grains, compressed, markers, unclean;
+    uint64_t start, size;           /* bytes: in the disk */
+    struct file *file;
+    const char *why;                /* VMDK_BAD */
+    const char *type, *name;        /* in the descriptor's text: of the line; "" and NULL without one */
+    uint64_t offset;                /* VMDK_FLAT: bytes, in file */
+    /* sparse: */
+    uint64_t capacity;              /* bytes: by its header; its last grain may reach past `size` */
+    uint32_t grain_bits, table_bits, entry_size;    /* log2 of a grain's bytes, of a table's entries; 4 or 8 */
+    uint32_t last_length;           /* compressed: what the last grain decodes to */
+    uint64_t directory[2];          /* bytes: of the one or two grain directories; 0: none */
+    uint64_t first_grain;           /* bytes: what lies before is not data for sure */
+    uint64_t tables, grains;        /* seSparse, bytes: entries count from here */
+};
+
+struct vmdk {
+    struct vmdk_extent *extents;
+    unsigned n_extents;
+    uint32_t cid, parent_cid;
+    char *text;                     /* the descriptor, cut into lines; NULL: none */
+    const char *create_type, *hint; /* in text, or "" */
+};
+
+/* -- the descriptor -- */
+
+static char *vmdk_trim(char *text)
+{
+    size_t len;
+
+    text += strspn(text, " \t");
+    len = strlen(text);
+    while (len && strchr(" \t\r", text[len - 1]))
+        text[--len] = 0;
+    return text;
+}
+
+static bool vmdk_starts(const char *line, const char *word)
+{
+    return strncasecmp(line, word, strlen(word)) == 0;
+}
+
+/* Text that begins like a descriptor: the usual comment, or a version and, soon, a CID. */
+static bool vmdk_is_descriptor(const uint8_t *bytes, size_t len)
+{
+    char head[1024];
+    const char *p = head;
+    bool comment;
+
+    len = util_min(len, sizeof(head) - 1);
+    memcpy(head, bytes, len);
+    head[len] = 0;
+    while (p) {
+        p += strspn(p, " \t\r\n");
+        comment = *p == '#';
+        if (comment && vmdk_starts(p + 1 + strspn(p + 1, " \t"), "Disk DescriptorFile"))
+            return true;
+        if (!comment)
+            return vmdk_starts(p, "version") && p[7 + strspn(p + 7, " \t")] == '=' && strcasestr(p, "CID");
+        p = strchr(p, '\n');
+    }
+    return false;
+}
+
+static int vmdk_bad_line(const struct image *im, const char *what, const char *line)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VMDK descriptor: %s: '%.200s'", im->name, what, line);
+}
+
+/* A decimal number up to the next blank; moves on to what follows. */
+static bool vmdk_number(char **p, uint64_t most, uint64_t *value)
+{
+    char *at = *p;
+
+    if (!isdigit((unsigned char)*at))
+        return false;
+    for (*value = 0; isdigit((unsigned char)*at); at++) {
+        *value = *value * 10 + (uint64_t)(*at - '0');
+        if (*value > most)
+            return false;
+    }
+    if (*at && *at != ' ' && *at != '\t')
+        return false;
+    *p = at + strspn(at, " \t");
+    return true;
+}
+
+/* Cuts the word at *p off; moves on to what follows. */
+static char *vmdk_word(char **p)
+{
+    char *word = *p;
+
+    *p += strcspn(*p, " \t");
+    if (**p)
+        *(*p)++ = 0;
+    *p += strspn(*p, " \t");
+    return word;
+}
+
+static bool vmdk_is_extent_line(const char *line)
+{
+    static const char *const access[] = { "RW", "RDONLY", "NOACCESS" };
+
+    for (size_t i = 0; i < ARRAY_LEN(access); i++)
+        if (vmdk_starts(line, access[i]) && strchr(" \t", line[strlen(access[i])]))
+            return true;            /* strchr finds the end of the string too */
+    return false;
+}
+
+static const struct {
+    const char *word;
+    enum vmdk_kind kind;            /* of the sparse ones the file's own magic decides */
+} vmdk_types[] = {
+    { "FLAT", VMDK_FLAT }, { "VMFS", VMDK_FLAT }, { "ZERO", VMDK_ZERO }, { "SPARSE", VMDK_HOSTED },
+    { "VMFSSPARSE", VMDK_COWD }, { "SESPARSE", VMDK_SESPARSE }, { "VMFSRDM", VMDK_BAD }, { "VMFSRAW", VMDK_BAD },
+    { "VMFSPASSTHROUGHRDM", VMDK_BAD }, { "VMFSPASSTHROUGHRAW", VMDK_BAD },
+};
+
+/* ACCESS SECTORS TYPE ["FILE" [SECTOR [...]]] */
+static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
+{
+    struct vmdk_extent *e = &v->extents[v->n_extents];
+    char shown[201], *p = line, *end;
+    uint64_t sectors, sector = 0;
+    size_t type = 0;
+    bool placed;
+
+    util_copy(shown, sizeof(shown), line);
+    if (v->n_extents == MAX_PARTS)
+        return msg_err(-E2BIG, "%s: more than %d extents", im->name, MAX_PARTS);
+    e->no_access = vmdk_starts(vmdk_word(&p), "NOACCESS");
+    if (!vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sectors) || !sectors)
+        return vmdk_bad_line(im, "the size of an extent", shown);
+    e->size = sectors * VMDK_SECTOR;
+    e->type = vmdk_word(&p);
+    while (type < ARRAY_LEN(vmdk_types) && strcasecmp(e->type, vmdk_types[type].word) != 0)
+        type++;
+    if (type == ARRAY_LEN(vmdk_types))
+        return vmdk_bad_line(im, "the type of an extent", shown);
+    e->kind = vmdk_types[type].kind;
+    if (e->kind == VMDK_BAD)
+        return msg_err(-EOPNOTSUPP, "%s: an extent of type %s: its data are on a device, not in the image", im->name,
+                       e->type);
+    end = *p == '"' ? strchr(p + 1, '"') : NULL;
+    if (end) {
+        *end = 0;
+        e->name = p + 1;
+        p = end + 1 + strspn(end + 1, " \t");
+    }
+    if (e->kind == VMDK_ZERO ? !!*p : !e->name || !*e->name)
+        return vmdk_bad_line(im, "the file of an extent", shown);
+    placed = *p && e->kind == VMDK_FLAT;
+    if (placed && !vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sector))
+        return vmdk_bad_line(im, "the place of an extent in its file", shown);
+    e->offset = sector * VMDK_SECTOR;
+    if ((*p && !placed) || (e->kind == VMDK_FLAT && !placed && strcasecmp(e->type, "FLAT") == 0))
+        return vmdk_bad_line(im, "a malformed extent", shown);
+    v->n_extents++;
+    return 0;
+}
+
+static bool vmdk_cid(const char *value, uint32_t *cid)
+{
+    size_t len = strspn(value, "0123456789abcdefABCDEF");
+
+    *cid = (uint32_t)strtoul(value, NULL, 16);
+    return len && len <= 8 && !value[len];
+}
+
+/* NAME = VALUE, perhaps in quotes. in_ddb: among the lines on the virtual hardware, of which none is needed. */
+static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_ddb)
+{
+    char *value = strchr(line, '='), *key = line;
+    size_t len;
+
+    if (value)
+        *value++ = 0;
+    key = vmdk_trim(key);
+    if (!value || key[strcspn(key, " \t\"")])
+        return in_ddb ? 0 : vmdk_bad_line(im, "neither an extent nor a value", line);
+    value = vmdk_trim(value);
+    len = strlen(value);
+    if (len >= 2 && value[0] == '"' && value[len - 1] == '"') {
+        value[len - 1] = 0;
+        value++;
+    }
+    if (strcasecmp(key, "version") == 0 && (value[0] < '1' || value[0] > '4' || value[1]))
+        return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s'", im->name, value);
+    if ((strcasecmp(key, "CID") == 0 && !vmdk_cid(value, &v->cid)) ||
+        (strcasecmp(key, "parentCID") == 0 && !vmdk_cid(value, &v->parent_cid)))
+        return vmdk_bad_line(im, key, value);
+    if (vmdk_starts(key, "encryption"))
+        return msg_err(-EOPNOTSUPP, "%s: is encrypted (%.50s), which is not supported", im->name, key);
+    if (strcasecmp(key, "createType") == 0)
+        v->create_type = value;
+    if (strcasecmp(key, "parentFileNameHint") == 0)
+        v->hint = value;
+    return 0;
+}
+
+static int vmdk_parse(struct image *im, struct vmdk *v)
+{
+    size_t lines = 1;
+    bool in_ddb = false;
+    char *next;
+    int ret = 0;
+
+    for (const char *p = v->text; (p = strchr(p, '\n')) && lines <= MAX_PARTS; p++)
+        lines++;
+    v->extents = util_fault("extents") ? NULL : calloc(lines, sizeof(*v->extents));
+    if (!v->extents)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    for (char *line = v->text; line && !ret; line = next) {
+        next = strchr(line, '\n');
+        if (next)
+            *next++ = 0;
+        line = vmdk_trim(line);
+        if (vmdk_starts(line, "#DDB") || vmdk_starts(line, "# The Disk Data Base"))
+            in_ddb = true;
+        if (*line && *line != '#')
+            ret = vmdk_is_extent_line(line) ? vmdk_parse_extent(im, v, line) : vmdk_parse_key(im, v, line, in_ddb);
+    }
+    if (!ret && !v->n_extents)
+        ret = msg_err(-EINVAL, "%s: a VMDK descriptor without extents", im->name);
+    return ret;
+}
+
+/* The first four bytes of an identity are the CID, as it is printed. */
+static void vmdk_set_id(uint8_t id[16], uint32_t cid)
+{
+    for (int i = 0; i < 4; i++)
+        id[i] = (uint8_t)(cid >> (24 - 8 * i));
+}
+
+static int vmdk_set_parent(struct image *im, const struct vmdk *v)
+{
+    const char *name = v->hint;
+
+    vmdk_set_id(im->id, v->cid);
+    if (v->parent_cid == VMDK_NO_PARENT && !*v->hint)
+        return 0;
+    for (const char *p = name; *p; p++)
+        if (*p == '/' || *p == '\\')
+            name = p + 1;
+    if (!*name && !im->opt->no_backing && !(im->depth == 0 && im->opt->backing))
+        return msg_err(-EINVAL, "%s: does not name its parent (CID %08x); --backing FILE does", im->name,
+                       v->parent_cid);
+    if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0 ||
+        !util_copy(im->backing_name, sizeof(im->backing_name), *name ? name : "unnamed"))
+        return vmdk_bad_line(im, "the name of its parent", v->hint);
+    util_copy(im->backing_format, sizeof(im->backing_format), "vmdk");
+    vmdk_set_id(im->parent_id, v->parent_cid);
+    im->has_parent_id = true;
+    return 0;
+}
+
+/* -- sparse extents -- */
+
+static int vmdk_bad(const struct file *f, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VMDK: %s (0x%" PRIx64 ")", f->path, what, value);
+}
+
+static int vmdk_read(struct file *f, uint64_t offset, void *buf, uint64_t len, const char *what)
+{
+    uint64_t done;
+
+    if (offset > f->size || len > f->size - offset)
+        return msg_err(-EINVAL, "%s: damaged or truncated VMDK: %s is past the end of the file (0x%" PRIx64 ")", f->path,
+                       what, offset);
+    return file_pread(f, buf, len, offset, &done);
+}
+
+static uint64_t vmdk_table_size(const struct vmdk_extent *e)
+{
+    return ((uint64_t)e->entry_size << e->table_bits);
+}
+
+/* Entries that the grain directory must have. */
+static uint64_t vmdk_directory_entries(const struct vmdk_extent *e)
+{
+    return ((e->capacity - 1) >> (e->grain_bits + e->table_bits)) + 1;
+}
+
+static uint32_t vmdk_log2(uint64_t value)
+{
+    return 63 - (uint32_t)__builtin_clzll(value);
+}
+
+/* What all sparse headers say: in sectors, and entries of a table. */
+static int vmdk_set_geometry(struct vmdk_extent *e, uint64_t capacity, uint64_t grain, uint64_t least_grain,
+                             uint64_t entries, uint64_t most_entries)
+{
+    if (!capacity || capacity > MAX_IMAGE_SIZE / VMDK_SECTOR)
+        return vmdk_bad(e->file, "the capacity", capacity);
+    if (grain < least_grain || grain > VMDK_MAX_GRAIN || (grain & (grain - 1)))
+        return vmdk_bad(e->file, "the grain size", grain);
+    if (!entries || entries > most_entries || (entries & (entries - 1)))
+        return vmdk_bad(e->file, "the size of a grain table", entries);
+    e->capacity = capacity * VMDK_SECTOR;
+    e->grain_bits = vmdk_log2(grain * VMDK_SECTOR);
+    e->table_bits = vmdk_log2(entries);
+    return 0;
+}
+
+/* Does a directory at this sector lie inside the file? If so sets *place, in bytes. */
+static bool vmdk_directory_fits(const struct vmdk_extent *e, uint64_t sector, uint64_t *place)
+{
+    uint64_t entries = vmdk_directory_entries(e);
+
+    if (!sector || sector > e->file->size / VMDK_SECTOR ||
+        entries > (e->file->size - sector * VMDK_SECTOR) / e->entry_size)
+        return false;
+    *place = sector * VMDK_SECTOR;
+    return true;
+}
+
+/*
+ * Writers lay a directory's tables out in a row behind it, and all of them. How many more or fewer tables than
+ * the capacity needs are there? 0 is also the answer where the tables lie in another way.
+ */
+enum vmdk_row { VMDK_NO_ROW, VMDK_ROW, VMDK_ROW_TOO_SHORT, VMDK_ROW_TOO_LONG };
+
+static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, uint64_t directory)
+{
+    uint64_t n = vmdk_directory_entries(e), table = (vmdk_table_size(e) + VMDK_SECTOR - 1) / VMDK_SECTOR,
+             after = directory / VMDK_SECTOR + (n * 4 + VMDK_SECTOR - 1) / VMDK_SECTOR;
+    uint32_t first, last, next = 0;
+
+    if (cache_le32(e->file, directory, &first) || cache_le32(e->file, directory + (n - 1) * 4, &last) ||
+        (n * 4 % VMDK_SECTOR && cache_le32(e->file, directory + n * 4, &next)))
+        return VMDK_NO_ROW;
+    if (first > directory / VMDK_SECTOR && first < after)
+        return VMDK_ROW_TOO_SHORT;  /* the tables begin where the directory goes on */
+    if (first != after)
+        return VMDK_NO_ROW;
+    if (last == first + (n - 1) * table)
+        return next == last + table ? VMDK_ROW_TOO_LONG : VMDK_ROW;
+    return last ? VMDK_NO_ROW : VMDK_ROW_TOO_SHORT;
+}
+
+/*
+ * Chooses between the directories at two sectors, of which one may be missing or damaged. A capacity that fits
+ * neither row of tables is damaged itself.
+ */
+static int vmdk_set_directories(struct vmdk_extent *e, uint64_t primary, uint64_t redundant, bool use_redundant)
+{
+    uint64_t *d = e->directory;
+    enum vmdk_row row[2] = { VMDK_NO_ROW, VMDK_NO_ROW };
+    bool both;
+
+    if ((!vmdk_directory_fits(e, primary, &d[0]) || use_redundant) && redundant != primary)
+        vmdk_directory_fits(e, redundant, &d[1]);
+    if (!d[0] && !d[1])
+        return vmdk_bad(e->file, "the grain directory is not inside the file, or too small for the capacity", primary);
+    both = d[0] && d[1];
+    for (int i = 0; i < 2 && both && !e->compressed; i++)
+        row[i] = vmdk_look_at_row(e, d[i]);
+    if (row[0] >= VMDK_ROW_TOO_SHORT && row[1] >= VMDK_ROW_TOO_SHORT)
+        return vmdk_bad(e->file, row[0] == VMDK_ROW_TOO_LONG ? "the grain directory is for more than the capacity"
+                                                             : "the grain directory is too small for the capacity",
+                        e->capacity / VMDK_SECTOR);
+    if (row[0] != row[1] && (row[0] == VMDK_ROW || row[1] == VMDK_ROW))
+        d[row[0] == VMDK_ROW ? 1 : 0] = 0;
+    if (!d[0] || (use_redundant && redundant && !d[1]))
+        msg_say(MSG_NOTE, "%s: one of its two grain directories is damaged; the other one is used", e->file->path);
+    return 0;
+}
+
+/* Newlines that were changed on the way: so were those in the data. */
+static int vmdk_check_newlines(const struct vmdk_extent *e, const uint8_t *h)
+{
+    const uint8_t *nl = h + VMDK_OFF_NEWLINES;
+
+    if ((util_le32(h + VMDK_OFF_FLAGS) & VMDK_FLAG_NEWLINES) &&
+        (memcmp(nl, "\r\n \r", 4) == 0 || memcmp(nl, "\n \n", 3) == 0 || memcmp(nl, "\r \r\r", 4) == 0))
+        return msg_err(-EINVAL, "%s: was transferred as text, which changed its newlines and with them its data",
+                       e->file->path);
+    return 0;
+}
+
+/* Replaces the header by the footer: ... | footer marker | footer | end-of-stream marker, all one sector. */
+static int vmdk_find_footer(struct file *f, uint8_t h[VMDK_SECTOR])
+{
+    uint64_t end = f->size / VMDK_SECTOR;
+    uint8_t s[2 * VMDK_SECTOR], *footer = s + VMDK_SECTOR;
+    int ret;
+
+    for (uint64_t back = 2; back < VMDK_FOOTER_BACK && back + 2 <= end; back++) {
+        ret = vmdk_read(f, (end - back - 1) * VMDK_SECTOR, s, sizeof(s), "the footer");
+        if (ret)
+            return ret;
+        if (util_le32(footer) != VMDK_HOSTED_MAGIC || util_le32(s + 8) != 0 || util_le32(s + 12) != VMDK_MARKER_FOOTER)
+            continue;
+        /* from the version to the capacity, the grain size; the entries of a table */
+        if (memcmp(footer + 4, h + 4, VMDK_OFF_DESCRIPTOR - 4) != 0 ||
+            util_le32(footer + VMDK_OFF_ENTRIES) != util_le32(h + VMDK_OFF_ENTRIES))
+            return vmdk_bad(f, "the footer says something else than the header", util_le64(footer + VMDK_OFF_CAPACITY));
+        memcpy(h, footer, VMDK_SECTOR);
+        return 0;
+    }
+    return msg_err(-EINVAL, "%s: truncated VMDK: the footer, which says where the grain directory is, is not at its end",
+                   f->path);
+}
+
+static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t h[VMDK_SECTOR];
+    uint64_t descriptor, sectors;
+    uint32_t flags, version;
+    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+
+    if (!ret)
+        ret = vmdk_check_newlines(e, h);
+    if (!ret && util_le64(h + VMDK_OFF_DIRECTORY) == VMDK_AT_END)
+        ret = vmdk_find_footer(e->file, h);
+    if (ret)
+        return ret;
+    version = util_le32(h + VMDK_OFF_VERSION);
+    flags = util_le32(h + VMDK_OFF_FLAGS);
+    if (version < 1 || version > 3)
+        return msg_err(-EOPNOTSUPP, "%s: a VMDK extent of unknown version %u", e->file->path, version);
+    e->entry_size = 4;
+    ret = vmdk_set_geometry(e, util_le64(h + VMDK_OFF_CAPACITY), util_le64(h + VMDK_OFF_GRAIN), VMDK_HOSTED_GRAIN_MIN,
+                            util_le32(h + VMDK_OFF_ENTRIES), VMDK_HOSTED_ENTRIES);
+    if (ret)
+        return ret;
+    e->zero_grains = flags & VMDK_FLAG_ZERO_GRAINS;
+    e->compressed = flags & VMDK_FLAG_COMPRESSED;
+    e->markers = flags & VMDK_FLAG_MARKERS;
+    if (util_le16(h + VMDK_OFF_ALGORITHM) != (e->compressed ? 1 : 0))
+        return vmdk_bad(e->file, "the compression algorithm", util_le16(h + VMDK_OFF_ALGORITHM));
+    if (e->compressed && 1u << e->grain_bits > MAX_CLUSTER)
+        return vmdk_bad(e->file, "the size of compressed grains", 1u << e->grain_bits);
+    e->unclean = h[VMDK_OFF_UNCLEAN];
+    im->dirty |= e->unclean;
+    descriptor = util_le64(h + VMDK_OFF_DESCRIPTOR);
+    sectors = util_le64(h + VMDK_OFF_DESCRIPTOR_SIZE);
+    e->first_grain = VMDK_SECTOR;
+    if (descriptor == 1 && sectors < VMDK_MAX_TEXT / VMDK_SECTOR)
+        e->first_grain += sectors * VMDK_SECTOR;
+    return vmdk_set_directories(e, util_le64(h + VMDK_OFF_DIRECTORY), util_le64(h + VMDK_OFF_REDUNDANT),
+                                flags & VMDK_FLAG_REDUNDANT);
+}
+
+static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t h[VMDK_COWD_HEADER];
+    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+
+    if (ret)
+        return ret;
+    if (util_le32(h + 4) != 1)
+        return msg_err(-EOPNOTSUPP, "%s: a COWD extent of unknown version %u", e->file->path, util_le32(h + 4));
+    e->entry_size = 4;
+    ret = vmdk_set_geometry(e, util_le32(h + VMDK_COWD_OFF_CAPACITY), util_le32(h + VMDK_COWD_OFF_GRAIN), 1,
+                            1 << VMDK_COWD_ENTRIES_BITS, 1 << VMDK_COWD_ENTRIES_BITS);
+    if (ret)
+        return ret;
+    e->unclean = util_le32(h + VMDK_COWD_OFF_UNCLEAN);
+    im->dirty |= e->unclean;
+    e->first_grain = VMDK_COWD_HEADER;
+    if (util_le32(h + VMDK_COWD_OFF_ENTRIES) < vmdk_directory_entries(e))
+        return vmdk_bad(e->file, "the grain directory is too small for the capacity", util_le32(h + VMDK_COWD_OFF_ENTRIES));
+    return vmdk_set_directories(e, util_le32(h + VMDK_COWD_OFF_DIRECTORY), 0, false);
+}
+
+static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t h[VMDK_SECTOR], vh[VMDK_SECTOR];
+    uint64_t at[4];                 /* sectors: volatile header, directory, tables, grains */
+    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+
+    if (ret)
+        return ret;
+    if (util_le64(h + VMDK_SE_OFF_VERSION) != VMDK_SE_VERSION)
+        return msg_err(-EOPNOTSUPP, "%s: a seSparse extent of unknown version 0x%" PRIx64, e->file->path,
+                       util_le64(h + VMDK_SE_OFF_VERSION));
+    if (util_le64(h + VMDK_SE_OFF_FLAGS))
+        return msg_err(-EOPNOTSUPP, "%s: needs unknown seSparse features (flags 0x%" PRIx64 ")", e->file->path,
+                       util_le64(h + VMDK_SE_OFF_FLAGS));
+    if (util_le64(h + VMDK_SE_OFF_GRAIN) != 1 << (VMDK_SE_GRAIN_BITS - 9))
+        return vmdk_bad(e->file, "the grain size", util_le64(h + VMDK_SE_OFF_GRAIN));
+    if (util_le64(h + VMDK_SE_OFF_TABLE) != VMDK_SE_TABLE / VMDK_SECTOR)
+        return vmdk_bad(e->file, "the size of a grain table", util_le64(h + VMDK_SE_OFF_TABLE));
+    for (int i = 0; i < 4; i++) {
+        static const uint8_t where[] = { VMDK_SE_OFF_VOLATILE, VMDK_SE_OFF_DIRECTORY, VMDK_SE_OFF_TABLES,
+                                         VMDK_SE_OFF_GRAINS };
+        at[i] = util_le64(h + where[i]);
+        if (!at[i] || at[i] > MAX_IMAGE_SIZE / VMDK_SECTOR)
+            return vmdk_bad(e->file, "a place in the header", at[i]);
+    }
+    ret = vmdk_read(e->file, at[0] * VMDK_SECTOR, vh, sizeof(vh), "the volatile header");
+    if (!ret && util_le64(vh) != VMDK_SE_VOLATILE_MAGIC)
+        ret = vmdk_bad(e->file, "the volatile header", util_le64(vh));
+    if (!ret && vh[VMDK_SE_OFF_REPLAY])
+        ret = msg_err(-EOPNOTSUPP, "%s: its journal was not replayed (a crash), which is not supported", e->file->path);
+    e->entry_size = 8;
+    if (!ret)
+        ret = vmdk_set_geometry(e, util_le64(h + VMDK_SE_OFF_CAPACITY), 1 << (VMDK_SE_GRAIN_BITS - 9), 1,
+                                1 << VMDK_SE_ENTRIES_BITS, 1 << VMDK_SE_ENTRIES_BITS);
+    if (ret)
+        return ret;
+    if (util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE) < (vmdk_directory_entries(e) * 8 + VMDK_SECTOR - 1) / VMDK_SECTOR)
+        return vmdk_bad(e->file, "the grain directory is too small for the capacity",
+                        util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE));
+    e->tables = at[2] * VMDK_SECTOR;
+    e->grains = e->first_grain = at[3] * VMDK_SECTOR;
+    (void)im;
+    return vmdk_set_directories(e, at[1], 0, false);
+}
+
+/* Which sparse extent begins like this, if any? */
+static enum vmdk_kind vmdk_kind_of(const uint8_t *head, size_t len)
+{
+    if (len >= 4 && util_le32(head) == VMDK_HOSTED_MAGIC)
+        return VMDK_HOSTED;
+    if (len >= 4 && util_le32(head) == VMDK_COWD_MAGIC)
+        return VMDK_COWD;
+    return len >= 8 && util_le64(head) == VMDK_SE_MAGIC ? VMDK_SESPARSE : VMDK_BAD;
+}
+
+static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
+                            struct extent *ext);
+
+/*
+ * A last grain that the disk does not fill may have been compressed whole, or only as far as the disk goes.
+ * Nothing but decoding it tells.
+ */
+static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
+{
+    uint32_t grain = 1u << e->grain_bits, rest = (uint32_t)(e->capacity & (grain - 1));
+    uint64_t len, done;
+    struct extent ext;
+    uint8_t *out;
+
+    e->last_length = grain;
+    if (!e->compressed || !rest)
+        return 0;
+    vmdk_map_sparse(im, e, e->capacity - rest, rest, &ext);
+    if (ext.kind != EXT_COMPRESSED)
+        return 0;
+    out = util_fault("grain") ? NULL : malloc(grain);
+    if (!out || !codec_prepare(CODEC_ZLIB)) {
+        free(out);
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    }
+    len = util_min(ext.coded_length, MAX_CLUSTER);
+    if (file_pread(e->file, codec_own.coded, len, ext.offset, &done) == 0 && !codec_decode(CODEC_ZLIB, len, out, grain))
+        e->last_length = rest;
+    free(out);
+    return 0;
+}
+
+/* e->file is open. Reports what is wrong. */
+static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t head[8];
+    uint64_t grain, line = e->size;
+    int ret = vmdk_read(e->file, 0, head, sizeof(head), "the header");
+
+    if (ret)
+        return ret;
+    e->kind = vmdk_kind_of(head, sizeof(head));
+    ret = e->kind == VMDK_HOSTED     ? vmdk_open_hosted(im, e)
+          : e->kind == VMDK_COWD     ? vmdk_open_cowd(im, e)
+          : e->kind == VMDK_SESPARSE ? vmdk_open_sesparse(im, e)
+                                     : vmdk_bad(e->file, "not a sparse extent", util_le64(head));
+    if (ret)
+        return ret;
+    grain = 1ull << e->grain_bits;
+    if (line && (line > e->capacity || e->capacity - line >= grain))
+        return msg_err(-EINVAL, "%s: holds %" PRIu64 " sectors, but the descriptor says %" PRIu64
+                       ": extents are swapped, or one is damaged", e->file->path, e->capacity / VMDK_SECTOR,
+                       line / VMDK_SECTOR);
+    if (!line)
+        e->size = e->capacity;
+    if (!im->cluster_size)
+        im->cluster_size = (uint32_t)grain;
+    return vmdk_measure_last(im, e);
+}
+
+/* -- opening -- */
+
+/*
+ * Is there no file of that name? Names that lead elsewhere are not looked for: img_open_named() refuses them.
+ */
+static bool vmdk_is_missing(const struct image *im, const char *name)
+{
+    const char *path = im->files[0].path;
+    char full[PATH_MAX];
+
+    if (name[0] == '/' || strstr(name, "..") || im->files[0].is_blk ||
+        (size_t)snprintf(full, sizeof(full), "%.*s%s", (int)(util_basename(path) - path), path, name) >= sizeof(full))
+        return false;
+    return access(full, F_OK) < 0 && errno == ENOENT;
+}
+
+/* Sets e->file, if need be by opening it. 1: there is no such file. */
+static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *e)
+{
+    for (struct vmdk_extent *other = v->extents; other < e; other++)
+        if (other->file && strcmp(other->name, e->name) == 0) {
+            e->file = other->file;
+            return e->kind == VMDK_FLAT && other->kind == VMDK_FLAT
+                       ? 0 : msg_err(-EINVAL, "%s: '%s' is named by two extents", im->name, e->name);
+        }
+    if (e->name[0] == '\\' || (isalpha((unsigned char)e->name[0]) && e->name[1] == ':'))
+        return msg_err(-EPERM, "%s: its extent '%s' is a path or a device of Windows", im->name, e->name);
+    if (vmdk_is_missing(im, e->name))
+        return 1;
+    if (im->n_files == MAX_PARTS)
+        return msg_err(-E2BIG, "%s: more than %d files", im->name, MAX_PARTS);
+    e->file = &im->files[im->n_files++];
+    e->file->fd = -1;
+    return img_open_named(im, e->file, e->name, "extent", NULL);
+}
+
+/* Cannot be served, but the rest of the disk can. Somebody has said why. */
+static void vmdk_give_up(struct vmdk_extent *e, const char *why)
+{
+    e->kind = VMDK_BAD;
+    e->why = why;
+}
+
+static int vmdk_open_extent(struct image *im, struct vmdk *v, struct vmdk_extent *e)
+{
+    int ret = 0;
+
+    if (e->no_access)
+        vmdk_give_up(e, "the descriptor allows no access to this extent");
+    if (e->kind == VMDK_BAD || e->kind == VMDK_ZERO)
+        return 0;
+    if (!e->file)
+        ret = vmdk_open_file(im, v, e);
+    if (ret > 0) {
+        msg_say(MSG_NOTE, "%s: its extent '%s' is missing: what is in it reads as errors", im->name, e->name);
+        vmdk_give_up(e, "in an extent whose file is missing");
+    }
+    if (ret)
+        return ret < 0 ? ret : 0;
+    if (e->kind != VMDK_FLAT) {
+        ret = vmdk_open_sparse(im, e);
+        if (!ret || v->n_extents == 1 || ret == -ENOMEM)
+            return ret;
+        vmdk_give_up(e, "in a damaged extent");
+    } else if (e->offset + e->size > e->file->size) {
+        msg_say(MSG_NOTE, "%s: ends at %" PRIu64 " instead of %" PRIu64 ": what is missing reads as errors",
+                e->file->path, e->file->size, e->offset + e->size);
+    }
+    return 0;
+}
+
+/*
+ * Flat files have no header: only their lengths tell that two were swapped. One that is shorter than its line
+ * may be truncated; one that is longer holds something else.
+ */
+static int vmdk_check_flat(const struct image *im, const struct vmdk *v)
+{
+    unsigned users;
+
+    for (unsigned i = 0; i < v->n_extents && v->n_extents > 1; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        if (e->kind != VMDK_FLAT || e->offset || e->file->is_blk || e->file->size <= e->size)
+            continue;
+        users = 0;
+        for (unsigned j = 0; j < v->n_extents; j++)
+            users += v->extents[j].file == e->file;
+        if (users == 1)
+            return msg_err(-EINVAL, "%s: its extent '%s' has %" PRIu64 " bytes instead of %" PRIu64
+                           ": extents are swapped, or one is of another disk", im->name, e->name, e->file->size,
+                           e->size);
+    }
+    return 0;
+}
+
+/* Opens the extents, and lays them out in a row. */
+static int vmdk_open_extents(struct image *im, struct vmdk *v)
+{
+    unsigned good = 0;
+    uint64_t sum = 0;
+    int ret = 0;
+
+    for (unsigned i = 0; i < v->n_extents && !ret; i++) {
+        struct vmdk_extent *e = &v->extents[i];
+        ret = vmdk_open_extent(im, v, e);
+        if (!ret && e->size > MAX_IMAGE_SIZE - sum)
+            ret = msg_err(-EFBIG, "%s: the extents add up to more than a file can hold", im->name);
+        e->start = sum;
+        sum += ret ? 0 : e->size;
+        good += e->kind != VMDK_BAD;
+    }
+    if (!ret)
+        ret = vmdk_check_flat(im, v);
+    if (!ret && !good)
+        ret = msg_err(-ENOENT, "%s: none of its extents can be read", im->name);
+    im->size = sum;
+    if (!ret && im->dirty)
+        msg_say(MSG_NOTE, "%s: is marked dirty (not closed properly); reading it is safe", im->name);
+    return ret;
+}
+
+/* name-s001.vmdk: what the sparse extents of a split disk are called. */
+static bool vmdk_looks_like_part(const char *path)
+{
+    size_t len = strlen(path);
+
+    return len > 10 && strcasecmp(path + len - 5, ".vmdk") == 0 && path[len - 10] == '-' &&
+           (path[len - 9] | 0x20) == 's' && strspn(path + len - 8, "0123456789") == 3;
+}
+
+/* Sparse extents without a descriptor: in the order they were given. */
+static int vmdk_open_alone(struct image *im, struct vmdk *v)
+{
+    if (im->n_files == 1 && im->opt->parts && vmdk_looks_like_part(im->name))
+        return msg_err(-EINVAL, "%s: is one extent of a disk and has no descriptor; name the descriptor, or all extents "
+                       "in their order, or take this one alone with --no-parts", im->name);
+    v->extents = util_fault("extents") ? NULL : calloc(im->n_files, sizeof(*v->extents));
+    if (!v->extents)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    v->n_extents = im->n_files;
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        v->extents[i].kind = VMDK_HOSTED;
+        v->extents[i].file = &im->files[i];
+        v->extents[i].type = "";
+    }
+    msg_say(MSG_NOTE, "%s: no descriptor, taken for the whole of a disk without a parent: if there is one, what it holds "
+            "reads as zeros", im->name);
+    return vmdk_open_extents(im, v);
+}
+
+/* An embedded descriptor: one of its sparse extents is the file itself. */
+static int vmdk_find_self(struct image *im, struct vmdk *v)
+{
+    struct vmdk_extent *self = NULL;
+    unsigned sparse = 0;
+
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        struct vmdk_extent *e = &v->extents[i];
+        if (e->kind < VMDK_HOSTED)
+            continue;
+        if (sparse++ == 0 || strcmp(util_basename(im->name), e->name) == 0)
+            self = e;
+    }
+    if (!self || (sparse > 1 && strcmp(util_basename(im->name), self->name) != 0))
+        return msg_err(-EINVAL, "%s: none of the extents of its descriptor is the file itself", im->name);
+    self->file = &im->files[0];
+    return 0;
+}
+
+/* Loads the descriptor's text; v->text stays NULL where there is none. */
+static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head, bool *embedded)
+{
+    struct file *f = &im->files[0];
+    uint64_t at = 0, len = f->size, done;
+    int ret;
+
+    *embedded = vmdk_kind_of(head, VMDK_SECTOR) == VMDK_HOSTED;
+    if (*embedded) {
+        at = util_le64(head + VMDK_OFF_DESCRIPTOR);
+        len = util_le64(head + VMDK_OFF_DESCRIPTOR_SIZE);
+        if (!at || !len)
+            return 0;
+        if (at > f->size / VMDK_SECTOR || len > f->size / VMDK_SECTOR - at)
+            return vmdk_bad(f, "the place of the descriptor", at);
+        at *= VMDK_SECTOR;
+        len *= VMDK_SECTOR;
+    }
+    if (len > VMDK_MAX_TEXT)
+        return vmdk_bad(f, "the length of the descriptor", len);
+    v->text = util_fault("descriptor") ? NULL : calloc(1, len + 1);
+    if (!v->text)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = file_pread(f, v->text, len, at, &done);
+    if (!ret && *embedded && !v->text[0]) {
+        free(v->text);
+        v->text = NULL;
+    }
+    return ret;
+}
+
+static int vmdk_open(struct image *im)
+{
+    struct vmdk *v = im->state = util_fault("vmdk") ? NULL : calloc(1, sizeof(*v));
+    uint8_t head[2 * VMDK_SECTOR] = { 0 };
+    uint64_t done, len = util_min(im->files[0].size, sizeof(head));
+    bool embedded;
+    int ret;
+
+    if (!v)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    v->parent_cid = VMDK_NO_PARENT;
+    v->create_type = v->hint = "";
+    ret = file_pread(&im->files[0], head, len, 0, &done);
+    if (ret)
+        return ret;
+    if (vmdk_kind_of(head, len) == VMDK_BAD && !vmdk_is_descriptor(head, len))
+        return msg_err(-EINVAL, "%s: is not a VMDK image", im->name);
+    if (vmdk_kind_of(head, len) == VMDK_COWD || vmdk_kind_of(head, len) == VMDK_SESPARSE)
+        return vmdk_open_alone(im, v);
+    ret = vmdk_load_text(im, v, head, &embedded);
+    if (!ret && !v->text)
+        return vmdk_open_alone(im, v);
+    if (!ret && im->n_files > 1)
+        ret = msg_err(-EINVAL, "%s: has a descriptor, which names the files of the disk; give it alone", im->name);
+    if (!ret)
+        ret = vmdk_parse(im, v);
+    if (!ret)
+        ret = vmdk_set_parent(im, v);
+    if (!ret && embedded)
+        ret = vmdk_find_self(im, v);
+    return ret ? ret : vmdk_open_extents(im, v);
+}
+
+static int vmdk_probe(const struct probe *p)
+{
+    return vmdk_kind_of(p->head, p->head_len) != VMDK_BAD ? 100 : vmdk_is_descriptor(p->head, p->head_len) ? 90 : 0;
+}
+
+static void vmdk_close(struct image *im)
+{
+    struct vmdk *v = im->state;
+
+    if (v) {
+        free(v->extents);
+        free(v->text);
+    }
+    free(v);
+}
+
+/* -- mapping -- */
+
+/* What a grain table entry says. EXT_DATA: at `place` in the file. EXT_BACKING: nothing. EXT_BAD: `why`. */
+struct vmdk_grain {
+    enum extent_kind kind;
+    uint64_t place;
+    const char *why;
+};
+
+static struct vmdk_grain vmdk_bad_grain(const char *why)
+{
+    return (struct vmdk_grain){ .kind = EXT_BAD, .why = why };
+}
+
+static struct vmdk_grain vmdk_read_entry(const struct vmdk_extent *e, uint64_t entry)
+{
+    struct vmdk_grain g = { .kind = EXT_DATA, .place = entry * VMDK_SECTOR };
+
+    if (e->kind == VMDK_SESPARSE) {
+        /* the type in the top 4 bits; the next 12 are the low ones of the grain's number */
+        g.place = (entry >> 48 & 0xfff) | (entry & 0xffffffffffff) << 12;
+        if (entry >> 60 == 1 || entry >> 60 == 2)
+            return (struct vmdk_grain){ .kind = EXT_ZERO };     /* unmapped by the guest, or zeros */
+        if (entry && entry >> 60 != 3)
+            return vmdk_bad_grain("its grain table entry is of an unknown type");
+        if (entry && g.place > (MAX_IMAGE_SIZE - e->grains) >> e->grain_bits)
+            return vmdk_bad_grain("its grain lies past the end of the file");
+        g.place = e->grains + (g.place << e->grain_bits);
+    }
+    if (!entry)
+        return (struct vmdk_grain){ .kind = EXT_BACKING };
+    if (entry == 1 && e->zero_grains)
+        return (struct vmdk_grain){ .kind = EXT_ZERO };
+    if (entry == 1 && e->kind == VMDK_HOSTED)
+        return vmdk_bad_grain("a zeroed grain in an extent that has none");
+    if (g.place < e->first_grain)
+        return vmdk_bad_grain("its grain table entry points into the header");
+    if (g.place >= e->file->size)
+        return vmdk_bad_grain("its grain lies past the end of the file");
+    return g;
+}
+
+static int vmdk_load(const struct vmdk_extent *e, uint64_t place, uint64_t *value)
+{
+    uint32_t half;
+    int ret;
+
+    if (e->entry_size == 8)
+        return cache_le64(e->file, place, value);
+    ret = cache_le32(e->file, place, &half);
+    *value = half;
+    return ret;
+}
+
+/* Is the sector that this byte is in nothing but zeros, as copies of dying disks have it for what was unreadable? */
+static bool vmdk_is_wiped(const struct vmdk_extent *e, uint64_t place)
+{
+    uint64_t word;
+
+    place -= place % VMDK_SECTOR;
+    for (unsigned i = 0; i < VMDK_SECTOR; i += 8)
+        if (cache_le64(e->file, place + i, &word) || word)
+            return false;
+    return true;
+}
+
+/* One grain, by the entries at one or (place[1] not 0) two places. */
+static struct vmdk_grain vmdk_find_grain(const struct vmdk_extent *e, const uint64_t place[2])
+{
+    const char *unreadable = "its grain table cannot be read";
+    uint64_t entry[2] = { 0 };
+    int ret[2] = { vmdk_load(e, place[0], &entry[0]), place[1] ? vmdk_load(e, place[1], &entry[1]) : 0 };
+    struct vmdk_grain a = ret[0] ? vmdk_bad_grain(unreadable) : vmdk_read_entry(e, entry[0]), b;
+
+    if (!place[1] || (!ret[0] && !ret[1] && entry[0] == entry[1]))
+        return a;
+    b = ret[1] ? vmdk_bad_grain(unreadable) : vmdk_read_entry(e, entry[1]);
+    if (a.kind == EXT_BAD || b.kind == EXT_BAD)
+        return a.kind == EXT_BAD ? b : a;
+    if (e->unclean && a.kind != b.kind && (a.kind == EXT_DATA || b.kind == EXT_DATA))
+        return a.kind == EXT_DATA ? a : b;
+    if (vmdk_is_wiped(e, place[0]))
+        return b;
+    return vmdk_is_wiped(e, place[1]) ? a : vmdk_bad_grain("its two grain tables contradict each other");
+}
+
+/*
+ * The tables (bytes, in the file) that both directories have for entry `index`: table[1] only besides
+ * table[0]; none: 0. Else says what is wrong.
+ */
+static const char *vmdk_find_tables(const struct vmdk_extent *e, uint64_t index, uint64_t table[2])
+{
+    uint64_t entry, place, size = vmdk_table_size(e);
+    const char *why = NULL;
+    unsigned n = 0;
+
+    table[0] = table[1] = 0;
+    for (unsigned i = 0; i < 2; i++) {
+        if (!e->directory[i])
+            continue;
+        if (vmdk_load(e, e->directory[i] + index * e->entry_size, &entry)) {
+            why = "its grain directory cannot be read";
+            continue;
+        }
+        if (!entry)
+            continue;
+        place = entry * VMDK_SECTOR;
+        if (e->kind == VMDK_SESPARSE)
+            place = entry >> 32 == 0x10000000 ? e->tables + (entry & 0xffffffff) * VMDK_SE_TABLE : UINT64_MAX;
+        if (place < VMDK_SECTOR || place > e->file->size || size > e->file->size - place)
+            why = "its grain directory entry is damaged";
+        else
+            table[n++] = place;
+    }
+    return n ? NULL : why;
+}
+
+static void vmdk_map_bad(struct extent *ext, uint64_t length, const char *why)
+{
+    *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
+}
+
+/* A compressed grain. Its marker must be of this place: so a damaged table is found out. */
+static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t place, uint64_t offset, uint64_t length,
+                                struct extent *ext)
+{
+    uint64_t grain = 1ull << e->grain_bits, start = offset & ~(grain - 1), lba = start / VMDK_SECTOR;
+    uint32_t coded = (uint32_t)util_min(2 * grain, e->file->size - place);
+
+    if (e->markers) {
+        if (cache_le64(e->file, place, &lba) || cache_le32(e->file, place + 8, &coded)) {
+            vmdk_map_bad(ext, length, "its grain marker cannot be read");
+            return;
+        }
+        place += VMDK_MARKER_HEAD;
+    }
+    if (lba != start / VMDK_SECTOR)
+        vmdk_map_bad(ext, length, "its grain marker is of another place");
+    else if (!coded || coded > 2 * grain)
+        vmdk_map_bad(ext, length, "the length in its grain marker is damaged");
+    else if (place > e->file->size || coded > e->file->size - place)
+        vmdk_map_bad(ext, length, "its compressed grain lies past the end of the file");
+    else
+        *ext = (struct extent){
+            .kind = EXT_COMPRESSED, .length = length, .file = e->file, .offset = place, .codec = CODEC_ZLIB,
+            .coded_length = coded, .skip = (uint32_t)(offset - start),
+            .decoded_length = e->capacity - start < grain ? e->last_length : (uint32_t)grain,
+        };
+}
+
+/* `length` bytes from `offset` of the extent, all in the grain g. */
+static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, const struct vmdk_grain *g,
+                           uint64_t offset, uint64_t length, struct extent *ext)
+{
+    if (g->kind == EXT_BAD) {
+        vmdk_map_bad(ext, length, g->why);
+    } else if (g->kind != EXT_DATA) {
+        *ext = (struct extent){ .kind = *im->backing_name ? g->kind : EXT_ZERO, .length = length };
+    } else if (e->compressed) {
+        vmdk_map_compressed(e, g->place, offset, length, ext);
+    } else {
+        uint64_t place = g->place + (offset & ((1ull << e->grain_bits) - 1));
+        if (place >= e->file->size)
+            vmdk_map_bad(ext, length, "its grain lies past the end of the file");
+        else
+            *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place),
+                                    .file = e->file, .offset = place };
+    }
+}
+
+/* Does b carry a on, so that both are one extent? */
+static bool vmdk_continues(const struct extent *a, const struct extent *b)
+{
+    return a->kind == b->kind && (a->kind == EXT_ZERO || a->kind == EXT_BACKING ||
+                                  (a->kind == EXT_DATA && a->offset + a->length == b->offset));
+}
+
+static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
+                            struct extent *ext)
+{
+    uint64_t grain = 1ull << e->grain_bits, covered = grain << e->table_bits, table[2], place[2] = { 0 }, here, i;
+    const char *why = vmdk_find_tables(e, offset >> (e->grain_bits + e->table_bits), table);
+    struct vmdk_grain g = { .kind = EXT_BACKING };
+    struct extent next;
+
+    length = util_min(length, covered - (offset & (covered - 1)));
+    if (why) {
+        vmdk_map_bad(ext, length, why);
+        return;
+    }
+    if (!table[0]) {
+        vmdk_map_grain(im, e, &g, offset, length, ext);
+        return;
+    }
+    ext->length = 0;
+    for (unsigned n = 0; length && n < VMDK_LOOK_AHEAD; n++, offset += here, length -= here) {
+        i = (offset & (covered - 1)) >> e->grain_bits;
+        here = util_min(length, grain - (offset & (grain - 1)));
+        place[0] = table[0] + i * e->entry_size;
+        place[1] = table[1] ? table[1] + i * e->entry_size : 0;
+        g = vmdk_find_grain(e, place);
+        vmdk_map_grain(im, e, &g, offset, here, &next);
+        if (n == 0)
+            *ext = next;
+        else if (vmdk_continues(ext, &next))
+            ext->length += next.length;
+        else
+            break;
+        if (next.length < here || (ext->kind == EXT_BACKING && n >= VMDK_LOOK_AHEAD_HOLE))
+            break;                  /* cut by the end of the file */
+    }
+}
+
+static void vmdk_map_flat(const struct vmdk_extent *e, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    uint64_t place = e->offset + offset;
+    bool data = true;
+
+    if (place >= e->file->size) {
+        vmdk_map_bad(ext, length, "past the end of a truncated extent");
+        return;
+    }
+    *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place), .file = e->file,
+                            .offset = place };
+    if (exact)
+        file_seek_extent(e->file, place, ext->length, &data, &ext->length);
+    if (!data)
+        ext->kind = EXT_ZERO;
+}
+
+static int vmdk_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vmdk *v = im->state;
+    const struct vmdk_extent *e;
+    unsigned low = 0, high = v->n_extents;
+
+    while (high - low > 1) {
+        unsigned mid = (low + high) / 2;
+        if (v->extents[mid].start <= offset)
+            low = mid;
+        else
+            high = mid;
+    }
+    e = &v->extents[low];
+    offset -= e->start;
+    length = util_min(length, e->size - offset);
+    if (e->kind == VMDK_BAD)
+        vmdk_map_bad(ext, length, e->why);
+    else if (e->kind == VMDK_ZERO)
+        *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    else if (e->kind == VMDK_FLAT)
+        vmdk_map_flat(e, offset, length, exact, ext);
+    else
+        vmdk_map_sparse(im, e, offset, length, ext);
+    return 0;
+}
+
+static void vmdk_info(struct image *im, struct out *out)
+{
+    const struct vmdk *v = im->state;
+
+    if (v->text) {
+        out_number(out, "cid", v->cid);
+        out_number(out, "parent-cid", v->parent_cid);
+        out_text(out, "create-type", v->create_type);
+    }
+    out_open(out, "extents", '[');
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        out_open(out, NULL, '{');
+        out_size(out, "virtual-size", e->size);
+        if (e->file || e->name)
+            out_text(out, "filename", e->file ? e->file->path : e->name);
+        if (e->kind >= VMDK_HOSTED)
+            out_size(out, "cluster-size", 1ull << e->grain_bits);
+        out_text(out, "format", e->type);
+        if (e->compressed)
+            out_flag(out, "compressed", true);
+        out_close(out);
+    }
+    out_close(out);
+}
+
+static const struct image_format vmdk_format = {
+    .name = "vmdk",
+    .describe = "VMware images: hosted, stream-optimized, COWD and seSparse extents, flat ones, split, with parents",
+    .writes = "-",
+    .probe = vmdk_probe,
+    .open = vmdk_open,
+    .map = vmdk_map,
+    .info = vmdk_info,
+    .close = vmdk_close,
+};
+
+/* ******************************************************************************************************** *
  * 10. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
 
-static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format };
+static const struct image_format *const img_formats[] = { &raw_format, &qcow2_format, &vmdk_format };
 
 enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
 
@@ -1921,10 +3128,6 @@ static const struct {
 } img_foreign[] = {
     { "a qcow image (version 1)", 0, 4, false, "QFI\xfb" },
     { "a QED image", 0, 4, false, "QED\0" },
-    { "a VMDK image", 0, 4, false, "KDMV" },
-    { "a VMDK image (COWD)", 0, 4, false, "COWD" },
-    { "a VMDK image (seSparse)", 0, 8, false, "\xbe\xba\xfe\xca\0\0\0\0" },
-    { "a VMDK descriptor", 0, 21, false, "# Disk DescriptorFile" },
     { "a VHDX image", 0, 8, false, "vhdxfile" },
     { "a VHD image", 0, 8, false, "conectix" },
     { "a VHD image", 0, 8, true, "conectix" },
@@ -2164,17 +3367,21 @@ static bool img_is_allowed(const struct image_options *opt, const char *path)
 
 /*
  * Opens into f what the image calls `name`. The image does not choose freely: beside it, or below it, or
- * where the user allowed it. `what` and `option` are for the message.
+ * where the user allowed it. `what` and `option` (which names another file; NULL: none does) are for the
+ * message.
  */
 static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
                           const char *option)
 {
-    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash;
+    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], other[64] = "", either[64] = "", *slash;
     int ret;
 
+    if (option) {
+        snprintf(other, sizeof(other), "; %s FILE names another", option);
+        snprintf(either, sizeof(either), "%s FILE or ", option);
+    }
     if (img_is_url(name))
-        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name; %s FILE names one", im->name, what,
-                       name, option);
+        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name%s", im->name, what, name, other);
     if (!util_copy(folder, sizeof(folder), im->files[0].path))
         return msg_err(-ENAMETOOLONG, "%s: path too long", im->name);
     slash = strrchr(folder, '/');
@@ -2187,16 +3394,15 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
     f->fd = -1;
     if (name[0] == '/' || im->files[0].is_blk)
         return msg_err(-EPERM,
-                       "%s: its %s is '%s', outside of its folder; %s FILE or --allow-external DIR allows it",
-                       im->name, what, name, option);
+                       "%s: its %s is '%s', outside of its folder; %s--allow-external DIR allows it", im->name,
+                       what, name, either);
     ret = file_open_beneath(f, slash ? folder : ".", name, shown);
     if (ret == -EXDEV || ret == -ELOOP)
         return msg_err(ret,
-                       "%s: its %s '%s' leads out of its folder; %s FILE or --allow-external DIR allows it",
-                       im->name, what, name, option);
+                       "%s: its %s '%s' leads out of its folder; %s--allow-external DIR allows it", im->name,
+                       what, name, either);
     if (ret)
-        msg_err(ret, "%s: cannot open its %s '%s': %s; %s FILE names another", im->name, what, name,
-                strerror(-ret), option);
+        msg_err(ret, "%s: cannot open its %s '%s': %s%s", im->name, what, name, strerror(-ret), other);
     return ret;
 }
 
