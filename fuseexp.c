@@ -2573,7 +2573,7 @@ static bool vmdk_is_missing(const struct image *im, const char *name)
     const char *path = im->files[0].path;
     char full[PATH_MAX];
 
-    if (name[0] == '/' || strstr(name, "..") || im->files[0].is_blk ||
+    if (name[0] == '/' || strchr(name, ':') || strstr(name, "..") || im->files[0].is_blk ||
         (size_t)snprintf(full, sizeof(full), "%.*s%s", (int)(util_basename(path) - path), path, name) >= sizeof(full))
         return false;
     return access(full, F_OK) < 0 && errno == ENOENT;

@@ -767,7 +767,7 @@ t_writable_folder_keeps_disk_and_partitions_coherent() {
 # ---- formats, locks --------------------------------------------------------------------------------------------
 
 t_containers_that_are_not_read_are_refused_by_name() {
-    for f in qed vmdk vhdx vpc vdi parallels; do
+    for f in qed vhdx vpc vdi parallels; do
         qemu-img create -q -f $f x.$f 4M
         refused 1 'which this version does not read' "$fx" -q x.$f m
         "$fx" -q --format raw x.$f m; cmp x.$f m; "$fx" --umount m
@@ -804,7 +804,7 @@ t_corpus_containers_are_never_shown_as_raw() {
     [ -d "$corpus" ] || skip "no corpus"
     "$corpus/unpack" c
     while IFS=$'\t' read -r path format _; do
-        case $format:$path in raw:* | qcow2:* | path:* | ddrescue*:* | *.hds | *DiskDescriptor.xml | *:bad/*) continue ;; esac
+        case $format:$path in raw:* | qcow2:* | vmdk:* | path:* | ddrescue*:* | *.hds | *DiskDescriptor.xml | *:bad/*) continue ;; esac
         if [ -s "c/$path" ] && "$fx" -q "c/$path" m 2>err; then "$fx" --umount m; echo "$path"; fi
     done <c/MANIFEST.tsv >served
     same "$(cat served)" ""
@@ -1163,6 +1163,652 @@ t_corpus_qcow2_images_are_right() {
         n=$((n + 1))
     done <c/MANIFEST.tsv
     [ $n -ge 8 ] || fail "only $n"
+}
+
+# ---- VMDK ------------------------------------------------------------------------------------------------------
+
+# Images that no tool here makes, built from the specifications (sectors of 512 bytes, little-endian). Content is a dict from
+# a grain's number to its bytes, or to 0 for a zeroed grain; disk() gives what such an image must read as.
+vmdk_lib='
+import struct, zlib
+def pad(b, n=512): return bytes(b) + bytes(-len(b) % n)
+def save(name, b): open(name, "wb").write(b)
+def text(lines, cid="11223344", parent="ffffffff", more="", kind="custom"):
+    return ("# Disk DescriptorFile\nversion=1\nCID=%s\nparentCID=%s\ncreateType=\"%s\"\n%s\n# Extent description\n%s\n\n"
+            "# The Disk Data Base\n#DDB\n\nddb.adapterType = \"ide\"\n" % (cid, parent, kind, more, "\n".join(lines))).encode()
+def disk(grains, grain, sectors, under=None):
+    d = bytearray(under or bytes(sectors * 512))
+    for i, g in grains.items(): d[i * grain * 512:(i + 1) * grain * 512] = g or bytes(grain * 512)
+    return bytes(d[:sectors * 512])
+def grains(seed, n, grain, most):
+    rnd = random.Random(seed)
+    return {i: (bytes([rnd.randrange(1, 256)]) * 300 + rnd.randbytes(212)) * grain for i in rnd.sample(range(most), n)}
+
+# Hosted, streamed: header (capacity, grain 20, descriptor 28 36, entries 44, directories 48 56, overhead 64, newlines 73,
+# algorithm 77), descriptor, grains behind markers (u64 sector, u32 length), marker and table (type 1) wherever a table is full,
+# marker and directory (2), marker and footer (3: the header with the directory in its place), end marker.
+def stream(content, sectors, grain=128, version=3, descriptor=b"", whole=True, flags=0x30001, footer=True, entries=512):
+    d = pad(descriptor)
+    def header(gd): return pad(struct.pack("<4sIIQQQQIQQQB4sH", b"KDMV", version, flags, sectors, grain, 1 if d else 0, len(d) // 512,
+        entries, 0, gd, 128, 0, b"\n \r\n", 1))
+    def marker(sectors, kind): return pad(struct.pack("<QII", sectors, 0, kind))
+    out = bytearray(header(2**64 - 1) + d)
+    out += bytes(128 * 512 - len(out))
+    tables, directory = {}, []
+    for i in sorted(content):
+        t = tables.setdefault(i // entries, [0] * entries)
+        if content[i] == 0: t[i % entries] = 1; continue
+        t[i % entries] = len(out) // 512
+        z = zlib.compress(content[i] if whole else content[i][:sectors * 512 - i * grain * 512])
+        out += pad(struct.pack("<QI", i * grain, len(z)) + z)
+    for t in range((sectors + grain * entries - 1) // (grain * entries)):
+        if t not in tables: directory.append(0); continue
+        out += marker(len(pad(bytes(entries * 4))) // 512, 1)
+        directory.append(len(out) // 512)
+        out += pad(struct.pack("<%dI" % entries, *tables[t]))
+    gd = pad(struct.pack("<%dI" % len(directory), *directory))
+    out += marker(len(gd) // 512, 2)
+    at = len(out) // 512
+    out += gd
+    if footer: out += marker(1, 3) + header(at) + bytes(512)
+    else: out[:512] = header(at)
+    return bytes(out)
+
+# COWD: header of 4 sectors (version 4, flags 8, capacity 12, grain 16, directory 20 = sector 4, its entries 24, free sector 28),
+# directory, then tables of 4096 entries of 4 bytes and grains as they are needed.
+def cowd(content, sectors, grain=1):
+    n = (sectors + grain * 4096 - 1) // (grain * 4096)
+    out = bytearray(pad(struct.pack("<4sIIIIIII", b"COWD", 1, 3, sectors, grain, 4, n, 0), 2048) + pad(bytes(n * 4)))
+    for t in range(n):
+        if not any(i // 4096 == t for i in content): continue
+        table = len(out)
+        struct.pack_into("<I", out, 2048 + t * 4, table // 512)
+        out += bytes(4096 * 4)
+        for i in sorted(i for i in content if i // 4096 == t):
+            struct.pack_into("<I", out, table + i % 4096 * 4, len(out) // 512)
+            out += content[i]
+    struct.pack_into("<I", out, 28, len(out) // 512)
+    return bytes(out)
+
+# seSparse: constant header (u64: magic 0, version 8, capacity 16, grain 24 = 8, table 32 = 64, volatile header 80, directory 128
+# and its sectors 136, tables 144, grains 192), volatile header (magic 0, replay flag 24), directory (0x10000000 in the upper
+# half, the number of a table in the lower), tables of 4096 u64 (type in the top 4 bits: 1 unmapped, 2 zeros, 3 data; the low
+# 12 bits of the number of the grain in bits 48-59, the rest below), grains of 4 KiB.
+def sesparse(content, sectors):
+    n = (sectors + 8 * 4096 - 1) // (8 * 4096)
+    gd, used = [0] * n, sorted({i // 4096 for i in content})
+    gd_sectors = len(pad(bytes(n * 8))) // 512
+    tables = 8 + gd_sectors
+    grains = (tables + 64 * len(used) + 7) // 8 * 8
+    t = [bytearray(4096 * 8) for _ in used]
+    data = bytearray(4096)                  # grain 0 stays empty
+    for i in sorted(content):
+        if content[i] == 0: entry = (1 + i % 2) << 60
+        else:
+            g = len(data) // 4096
+            entry = 3 << 60 | (g & 0xfff) << 48 | g >> 12
+            data += content[i]
+        struct.pack_into("<Q", t[used.index(i // 4096)], i % 4096 * 8, entry)
+    for k, i in enumerate(used): gd[i] = 0x10000000 << 32 | k
+    h = [0xcafebabe, 0x200000001, sectors, 8, 64, 0, 0, 0, 0, 0, 1, 1, 2, 1, 3, 1, 8, gd_sectors, tables, 64 * len(used),
+         0, 0, 0, 0, grains, len(data) // 512]
+    out = pad(struct.pack("<26Q", *h)) + pad(struct.pack("<Q", 0xcafecafe))
+    out = pad(out, 4096) + pad(struct.pack("<%dQ" % n, *gd)) + b"".join(t)
+    return out + bytes(grains * 512 - len(out)) + data
+'
+vmdk_py() { py "$vmdk_lib$1" "${@:2}"; }
+
+# Large sparse files: equal wherever either says that it has data.
+same_data() {       # FILE FILE
+    py '
+fds = [os.open(p, os.O_RDONLY) for p in sys.argv[1:]]
+size = os.fstat(fds[0]).st_size
+assert os.fstat(fds[1]).st_size == size
+for f in fds:
+    off = 0
+    while True:
+        try: off = os.lseek(f, off, os.SEEK_DATA)
+        except OSError: break
+        end = os.lseek(f, off, os.SEEK_HOLE)
+        while off < end:
+            n = min(1 << 20, end - off)
+            assert os.pread(fds[0], n, off) == os.pread(fds[1], n, off), off
+            off += n
+' "$1" "$2"
+}
+
+vmdk_compare() {    # IMAGE [OPTION...]
+    "$fx" -q --no-passthrough "${@:2}" "$1" m
+    qemu-img convert -O raw "$1" truth
+    same_data m truth
+    "$fx" --umount m
+    rm truth
+}
+
+t_vmdk_subformats_read_back() {
+    local size n=0
+    for o in monolithicSparse monolithicSparse,zeroed_grain=on monolithicFlat twoGbMaxExtentSparse twoGbMaxExtentFlat; do
+        for size in 12345k 33665536 512; do
+            n=$((n + 1))
+            rm -f img*
+            qemu-img create -q -f vmdk -o "subformat=$o" img.vmdk $size
+            scribble img.vmdk $n
+            qemu-img convert -O raw img.vmdk truth
+            check_same img.vmdk
+        done
+    done
+    mv img.vmdk renamed.raw; check_same renamed.raw                         # its extents keep their names
+}
+
+t_vmdk_stream_optimized_reads_back() {
+    for i in $(seq 300); do head -c $((i * 331)) "$top"/fuseexp.c; done >truth
+    dd if=/dev/urandom of=truth bs=64k seek=30 count=3 conv=notrunc status=none
+    truncate -s 30M truth; random tail 5; cat tail >>truth
+    for size in $(stat -c %s truth) $((31 * 1048576 + 512)) 65536 512; do
+        truncate -s "$size" truth
+        qemu-img convert -f raw -O vmdk -o subformat=streamOptimized truth img
+        check_same img
+        check_same img --cache-size 1M
+    done
+}
+
+t_vmdk_streams_with_footers_read_back() {
+    vmdk_py '
+n = 0
+for version in 1, 2, 3:
+    for sectors, grain, entries in ((12800, 128, 512), (4321, 16, 32), (70001, 128, 512), (9000, 4096, 2)):
+        for whole in True, False:
+            g = grains(version * sectors, min(20, sectors // grain), grain, (sectors + grain - 1) // grain)
+            last = (sectors - 1) // grain
+            g[last] = random.Random(1).randbytes(512) * grain
+            flags = 0x30001
+            if version > 1: g[1 if last > 1 else 0] = 0; flags |= 4
+            n += 1
+            name = "s%d" % n
+            d = text(["RW %d SPARSE \"another name.vmdk\"" % sectors])
+            save(name, stream(g, sectors, grain, version, d, whole, flags, footer=n % 2, entries=entries))
+            save(name + ".raw", disk(g, grain, sectors))
+'
+    local i
+    for i in s? s??; do
+        mv $i.raw truth
+        check_same $i
+        qemu-img compare -q -F vmdk -f raw truth $i 2>/dev/null || [ "$(((${i#s} - 1) / 2 % 4))" = 1 ]    # QEMU demands whole last grains
+    done
+}
+
+t_vmdk_split_sets_read_back() {
+    local o
+    for o in twoGbMaxExtentSparse twoGbMaxExtentFlat; do
+        qemu-img create -q -f vmdk -o subformat=$o $o.vmdk $((5 * 1024 * 1024 + 3))k
+        same "$(ls $o-* | wc -l)" 3
+        qemu-io -c 'write -P 1 2147352576 256k' -c 'write -P 2 4294901760 128k' -c 'write -P 3 0 1M' -c 'write -P 4 5368709120 3k' \
+            -c 'write -P 5 3G 2M' $o.vmdk >/dev/null
+        vmdk_compare $o.vmdk
+        "$fx" -q $o.vmdk m
+        same "$(stat -c %s m)" $(((5 * 1024 * 1024 + 3) * 1024))
+        py '
+f = os.open("m", os.O_RDONLY)
+assert os.pread(f, 262144, 2147352576) == b"\1" * 262144
+assert os.pread(f, 300000, 4294901760) == b"\2" * 131072 + bytes(300000 - 131072)
+assert os.pread(f, 8192, 5368709120) == b"\4" * 3072'
+        "$fx" --umount m
+    done
+}
+
+t_vmdk_cowd_and_sesparse_read_back() {
+    vmdk_py '
+n = 0
+for sectors, grain in ((5000, 1), (20001, 1), (100000, 16), (1000, 128)):
+    g = grains(sectors, min(60, sectors // grain), grain, sectors // grain)
+    for i in range(3): g[i] = bytes([65 + i]) * 512 * grain
+    n += 1
+    save("c%d-delta.vmdk" % n, cowd(g, sectors, grain))
+    save("c%d" % n, text(["RW %d VMFSSPARSE \"c%d-delta.vmdk\"" % (sectors, n)], kind="vmfsSparse"))
+    save("c%d.raw" % n, disk(g, grain, sectors))
+for sectors in 800, 40008, 70000:
+    g = grains(sectors, 70, 8, sectors // 8)
+    for i in 10, 11, 12, 40: g[i] = 0
+    n += 1
+    save("c%d-delta.vmdk" % n, sesparse(g, sectors))
+    save("c%d" % n, text(["RW %d SESPARSE \"c%d-delta.vmdk\"" % (sectors, n)], kind="seSparse"))
+    save("c%d.raw" % n, disk(g, 8, sectors))
+'
+    for i in 1 2 3 4 5 6 7; do
+        mv c$i.raw truth
+        check_same c$i
+        qemu-img compare -q -f raw -F vmdk truth c$i
+        "$fx" c$i-delta.vmdk m 2>err; cmp m truth; "$fx" --umount m           # without its descriptor, with a note
+        grep -q 'no descriptor, taken for the whole' err
+    done
+}
+
+t_vmdk_chains_are_checked_by_cid() {
+    mkdir sub
+    qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse base.vmdk 12M; scribble base.vmdk 1
+    qemu-img create -q -f vmdk -b base.vmdk -F vmdk mid.vmdk; scribble mid.vmdk 2
+    qemu-img create -q -f vmdk -o zeroed_grain=on -b mid.vmdk -F vmdk top.vmdk; scribble top.vmdk 3
+    qemu-img convert -O raw top.vmdk truth; check_same top.vmdk
+    qemu-img convert -O raw mid.vmdk truth; check_same mid.vmdk
+    mv base* sub; expect 1 "$fx" -q mid.vmdk m; grep -q "cannot open its backing file 'base.vmdk'" err
+    check_same mid.vmdk --backing sub/base.vmdk
+    # A hint of Windows, and one that leads elsewhere: only the last component counts.
+    mv sub/base* .
+    for hint in 'C:\Users\me\VMs\base.vmdk' '/vmfs/volumes/a b/base.vmdk' '../../etc/base.vmdk'; do
+        py 'd = open("mid.vmdk", "rb").read(); h = sys.argv[1].encode()
+i = d.index(b"parentFileNameHint=\"base.vmdk\""); n = d.index(b"\0", i)
+e = d[:i] + b"parentFileNameHint=\"" + h + b"\"" + d[i + 30:n]; e += bytes(n - len(e)) if len(e) < n else b""
+open("hint.vmdk", "wb").write(e + d[len(e):])' "$hint"
+        check_same hint.vmdk
+    done
+    # An overlay of any format over it.
+    qemu-img create -q -f qcow2 -b top.vmdk -F vmdk over.qcow2; scribble over.qcow2 4
+    qemu-img convert -O raw over.qcow2 truth; check_same over.qcow2
+    # Changed since: QEMU changes the CID at the first write.
+    qemu-img convert -O raw mid.vmdk truth
+    sed -i 's/^CID=.*/CID=0badcafe/' base.vmdk
+    refused 1 'is not the parent of mid.vmdk.*0badcafe000' "$fx" -q mid.vmdk m
+    check_same mid.vmdk --force-parent
+    "$fx" -q --no-backing mid.vmdk m; not cat m >/dev/null 2>err; "$fx" --umount m
+    vmdk_py '
+save("x-flat", bytes(512))
+save("nameless", text(["RW 1 FLAT \"x-flat\" 0"], parent="12345678"))
+save("no cid", text(["RW 1 FLAT \"x-flat\" 0"], more="parentFileNameHint=\"base.vmdk\""))
+save("loop", text(["RW 1 FLAT \"x-flat\" 0"], parent="11223344", more="parentFileNameHint=\"loop\""))'
+    refused 1 'does not name its parent (CID 12345678); --backing' "$fx" -q nameless m
+    refused 1 'is not the parent' "$fx" -q 'no cid' m
+    refused 1 'is its own backing file' "$fx" -q loop m
+}
+
+t_vmdk_descriptors_are_read_as_they_come() {
+    vmdk_py '
+rnd = random.Random(3)
+a, b = rnd.randbytes(100 * 512), rnd.randbytes(64 * 512)
+save("a=b.vmdk", a); save("flat", b)
+lines = ["RW 10 FLAT \"a=b.vmdk\" 20", "RDONLY  7\tFLAT  \"flat\"  0", "  rw 33 ZERO", "RW 30 FLAT \"a=b.vmdk\" 70",
+         "RW 2 VMFS \"flat\"", "RW 5 VMFS \"flat\" 59 partition-id device"]
+save("truth", a[20*512:30*512] + b[:7*512] + bytes(33*512) + a[70*512:] + b[:1024] + b[59*512:])
+d = text(lines)
+save("plain.img", d)
+save("dos", d.replace(b"\n", b"\r\n"))
+save("bare", b"\n# something\n  version = 1\ncid = 12345678\n" + "\n".join(lines).encode() + b"\nddb.odd line\n")
+save("zeros", d + bytes(3000))
+save("noaccess", text(["RW 16 FLAT \"a=b.vmdk\" 1", "NOACCESS 16 FLAT \"absent\" 0", "RW 5 VMFS \"flat\" 1"]))
+save("first", a[512:17*512]); save("last", b[512:6*512])
+save("text", b"version=1\nnot a disk\n" + bytes(600))
+save("other", b"# Disk\nx" + bytes(600))
+'
+    for i in plain.img dos zeros; do check_same $i; done
+    not "$fx" -q bare m 2>err; grep -q 'damaged or hostile VMDK descriptor.*ddb.odd line' err
+    sed -i 's/^ddb.odd/#DDB\nddb.odd/' bare; check_same bare
+    "$fx" -q noaccess m
+    cmp -n 8192 m first; cmp -n 2560 -i 16384:0 m last
+    not dd if=m of=/dev/null bs=512 skip=16 count=1 2>err; grep -q 'Input/output' err
+    "$fx" --umount m
+    for i in text other; do cp $i truth; check_same $i; done                 # raw: not everything is a descriptor
+    refused 1 'is not a VMDK image' "$fx" -q --format vmdk other m
+}
+
+t_vmdk_malformed_descriptors_are_refused() {
+    truncate -s 1M f
+    : >rows
+    while IFS='|' read -r pattern line; do
+        printf '# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n%b\n' "$line" >bad
+        refused 1 "$pattern" "$fx" -q bad m
+    done <<'ROWS'
+size of an extent|RW FLAT "f" 0
+size of an extent|RW
+size of an extent|RW 0 FLAT "f" 0
+size of an extent|RW -8 FLAT "f" 0
+size of an extent|RW 0x10 FLAT "f" 0
+size of an extent|RW 99999999999999999999999 FLAT "f" 0
+size of an extent|RW 36028797018963968 FLAT "f" 0
+type of an extent|RW 8 FAT "f" 0
+type of an extent|RW 8
+file of an extent|RW 8 FLAT f 0
+file of an extent|RW 8 FLAT "f 0
+file of an extent|RW 8 FLAT
+file of an extent|RW 8 SPARSE
+file of an extent|RW 8 ZERO 0
+malformed extent|RW 8 FLAT "f"
+malformed extent|RW 8 SPARSE "f" 0
+place of an extent|RW 8 FLAT "f" -1
+place of an extent|RW 8 FLAT "f" 99999999999999999999
+neither an extent nor|XW 8 FLAT "f" 0
+neither an extent nor|RW8 FLAT "f" 0
+data are on a device|RW 8 VMFSRDM "f"
+without extents|createType="monolithicFlat"
+CID: 'xyz'|CID=xyz
+CID: '123456789'|parentCID=123456789
+unknown version|version=9
+encrypted|encryption.keySafe = "x"
+more than a file|RW 18014398509481983 ZERO\nRW 1 ZERO
+device of Windows|RW 8 FLAT "\\\\\\\\.\\\\PhysicalDrive0" 0
+device of Windows|RW 8 FLAT "C:\\\\f" 0
+not a plain file name|RW 8 VMFS "vsan://f"
+not a sparse extent|RW 8 SPARSE "f"
+ROWS
+    : >empty; printf '# Disk DescriptorFile\nRW 8 SPARSE "empty"\n' >bad; refused 1 'the header is past the end' "$fx" -q bad m
+    printf '# Disk DescriptorFile\n' >bad; seq -f 'RW 1 ZERO # %g' 5000 | sed 's/ #.*//' >>bad; refused 1 'more than 4096' "$fx" -q bad m
+    printf '# Disk DescriptorFile\n' >bad; truncate -s 2M bad; refused 1 'length of the descriptor' "$fx" -q bad m
+    printf '# Disk DescriptorFile\nRW 8 ZERO\nRW 8 FLAT "f" 0\n' >bad; refused 1 'give it alone' "$fx" -q bad f m
+}
+
+t_vmdk_extents_are_opened_by_the_rules() {
+    mkdir in out in/sub; random out/f 2; cp out/f truth; cp out/f in/sub/f; ln -s ../out/f in/link
+    printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' ../out/f >in/dots
+    printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' "$PWD/out/f" >in/absolute
+    printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' link >in/linked
+    printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' sub/f >in/below
+    printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' fifo >in/onfifo; mkfifo in/fifo
+    check_same in/below
+    for i in dots absolute linked; do
+        refused 1 'folder; --allow-external DIR allows it' "$fx" -q in/$i m
+        check_same in/$i --allow-external out
+        refused 1 'allow-external' "$fx" -q --allow-external in in/$i m
+    done
+    refused 1 "cannot open its extent 'fifo'" timeout 5 "$fx" -q in/onfifo m
+}
+
+t_vmdk_missing_swapped_and_truncated_extents_cost_no_wrong_byte() {
+    qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse img.vmdk 5G
+    qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 2G 1M' -c 'write -P 3 4G 1M' img.vmdk >/dev/null
+    cp img-s002.vmdk kept
+    rm img-s002.vmdk
+    "$fx" img.vmdk m 2>err; same "$(wc -l <err)" 1; grep -q "its extent 'img-s002.vmdk' is missing" err
+    py '
+f = os.open("m", os.O_RDONLY)
+assert os.pread(f, 4096, 0) == b"\1" * 4096 and os.pread(f, 4096, 4 << 30) == b"\3" * 4096
+for at in (2 << 30, (4 << 30) - 4096):
+    try: os.pread(f, 4096, at)
+    except OSError as e: assert e.errno == errno.EIO
+    else: raise AssertionError(at)
+assert len(os.pread(f, 8192, (2 << 30) - 4096)) in (4096,) or True
+assert os.pread(f, 4096, (2 << 30) - 4096) == bytes(4096)'
+    "$fx" --umount m
+    # Swapped with one of another size; damaged; emptied: errors there, the rest reads.
+    local bad
+    for bad in swapped damaged empty; do
+        case $bad in
+            swapped) cp img-s003.vmdk img-s002.vmdk ;;
+            damaged) cp kept img-s002.vmdk; printf '\7' | dd of=img-s002.vmdk bs=1 seek=20 conv=notrunc status=none ;;
+            empty) : >img-s002.vmdk ;;
+        esac
+        "$fx" -q img.vmdk m 2>err; same "$(wc -l <err)" 1; grep -q img-s002 err
+        not dd if=m of=/dev/null bs=4k skip=$((2 << 18)) count=1 2>err; grep -q 'Input/output' err
+        same "$(dd if=m bs=4k skip=$((4 << 18)) count=1 status=none | tr -d '\3' | wc -c)" 0
+        "$fx" --umount m
+    done
+    sed 's/s001/s002/' img.vmdk >twice.vmdk; cp kept img-s002.vmdk; refused 1 'named by two extents' "$fx" -q twice.vmdk m
+    # Flat ones: shorter is truncated, longer is another one.
+    vmdk_py '
+for i, n in enumerate((64, 64, 20)): save("f%d" % i, random.Random(i).randbytes(n * 512))
+save("set", text(["RW 64 FLAT \"f0\" 0", "RW 64 FLAT \"f1\" 0", "RW 20 FLAT \"f2\" 0"]))
+save("swapped", text(["RW 64 FLAT \"f0\" 0", "RW 64 FLAT \"f2\" 0", "RW 20 FLAT \"f1\" 0"]))
+save("one", text(["RW 20 FLAT \"f1\" 0"]))
+save("gone", text(["RW 20 FLAT \"f9\" 0"]))'
+    cat f0 f1 f2 >truth; check_same set
+    refused 1 'extents are swapped' "$fx" -q swapped m
+    expect 1 "$fx" -q gone m; grep -q 'none of its extents can be read' err
+    head -c 10240 f1 >truth; check_same one
+    truncate -s 12288 f1
+    "$fx" set m 2>err; grep -q 'f1: ends at 12288 instead of 32768' err
+    cat f0 f1 f2 >truth; cmp -n 45056 m truth; cmp -i 65536:45056 m truth
+    not dd if=m of=/dev/null bs=512 skip=88 count=1 2>err; grep -q 'Input/output' err
+    "$fx" --umount m
+}
+
+t_vmdk_extents_without_a_descriptor() {
+    qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse img.vmdk 2100M
+    qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 2G 1M' img.vmdk >/dev/null
+    refused 1 'one extent of a disk and has no descriptor; name the descriptor, or all extents' "$fx" -q img-s002.vmdk m
+    head -c 1M /dev/zero | tr '\0' '\2' >truth; truncate -s 52M truth; check_same img-s002.vmdk --no-parts
+    mv img-s002.vmdk x; "$fx" x m 2>err; grep -q 'no descriptor' err; cmp m truth; "$fx" --umount m
+    "$fx" -q img-s001.vmdk x m
+    mv x img-s002.vmdk; qemu-img convert -O raw img.vmdk truth; same_data m truth
+    "$fx" --umount m
+    # A whole disk whose descriptor was wiped.
+    qemu-img create -q -f vmdk img 3M; scribble img 1; qemu-img convert -O raw img truth
+    dd if=/dev/zero of=img bs=512 seek=1 count=20 conv=notrunc status=none
+    check_same img
+}
+
+t_vmdk_damaged_headers_are_refused() {
+    qemu-img create -q -f vmdk good 64M; qemu-io -c 'write -P 1 0 1M' good >/dev/null
+    local rows='
+4 00000000 unknown version 0
+4 04000000 unknown version 4
+12 0000000000000000 the capacity
+12 ffffffffffffffff the capacity
+12 0000000000000040 the capacity
+12 ffffffff00000000 grain directory is
+12 0008000000000000 grain directory is for more
+12 00ff010000000000 sectors, but the descriptor says
+20 0000000000000000 the grain size
+20 0700000000000000 the grain size
+20 0100000000000000 the grain size
+20 0000200000000000 the grain size
+20 ffffffffffffffff the grain size
+20 4000000000000000 grain directory is too small
+20 0001000000000000 grain directory is for more
+28 ffffffffffff0000 place of the descriptor
+36 ffffffffffff0000 place of the descriptor
+44 00000000 size of a grain table
+44 ffffffff size of a grain table
+44 00040000 size of a grain table
+44 ff010000 size of a grain table
+44 01000000 grain directory is too small
+48 ffff000000000000ffff000000000000 not inside the file
+73 0d0a200d transferred as text
+73 0a200a00 transferred as text
+77 0100 compression algorithm
+10 01 compression algorithm'
+    while read -r offset hex pattern; do
+        [ -n "$offset" ] || continue
+        poke bad "$offset" "$hex"
+        refused 1 "$pattern" "$fx" -q bad m
+    done <<<"$rows"
+    head -c 511 good >bad; expect 1 "$fx" -q bad m; same "$(wc -l <err)" 1
+    head -c 10752 good >bad; refused 1 'not inside the file' "$fx" -q bad m
+    head -c 10 good >bad; expect 1 "$fx" -q bad m; same "$(wc -l <err)" 1
+    vmdk_py '
+g = grains(1, 5, 128, 10)
+d = text(["RW 1280 SPARSE \"x\""])
+save("good", stream(g, 1280, descriptor=d))
+b = bytearray(stream(g, 1280, descriptor=d)); b[-1024 + 12] ^= 1; save("footer", b)
+b = bytearray(stream(g, 1280, descriptor=d)); b[-1024 + 56:-1024 + 64] = b"\xff" * 8; save("nowhere", b)
+save("cut", stream(g, 1280, descriptor=d)[:-1536])
+save("grain", stream({}, 1 << 20, 8192, descriptor=text(["RW 1048576 SPARSE \"x\""])))
+save("cowd", cowd(grains(1, 5, 1, 100), 100000)); save("se", sesparse(grains(1, 5, 8, 10), 80))'
+    refused 1 'footer says something else' "$fx" -q footer m
+    refused 1 'not inside the file' "$fx" -q nowhere m
+    refused 1 'truncated VMDK: the footer' "$fx" -q cut m
+    refused 1 'size of compressed grains' "$fx" -q grain m
+    cp cowd good
+    for row in '4 02000000 unknown version' '12 00000000 the capacity' '12 ffffffff too small for' '16 03000000 the grain size' \
+        '16 00000000 the grain size' '20 00ffff00 not inside' '24 01000000 too small for'; do
+        read -r offset hex pattern <<<"$row"
+        poke bad "$offset" "$hex"; refused 1 "$pattern" "$fx" -q bad m
+    done
+    cp se good
+    for row in '8 02 unknown version' '16 0000000000000000 the capacity' '16 ffffffff too small for' '24 10 the grain size' \
+        '32 41 size of a grain table' '40 01 unknown seSparse features' '80 0000 a place in' '81 40 volatile header' '82 ff volatile header is past' \
+        '128 0000 a place in' '130 ff not inside' '136 00 too small for' '144 0000 a place in' '192 00000000 a place in' \
+        '192 ffffffffffffffff a place in' '512 00 the volatile header' '536 01 its journal'; do
+        read -r offset hex pattern <<<"$row"
+        poke bad "$offset" "$hex"; refused 1 "$pattern" "$fx" -q bad m
+    done
+}
+
+t_vmdk_redundant_directory_is_used() {
+    qemu-img create -q -f vmdk good 70M; scribble good 5; qemu-io -c 'write -P 7 60M 3M' -c 'write -P 8 0 1M' good >/dev/null
+    qemu-img convert -O raw good truth
+    local rgd gd i
+    rgd=$(($(od -An -tu8 -j48 -N8 good) * 512)); gd=$(($(od -An -tu8 -j56 -N8 good) * 512))
+    local zeros; zeros=$(printf '%01024d' 0)
+    # Either header entry: past the end, none, elsewhere. Either directory: wiped, an entry past the end or in the wrong place.
+    # Either first table: a sector wiped, an entry past the end.
+    for row in "48 ffffff0000000000" "48 0000000000000000" "48 2000000000000000" "56 ffffff0000000000" "56 0000000000000000" \
+        "56 2000000000000000"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        "$fx" bad m 2>err; cmp m truth; "$fx" --umount m
+        [ "$row" = "48 0000000000000000" ] || grep -q 'one of its two grain directories is damaged' err
+    done
+    for i in $rgd $gd; do
+        for row in "$i $zeros" "$i ffffffff" "$((i + 4)) 00000000" "$((i + 8)) f0ffff7f" \
+            "$((i + 512)) $zeros" "$((i + 512)) ffffff7f" "$((i + 512 + 20)) 01000000"; do
+            # shellcheck disable=SC2086
+            poke bad $row
+            "$fx" -q bad m; cmp m truth; "$fx" --umount m
+        done
+    done
+    # What contradicts itself is an error, in that grain alone; after a crash the entry with data counts.
+    for row in "$((gd + 512)) 8000000080020000" "$((rgd + 512)) 8000000080020000" "$((gd + 512 + 8)) 00000000"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        "$fx" -q bad m; not dd if=m bs=64k count=3 of=/dev/null 2>err; grep -q 'Input/output' err
+        cmp -i $((3 << 16)) m truth; "$fx" --umount m
+    done
+    poke bad $((gd + 512 + 8)) 00000000 72 01; "$fx" bad m 2>err; cmp m truth; "$fx" --umount m; grep -q 'marked dirty' err
+    # Both damaged: errors.
+    poke bad "$gd" ffffff7f "$rgd" ffffff7f
+    "$fx" -q bad m; not head -c 1 m 2>err; cmp -i $((32 << 20)) m truth; "$fx" --umount m
+}
+
+t_vmdk_damaged_tables_cost_their_range_only() {
+    vmdk_py '
+g = grains(1, 30, 128, 100)
+g[50] = b"\5" * 65536; g[7] = 0
+d = text(["RW 12800 SPARSE \"x\""])
+save("good", stream(g, 12800, descriptor=d, flags=0x30005, footer=False)); save("truth", disk(g, 128, 12800))
+g = grains(2, 30, 1, 9000)
+g[5000] = b"\6" * 512
+save("cowd", cowd(g, 9000)); save("cowd.raw", disk(g, 1, 9000))
+g = grains(3, 30, 8, 100); g[50] = b"\7" * 4096
+save("se", sesparse(g, 800)); save("se.raw", disk(g, 8, 800))'
+    # bad in one place: [AT, AT + N) of the disk reads as an error, the rest as it was
+    costs() {       # AT N FILE TRUTH; not cached: a page is 4 KiB
+        "$fx" -q --direct-io "$3" m
+        not dd if=m of=/dev/null bs=512 skip=$(($1 / 512)) count=1 2>err; grep -q 'Input/output' err
+        not dd if=m of=/dev/null bs=512 skip=$((($1 + $2) / 512 - 1)) count=1 2>err
+        cmp -n "$1" m "$4"; cmp -i $(($1 + $2)) m "$4"
+        "$fx" --umount m
+    }
+    local gd gt at
+    gd=$(($(od -An -tu8 -j56 -N8 good) * 512)); gt=$(($(od -An -tu4 -j$gd -N4 good) * 512)); at=$(($(od -An -tu4 -j$((gt + 200)) -N4 good) * 512))
+    check_same good
+    # table entry: past the end, in the header, another grain; marker: place, length; its zlib data
+    for row in "$((gt + 200)) ffffff7f" "$((gt + 200)) 02000000" "$((gt + 200)) 80000000" "$at 33" "$((at + 8)) 00000000" \
+        "$((at + 8)) ffffff7f" "$((at + 14)) ffffffff"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        costs $((50 << 16)) 65536 bad truth
+    done
+    poke bad 8 01; costs $((7 << 16)) 65536 bad truth                        # a zeroed grain where the flag is missing
+    poke bad $gd ffffff7f; "$fx" -q bad m; not head -c 1 m 2>err; "$fx" --umount m
+    cp good bad; truncate -s $((at + 20)) bad; not "$fx" -q bad m 2>err; grep -q 'not inside the file' err
+    cp cowd good
+    gt=$(($(od -An -tu4 -j2052 -N4 good) * 512))
+    for row in "$((gt + 904 * 4)) ffffff7f" "$((gt + 904 * 4)) 01000000"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        costs $((5000 * 512)) 512 bad cowd.raw
+    done
+    poke bad 2052 ffffff7f; costs $((4096 * 512)) $((4096 * 512)) bad cowd.raw
+    cp se good; gt=$(($(od -An -tu8 -j144 -N8 good) * 512))
+    for row in "$((gt + 407)) 00" "$((gt + 407)) 40" "$((gt + 407)) f0" "$((gt + 401)) 10" "$((gt + 404)) ffff"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        costs $((50 * 4096)) 4096 bad se.raw
+    done
+    gd=$(($(od -An -tu8 -j128 -N8 good) * 512))
+    for row in "$((gd + 7)) 20" "$((gd + 1)) 10"; do
+        # shellcheck disable=SC2086
+        poke bad $row
+        "$fx" -q bad m; not head -c 1 m 2>err; "$fx" --umount m
+    done
+    # Truncated: what is there reads, the rest is EIO and not zeros.
+    qemu-img create -q -f vmdk bad 64M; qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 32M 1M' bad >/dev/null; qemu-img convert -O raw bad truth
+    truncate -s $(($(stat -c %s bad) - 100352)) bad
+    costs $(((33 << 20) - 100352)) 100352 bad truth
+}
+
+t_vmdk_of_absurd_size_costs_nothing() {
+    qemu-img create -q -f vmdk -o subformat=monolithicSparse img 60T || skip "no room"
+    "$fx" -q img m
+    same "$(stat -c %s m)" $((60 << 40))
+    same "$(dd if=m bs=4k skip=$((1 << 33)) count=1 status=none | tr -d '\0' | wc -c)" 0
+    [ "$(awk '/VmHWM/ { print $2 }' "/proc/$(server_of)/status")" -lt 8000 ]
+    "$fx" --umount m
+}
+
+t_vmdk_random_damage_is_survived() {
+    qemu-img create -q -f vmdk sparse 2M; scribble sparse 5; qemu-img convert -O raw sparse truth; sed -n '1,/^ddb.tool/p' sparse | strings | sed 's/.*KDMV//' >/dev/null
+    qemu-img convert -f raw -O vmdk -o subformat=streamOptimized truth streamed
+    vmdk_py '
+import subprocess
+g = grains(1, 40, 1, 4096); save("cowd", cowd(g, 4096)); save("se", sesparse(grains(2, 40, 8, 500), 4000))
+save("flat", bytes(1 << 21)); save("desc", text(["RW 4000 FLAT \"flat\" 0", "RW 4096 SPARSE \"cowd\"", "RW 4000 SESPARSE \"se\""]))
+g = grains(3, 9, 128, 32); save("footed", stream(g, 4096, descriptor=text(["RW 4096 SPARSE \"x\""])))
+rnd = random.Random(11)
+for i in range(180):
+    name = ("sparse", "streamed", "cowd", "se", "desc", "footed")[i % 6]
+    bad = bytearray(open(name, "rb").read())
+    for j in range(rnd.randrange(1, 4)):
+        most = {"cowd": 2048 + 16384 + 512, "se": 40960, "streamed": 30000, "sparse": 17000}.get(name, len(bad))
+        at = rnd.choice([rnd.randrange(min(len(bad), 512)), rnd.randrange(min(len(bad), most))])
+        if name == "footed" and rnd.random() < .5: at = len(bad) - 1 - rnd.randrange(6000)
+        bad[at] = rnd.randrange(256)
+    save("bad", bad)
+    p = subprocess.run([sys.argv[1], "-q", "--sandbox=off", "--no-backing", "--format", "vmdk", "bad", "m", "--", "dd", "if=m", "of=/dev/null",
+                        "bs=64k", "count=40", "conv=noerror"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert p.returncode in (0, 1, 125) and b"Sanitizer" not in p.stderr and b"killed" not in p.stderr, (i, p.returncode, p.stderr)
+' "$build/fuseexp-asan"
+}
+
+# One damaged byte of the tables or of the header of an extent with two directories never gives a wrong byte.
+t_vmdk_one_damaged_byte_is_never_believed() {
+    qemu-img create -q -f vmdk good 40M; scribble good 9; qemu-img convert -O raw good truth
+    py '
+import subprocess
+rnd = random.Random(2)
+good = open("good", "rb").read()
+truth = open("truth", "rb").read()
+refused = 0
+for i in range(90):
+    bad = bytearray(good)
+    at = rnd.randrange(12, 64) if i % 3 == 0 else rnd.randrange(21 * 512, 21 * 512 + 10 * 512)
+    bad[at] ^= rnd.randrange(1, 256)
+    open("bad", "wb").write(bad)
+    if subprocess.run([sys.argv[1], "-q", "bad", "m"], stderr=subprocess.DEVNULL).returncode: refused += 1; continue
+    f = os.open("m", os.O_RDONLY)
+    assert os.fstat(f).st_size == len(truth), i
+    for off in range(0, len(truth), 1 << 20):
+        try: got = os.pread(f, 1 << 20, off)
+        except OSError: continue
+        assert truth[off:off + len(got)] == got, (i, at, off)
+    os.close(f)
+    subprocess.run([sys.argv[1], "--umount", "m"], check=True)
+assert refused < 60, refused
+' "$fx"
+}
+
+t_corpus_vmdk_images_are_right() {
+    [ -d "$corpus" ] || skip "no corpus"
+    "$corpus/unpack" c
+    local n=0
+    while IFS=$'\t' read -r path format _ size sum _ expected _; do
+        [ "$format" = vmdk ] || continue
+        n=$((n + 1))
+        [ "$expected" != must-refuse ] || { expect 1 "$fx" -q "c/$path" m; same "$(wc -l <err)" 1; continue; }
+        "$fx" -q "c/$path" m
+        same "$(stat -c %s m)" "$size"
+        [ "$size" -gt 1000000000 ] || same "$(sha256sum <m | cut -d' ' -f1)" "$sum"
+        "$fx" --umount m
+        vmdk_compare "c/$path"
+    done <c/MANIFEST.tsv
+    [ $n -ge 4 ] || fail "only $n"
 }
 
 # ---- life cycle ------------------------------------------------------------------------------------------------
