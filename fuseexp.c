@@ -602,7 +602,9 @@ static int file_adopt(struct file *f, const char *path, int fd, bool writable)
     int ret;
 
     f->fd = fd;
-    f->id = ids++;
+    f->id = ++ids;                  /* from 1 on: no tag of the cache is 0 */
+    if (!f->id)
+        return msg_err(-EMFILE, "%s: more than %u files", path, UINT16_MAX);
     f->writable = writable;
     f->path = strdup(path);
     if (!f->path)
@@ -1099,13 +1101,13 @@ static void cache_fill(uint64_t set, uint64_t tag, const uint64_t *slice)
 static int cache_word(struct file *f, uint64_t offset, uint64_t *value)
 {
     uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_hash(f, start) % cache.n_sets, done;
-    uint64_t slice[CACHE_WORDS], tag = start | (uint64_t)(f->id & 0x7ff) << 1 | 1;
+    uint64_t slice[CACHE_WORDS], tag = start / CACHE_SLICE << 16 | f->id;
     size_t word = (offset - start) / 8;
 
     for (uint64_t way = 0; way < CACHE_WAYS; way++)
         if (cache_peek(set * CACHE_WAYS + way, tag, word, value))
             return 0;
-    if (start >= f->size || file_pread(f, slice, util_min(CACHE_SLICE, f->size - start), start, &done))
+    if (start >= f->size || start >> 60 || file_pread(f, slice, util_min(CACHE_SLICE, f->size - start), start, &done))
         return -EIO;
     memset((uint8_t *)slice + done, 0, CACHE_SLICE - done);
     cache_fill(set, tag, slice);
