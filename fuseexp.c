@@ -1945,7 +1945,7 @@ static const struct image_format qcow2_format = {
 enum {
     VMDK_SECTOR = 512,
     VMDK_MAX_TEXT = 1 << 20,        /* bytes of a descriptor: MAX_PARTS lines need less */
-    VMDK_MAX_GRAIN = 1 << 17,       /* sectors: 64 MiB. 128 is usual; more than 16 was never seen beyond 2 MiB */
+    VMDK_MAX_GRAIN = 1 << 17,       /* sectors: 64 MiB; 128 is usual */
     VMDK_LOOK_AHEAD = 1024,         /* entries looked at for one extent: grains of COWD are one sector */
     VMDK_LOOK_AHEAD_HOLE = 128,     /* what a parent may cut to pieces is looked up again and again */
     VMDK_FOOTER_BACK = 128,         /* sectors at the end in which the footer is looked for */
@@ -2251,8 +2251,8 @@ static int vmdk_read(struct file *f, uint64_t offset, void *buf, uint64_t len, c
     uint64_t done;
 
     if (offset > f->size || len > f->size - offset)
-        return msg_err(-EINVAL, "%s: damaged or truncated VMDK: %s is past the end of the file (0x%" PRIx64 ")", f->path,
-                       what, offset);
+        return msg_err(-EINVAL, "%s: damaged or truncated VMDK: %s is past the end of the file (0x%" PRIx64 ")",
+                       f->path, what, offset);
     return file_pread(f, buf, len, offset, &done);
 }
 
@@ -2301,8 +2301,8 @@ static bool vmdk_directory_fits(const struct vmdk_extent *e, uint64_t sector, ui
 }
 
 /*
- * Writers lay a directory's tables out in a row behind it, and all of them. How many more or fewer tables than
- * the capacity needs are there? 0 is also the answer where the tables lie in another way.
+ * Writers of two directories lay all the tables of each out in a row behind it. Are these as many as the capacity
+ * needs? A damaged capacity, grain size or table size shows here. VMDK_NO_ROW: they lie in another way.
  */
 enum vmdk_row { VMDK_NO_ROW, VMDK_ROW, VMDK_ROW_TOO_SHORT, VMDK_ROW_TOO_LONG };
 
@@ -2368,7 +2368,7 @@ static int vmdk_check_newlines(const struct vmdk_extent *e, const uint8_t *h)
 static int vmdk_find_footer(struct file *f, uint8_t h[VMDK_SECTOR])
 {
     uint64_t end = f->size / VMDK_SECTOR;
-    uint8_t s[2 * VMDK_SECTOR], *footer = s + VMDK_SECTOR;
+    uint8_t s[2 * VMDK_SECTOR] = { 0 }, *footer = s + VMDK_SECTOR;
     int ret;
 
     for (uint64_t back = 2; back < VMDK_FOOTER_BACK && back + 2 <= end; back++) {
@@ -2384,13 +2384,13 @@ static int vmdk_find_footer(struct file *f, uint8_t h[VMDK_SECTOR])
         memcpy(h, footer, VMDK_SECTOR);
         return 0;
     }
-    return msg_err(-EINVAL, "%s: truncated VMDK: the footer, which says where the grain directory is, is not at its end",
+    return msg_err(-EINVAL, "%s: truncated VMDK: the footer, which says where its tables are, is not at the end",
                    f->path);
 }
 
 static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
 {
-    uint8_t h[VMDK_SECTOR];
+    uint8_t h[VMDK_SECTOR] = { 0 };
     uint64_t descriptor, sectors;
     uint32_t flags, version;
     int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
@@ -2430,7 +2430,7 @@ static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
 
 static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
 {
-    uint8_t h[VMDK_COWD_HEADER];
+    uint8_t h[VMDK_COWD_HEADER] = { 0 };
     int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
 
     if (ret)
@@ -2446,13 +2446,14 @@ static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
     im->dirty |= e->unclean;
     e->first_grain = VMDK_COWD_HEADER;
     if (util_le32(h + VMDK_COWD_OFF_ENTRIES) < vmdk_directory_entries(e))
-        return vmdk_bad(e->file, "the grain directory is too small for the capacity", util_le32(h + VMDK_COWD_OFF_ENTRIES));
+        return vmdk_bad(e->file, "the grain directory is too small for the capacity",
+                        util_le32(h + VMDK_COWD_OFF_ENTRIES));
     return vmdk_set_directories(e, util_le32(h + VMDK_COWD_OFF_DIRECTORY), 0, false);
 }
 
 static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
 {
-    uint8_t h[VMDK_SECTOR], vh[VMDK_SECTOR];
+    uint8_t h[VMDK_SECTOR] = { 0 }, vh[VMDK_SECTOR] = { 0 };
     uint64_t at[4];                 /* sectors: volatile header, directory, tables, grains */
     int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
 
@@ -2540,7 +2541,7 @@ static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
 /* e->file is open. Reports what is wrong. */
 static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e)
 {
-    uint8_t head[8];
+    uint8_t head[8] = { 0 };
     uint64_t grain, line = e->size;
     int ret = vmdk_read(e->file, 0, head, sizeof(head), "the header");
 
@@ -2622,7 +2623,7 @@ static int vmdk_open_extent(struct image *im, struct vmdk *v, struct vmdk_extent
         msg_say(MSG_NOTE, "%s: its extent '%s' is missing: what is in it reads as errors", im->name, e->name);
         vmdk_give_up(e, "in an extent whose file is missing");
     }
-    if (ret)
+    if (ret || !e->file)
         return ret < 0 ? ret : 0;
     if (e->kind != VMDK_FLAT) {
         ret = vmdk_open_sparse(im, e);
@@ -2698,8 +2699,8 @@ static bool vmdk_looks_like_part(const char *path)
 static int vmdk_open_alone(struct image *im, struct vmdk *v)
 {
     if (im->n_files == 1 && im->opt->parts && vmdk_looks_like_part(im->name))
-        return msg_err(-EINVAL, "%s: is one extent of a disk and has no descriptor; name the descriptor, or all extents "
-                       "in their order, or take this one alone with --no-parts", im->name);
+        return msg_err(-EINVAL, "%s: is one extent of a disk and has no descriptor; name the descriptor, or all "
+                       "extents in their order, or take this one alone with --no-parts", im->name);
     v->extents = util_fault("extents") ? NULL : calloc(im->n_files, sizeof(*v->extents));
     if (!v->extents)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
@@ -2709,8 +2710,8 @@ static int vmdk_open_alone(struct image *im, struct vmdk *v)
         v->extents[i].file = &im->files[i];
         v->extents[i].type = "";
     }
-    msg_say(MSG_NOTE, "%s: no descriptor, taken for the whole of a disk without a parent: if there is one, what it holds "
-            "reads as zeros", im->name);
+    msg_say(MSG_NOTE, "%s: no descriptor, taken for the whole of a disk without a parent: if there is one, what it "
+            "holds reads as zeros", im->name);
     return vmdk_open_extents(im, v);
 }
 
