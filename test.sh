@@ -767,12 +767,11 @@ t_writable_folder_keeps_disk_and_partitions_coherent() {
 # ---- formats, locks --------------------------------------------------------------------------------------------
 
 t_containers_that_are_not_read_are_refused_by_name() {
-    for f in qed vmdk vhdx vpc vdi parallels; do
+    for f in qed vmdk vhdx vdi parallels; do
         qemu-img create -q -f $f x.$f 4M
         refused 1 'which this version does not read' "$fx" -q x.$f m
         "$fx" -q --format raw x.$f m; cmp x.$f m; "$fx" --umount m
     done
-    qemu-img create -q -f vpc -o subformat=fixed,force_size x.fixed 4M; refused 1 'VHD' "$fx" -q x.fixed m
     echo text | gzip >x.gz; refused 1 'gzip' "$fx" -q x.gz m
     refused 1 "unknown format 'nonsense'" "$fx" -q --format nonsense x.gz m
 }
@@ -804,7 +803,7 @@ t_corpus_containers_are_never_shown_as_raw() {
     [ -d "$corpus" ] || skip "no corpus"
     "$corpus/unpack" c
     while IFS=$'\t' read -r path format _; do
-        case $format:$path in raw:* | qcow2:* | path:* | ddrescue*:* | *.hds | *DiskDescriptor.xml | *:bad/*) continue ;; esac
+        case $format:$path in raw:* | qcow2:* | vpc:* | path:* | ddrescue*:* | *.hds | *DiskDescriptor.xml | *:bad/*) continue ;; esac
         if [ -s "c/$path" ] && "$fx" -q "c/$path" m 2>err; then "$fx" --umount m; echo "$path"; fi
     done <c/MANIFEST.tsv >served
     same "$(cat served)" ""
@@ -1164,6 +1163,332 @@ t_corpus_qcow2_images_are_right() {
     done <c/MANIFEST.tsv
     [ $n -ge 8 ] || fail "only $n"
 }
+
+# ---- VHD ---------------------------------------------------------------------------------------------------------------
+
+# Python with the pieces of a VHD, by Microsoft's specification.
+vhd_py() { py '
+import struct, uuid
+def fix(b, at):                          # the checksum: one complement of the sum of all other bytes
+    b = bytearray(b); b[at:at + 4] = bytes(4); b[at:at + 4] = struct.pack(">I", ~sum(b) & 0xffffffff); return bytes(b)
+def footer(kind, size, chs=(0, 0, 0), creator=b"win ", ident=bytes(16), at=512):
+    f = b"conectix" + struct.pack(">IIQI4sI4sQQHBBI", 2, 0x10000, at if kind > 2 else 2**64 - 1, 0, creator, 0x10000, b"Wi2k", size, size, *chs, kind)
+    return fix(f + bytes(4) + ident + bytes(428), 64)
+def header(table, entries, block, parent=bytes(16), name="", locators=()):
+    h = b"cxsparse" + struct.pack(">QQIII", 2**64 - 1, table, 0x10000, entries, block) + bytes(4) + parent + bytes(8)
+    h += name.encode("utf-16-be").ljust(512, b"\0")
+    for code, length, offset in locators: h += struct.pack(">4sIIIQ", code, 512, length, 0, offset)
+    return fix(h.ljust(1024, b"\0"), 36)
+def build(path, kind, size, block, bits, data, ident=bytes(16), parent=bytes(16), name="", locators=(), **more):
+    # copy of the footer | header | table at 1536 | locators | blocks of bitmap and data | footer
+    # bits[i]: None for no block, or a list of 0 and 1; data: the whole disk
+    n = -(-size // block); at = 1536 + -(-n * 4 // 512) * 512; extra = b""; locs = []
+    for code, text in locators:
+        text = text.encode("utf-16-le"); locs.append((code, len(text), at + len(extra))); extra += text.ljust(-(-len(text) // 512) * 512, b"\0")
+    at += len(extra); table = []; blocks = b""; width = -(-(block // 512) // 4096) * 512
+    for i in range(n):
+        if bits[i] is None: table.append(0xffffffff); continue
+        table.append((at + len(blocks)) // 512); m = bytearray(width)
+        for j, bit in enumerate(bits[i]): m[j // 8] |= bit << 7 - j % 8
+        blocks += bytes(m) + data[i * block:(i + 1) * block].ljust(block, b"\xee")
+    f = footer(kind, size, ident=ident, **more)
+    with open(path, "wb") as out:
+        out.write(f + header(1536, n, block, parent, name, locs) + struct.pack(">%dI" % n, *table).ljust(-(-n * 4 // 512) * 512, b"\xff") + extra + blocks + f)
+'"$1" "${@:2}"; }
+
+vpc='json:{"driver":"vpc","file.filename":"img"}'      # a fixed disk is not probed by qemu
+
+t_vhd_variants_read_back() {
+    local n=0 o size
+    for o in subformat=dynamic subformat=fixed subformat=dynamic,force_size=on subformat=fixed,force_size=on; do
+        for size in 512 12345k 33M; do
+            n=$((n + 1))
+            rm -f img
+            qemu-img create -q -f vpc -o $o img $size
+            scribble "$vpc" $n
+            scribble "$vpc" $((n + 100))
+            qemu-img convert -f vpc -O raw img truth
+            check_same img
+        done
+    done
+}
+
+# Data and holes of IMAGE against the sparse ./truth, where reading all would take too long.
+check_sparse() {
+    "$fx" -q "$@" m
+    py '
+a, b = os.open("truth", os.O_RDONLY), os.open("m", os.O_RDONLY)
+size = os.fstat(a).st_size
+assert os.fstat(b).st_size == size
+for one, other in (a, b), (b, a):
+    off = 0
+    while off < size:
+        try: off = os.lseek(one, off, os.SEEK_DATA)
+        except OSError: break
+        end = os.lseek(one, off, os.SEEK_HOLE)
+        for at in range(off, end, 1 << 20): assert os.pread(one, min(1 << 20, end - at), at) == os.pread(other, min(1 << 20, end - at), at), at
+        off = end
+for at in 0, size // 2, size - 4096: assert os.pread(a, 4096, at) == os.pread(b, 4096, at)
+'
+    "$fx" --umount m
+}
+
+t_vhd_of_two_tebibytes_reads_back() {
+    local size
+    for size in 127G 2040G; do
+        qemu-img create -q -f vpc -o force_size=on img $size
+        qemu-io -c "write -P 1 0 3M" -c "write -P 2 100G 512" -c "write -P 3 $((${size%G} - 1))G 1M" -c "write -P 4 $((${size%G} * 1024 - 1))M 1M" img >/dev/null
+        qemu-img convert -f vpc -O raw img truth
+        check_sparse img
+    done
+}
+
+t_vhd_fixed_wins_over_raw_and_over_what_its_guest_wrote() {
+    qemu-img create -q -f vpc -o subformat=fixed,force_size=on img 4M
+    random truth 1024; dd if=truth of=img conv=notrunc status=none
+    "$fx" img m 2>err; same "$(cat err)" ""; cmp m truth; "$fx" --umount m
+    random base 16; qemu-img create -q -f qcow2 -b base -F raw evil 64k; qemu-img create -q -f vpc evil.vhd 64k
+    for i in evil evil.vhd; do
+        dd if=$i of=img conv=notrunc status=none; head -c 4M img >truth
+        check_same img
+    done
+    "$fx" img m 2>err; grep -q 'the first counts, since the size is right' err; "$fx" --umount m
+    # A dynamic disk that lost its footer; at its end lies what the guest wrote: the footer of a fixed disk.
+    head -c 2M /dev/zero | tr '\0' x >blk
+    qemu-img create -q -f vpc -o subformat=fixed,force_size=on fixed 1M; tail -c 512 fixed | dd of=blk bs=512 seek=4095 conv=notrunc status=none
+    qemu-img convert -q -f raw -O vpc -o force_size=on blk img
+    truncate -s $(($(stat -c %s img) - 512)) img
+    cp blk truth; check_same img
+    "$fx" img m 2>err; grep -q 'the latter counts' err; "$fx" --umount m
+}
+
+t_vhd_size_is_counted_as_its_creator_does() {
+    # 120 cylinders, 4 heads, 17 sectors: 4177920 bytes; the footer says 4 MiB
+    vhd_py '
+for name, creator, chs in ("vpc", b"vpc ", (120, 4, 17)), ("vs", b"vs  ", (120, 4, 17)), ("qemu", b"qemu", (120, 4, 17)), \
+        ("qem2", b"qem2", (120, 4, 17)), ("win", b"win ", (120, 4, 17)), ("d2v", b"d2v\0", (120, 4, 17)), ("vbox", b"vbox", (120, 4, 17)), \
+        ("none", b"vpc ", (0, 0, 0)), ("max", b"vpc ", (65535, 16, 255)), ("large", b"vpc ", (500, 4, 17)):
+    open(name, "wb").write(os.urandom(4 << 20) + footer(2, 4 << 20, chs, creator))
+    build(name + "-dyn", 3, 4 << 20, 2 << 20, [None, None], b"", chs=chs, creator=creator)
+'
+    local i
+    for i in vpc vs qemu; do
+        "$fx" $i m 2>err; same "$(stat -c %s m)" 4177920; grep -q '4177920 bytes and not 4194304' err; cmp -n 4177920 m $i; "$fx" --umount m
+        "$fx" -q $i-dyn m; same "$(stat -c %s m)" 4177920; "$fx" --umount m
+    done
+    for i in qem2 win d2v vbox none max large; do
+        "$fx" $i m 2>err; same "$(stat -c %s m)" 4194304; same "$(cat err)" ""; cmp -n 4194304 m $i; "$fx" --umount m
+        "$fx" -q $i-dyn m; same "$(stat -c %s m)" 4194304; "$fx" --umount m
+    done
+    for i in vpc qemu qem2 win; do      # and so does qemu
+        "$fx" -q $i-dyn m; same "$(stat -c %s m)" "$(qemu-img info -f vpc --output=json $i-dyn | jq '."virtual-size"')"; "$fx" --umount m
+    done
+}
+
+t_vhd_copy_of_the_footer_is_used_where_the_end_is_lost() {
+    qemu-img create -q -f vpc good 4M; qemu-io -c 'write -P 1 1M 2M' good >/dev/null; qemu-img convert -f vpc -O raw good truth
+    local size; size=$(stat -c %s good)
+    poke img $((size - 400)) ff; check_same img
+    "$fx" img m 2>err; grep -q 'lost or damaged; its copy' err; "$fx" --umount m
+    cp good img; truncate -s $((size - 512)) img; check_same img
+    cp good img; truncate -s $((size - 100)) img; check_same img
+    cp good img; head -c 5000 /dev/zero >>img; check_same img
+    # 511 bytes, as before Virtual PC 2004
+    cp good img; truncate -s $((size - 1)) img; poke img 64 00000000; truncate -s $((size - 1)) img; check_same img
+    qemu-img create -q -f vpc -o subformat=fixed fixed 4M; cp fixed img; truncate -s $(($(stat -c %s fixed) - 1)) img
+    head -c "$(($(stat -c %s fixed) - 512))" fixed >t; mv t truth; check_same img
+    # The end is good, the front is not.
+    qemu-img convert -f vpc -O raw good truth
+    poke img 0 0000; check_same img
+    poke img 64 00000000; check_same img
+    # Both are bad; or the only one of a fixed disk; or there is none.
+    poke img 64 00000000 $((size - 400)) ff; refused 1 'no footer of it has a good checksum' "$fx" -q img m
+    poke img 64 00000000 $((size - 512)) 00; refused 1 'no footer of it has a good checksum' "$fx" -q img m
+    cp fixed good; poke img $(($(stat -c %s fixed) - 300)) 01; refused 1 'no footer of it has a good checksum.*raw' "$fx" -q img m
+    refused 1 'is not a VHD image' "$fx" -q --format vpc truth m
+    cp good a.001; cp good a.002; refused 1 'a VHD image is one file' "$fx" -q a.001 a.002 m
+}
+
+# vhd_edit OFFSET HEX...: ./good to ./bad with right checksums; offsets f... in both footers, h... in the header, else in the file
+vhd_edit() { vhd_py '
+d = bytearray(open("good", "rb").read()); n = len(d)
+for at, x in zip(sys.argv[1::2], map(bytes.fromhex, sys.argv[2::2])):
+    for base in {"f": [0, n - 512], "h": [512]}.get(at[0], [0]):
+        o = base + int(at.strip("fh")); d[o:o + len(x)] = x
+for base in 0, n - 512: d[base:base + 512] = fix(d[base:base + 512], 64)
+d[512:1536] = fix(d[512:1536], 36)
+open("bad", "wb").write(d)' "$@"; }
+
+t_vhd_damaged_headers_are_refused() {
+    qemu-img create -q -f vpc good 64M; qemu-io -c 'write -P 1 0 1M' good >/dev/null
+    local rows='
+f12 00020000 unknown version 0x00020000
+f60 00000000 kind of disk
+f60 00000005 kind of disk
+f60 00000006 kind of disk
+f16 ffffffffffffffff place of the dynamic header
+f16 0000000000000600 place of the dynamic header
+f16 7fffffffffffff00 place of the dynamic header
+h24 00020000 version of the dynamic header
+h32 00200001 block size
+h32 00300000 block size
+h32 00000000 block size
+h32 00000100 block size
+h28 0000001f too few table entries
+h28 00000000 too few table entries
+h28 40000001 more table entries
+h28 ffffffff more table entries
+h16 ffffffffffffffff place of the block table
+h16 0000000000000601 place of the block table
+h16 00000000fffffe00 place of the block table
+h32 00000200 too few table entries'
+    while read -r offset hex pattern; do
+        [ -n "$offset" ] || continue
+        vhd_edit "$offset" "$hex"
+        refused 1 "$pattern" "$fx" -q bad m
+    done <<<"$rows"
+    vhd_edit f28 77696e20 f48 ffffffffffffffff; refused 1 'the size' "$fx" -q bad m
+    vhd_edit f28 77696e20 f48 7fffffffffffffff; refused 1 'too few table entries' "$fx" -q bad m
+    vhd_edit f28 77696e20 f48 0000000000000000; refused 1 'is empty' "$fx" -q bad m
+    poke bad $((512 + 100)) 41; refused 1 'checksum of the dynamic header' "$fx" -q bad m
+    vhd_edit f60 00000004; refused 1 'does not name its parent.*--backing' "$fx" -q bad m
+    refused 1 'cannot be written by this version' "$fx" -q -w good m
+}
+
+t_vhd_damaged_tables_cost_their_range_only() {
+    qemu-img create -q -f vpc -o force_size=on good 16M; qemu-io -c 'write -P 255 0 16M' good >/dev/null; qemu-img convert -f vpc -O raw good truth
+    local entry
+    # The second block: past the end, at the end, in the footer's copy, in the header, in the table
+    for entry in fffffffe 00010000 00000000 00000001 00000003; do
+        vhd_edit 1540 $entry
+        "$fx" -q bad m
+        cmp -n $((2 << 20)) m truth; cmp -i $((4 << 20)) m truth
+        not dd if=m of=/dev/null bs=4k skip=512 count=1 2>err; grep -q 'Input/output' err
+        not dd if=m of=/dev/null bs=4k skip=1023 count=1 2>err
+        "$fx" --umount m
+    done
+    # The last block reaches into the footer: what is there reads. (Its bitmap is all set there too: 255.)
+    local last; last=$(od -An -tu4 --endian=big -j$((1536 + 28)) -N4 good | tr -d ' ')
+    vhd_edit 1564 "$(printf %08x $((last + 2)))"
+    "$fx" -q --direct-io bad m; cmp -n $((14 << 20)) m truth; dd if=m of=/dev/null bs=512 skip=32765 count=1 status=none
+    not dd if=m of=/dev/null bs=512 skip=32766 count=1 2>err; "$fx" --umount m
+    # Truncated, dynamic and fixed: what is there reads, the rest is no zeros.
+    cp good bad; truncate -s 9M bad
+    "$fx" -q bad m 2>/dev/null; cmp -n $((8 << 20)) m truth; not cp m copy 2>err; grep -q 'Input/output' err; "$fx" --umount m
+    vhd_py 'open("bad", "wb").write(bytes(1 << 20) + footer(2, 2 << 20))'
+    "$fx" -q bad m; same "$(stat -c %s m)" $((2 << 20)); cmp -n $((1 << 20)) m /dev/zero; not tail -c 1 m 2>err; "$fx" --umount m
+}
+
+t_vhd_bitmaps_and_parents_by_the_specification() {
+    vhd_py '
+rnd = random.Random(4); p, b, c = bytes([1] * 16), bytes([2] * 16), bytes([3] * 16)
+for block in 512, 2048, 32768, 65536, 2 << 20:
+    size = block * 5 + (512 if block < 1 << 20 else 512 * 77)
+    n = -(-size // block); per = block // 512
+    def some(): return [[rnd.randrange(2) for j in range(per)], None, [1] * per, [0] * per, [1] * 5 + [0] * (per - 5) if per > 5 else [1] * per, [j // 40 % 2 for j in range(per)]]
+    disk = bytes(size); name = "p%d" % block
+    for level, (kind, ident, parent) in enumerate([(3, p, bytes(16)), (4, b, p), (4, c, b)]):
+        data = os.urandom(size); bits = some(); rnd.shuffle(bits); own = bytearray(disk)
+        for s in range(size // 512):
+            m = bits[s // per]
+            if m and m[s % per]: own[s * 512:s * 512 + 512] = data[s * 512:s * 512 + 512]
+        disk = bytes(own); path = "%d-%s.vhd" % (block, "pbc"[level])
+        above = "%d-%s.vhd" % (block, "pbc"[level - 1])
+        build(path, kind, size, block, bits, data, ident, parent, name=".\\" + above if level == 1 else "nothing.vhd" if level else "",
+              locators=[(b"W2ku", "C:\\some where\\" + above), (b"W2ru", "..\\x\\" + above)] if level == 2 else [])
+        open(path + ".truth", "wb").write(disk)
+'
+    local i
+    for i in *.vhd; do
+        cp "$i.truth" truth
+        check_same "$i"
+    done
+}
+
+t_vhd_parents_are_found_by_name_and_known_by_identity() {
+    mkdir sub
+    vhd_py '
+p, c = bytes([1] * 16), bytes([2] * 16); size = 1 << 20; disk = os.urandom(size); open("truth", "wb").write(disk)
+ext = "\u00c4\u65e5\U0001f4be parent.vhd"
+open(ext, "wb").write(disk + footer(2, size, ident=p))
+open("other", "wb").write(disk + footer(2, size, ident=c))
+def child(path, **more): build(path, 4, size, size, [None], b"", c, more.pop("parent", p), **more)
+child("header", name="D:\\a\\" + ext); child("relative", locators=[(b"W2ru", "..\\..\\" + ext)]); child("absolute", locators=[(b"W2ku", "E:\\" + ext)])
+child("slashes", name="/a/b/" + ext); child("terminated", locators=[(b"W2ru", ext + "\0\0rest")])
+child("half", locators=[(b"W2ru", "x\ud800y".encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))])
+child("unnamed"); child("dots", name="a\\.."); child("folder", name="a\\sub"); child("folderish", name="x\\"); child("mismatch", name="other")
+child("itself", name="itself", parent=c); child("long", locators=[(b"W2ru", "x" * 3000)]); child("wide", locators=[(b"W2ku", "\u65e5" * 600)])
+'
+    local i
+    for i in header relative absolute slashes terminated; do check_same $i; done
+    for i in unnamed dots folderish long wide; do refused 1 'does not name its parent; --backing' "$fx" -q $i m; done
+    expect 1 "$fx" -q folder m; grep -q "cannot open its backing file 'sub'" err
+    refused 1 'is its own backing file' "$fx" -q itself m
+    refused 1 'other: is not the parent of mismatch.*02020202.* instead of 01010101.*--force-parent' "$fx" -q mismatch m
+    check_same mismatch --force-parent
+    mv ./*parent.vhd sub/parent
+    expect 1 "$fx" -q header m; grep -q 'cannot open its backing file.*No such file.*--backing' err
+    check_same header --backing sub/parent; check_same unnamed --backing sub/parent
+    refused 1 'is not the parent' "$fx" -q --backing other header m
+    "$fx" -q --no-backing unnamed m; not head -c 1 m 2>err; "$fx" --umount m
+    cp truth raw; refused 1 'is not a VHD image' "$fx" -q --backing raw header m
+}
+
+t_vhd_random_damage_is_survived() {
+    qemu-img create -q -f vpc d 6M; scribble d 5; scribble d 6
+    vhd_py '
+import subprocess
+rnd = random.Random(12); size = 40 * 512
+build("c", 4, size, 2048, [[rnd.randrange(2) for j in range(4)] if rnd.random() < .7 else None for i in range(10)], os.urandom(size), name="p", parent=bytes(16), locators=[(b"W2ru", "a\\p"), (b"W2ku", "p")])
+open("p", "wb").write(os.urandom(size) + footer(2, size))
+def patch(d):                                                # so that damage gets past the checksums
+    n = len(d)
+    for base in 0, n - 512: d[base:base + 512] = fix(d[base:base + 512], 64)
+    d[512:1536] = fix(d[512:1536], 36)
+for name, tables in ("d", 4096), ("c", 6000), ("p", 0):
+    good = open(name, "rb").read()
+    for i in range(60 if tables else 15):
+        bad = bytearray(good)
+        for j in range(rnd.randrange(1, 4)):
+            where = rnd.choice([rnd.randrange(90), 512 + rnd.randrange(64), 512 + 576 + rnd.randrange(48), 1536 + rnd.randrange(64), rnd.randrange(tables)]) if tables else len(bad) - 512 + rnd.randrange(90)
+            if where < 90 and tables and rnd.random() < .7: bad[len(bad) - 512 + where] = bad[where] = rnd.randrange(256)
+            else: bad[where] = rnd.choice([0, 1, 255, rnd.randrange(256)])
+        if tables and rnd.random() < .8: patch(bad)
+        open("bad", "wb").write(bad)
+        p = subprocess.run([sys.argv[1], "-q", "--sandbox=off", "--force-parent", "--format", "vpc", "bad", "m", "--", "dd", "if=m", "of=/dev/null",
+                            "bs=64k", "count=100", "conv=noerror"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert p.returncode in (0, 1, 125) and b"Sanitizer" not in p.stderr and b"killed" not in p.stderr, (i, p.returncode, p.stderr)
+' "$build/fuseexp-asan"
+}
+
+# Every image of FORMAT in the corpus, against its checksum: of the whole, or of the 64 KiB blocks that are not zero.
+check_corpus() {    # FORMAT AT_LEAST
+    [ -d "$corpus" ] || skip "no corpus"
+    "$corpus/unpack" c
+    local n=0 wanted=$2
+    while IFS=$'\t' read -r path format _ size sum _ expected _ digest; do
+        [ "$format" = "$1" ] || continue
+        if [ "$expected" != ok ]; then expect 1 "$fx" -q "c/$path" m; continue; fi
+        "$fx" -q "c/$path" m
+        same "$(stat -c %s m)" "$size"
+        if [ "$size" -lt 1000000000 ]; then same "$(sha256sum <m | cut -d' ' -f1)" "$sum"; else
+            same "$(py '
+import hashlib
+h = hashlib.sha256(); f = os.open("m", os.O_RDONLY); size = os.fstat(f).st_size; off = 0
+while off < size:
+    try: off = os.lseek(f, off, os.SEEK_DATA) // 65536 * 65536
+    except OSError: break
+    block = os.pread(f, 65536, off)
+    if block.strip(b"\0"): h.update(off.to_bytes(8, "little") + len(block).to_bytes(8, "little") + block)
+    off += 65536
+h.update(size.to_bytes(8, "little")); print(h.hexdigest())')" "$digest"
+        fi
+        "$fx" --umount m
+        n=$((n + 1))
+    done <c/MANIFEST.tsv
+    [ $n -ge "$wanted" ] || fail "only $n"
+}
+t_corpus_vhd_images_are_right() { check_corpus vpc 10; }
 
 # ---- life cycle ------------------------------------------------------------------------------------------------
 
