@@ -15,6 +15,7 @@
  *    8. Raw images              raw_     the driver to copy
  *    9. qcow2                   qcow2_   QEMU's format, for reading
  *    0. VHD                     vhd_     Virtual PC, Hyper-V 2008, Azure: fixed, dynamic, differencing
+ *    0. VHDX                    vhdx_    Hyper-V: fixed, dynamic, differencing, with a log
  *   10. Image core              img_     probing, chains, the loops over extents, resizing
  *   11. Partitions              part_    MBR, GPT, the views
  *   12. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
@@ -748,6 +749,11 @@ static int file_measure(struct file *f)
 
 static void file_close(struct file *f)
 {
+    for (uint32_t i = 0; i < f->n_patches; i++)
+        free(f->patches[i].page);
+    free(f->patches);
+    f->patches = NULL;
+    f->n_patches = 0;
     util_close(&f->fd);
     free(f->path);
     f->path = NULL;
@@ -817,7 +823,7 @@ static ssize_t file_pread_some(struct file *f, void *buf, uint64_t len, uint64_t
     return n;
 }
 
-static int file_pread(struct file *f, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
+static int file_pread_stored(struct file *f, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
 {
     ssize_t n;
 
@@ -834,6 +840,111 @@ static int file_pread(struct file *f, void *buf, uint64_t len, uint64_t offset, 
                 f->path, offset + *done, f->size);
     }
     return 0;
+}
+
+/* The first patch that ends after offset; n_patches: none does. */
+static uint32_t file_patch_after(const struct file *f, uint64_t offset)
+{
+    uint32_t low = 0, high = f->n_patches;
+
+    while (low < high) {
+        uint32_t mid = (low + high) / 2;
+        if (f->patches[mid].offset + FILE_PATCH > offset)
+            high = mid;
+        else
+            low = mid + 1;
+    }
+    return low;
+}
+
+/* In pieces: what a patch replaces, what is stored, and what file_extend() added. */
+static int file_pread_patched(struct file *f, uint8_t *buf, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    uint64_t at, left, next, n;
+    uint32_t i;
+    int ret = 0;
+
+    for (*done = 0; *done < len && !ret; *done += n) {
+        at = offset + *done;
+        left = len - *done;
+        i = file_patch_after(f, at);
+        next = i < f->n_patches ? f->patches[i].offset : UINT64_MAX;
+        if (next <= at) {
+            n = util_min(left, next + FILE_PATCH - at);
+            if (f->patches[i].page)
+                memcpy(buf + *done, f->patches[i].page + (at - next), n);
+            else
+                memset(buf + *done, 0, n);
+        } else if (at < f->stored || at >= f->size) {
+            left = util_min(left, next - at);
+            ret = file_pread_stored(f, buf + *done, at < f->stored ? util_min(left, f->stored - at) : left, at, &n);
+        } else {
+            n = util_min(left, util_min(next, f->size) - at);
+            memset(buf + *done, 0, n);
+        }
+    }
+    return ret;
+}
+
+static int file_pread(struct file *f, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    return f->overlaid ? file_pread_patched(f, buf, len, offset, done)
+                       : file_pread_stored(f, buf, len, offset, done);
+}
+
+static void file_overlay(struct file *f)
+{
+    if (!f->overlaid)
+        f->stored = f->size;
+    f->overlaid = true;
+}
+
+/* From now on `page` (a copy of it; NULL: zeros) is read at offset, a multiple of FILE_PATCH. Only at open. */
+static int file_patch(struct file *f, uint64_t offset, const uint8_t *page)
+{
+    uint32_t i = file_patch_after(f, offset);
+    bool there = i < f->n_patches && f->patches[i].offset == offset;
+    uint8_t *copy = NULL;
+
+    if (!there && f->n_patches == FILE_MAX_PATCHES)
+        return -E2BIG;
+    if (!f->patches)
+        f->patches = calloc(FILE_MAX_PATCHES, sizeof(*f->patches));
+    if (page)
+        copy = util_fault("patch") ? NULL : malloc(FILE_PATCH);
+    if (!f->patches || (page && !copy)) {
+        free(copy);
+        return -ENOMEM;
+    }
+    if (page)
+        memcpy(copy, page, FILE_PATCH);
+    file_overlay(f);
+    if (there) {
+        free(f->patches[i].page);
+    } else {
+        memmove(f->patches + i + 1, f->patches + i, (f->n_patches - i) * sizeof(*f->patches));
+        f->n_patches++;
+    }
+    f->patches[i] = (struct file_patch){ offset, copy };
+    return 0;
+}
+
+/* From now on the file is `size` bytes long; what is not there reads as zeros. Only at open. */
+static void file_extend(struct file *f, uint64_t size)
+{
+    file_overlay(f);
+    f->size = size;
+}
+
+/* Is [offset, offset + len) just what is stored? */
+static bool file_is_plain(const struct file *f, uint64_t offset, uint64_t len)
+{
+    uint32_t i;
+
+    if (!f->overlaid)
+        return true;
+    i = file_patch_after(f, offset);
+    return offset + len <= f->stored && (i == f->n_patches || f->patches[i].offset >= offset + len);
 }
 
 /* A write into the page cache sleeps when too much of it is dirty already. */
@@ -922,7 +1033,7 @@ static bool file_splice(struct file *f, int pipe_fd, uint64_t len, uint64_t offs
     bool sleeps;
     ssize_t n;
 
-    if (util_fault_op("read"))
+    if (util_fault_op("read") || !file_is_plain(f, offset, len))
         return false;
     sleeps = f->sleep == FILE_ALWAYS_SLEEPS ||
              (f->sleep == FILE_MAY_SLEEP &&
@@ -1174,6 +1285,15 @@ static int cache_be64(struct file *f, uint64_t offset, uint64_t *value)
     int ret = cache_word(f, offset, &word);
 
     *value = ret ? 0 : util_be64((const uint8_t *)&word);
+    return ret;
+}
+
+static int cache_le64(struct file *f, uint64_t offset, uint64_t *value)
+{
+    uint64_t word;
+    int ret = cache_word(f, offset, &word);
+
+    *value = ret ? 0 : util_le64((const uint8_t *)&word);
     return ret;
 }
 
@@ -2409,6 +2529,823 @@ static const struct image_format vhd_format = {
 };
 
 /* ******************************************************************************************************** *
+ * 0. VHDX
+ *
+ * [MS-VHDX] "Virtual Hard Disk v2 File Format", for reading. All numbers are little-endian.
+ *
+ *   identifier | two headers | two region tables | (at 1 MiB:) log, metadata, block table (BAT), blocks, in any order
+ *   BAT: the entries of a chunk (2^23 sectors), then one for the sector bitmap block of the chunk, and so on
+ *
+ * A log that is still to be replayed is replayed in memory: what it replaces becomes patches of the file, which every
+ * reader sees from there on; the file itself stays as it is. So the log comes right after the headers, which alone
+ * are never in it.
+ * ******************************************************************************************************** */
+
+enum {
+    VHDX_MIB = 1 << 20,             /* everything behind the headers is aligned to it */
+    VHDX_HEADER_AT = 64 << 10,      /* the second one lies 64 KiB further; likewise the region tables */
+    VHDX_HEADER = 4096,
+    VHDX_REGIONS_AT = 192 << 10,
+    VHDX_TABLE = 64 << 10,          /* a region table, or the metadata table */
+    VHDX_MAX_ENTRIES = 2047,        /* of either */
+    VHDX_MIN_BLOCK = 1 << 20,
+    VHDX_MAX_BLOCK = 256 << 20,
+    VHDX_CHUNK_BITS = 23,           /* log2 of the sectors of a chunk */
+    VHDX_LOG_PAGE = 4096,
+    VHDX_LOG_HEADER = 64,
+    VHDX_LOG_DESCRIPTOR = 32,
+    VHDX_ENTRY_RESERVED = 0xffff8,
+    VHDX_LOOK_AHEAD = 128,          /* blocks looked at for one extent */
+    VHDX_MAX_LOCATOR = 64 << 10,
+    VHDX_HAS_PARENT = 2,
+    VHDX_META_USER = 1, VHDX_META_REQUIRED = 4,
+};
+#define VHDX_MAX_SIZE (64ull << 40)
+
+/* States of payload blocks; a sector bitmap block is present (6) or not (0). */
+enum { VHDX_ABSENT, VHDX_UNDEFINED, VHDX_ZERO, VHDX_UNMAPPED, VHDX_PRESENT = 6, VHDX_PARTIAL = 7 };
+
+/* GUIDs as they lie in the file. */
+static const uint8_t vhdx_guid_bat[] = { 0x66, 0x77, 0xc2, 0x2d, 0x23, 0xf6, 0x00, 0x42,
+                                         0x9d, 0x64, 0x11, 0x5e, 0x9b, 0xfd, 0x4a, 0x08 };
+static const uint8_t vhdx_guid_metadata[] = { 0x06, 0xa2, 0x7c, 0x8b, 0x90, 0x47, 0x9a, 0x4b,
+                                              0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e };
+static const uint8_t vhdx_guid_locator[] = { 0xb7, 0xef, 0x4a, 0xb0, 0x9e, 0xd1, 0x81, 0x4a,
+                                             0xb7, 0x89, 0x25, 0xb8, 0xe9, 0x44, 0x59, 0x13 };
+
+enum vhdx_item { VHDX_PARAMETERS, VHDX_SIZE, VHDX_SECTOR, VHDX_PHYSICAL, VHDX_ID, VHDX_LOCATOR, VHDX_ITEMS };
+static const struct {
+    uint8_t guid[16];
+    uint32_t length;                /* at least */
+    bool needed;
+    const char *what;
+} vhdx_items[VHDX_ITEMS] = {
+    { { 0x37, 0x67, 0xa1, 0xca, 0x36, 0xfa, 0x43, 0x4d, 0xb3, 0xb6, 0x33, 0xf0, 0xaa, 0x44, 0xe7, 0x6b }, 8, true,
+      "the file parameters" },
+    { { 0x24, 0x42, 0xa5, 0x2f, 0x1b, 0xcd, 0x76, 0x48, 0xb2, 0x11, 0x5d, 0xbe, 0xd8, 0x3b, 0xf4, 0xb8 }, 8, true,
+      "the disk's size" },
+    { { 0x1d, 0xbf, 0x41, 0x81, 0x6f, 0xa9, 0x09, 0x47, 0xba, 0x47, 0xf2, 0x33, 0xa8, 0xfa, 0xab, 0x5f }, 4, true,
+      "the sector size" },
+    { { 0xc7, 0x48, 0xa3, 0xcd, 0x5d, 0x44, 0x71, 0x44, 0x9c, 0xc9, 0xe9, 0x88, 0x52, 0x51, 0xc5, 0x56 }, 4, false,
+      "the physical sector size" },
+    { { 0xab, 0x12, 0xca, 0xbe, 0xe6, 0xb2, 0x23, 0x45, 0x93, 0xef, 0xc3, 0x09, 0xe0, 0x00, 0xc7, 0x46 }, 16, false,
+      "the disk's id" },
+    { { 0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c }, 20, false,
+      "the parent locator" },
+};
+
+struct vhdx_range {
+    uint64_t offset, length;        /* length 0: there is none */
+};
+
+struct vhdx {
+    uint32_t block_bits, sector_bits, chunk_bits;   /* chunk_bits: log2 of the blocks of a chunk */
+    uint32_t version, log_version;
+    uint8_t log_guid[16];
+    struct vhdx_range log, metadata, bat, item[VHDX_ITEMS];
+    bool has_parent;
+};
+
+static int vhdx_probe(const struct probe *p)
+{
+    return p->head_len >= 8 && memcmp(p->head, "vhdxfile", 8) == 0 ? 100 : 0;
+}
+
+static int vhdx_bad(const struct image *im, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VHDX: %s (0x%" PRIx64 ")", im->name, what, value);
+}
+
+static uint32_t vhdx_guid_order(size_t i)
+{
+    static const uint8_t order[16] = { 3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
+
+    return order[i];
+}
+
+static int vhdx_unknown(const struct image *im, const char *what, const uint8_t *guid)
+{
+    uint8_t b[16];
+    char hex[33];
+
+    for (size_t i = 0; i < 16; i++)
+        b[i] = guid[vhdx_guid_order(i)];
+    util_hex(b, 16, hex);
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown VHDX %s {%.8s-%.4s-%.4s-%.4s-%.12s}", im->name, what, hex,
+                   hex + 8, hex + 12, hex + 16, hex + 20);
+}
+
+/* CRC-32C (Castagnoli), bit by bit reversed; begins with ~0 and is inverted at the end. */
+static uint32_t vhdx_crc(uint32_t crc, const uint8_t *bytes, size_t len)
+{
+    static uint32_t table[256];     /* filled at open, by the only thread there is then */
+
+    for (uint32_t i = 0; !table[255] && i < 256; i++) {
+        uint32_t c = i;
+        for (unsigned bit = 0; bit < 8; bit++)
+            c = c >> 1 ^ (c & 1 ? 0x82f63b78 : 0);
+        table[i] = c;
+    }
+    for (size_t i = 0; i < len; i++)
+        crc = table[(crc ^ bytes[i]) & 0xff] ^ crc >> 8;
+    return crc;
+}
+
+/* Signature, then the checksum of all with the checksum itself as zeros. */
+static bool vhdx_is_good(const uint8_t *bytes, size_t len, const char *signature)
+{
+    static const uint8_t zeros[4];
+
+    return memcmp(bytes, signature, 4) == 0 &&
+           ~vhdx_crc(vhdx_crc(vhdx_crc(~0u, bytes, 4), zeros, 4), bytes + 8, len - 8) == util_le32(bytes + 4);
+}
+
+static bool vhdx_is_zero(const uint8_t *guid)
+{
+    static const uint8_t zero[16];
+
+    return memcmp(guid, zero, 16) == 0;
+}
+
+/* Two headers: the good one with the higher sequence number is the current one. room: 64 KiB */
+static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
+{
+    struct file *f = &im->files[0];
+    const uint8_t *h = NULL;
+    uint64_t done;
+
+    for (uint64_t i = 0; i < 2; i++) {
+        uint8_t *candidate = room + i * VHDX_HEADER;
+        uint64_t at = VHDX_HEADER_AT + i * VHDX_TABLE;
+        if (at + VHDX_HEADER > f->size || file_pread(f, candidate, VHDX_HEADER, at, &done) ||
+            !vhdx_is_good(candidate, VHDX_HEADER, "head"))
+            continue;
+        if (h && util_le64(candidate + 8) == util_le64(h + 8) && memcmp(candidate, h, VHDX_HEADER) != 0)
+            return vhdx_bad(im, "two different headers with one sequence number", util_le64(h + 8));
+        if (!h || util_le64(candidate + 8) > util_le64(h + 8))
+            h = candidate;
+    }
+    if (!h)
+        return file_pread(f, room, util_min(8, f->size), 0, &done) || memcmp(room, "vhdxfile", 8) != 0
+                   ? msg_err(-EINVAL, "%s: is not a VHDX image", im->name)
+                   : msg_err(-EINVAL, "%s: damaged VHDX: neither of its headers has a good checksum", im->name);
+    v->log_version = util_le16(h + 64);
+    v->version = util_le16(h + 66);
+    if (v->version != 1)
+        return msg_err(-EOPNOTSUPP, "%s: VHDX of unknown version %u", im->name, v->version);
+    memcpy(im->id, h + 32, sizeof(im->id));             /* changes with the data: what children remember */
+    memcpy(v->log_guid, h + 48, sizeof(v->log_guid));
+    v->log = (struct vhdx_range){ .offset = util_le64(h + 72), .length = util_le32(h + 68) };
+    im->dirty = !vhdx_is_zero(v->log_guid);
+    return 0;
+}
+
+/* -- the log -- */
+
+/*
+ * A ring of entries, each a header with descriptors and then pages of data, in units of 4 KiB. Entries with the
+ * header's log GUID and consecutive sequence numbers form a sequence; a sequence is whole when its last entry's tail
+ * lies in it. Of the whole ones that with the highest number counts, from its tail on.
+ */
+struct vhdx_log {
+    struct image *im;
+    const uint8_t *guid;
+    uint64_t offset, length;
+    uint64_t budget;                /* bytes that may still be read: garbage must not keep us for ever */
+};
+
+struct vhdx_entry {
+    uint64_t sequence, flushed, last, at, length, tail;
+    uint32_t checksum, descriptors;
+};
+
+static int vhdx_log_bad(const struct image *im, const char *what)
+{
+    return msg_err(-EINVAL, "%s: was not closed properly, and its log cannot be replayed: %s; --ignore-log reads what "
+                   "is there without it", im->name, what);
+}
+
+/* at: may be past the end of the ring */
+static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, uint8_t page[VHDX_LOG_PAGE])
+{
+    uint64_t done;
+
+    if (log->budget < VHDX_LOG_PAGE)
+        return false;
+    log->budget -= VHDX_LOG_PAGE;
+    return file_pread(&log->im->files[0], page, VHDX_LOG_PAGE, log->offset + at % log->length, &done) == 0;
+}
+
+static bool vhdx_entry_header(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
+{
+    uint8_t page[VHDX_LOG_PAGE];
+
+    if (!vhdx_log_read(log, at, page) || memcmp(page, "loge", 4) != 0 || memcmp(page + 32, log->guid, 16) != 0)
+        return false;
+    *e = (struct vhdx_entry){
+        .at = at % log->length, .checksum = util_le32(page + 4), .length = util_le32(page + 8),
+        .tail = util_le32(page + 12), .sequence = util_le64(page + 16), .descriptors = util_le32(page + 24),
+        .flushed = util_le64(page + 48), .last = util_le64(page + 56),
+    };
+    return e->length && e->length <= log->length && e->length % VHDX_LOG_PAGE == 0 && e->tail < log->length &&
+           e->tail % VHDX_LOG_PAGE == 0 && e->sequence &&
+           VHDX_LOG_HEADER + (uint64_t)e->descriptors * VHDX_LOG_DESCRIPTOR <= e->length;
+}
+
+static bool vhdx_entry_sum(struct vhdx_log *log, const struct vhdx_entry *e)
+{
+    uint8_t page[VHDX_LOG_PAGE];
+    uint32_t crc = ~0u;
+
+    for (uint64_t done = 0; done < e->length; done += VHDX_LOG_PAGE) {
+        if (!vhdx_log_read(log, e->at + done, page))
+            return false;
+        if (done == 0)
+            memset(page + 4, 0, 4);
+        crc = vhdx_crc(crc, page, VHDX_LOG_PAGE);
+    }
+    return ~crc == e->checksum;
+}
+
+static int vhdx_apply_zeros(struct file *f, uint64_t offset, uint64_t length)
+{
+    int ret = 0;
+
+    for (; length && !ret; offset += VHDX_LOG_PAGE, length -= VHDX_LOG_PAGE)
+        ret = file_patch(f, offset, NULL);
+    return ret;
+}
+
+/*
+ * The page of data that belongs to a descriptor. Its own first and last bytes, which the sequence number replaced,
+ * are in the descriptor. -EINVAL: it is not of this entry.
+ */
+static int vhdx_data_page(struct vhdx_log *log, const struct vhdx_entry *e, uint64_t at, const uint8_t *descriptor,
+                          uint8_t page[VHDX_LOG_PAGE])
+{
+    if (at + VHDX_LOG_PAGE > e->length || !vhdx_log_read(log, e->at + at, page) || memcmp(page, "data", 4) != 0 ||
+        util_le32(page + 4) != e->sequence >> 32 || util_le32(page + VHDX_LOG_PAGE - 4) != (uint32_t)e->sequence)
+        return -EINVAL;
+    memcpy(page, descriptor + 8, 8);
+    memcpy(page + VHDX_LOG_PAGE - 4, descriptor + 4, 4);
+    return 0;
+}
+
+/* Goes through the descriptors of an entry, to check them or to apply them. -EINVAL: the entry is not valid. */
+static int vhdx_entry_walk(struct vhdx_log *log, const struct vhdx_entry *e, bool apply)
+{
+    uint8_t page[VHDX_LOG_PAGE], data[VHDX_LOG_PAGE];
+    uint64_t at = VHDX_LOG_HEADER, end = at + (uint64_t)e->descriptors * VHDX_LOG_DESCRIPTOR, offset, length;
+    uint64_t data_at = (end + VHDX_LOG_PAGE - 1) / VHDX_LOG_PAGE * VHDX_LOG_PAGE;
+    struct file *f = &log->im->files[0];
+    int ret = 0;
+
+    for (bool first = true; at < end && !ret; at += VHDX_LOG_DESCRIPTOR, first = false) {
+        const uint8_t *d = page + at % VHDX_LOG_PAGE;
+        if ((first || at % VHDX_LOG_PAGE == 0) && !vhdx_log_read(log, e->at + at / VHDX_LOG_PAGE * VHDX_LOG_PAGE, page))
+            return -EINVAL;
+        offset = util_le64(d + 16);
+        length = util_le64(d + 8);
+        if (util_le64(d + 24) != e->sequence || offset % VHDX_LOG_PAGE || offset > (uint64_t)MAX_IMAGE_SIZE / 2)
+            return -EINVAL;
+        if (memcmp(d, "zero", 4) == 0) {
+            if (length % VHDX_LOG_PAGE || length > (uint64_t)MAX_IMAGE_SIZE / 2)
+                return -EINVAL;
+            ret = apply ? vhdx_apply_zeros(f, offset, length) : 0;
+        } else if (memcmp(d, "desc", 4) == 0) {
+            ret = vhdx_data_page(log, e, data_at, d, data);
+            data_at += VHDX_LOG_PAGE;
+            if (!ret && apply)
+                ret = file_patch(f, offset, data);
+        } else {
+            return -EINVAL;
+        }
+    }
+    return ret;
+}
+
+static bool vhdx_entry_valid(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
+{
+    return vhdx_entry_header(log, at, e) && vhdx_entry_sum(log, e) && vhdx_entry_walk(log, e, false) == 0;
+}
+
+/* The length of the run of consecutive entries from start on; 0: none. *last is its last one. */
+static uint64_t vhdx_log_run(struct vhdx_log *log, uint64_t start, struct vhdx_entry *last)
+{
+    struct vhdx_entry e;
+    uint64_t length = 0;
+
+    while (length < log->length && vhdx_entry_valid(log, start + length, &e) &&
+           (!length || e.sequence == last->sequence + 1) && e.length <= log->length - length) {
+        *last = e;
+        length += e.length;
+    }
+    return length;
+}
+
+/* Is the tail of the run's last entry one of its entries? */
+static bool vhdx_log_is_whole(struct vhdx_log *log, uint64_t start, uint64_t length, uint64_t tail)
+{
+    struct vhdx_entry e;
+
+    for (uint64_t at = 0; at < length; at += e.length) {
+        if ((start + at) % log->length == tail)
+            return true;
+        if (!vhdx_entry_header(log, start + at, &e))
+            return false;
+    }
+    return false;
+}
+
+/* The last entry of the active sequence. False: there is none. */
+static bool vhdx_log_find(struct vhdx_log *log, struct vhdx_entry *head)
+{
+    struct vhdx_entry last = { 0 };
+    bool found = false;
+    uint64_t run;
+
+    /* No whole sequence begins inside of a run: it would end where the run does, with the same tail. */
+    for (uint64_t start = 0; start < log->length; start += run ? run : VHDX_LOG_PAGE) {
+        run = vhdx_log_run(log, start, &last);
+        if (run && (!found || last.sequence > head->sequence) &&
+            vhdx_log_is_whole(log, start, run, last.tail)) {
+            *head = last;
+            found = true;
+        }
+    }
+    return found;
+}
+
+/* Applies the entries from the tail of `head` up to itself. */
+static int vhdx_log_apply(struct vhdx_log *log, const struct vhdx_entry *head)
+{
+    struct file *f = &log->im->files[0];
+    uint64_t flushed = 0, last = 0, total = 0;
+    struct vhdx_entry e = { .at = UINT64_MAX };
+    unsigned n = 0;
+    int ret = 0;
+
+    log->budget = 4 * log->length;      /* also what ends this, should the file change underneath */
+    for (; !ret && e.at != head->at; total += e.length, n++) {
+        ret = vhdx_entry_header(log, head->tail + total, &e) ? vhdx_entry_walk(log, &e, true) : -EINVAL;
+        flushed = e.flushed > flushed ? e.flushed : flushed;
+        last = e.last > last ? e.last : last;
+    }
+    if (ret == -ENOMEM)
+        return msg_err(ret, "%s: out of memory", log->im->name);
+    if (ret == -E2BIG || last > (uint64_t)MAX_IMAGE_SIZE)
+        return vhdx_log_bad(log->im, "it changes more than is plausible");
+    if (ret)
+        return vhdx_log_bad(log->im, "it was changed meanwhile");
+    msg_say(MSG_NOTE, "%s: was not closed properly: its log (%u entries, %u pages) is replayed in memory; the file is "
+            "not changed", log->im->name, n, f->n_patches);
+    if (flushed > f->size)
+        msg_say(MSG_NOTE, "%s: is truncated: it was %" PRIu64 " bytes long, not %" PRIu64, log->im->name, flushed,
+                f->size);
+    else if (last > f->size)
+        file_extend(f, last);       /* with zeros, as whoever replays the log on disk does */
+    return 0;
+}
+
+static int vhdx_replay(struct image *im, const struct vhdx *v)
+{
+    struct file *f = &im->files[0];
+    struct vhdx_log log = { .im = im, .guid = v->log_guid, .offset = v->log.offset, .length = v->log.length,
+                            .budget = 16 * v->log.length + (64 << 20) };
+    struct vhdx_entry head = { 0 };
+
+    if (im->opt->ignore_log) {
+        msg_say(MSG_NOTE, "%s: was not closed properly, and its log is ignored: what was changed last may be wrong",
+                im->name);
+        return 0;
+    }
+    if (v->log_version)
+        return vhdx_log_bad(im, "it is of an unknown version");
+    if (!log.length || log.length % VHDX_MIB || log.offset % VHDX_MIB || log.offset < VHDX_MIB ||
+        log.offset > f->size || log.length > f->size - log.offset)
+        return vhdx_log_bad(im, "it is not where it should be");
+    if (!vhdx_log_find(&log, &head))
+        return vhdx_log_bad(im, log.budget < VHDX_LOG_PAGE ? "too much garbage in it" : "no whole sequence in it");
+    return vhdx_log_apply(&log, &head);
+}
+
+/* -- regions, metadata -- */
+
+static bool vhdx_overlaps(const struct vhdx_range *r, uint64_t offset, uint64_t length)
+{
+    return offset < r->offset + r->length && r->offset < offset + length;
+}
+
+static int vhdx_check_regions(struct image *im, struct vhdx *v, const uint8_t *table)
+{
+    uint32_t n = util_le32(table + 8);
+
+    if (n > VHDX_MAX_ENTRIES)
+        return vhdx_bad(im, "the number of regions", n);
+    for (uint32_t i = 0; i < n; i++) {
+        const uint8_t *e = table + 16 + (size_t)32 * i;
+        uint64_t offset = util_le64(e + 16), length = util_le32(e + 24);
+        struct vhdx_range *r = memcmp(e, vhdx_guid_bat, 16) == 0        ? &v->bat
+                               : memcmp(e, vhdx_guid_metadata, 16) == 0 ? &v->metadata
+                                                                        : NULL;
+        if (!r && util_le32(e + 28) & 1)
+            return vhdx_unknown(im, "region", e);
+        if (!r)
+            continue;
+        if (r->length)
+            return vhdx_bad(im, "a region that is there twice", offset);
+        if (!length || length % VHDX_MIB || offset % VHDX_MIB || offset < VHDX_MIB ||
+            offset > (uint64_t)MAX_IMAGE_SIZE - length)
+            return vhdx_bad(im, "the place of a region", length % VHDX_MIB || !length ? length : offset);
+        *r = (struct vhdx_range){ offset, length };
+    }
+    if (!v->bat.length || !v->metadata.length)
+        return vhdx_bad(im, v->bat.length ? "no metadata region" : "no block table", n);
+    return vhdx_overlaps(&v->bat, v->metadata.offset, v->metadata.length)
+               ? vhdx_bad(im, "regions that overlap", v->bat.offset) : 0;
+}
+
+static int vhdx_read_regions(struct image *im, struct vhdx *v, uint8_t *room)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+
+    for (uint64_t i = 0; i < 2; i++) {
+        uint64_t at = VHDX_REGIONS_AT + i * VHDX_TABLE;
+        if (at + VHDX_TABLE <= f->size && file_pread(f, room, VHDX_TABLE, at, &done) == 0 &&
+            vhdx_is_good(room, VHDX_TABLE, "regi"))
+            return vhdx_check_regions(im, v, room);
+    }
+    return msg_err(-EINVAL, "%s: damaged VHDX: neither of its region tables has a good checksum", im->name);
+}
+
+static int vhdx_check_item(struct image *im, struct vhdx *v, const uint8_t *e)
+{
+    uint64_t offset = util_le32(e + 16), length = util_le32(e + 20);
+    uint32_t bits = util_le32(e + 24);
+    size_t i = 0;
+
+    while (i < VHDX_ITEMS && (bits & VHDX_META_USER || memcmp(e, vhdx_items[i].guid, 16) != 0))
+        i++;
+    if (i == VHDX_ITEMS)
+        return bits & VHDX_META_REQUIRED ? vhdx_unknown(im, "metadata item", e) : 0;
+    if (offset < VHDX_TABLE || offset > v->metadata.length || length > v->metadata.length - offset)
+        return vhdx_bad(im, "the place of a metadata item", offset);
+    if (length < vhdx_items[i].length || v->item[i].length)
+        return vhdx_bad(im, vhdx_items[i].what, length);
+    v->item[i] = (struct vhdx_range){ v->metadata.offset + offset, length };
+    return 0;
+}
+
+static int vhdx_read_metadata(struct image *im, struct vhdx *v, uint8_t *room)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+    uint32_t n;
+    int ret = 0;
+
+    if (v->metadata.offset > f->size || f->size - v->metadata.offset < VHDX_TABLE)
+        return vhdx_bad(im, "the metadata lies past the end of the file", v->metadata.offset);
+    if (file_pread(f, room, VHDX_TABLE, v->metadata.offset, &done))
+        return -EIO;
+    n = util_le16(room + 10);
+    if (memcmp(room, "metadata", 8) != 0 || n > VHDX_MAX_ENTRIES)
+        return vhdx_bad(im, "the metadata table", n);
+    for (uint32_t i = 0; i < n && !ret; i++)
+        ret = vhdx_check_item(im, v, room + 32 + (size_t)32 * i);
+    for (size_t i = 0; i < VHDX_ITEMS && !ret; i++)
+        if (vhdx_items[i].needed && !v->item[i].length)
+            ret = msg_err(-EINVAL, "%s: damaged VHDX: lacks %s", im->name, vhdx_items[i].what);
+    return ret;
+}
+
+/* The first `len` bytes (at most) of an item; zeros where there is none. */
+static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item item, uint8_t *bytes, uint64_t len)
+{
+    struct file *f = &im->files[0];
+    uint64_t done, offset = v->item[item].offset;
+
+    memset(bytes, 0, len);
+    len = util_min(len, v->item[item].length);
+    if (offset > f->size || len > f->size - offset)
+        return vhdx_bad(im, "a metadata item lies past the end of the file", offset);
+    return file_pread(f, bytes, len, offset, &done);
+}
+
+static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, uint64_t size, uint32_t sector,
+                            uint32_t physical)
+{
+    if (block < VHDX_MIN_BLOCK || block > VHDX_MAX_BLOCK || block & (block - 1))
+        return vhdx_bad(im, "the block size", block);
+    if (sector != 512 && sector != 4096)
+        return vhdx_bad(im, "the sector size", sector);
+    if (physical && physical != 512 && physical != 4096)
+        return vhdx_bad(im, "the physical sector size", physical);
+    if (size > VHDX_MAX_SIZE || size % sector)
+        return vhdx_bad(im, "the disk's size", size);
+    v->block_bits = (uint32_t)__builtin_ctz(block);
+    v->sector_bits = (uint32_t)__builtin_ctz(sector);
+    v->chunk_bits = VHDX_CHUNK_BITS + v->sector_bits - v->block_bits;
+    im->size = size;
+    im->cluster_size = block;
+    im->sector_size = sector;
+    return 0;
+}
+
+/* The block table must be whole, and large enough for the size. */
+static int vhdx_check_bat(struct image *im, const struct vhdx *v)
+{
+    uint64_t blocks = (im->size + (1ull << v->block_bits) - 1) >> v->block_bits, entries = 0;
+
+    if (blocks && v->has_parent)
+        entries = (((blocks - 1) >> v->chunk_bits) + 1) * ((1ull << v->chunk_bits) + 1);
+    else if (blocks)
+        entries = blocks + ((blocks - 1) >> v->chunk_bits);
+    if (entries * 8 > v->bat.length)
+        return vhdx_bad(im, "the block table is too small for the size", v->bat.length);
+    if (v->bat.offset > im->files[0].size || entries * 8 > im->files[0].size - v->bat.offset)
+        return vhdx_bad(im, "the block table lies past the end of the file", v->bat.offset);
+    return 0;
+}
+
+static int vhdx_read_items(struct image *im, struct vhdx *v)
+{
+    uint8_t parameters[8], size[8], sector[4], physical[4];
+    int ret = vhdx_read_item(im, v, VHDX_PARAMETERS, parameters, sizeof(parameters));
+
+    if (!ret)
+        ret = vhdx_read_item(im, v, VHDX_SIZE, size, sizeof(size));
+    if (!ret)
+        ret = vhdx_read_item(im, v, VHDX_SECTOR, sector, sizeof(sector));
+    if (!ret)
+        ret = vhdx_read_item(im, v, VHDX_PHYSICAL, physical, sizeof(physical));
+    if (ret)
+        return ret;
+    if (v->item[VHDX_PHYSICAL].length && !util_le32(physical))
+        return vhdx_bad(im, "the physical sector size", 0);
+    v->has_parent = util_le32(parameters + 4) & VHDX_HAS_PARENT;
+    ret = vhdx_check_sizes(im, v, util_le32(parameters), util_le64(size), util_le32(sector), util_le32(physical));
+    return ret ? ret : vhdx_check_bat(im, v);
+}
+
+/* -- parents -- */
+
+static bool vhdx_key_is(const uint8_t *key, size_t len, const char *name)
+{
+    size_t n = strlen(name);
+
+    if (len != 2 * n)
+        return false;
+    for (size_t i = 0; i < n; i++)
+        if (util_le16(key + 2 * i) != (unsigned char)name[i])
+            return false;
+    return true;
+}
+
+/* "{83ed0ec3-24c8-49a6-a959-5e4bf1288bfb}" in UTF-16. */
+static bool vhdx_parse_guid(const uint8_t *text, size_t len, uint8_t guid[16])
+{
+    char hex[33], pair[3] = "";
+    size_t n = 0;
+
+    for (size_t i = 0; i + 2 <= len; i += 2) {
+        uint32_t c = util_le16(text + i);
+        if (c == '{' || c == '}' || c == '-')
+            continue;
+        if (n == 32 || c > 0x7f || !isxdigit((int)c))
+            return false;
+        hex[n++] = (char)c;
+    }
+    for (size_t i = 0; i < 16 && n == 32; i++) {
+        memcpy(pair, hex + 2 * i, 2);
+        guid[vhdx_guid_order(i)] = (uint8_t)strtoul(pair, NULL, 16);
+    }
+    return n == 32;
+}
+
+/* Key and value of entry i of the locator. False: they do not lie in it. */
+static bool vhdx_locator_value(const uint8_t *locator, uint64_t len, const char *key, const uint8_t **value,
+                               size_t *value_len)
+{
+    uint32_t n = util_le16(locator + 18);
+
+    for (uint32_t i = 0; i < n && 20 + (uint64_t)12 * (i + 1) <= len; i++) {
+        const uint8_t *e = locator + 20 + (size_t)12 * i;
+        uint64_t key_at = util_le32(e), value_at = util_le32(e + 4);
+        uint32_t key_len = util_le16(e + 8);
+        *value_len = util_le16(e + 10);
+        if (key_at + key_len > len || value_at + *value_len > len || !vhdx_key_is(locator + key_at, key_len, key))
+            continue;
+        *value = locator + value_at;
+        return true;
+    }
+    return false;
+}
+
+static int vhdx_parse_locator(struct image *im, const uint8_t *locator, uint64_t len)
+{
+    static const char *const paths[] = { "relative_path", "volume_path", "absolute_win32_path" };
+    const uint8_t *value;
+    bool found = false;
+    size_t n;
+
+    if (memcmp(locator, vhdx_guid_locator, 16) != 0)
+        return vhdx_unknown(im, "parent locator", locator);
+    for (size_t i = 0; i < ARRAY_LEN(paths) && !found; i++)
+        found = vhdx_locator_value(locator, len, paths[i], &value, &n) &&
+                util_utf16_basename(value, n, false, im->backing_name, sizeof(im->backing_name));
+    if (!found && !im->opt->no_backing && (im->depth || !im->opt->backing))
+        return msg_err(-EINVAL, "%s: does not name its parent; --backing FILE does", im->name);
+    if (!found)
+        util_copy(im->backing_name, sizeof(im->backing_name), "parent");
+    util_copy(im->backing_format, sizeof(im->backing_format), "vhdx");
+    im->has_parent_id = vhdx_locator_value(locator, len, "parent_linkage", &value, &n) &&
+                        vhdx_parse_guid(value, n, im->parent_id);
+    im->has_other_parent_id = vhdx_locator_value(locator, len, "parent_linkage2", &value, &n) &&
+                              vhdx_parse_guid(value, n, im->other_parent_id) && !vhdx_is_zero(im->other_parent_id);
+    if (!im->has_parent_id && !im->opt->force_parent)
+        return msg_err(-EINVAL, "%s: does not record its parent's identity; --force-parent takes any", im->name);
+    return 0;
+}
+
+static int vhdx_read_parent(struct image *im, const struct vhdx *v, uint8_t *room)
+{
+    uint64_t len = v->item[VHDX_LOCATOR].length;
+    int ret;
+
+    if (!v->has_parent)
+        return 0;
+    if (!len || len > VHDX_MAX_LOCATOR)
+        return vhdx_bad(im, "the length of the parent locator", len);
+    ret = vhdx_read_item(im, v, VHDX_LOCATOR, room, len);
+    return ret ? ret : vhdx_parse_locator(im, room, len);
+}
+
+static int vhdx_open(struct image *im)
+{
+    struct vhdx *v = im->state = util_fault("vhdx") ? NULL : calloc(1, sizeof(*v));
+    uint8_t *room = v ? malloc(VHDX_TABLE) : NULL;
+    int ret = 0;
+
+    if (!room)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        ret = msg_err(-EINVAL, "%s: a VHDX image is one file", im->name);
+    if (!ret)
+        ret = vhdx_read_headers(im, v, room);
+    if (!ret && im->dirty)
+        ret = vhdx_replay(im, v);
+    if (!ret)
+        ret = vhdx_read_regions(im, v, room);
+    if (!ret)
+        ret = vhdx_read_metadata(im, v, room);
+    if (!ret)
+        ret = vhdx_read_items(im, v);
+    if (!ret)
+        ret = vhdx_read_parent(im, v, room);
+    free(room);
+    return ret;
+}
+
+static void vhdx_close(struct image *im)
+{
+    free(im->state);
+}
+
+/* -- reading -- */
+
+/* Where a block may not lie. NULL: there. */
+static const char *vhdx_misplaced(const struct image *im, const struct vhdx *v, uint64_t offset, uint64_t length)
+{
+    if (offset < VHDX_MIB)
+        return "its block lies in the header";
+    if (offset >= im->files[0].size)
+        return "its block lies past the end of the file";
+    if (vhdx_overlaps(&v->bat, offset, length) || vhdx_overlaps(&v->metadata, offset, length) ||
+        (v->log.offset <= im->files[0].size && vhdx_overlaps(&v->log, offset, length)))
+        return "its block lies in the image's own tables";
+    return NULL;
+}
+
+static void vhdx_map_data(struct image *im, const struct vhdx *v, uint64_t host, uint64_t in_block, uint64_t length,
+                          struct extent *ext)
+{
+    struct file *f = &im->files[0];
+    const char *why = vhdx_misplaced(im, v, host, 1ull << v->block_bits);
+
+    if (!why && in_block >= f->size - host)
+        why = "its block lies past the end of the file";
+    if (why)
+        vhd_bad_extent(ext, length, why);
+    else
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_block), .file = f,
+                                .offset = host + in_block };
+}
+
+/* A block of which only those sectors are here whose bits in the chunk's sector bitmap are set. */
+static void vhdx_map_partial(struct image *im, const struct vhdx *v, uint64_t block, uint64_t host, uint64_t in_block,
+                             uint64_t length, struct extent *ext)
+{
+    uint64_t chunk = block >> v->chunk_bits, in_chunk = block & ((1ull << v->chunk_bits) - 1), bitmap, first, n;
+    uint64_t index = (chunk + 1) * ((1ull << v->chunk_bits) + 1) - 1, sector = 1ull << v->sector_bits;
+    const char *why;
+    bool here;
+
+    if (cache_le64(&im->files[0], v->bat.offset + index * 8, &bitmap)) {
+        vhd_bad_extent(ext, length, "the block table cannot be read");
+        return;
+    }
+    why = vhdx_misplaced(im, v, bitmap & -(uint64_t)VHDX_MIB, VHDX_MIB);
+    if ((bitmap & (VHDX_MIB - 1)) != VHDX_PRESENT)
+        why = "its sector bitmap is not there";
+    else if (!why && im->files[0].size - (bitmap & -(uint64_t)VHDX_MIB) < VHDX_MIB)
+        why = "its sector bitmap lies past the end of the file";
+    first = (in_chunk << (v->block_bits - v->sector_bits)) + (in_block >> v->sector_bits);
+    n = ((in_block + length - 1) >> v->sector_bits) - (in_block >> v->sector_bits) + 1;
+    if (!why && cache_bits(&im->files[0], bitmap & -(uint64_t)VHDX_MIB, first, n, false, &here, &n))
+        why = "its sector bitmap cannot be read";
+    if (why) {
+        vhd_bad_extent(ext, length, why);
+        return;
+    }
+    length = util_min(length, n * sector - (in_block & (sector - 1)));
+    if (here)
+        vhdx_map_data(im, v, host, in_block, length, ext);
+    else
+        *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
+}
+
+/*
+ * Blocks whose contents are "undefined" or "unmapped" may read as anything but the parent's data: zeros, as with
+ * everyone else.
+ */
+static void vhdx_map_entry(struct image *im, const struct vhdx *v, uint64_t block, uint64_t entry, uint64_t in_block,
+                           uint64_t length, struct extent *ext)
+{
+    uint32_t state = entry & 7;
+    uint64_t host = entry & -(uint64_t)VHDX_MIB;
+
+    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    if (entry & VHDX_ENTRY_RESERVED)
+        vhd_bad_extent(ext, length, "its block table entry has reserved bits set");
+    else if (state == VHDX_ABSENT && v->has_parent)
+        ext->kind = EXT_BACKING;
+    else if (state <= VHDX_UNMAPPED)
+        ;
+    else if (state == VHDX_PRESENT)
+        vhdx_map_data(im, v, host, in_block, length, ext);
+    else if (state == VHDX_PARTIAL && v->has_parent)
+        vhdx_map_partial(im, v, block, host, in_block, length, ext);
+    else
+        vhd_bad_extent(ext, length, "its block is in a state that cannot be");
+}
+
+static int vhdx_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vhdx *v = im->state;
+    uint64_t size = 1ull << v->block_bits, left = length, block, here, entry;
+    struct extent next;
+
+    (void)exact;
+    ext->length = 0;
+    for (unsigned n = 0; left && n < VHDX_LOOK_AHEAD; n++, left -= next.length, offset += next.length) {
+        block = offset >> v->block_bits;
+        here = util_min(left, size - (offset & (size - 1)));
+        if (cache_le64(&im->files[0], v->bat.offset + (block + (block >> v->chunk_bits)) * 8, &entry))
+            vhd_bad_extent(&next, here, "the block table cannot be read");
+        else
+            vhdx_map_entry(im, v, block, entry, offset & (size - 1), here, &next);
+        if (!vhd_append(ext, &next))
+            break;
+    }
+    return 0;
+}
+
+static void vhdx_info(struct image *im, struct out *out)
+{
+    const struct vhdx *v = im->state;
+    char id[2 * sizeof(im->id) + 1];
+
+    util_hex(im->id, sizeof(im->id), id);
+    out_text(out, "subformat", v->has_parent ? "differencing" : "fixed or dynamic");
+    out_number(out, "sector-size", 1u << v->sector_bits);
+    out_text(out, "data-write-id", id);
+    if (im->dirty)
+        out_number(out, "replayed-pages", im->files[0].n_patches);
+}
+
+static const struct image_format vhdx_format = {
+    .name = "vhdx",
+    .describe = "VHDX images of Hyper-V: fixed, dynamic, differencing; the log is replayed in memory",
+    .writes = "-",
+    .probe = vhdx_probe,
+    .open = vhdx_open,
+    .map = vhdx_map,
+    .info = vhdx_info,
+    .close = vhdx_close,
+};
+
+/* ******************************************************************************************************** *
  * 10. Image core
  *
  * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
@@ -2418,7 +3355,7 @@ static const struct image_format vhd_format = {
  * In the order of who wins when two are equally certain. VHD comes before what is told by its head: a guest writes
  * the head of its fixed disk, but not the footer behind it.
  */
-static const struct image_format *const img_formats[] = { &raw_format, &vhd_format, &qcow2_format };
+static const struct image_format *const img_formats[] = { &raw_format, &vhd_format, &vhdx_format, &qcow2_format };
 
 enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
 
@@ -2439,7 +3376,6 @@ static const struct {
     { "a VMDK image (COWD)", 0, 4, false, "COWD" },
     { "a VMDK image (seSparse)", 0, 8, false, "\xbe\xba\xfe\xca\0\0\0\0" },
     { "a VMDK descriptor", 0, 21, false, "# Disk DescriptorFile" },
-    { "a VHDX image", 0, 8, false, "vhdxfile" },
     { "a VDI image", 64, 4, false, "\x7f\x10\xda\xbe" },
     { "a Parallels image", 0, 16, false, "WithoutFreeSpace" },
     { "a Parallels image", 0, 16, false, "WithouFreSpacExt" },
@@ -2728,7 +3664,8 @@ static int img_check_identity(const struct image *im, const struct image *base)
 {
     char want[2 * sizeof(im->id) + 1], got[2 * sizeof(im->id) + 1];
 
-    if (!im->has_parent_id || memcmp(im->parent_id, base->id, sizeof(im->id)) == 0)
+    if (!im->has_parent_id || memcmp(im->parent_id, base->id, sizeof(im->id)) == 0 ||
+        (im->has_other_parent_id && memcmp(im->other_parent_id, base->id, sizeof(im->id)) == 0))
         return 0;
     util_hex(im->parent_id, sizeof(im->id), want);
     util_hex(base->id, sizeof(im->id), got);
@@ -3221,11 +4158,13 @@ static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
     return wrong ? wrong : part_no_table;
 }
 
-/* Which sector size the device itself has; 0: the table will show. */
+/* Which sector size the device itself has, or the disk in the image; 0: the table will show. */
 static uint32_t part_device_sector(const struct image *im)
 {
     int sector = 0;
 
+    if (im->sector_size > 512)      /* one of 512 may also be a copy of one with larger sectors */
+        return im->sector_size;
     if (!im->files[0].is_blk || util_ioctl(im->files[0].fd, BLKSSZGET, &sector) < 0)
         return 0;
     return sector == 512 || sector == 4096 ? (uint32_t)sector : 0;
@@ -4957,7 +5896,7 @@ struct options {
     char *snapshot, *backing, *backing_format, *data_file, *allow_external;
     unsigned n_images;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        no_backing, force_parent, lazy, verbose, quiet;
+        no_backing, force_parent, ignore_log, lazy, verbose, quiet;
     bool mount_helper; /* called by mount(8) */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
@@ -5167,6 +6106,7 @@ static int run_open_image(struct run *r)
         .allow_external = o->allow_external,
         .no_backing = o->no_backing,
         .force_parent = o->force_parent,
+        .ignore_log = o->ignore_log,
         .parts = !o->no_parts,
         .lock = !o->share,
     };
@@ -5915,6 +6855,8 @@ static const struct opt {
       "open no backing file; its data reads as errors" },
     { 0, "force-parent", NULL, OPT_SET, OPT_AT(force_parent), 0,
       "take a parent whose identity is another one" },
+    { 0, "ignore-log", NULL, OPT_SET, OPT_AT(ignore_log), 0,
+      "read a VHDX whose log cannot be replayed without it" },
     { 0, "cache-size", "N[kMGT]", OPT_SIZE, OPT_AT(cache_size), 1, "for tables and decoded clusters (64M)" },
     { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0,
       "IMAGE alone, even if it looks like a part of a split image" },

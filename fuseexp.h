@@ -30,6 +30,8 @@
 #define MAX_THREADS 64
 #define DEFAULT_THREADS 16
 #define MAX_IMAGE_SIZE INT64_MAX    /* the kernel's file offsets are signed */
+#define FILE_PATCH 4096             /* bytes of a file that are replaced at once */
+#define FILE_MAX_PATCHES 16384      /* 64 MiB of one file */
 #define MAX_WAITERS 16              /* concurrent `fuseexp --umount` on one mount */
 
 /* ---- host files: file_ --------------------------------------------------------------------------------- */
@@ -39,8 +41,15 @@
  * Immutable after file_open() but for the atomics. All calls may run in parallel; there is no file position.
  *   file_pread   fills the whole range or fails; *done says how much of the front is good. A range past the
  *                file's end is -EIO, not zeros: the file was truncated underneath.
+ *   file_patch   replaces a page of what readers see, in memory: a log that is replayed without writing. At open
+ *                only; file_pread honours it, file_splice refuses such ranges. Writing to such a file is undefined.
  *   file_sync    -EIO for ever once a write-back has failed (the kernel reports it once, we remember).
  */
+struct file_patch {
+    uint64_t offset;                /* a multiple of FILE_PATCH */
+    uint8_t *page;                  /* owned; NULL: zeros */
+};
+
 struct file {
     int fd;
     uint16_t id;                    /* for the cache's keys: no two files of this process share one */
@@ -50,6 +59,10 @@ struct file {
     uint64_t size;                  /* at open; see image.size for what is served */
     struct stat st;                 /* at open */
     _Atomic int latched;            /* the first failed write-back, 0 or -errno */
+    bool overlaid;                  /* it is read with patches, or as longer than it is: */
+    uint32_t n_patches;
+    struct file_patch *patches;     /* sorted, room for FILE_MAX_PATCHES */
+    uint64_t stored;                /* bytes that are there; from here to size zeros */
     enum { FILE_MAY_SLEEP, FILE_ALWAYS_SLEEPS, FILE_NEVER_SLEEPS } sleep;   /* do reads wait for a disk? */
 };
 
@@ -71,7 +84,7 @@ struct image_options {
     const char *backing, *backing_format;   /* top: instead of what it says */
     const char *data_file;          /* top */
     const char *allow_external;     /* a folder that names in images may lead to */
-    bool no_backing, force_parent, parts, lock;
+    bool no_backing, force_parent, ignore_log, parts, lock;
 };
 
 enum extent_kind {
@@ -157,6 +170,9 @@ struct image {
     bool dirty;                     /* likewise: says of itself that it was not closed properly */
     uint8_t id[16], parent_id[16];  /* likewise: its identity, and the one that its backing file must have ... */
     bool has_parent_id;             /* ... if this says so */
+    uint8_t other_parent_id[16];    /* likewise: or this one */
+    bool has_other_parent_id;
+    uint32_t sector_size;           /* likewise: the disk's logical sectors; 0: the image does not say */
     unsigned depth;                 /* 0: the image that the user named */
     struct image *child;            /* whose backing file this is */
     const char *name;               /* the first file's path */
