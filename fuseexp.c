@@ -2885,7 +2885,7 @@ static int vhdx_log_apply(struct vhdx_log *log, const struct vhdx_entry *head)
     unsigned n = 0;
     int ret = 0;
 
-    log->budget = 4 * log->length;      /* also what ends this, should the file change underneath */
+    log->budget = 4 * log->length + (1 << 20);      /* also what ends this, should the file change underneath */
     for (; !ret && e.at != head->at; total += e.length, n++) {
         ret = vhdx_entry_header(log, head->tail + total, &e) ? vhdx_entry_walk(log, &e, true) : -EINVAL;
         flushed = e.flushed > flushed ? e.flushed : flushed;
@@ -2911,7 +2911,7 @@ static int vhdx_replay(struct image *im, const struct vhdx *v)
 {
     struct file *f = &im->files[0];
     struct vhdx_log log = { .im = im, .guid = v->log_guid, .offset = v->log.offset, .length = v->log.length,
-                            .budget = 16 * v->log.length + (64 << 20) };
+                            .budget = 8 * v->log.length + (64 << 20) };
     struct vhdx_entry head = { 0 };
 
     if (im->opt->ignore_log) {
