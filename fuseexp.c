@@ -420,15 +420,53 @@ static bool util_fault(const char *what)
     return true;
 }
 
+/* FUSEEXP_FAIL_NTH=n: the n-th change of a host file, or barrier, fails, with FUSEEXP_FAIL_ERRNO too. */
+static bool util_fault_nth(const char *what)
+{
+    static _Atomic unsigned long count;
+    const char *env = getenv("FUSEEXP_FAIL_NTH");
+
+    return env && (strcmp(what, "write") == 0 || strcmp(what, "sync") == 0 || strcmp(what, "truncate") == 0 ||
+                   strcmp(what, "fallocate") == 0) && ++count == strtoul(env, NULL, 10);
+}
+
 static bool util_fault_op(const char *what)
 {
     const char *env = getenv("FUSEEXP_FAIL_OP"), *err = getenv("FUSEEXP_FAIL_ERRNO");
 
-    if (!env || strcmp(env, what) != 0)
+    if ((!env || strcmp(env, what) != 0) && !util_fault_nth(what))
         return false;
     errno = err ? atoi(err) : EIO;
     return true;
 }
+
+/*
+ * FUSEEXP_RECORD=file: every change of a host file and every barrier, in the order in which they happened: a letter
+ * (write, sync, truncate, punch), the file's number, offset and length as 64-bit numbers, and the data of a write.
+ */
+static pthread_mutex_t util_record_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void util_record(char op, unsigned file, uint64_t offset, uint64_t len, const void *data)
+{
+    static int fd = -1;
+    const char *path = getenv("FUSEEXP_RECORD");
+    uint64_t head[4] = { (uint64_t)op, file, offset, len };
+    struct iovec iov[2] = { { head, sizeof(head) }, { (void *)(uintptr_t)data, op == 'W' ? len : 0 } };
+
+    if (path && fd < 0)
+        fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    if (path && writev(fd, iov, 2) < 0)
+        msg_err(0, "cannot record");
+}
+#define util_record_begin() pthread_mutex_lock(&util_record_lock)
+#define util_record_end(good, op, f, offset, len, data) \
+    do { \
+        int record_errno = errno; \
+        if (good) \
+            util_record((op), (f)->id, (offset), (len), (data)); \
+        pthread_mutex_unlock(&util_record_lock); \
+        errno = record_errno; \
+    } while (0)
 
 /* FUSEEXP_BAD_SECTORS=offset,length: a place of every host file that cannot be read. */
 static bool util_fault_at(uint64_t offset, uint64_t len)
@@ -443,6 +481,8 @@ static bool util_fault_at(uint64_t offset, uint64_t len)
     return true;
 }
 #else
+#define util_record_begin() ((void)0)
+#define util_record_end(good, op, f, offset, len, data) ((void)0)
 #define util_fault(what) false
 #define util_fault_op(what) false
 #define util_fault_at(offset, len) false
@@ -1236,7 +1276,9 @@ static ssize_t file_pwrite_some(struct file *f, const void *buf, uint64_t len, u
         return -1;
     if (f->sleep != FILE_NEVER_SLEEPS)
         pool_block();
+    util_record_begin();
     n = pwrite(f->fd, buf, len, (off_t)offset);
+    util_record_end(n > 0, 'W', f, offset, (uint64_t)n, buf);
     if (f->sleep != FILE_NEVER_SLEEPS)
         pool_unblock();
     return n;
@@ -1267,7 +1309,9 @@ static int file_sync(struct file *f)
     if (ret)
         return ret;
     pool_block();
+    util_record_begin();
     ret = util_fault_op("sync") || fdatasync(f->fd) < 0 ? -errno : 0;
+    util_record_end(!ret, 'S', f, 0, 0, NULL);
     pool_unblock();
     if (!ret)
         return 0;
@@ -1282,9 +1326,11 @@ static int file_fallocate(struct file *f, int mode, uint64_t offset, uint64_t le
     int ret;
 
     pool_block();
+    util_record_begin();
     do
         ret = util_fault_op("fallocate") ? -1 : fallocate(f->fd, mode, (off_t)offset, (off_t)len);
     while (ret < 0 && errno == EINTR);
+    util_record_end(ret == 0, 'P', f, offset, len, NULL);
     ret = ret < 0 ? -errno : 0;
     pool_unblock();
     return ret == -ENOSYS || ret == -ENODEV ? -EOPNOTSUPP : ret;
@@ -1292,8 +1338,11 @@ static int file_fallocate(struct file *f, int mode, uint64_t offset, uint64_t le
 
 static int file_truncate(struct file *f, uint64_t size)
 {
-    int ret = util_fault_op("truncate") || ftruncate(f->fd, (off_t)size) < 0 ? -errno : 0;
+    int ret;
 
+    util_record_begin();
+    ret = util_fault_op("truncate") || ftruncate(f->fd, (off_t)size) < 0 ? -errno : 0;
+    util_record_end(!ret, 'T', f, size, 0, NULL);
     if (!ret)
         f->size = size;
     return ret;
@@ -3669,12 +3718,17 @@ static int qcow2_make_block(struct image *im, uint64_t cluster)
 static int qcow2_commit_locked(struct image *im);
 static void qcow2_free_locked(struct qcow2_writer *w, uint64_t first, uint64_t n);
 
-/* One field of the header, in one write: no sector is torn, so it is the old or the new. */
+/*
+ * One field of the header, in one write: no sector is torn, so it is the old or the new. Right after a commit, so
+ * that no change of the header waits in memory.
+ */
 static int qcow2_write_header(struct image *im, uint64_t offset, const uint8_t *bytes, uint64_t len)
 {
     uint64_t done;
     int ret = file_pwrite(&im->files[0], bytes, len, offset, &done);
 
+    if (!ret)
+        ret = cache_reload(&im->files[0], 0, 512);
     return ret ? ret : file_sync(&im->files[0]);
 }
 
@@ -4365,13 +4419,12 @@ static int qcow2_count_before_writing(struct image *im, bool *sound)
         memset(&c, 0, sizeof(c));
         c.corruption_lines = c.leak_lines = OUT_FINDINGS;
     }
-    if (!ret && *sound)
-        ret = qcow2_check(im, &c);
-    if (!ret && (c.corruptions || c.errors)) {
+    if (ret || (*sound && (qcow2_check(im, &c) || c.corruptions || c.errors))) {
+        ret = 0;
         *sound = false;
         msg_say(MSG_ERROR, "%s: is corrupt (%" PRIu64 " findings): served read-only; --check lists them, --check --repair "
                 "mends what can be mended", im->name, c.corruptions + c.errors);
-    } else if (!ret && !*sound) {
+    } else if (!*sound) {
         msg_say(MSG_ERROR, "%s: is marked corrupt: served read-only; --check says why, --check --repair mends what can be "
                 "mended", im->name);
     }
@@ -4533,45 +4586,41 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
     return 0;
 }
 
-static int qcow2_write_size(struct image *im, uint64_t size)
-{
-    uint8_t bytes[8];
-
-    qcow2_put_be64(bytes, size);
-    return qcow2_write_header(im, 24, bytes, sizeof(bytes));
-}
-
-/* What a longer backing file has there must not appear; what was cut off must not come back. */
+/*
+ * The size goes to the header with the next commit. What a longer backing file has there must not appear; what was
+ * cut off must not come back.
+ */
 static int qcow2_resize(struct image *im, uint64_t size)
 {
     struct qcow2 *q = im->state;
     uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits, old = im->size, done;
+    bool hidden = im->backing && im->backing->size > util_min(old, size);
     int ret = 0;
 
-    if (!q->w || q->n_snapshots)
-        return -EOPNOTSUPP;         /* QEMU does not either, in images of version 2 */
-    pthread_mutex_lock(&q->w->commit_lock);
-    pthread_mutex_lock(&q->w->lock);
-    if (size > old)
+    if (!q->w || (q->v2 && q->n_snapshots))
+        return -EOPNOTSUPP;         /* snapshots of version 2 do not know their size */
+    if (size > old && ((size - 1) >> covers) + 1 > q->l1_entries) {
+        pthread_mutex_lock(&q->w->commit_lock);
+        pthread_mutex_lock(&q->w->lock);
         ret = qcow2_grow_l1_locked(im, ((size - 1) >> covers) + 1);
-    pthread_mutex_unlock(&q->w->lock);
-    pthread_mutex_unlock(&q->w->commit_lock);
+        pthread_mutex_unlock(&q->w->lock);
+        pthread_mutex_unlock(&q->w->commit_lock);
+    }
+    if (!ret && size < old) {
+        ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, old - size, size, &done);
+    } else if (!ret && hidden) {
+        im->size = size;
+        ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, util_min(size, im->backing->size) - old, old, &done);
+        im->size = old;
+    }
+    if (!ret && hidden)
+        ret = qcow2_sync(im, false);
     if (ret)
         return ret;
-    if (size > old) {
-        im->size = size;
-        if (im->backing && im->backing->size > old)
-            ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, util_min(size, im->backing->size) - old, old, &done);
-        im->size = old;
-    } else {
-        ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, old - size, size, &done);
-    }
-    if (!ret)
-        ret = qcow2_sync(im, false);
-    if (!ret)
-        ret = qcow2_write_size(im, size);
-    if (!ret)
-        q->size = size;
+    pthread_mutex_lock(&q->w->lock);
+    ret = qcow2_store_be64(im, 24, size, CACHE_MAPPING);
+    pthread_mutex_unlock(&q->w->lock);
+    q->size = ret ? q->size : size;
     return ret;
 }
 
@@ -4808,6 +4857,7 @@ static const struct image_format qcow2_format = {
     .write = qcow2_write,
     .zero = qcow2_zero,
     .sync = qcow2_sync,
+    .repair = qcow2_repair,
     .resize = qcow2_resize,
     .info = qcow2_info,
     .snapshots = qcow2_list_snapshots,
@@ -8942,6 +8992,140 @@ static int img_open_backing(struct image *im)
 }
 
 /*
+ * -- overlays --
+ *
+ * What is written to an image of any format goes into a qcow2 overlay, and the image stays as it is. QEMU can go on
+ * with such an overlay where it knows the format below; what it would read wrongly (split images, snapshots) is
+ * recorded as a format that it refuses.
+ */
+
+static const char *img_overlay_format(const struct image *base)
+{
+    return base->n_files > 1 && base->format == &raw_format ? "split-raw"
+           : base->opt->snapshot                            ? "snapshot"
+                                                            : base->format->name;
+}
+
+/* The image's name as seen from the overlay's folder, or else absolute. */
+static int img_overlay_backing(const struct image *base, const char *overlay, char name[PATH_MAX])
+{
+    char folder[PATH_MAX], real[PATH_MAX];
+    size_t len;
+
+    if (!realpath(base->files[0].path, name))
+        return msg_err(-errno, "%s: %s", base->name, strerror(errno));
+    snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(overlay) - overlay), overlay);
+    if (!realpath(*folder ? folder : ".", real))
+        return msg_err(-errno, "%s: %s", overlay, strerror(errno));
+    len = strlen(real);
+    if (strncmp(name, real, len) == 0 && name[len] == '/' && !strchr(name + len + 1, '/'))
+        memmove(name, name + len + 1, strlen(name + len + 1) + 1);
+    return strlen(name) <= 1023 ? 0 : msg_err(-ENAMETOOLONG, "%s: too long a path to be recorded", name);
+}
+
+/* A file without a name, in a folder; `near` may be a file of that folder. */
+static int img_unnamed_file(const char *folder)
+{
+    char name[PATH_MAX];
+    int fd = util_fault("temporary file") ? -1 : open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+
+    if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL))
+        return fd < 0 ? -errno : fd;
+    if ((size_t)snprintf(name, sizeof(name), "%s/.fuseexp-XXXXXX", folder) >= sizeof(name))
+        return -ENAMETOOLONG;
+    fd = mkostemp(name, O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    unlink(name);
+    return fd;
+}
+
+/* Makes the file appear when it is complete: nobody meets half an overlay. */
+static int img_link_overlay(int fd, const char *path)
+{
+    char proc[40];
+
+    snprintf(proc, sizeof(proc), "/proc/self/fd/%d", fd);
+    return linkat(AT_FDCWD, proc, AT_FDCWD, path, AT_SYMLINK_FOLLOW) < 0 ? -errno : 0;
+}
+
+static int img_make_overlay(struct image *im, const struct image *base, const char *path, bool temporary)
+{
+    char backing[PATH_MAX], folder[PATH_MAX];
+    bool named = false;
+    int fd, ret = img_overlay_backing(base, path, backing);
+
+    if (ret)
+        return ret;
+    snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(path) - path), path);
+    fd = img_unnamed_file(*folder ? folder : ".");
+    if (fd < 0)
+        return msg_err(fd, "%s: cannot make %s: %s", path, temporary ? "a file there" : "the overlay", strerror(-fd));
+    im->n_files = 1;
+    ret = file_adopt(&im->files[0], path, fd, true);
+    if (!ret) {
+        ret = qcow2_create(&im->files[0], base->size, backing, img_overlay_format(base));
+        if (ret)
+            msg_err(ret, "%s: cannot make the overlay: %s", path, strerror(-ret));
+    }
+    if (!ret && !temporary) {
+        ret = img_link_overlay(fd, path);
+        if (ret == -EXDEV || ret == -EPERM || ret == -ENOENT || ret == -EOPNOTSUPP)
+            ret = msg_err(ret, "%s: this file system cannot give a name to a finished file: %s; qemu-img create makes "
+                          "an overlay", path, strerror(-ret));
+        else if (ret)
+            msg_err(ret, "%s: %s", path, strerror(-ret));
+        named = !ret;
+    }
+    im->made = named;
+    return ret;
+}
+
+/* One that is there already must have been made over this very image. */
+static int img_check_overlay(const struct image *im, const struct image *base)
+{
+    char path[PATH_MAX + 1024];
+    struct stat st;
+
+    snprintf(path, sizeof(path), "%.*s%s", im->backing_name[0] == '/' ? 0 : (int)(util_basename(im->name) - im->name),
+             im->name, im->backing_name);
+    if (!*im->backing_name)
+        return msg_err(-EINVAL, "%s: is not an overlay: it has no backing file", im->name);
+    if (stat(path, &st) < 0 || st.st_dev != base->files[0].st.st_dev || st.st_ino != base->files[0].st.st_ino)
+        return msg_err(-EINVAL, "%s: is not an overlay of %s, but of %s", im->name, base->name, im->backing_name);
+    if (strcmp(im->backing_format, img_overlay_format(base)) != 0)
+        return msg_err(-EINVAL, "%s: is an overlay of %s as %s, not as %s", im->name, base->name, im->backing_format,
+                       img_overlay_format(base));
+    return 0;
+}
+
+/*
+ * Opens `im` as an overlay of base, which is open, and then belongs to it. path: the overlay, made if it does not
+ * exist; with `temporary` the name that an unnamed one would have.
+ */
+static int img_open_overlay(struct image *im, struct image *base, const char *path, bool temporary,
+                            const struct image_options *opt)
+{
+    bool there = !temporary && access(path, F_OK) == 0;
+    int ret = img_begin(im, path);
+
+    im->opt = opt;
+    im->format = &qcow2_format;
+    im->n_given = 1;
+    if (!ret)
+        ret = there ? img_add_file(im, path) : img_make_overlay(im, base, path, temporary);
+    if (!ret)
+        ret = img_finish(im);
+    if (!ret && there)
+        ret = img_check_overlay(im, base);
+    if (ret)
+        return ret;
+    im->backing = base;
+    base->child = im;
+    return 0;
+}
+
+/*
  * As image_format.map, but for any offset and through the whole chain: never EXT_BACKING. What lies past the
  * end of the image is bad, not zero; past the end of a backing file that is shorter than its child it is
  * zero.
@@ -8954,7 +9138,7 @@ static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     for (;; im = im->backing, length = ext->length) {
         size = im->size;
         if (offset >= size) {
-            *ext = (struct extent){ .kind = im->depth ? EXT_ZERO : EXT_BAD, .length = length,
+            *ext = (struct extent){ .kind = im->child ? EXT_ZERO : EXT_BAD, .length = length,
                                     .depth = im->depth ? im->depth - 1 : 0,
                                     .why = "past the end of the image" };
             return 0;
@@ -11445,10 +11629,10 @@ enum opt_action { ACT_EXPORT, ACT_INFO, ACT_MAP, ACT_CHECK, ACT_UMOUNT, ACT_FORM
 
 struct options {
     char **images, **command, *mountpoint, *format, *pidfile, *extra;
-    char *snapshot, *backing, *backing_format, *data_file, *allow_external, *error_map;
+    char *snapshot, *backing, *backing_format, *data_file, *allow_external, *error_map, *overlay, *temporary;
     unsigned n_images;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        no_backing, force_parent, ignore_log, strict, lazy, verbose, quiet, json;
+        no_backing, force_parent, ignore_log, strict, lazy, verbose, quiet, json, repair, read_only;
     bool mount_helper; /* called by mount(8) */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
@@ -11457,8 +11641,9 @@ struct options {
 
 struct run {
     const struct options *o;
-    struct image_options image_options;
+    struct image_options image_options, overlay_options;
     struct image im;
+    char overlay_path[PATH_MAX];
     struct view views[MAX_VIEWS];
     unsigned n_views;
     struct server srv;
@@ -11471,7 +11656,7 @@ struct run {
     int sig_fd, ctl_fd, ready_fd, log_fd;
     pid_t server, command;          /* 0: not running (any more) */
     int server_status, command_status;
-    bool ready, not_ready, made_error_map;
+    bool ready, not_ready, made_error_map, made_overlay;
     int waiters[MAX_WAITERS];       /* connected to ctl_fd */
     unsigned n_waiters;
     unsigned stop_signals;          /* INT, TERM, HUP so far */
@@ -11663,6 +11848,41 @@ static struct image_options run_image_options(const struct options *o)
     };
 }
 
+/* Where a temporary overlay grows: not where memory is, if there is a choice. */
+static void run_temporary_path(const struct options *o, char path[PATH_MAX])
+{
+    const char *folder = *o->temporary ? o->temporary : getenv("TMPDIR");
+
+    if (!folder || !*folder)
+        folder = access("/var/tmp", W_OK) == 0 ? "/var/tmp" : "/tmp";
+    snprintf(path, PATH_MAX, "%s/(temporary overlay)", folder);
+}
+
+static int run_open_overlay(struct run *r)
+{
+    const struct options *o = r->o;
+    struct image *base = util_fault("overlay") ? NULL : calloc(1, sizeof(*base));
+    int ret;
+
+    if (!base)
+        return msg_err(-ENOMEM, "out of memory");
+    r->overlay_options = (struct image_options){
+        .format = "qcow2", .lock = !o->share, .zero_errors = o->on_error, .no_backing = o->no_backing
+    };
+    if (o->temporary)
+        run_temporary_path(o, r->overlay_path);
+    else if (!util_copy(r->overlay_path, sizeof(r->overlay_path), o->overlay))
+        return msg_err(-ENAMETOOLONG, "%s: path too long", o->overlay);
+    ret = img_open(base, o->images, o->n_images, &r->image_options);
+    if (!ret)
+        ret = img_open_overlay(&r->im, base, r->overlay_path, o->temporary, &r->overlay_options);
+    if (ret && !r->im.backing) {
+        img_close(base);
+        free(base);
+    }
+    return ret;
+}
+
 static int run_open_image(struct run *r)
 {
     const struct options *o = r->o;
@@ -11679,7 +11899,9 @@ static int run_open_image(struct run *r)
     r->image_options = run_image_options(o);
     ret = cache_start(o->cache_size);
     if (!ret)
-        ret = img_open(&r->im, o->images, o->n_images, &r->image_options);
+        ret = o->overlay || o->temporary ? run_open_overlay(r)
+                                         : img_open(&r->im, o->images, o->n_images, &r->image_options);
+    r->made_overlay = r->im.made;
     if (ret)
         return ret;
     /* Looked at before anything is mounted there: a folder shows the partitions too. */
@@ -12163,6 +12385,8 @@ out_mountpoint:
 out_error_map:
     run_drop_error_map(r);
 out_image:
+    if (r->made_overlay && !r->ready)
+        unlink(r->overlay_path);
     img_close(&r->im);
     cache_stop();
 out_control:
@@ -12286,7 +12510,7 @@ static int cmd_umount(const struct options *o)
 static int cmd_look(const struct options *o, int (*look)(struct image *im, bool json))
 {
     struct image_options opt = run_image_options(o);
-    struct image im = { .files = NULL };
+    struct image im = { .writable = o->repair };
     int status = EXIT_FAILED;
 
     opt.top_only = o->action != ACT_MAP;
@@ -12448,13 +12672,15 @@ static double cmd_percent(uint64_t part, uint64_t all)
     return all ? 100.0 * (double)part / (double)all : 0;
 }
 
-static void cmd_check_json(const struct image *im, const struct check *c)
+static void cmd_check_json(const struct image *im, const struct check *c, uint64_t corruptions_fixed,
+                           uint64_t leaks_fixed)
 {
     const struct { const char *key; uint64_t value; } counts[] = {
         { "corruptions", c->corruptions },       { "leaks", c->leaks },
         { "image-end-offset", c->image_end },    { "total-clusters", c->total },
         { "allocated-clusters", c->allocated },  { "fragmented-clusters", c->fragmented },
-        { "compressed-clusters", c->compressed },
+        { "compressed-clusters", c->compressed },  { "corruptions-fixed", corruptions_fixed },
+        { "leaks-fixed", leaks_fixed },
     };
     struct out out = { .json = true };
 
@@ -12468,8 +12694,14 @@ static void cmd_check_json(const struct image *im, const struct check *c)
     out_close(&out);
 }
 
-static void cmd_check_lines(const struct image *im, const struct check *c)
+static void cmd_check_lines(const struct image *im, const struct check *c, uint64_t corruptions_fixed,
+                            uint64_t leaks_fixed)
 {
+    if (corruptions_fixed || leaks_fixed) {
+        out_plain(im->name);
+        printf(" (%s): %" PRIu64 " corruptions and %" PRIu64 " leaked clusters were mended\n", im->format->name,
+               corruptions_fixed, leaks_fixed);
+    }
     out_plain(im->name);
     printf(" (%s): ", im->format->name);
     if (c->errors)
@@ -12486,15 +12718,43 @@ static void cmd_check_lines(const struct image *im, const struct check *c)
 }
 
 /* The exit statuses are qemu-img's. */
+/*
+ * Looks, mends what can be mended, and looks again: what is left is what counts. c: left; the rest was mended.
+ */
+static int cmd_repair(struct image *im, struct check *c, uint64_t *corruptions, uint64_t *leaks)
+{
+    struct check found = *c, quiet = { .corruption_lines = OUT_FINDINGS, .leak_lines = OUT_FINDINGS };
+    int ret;
+
+    if (!im->format->repair)
+        return -EOPNOTSUPP;
+    if (!found.corruptions && !found.leaks && !im->dirty)
+        return 0;
+    *c = quiet;
+    ret = im->format->repair(im, &quiet);
+    if (ret)
+        return msg_err(ret, "%s: cannot be repaired: %s", im->name, strerror(-ret));
+    ret = img_check(im, c);
+    *corruptions = found.corruptions > c->corruptions ? found.corruptions - c->corruptions : 0;
+    *leaks = found.leaks > c->leaks ? found.leaks - c->leaks : 0;
+    c->corruption_lines = found.corruption_lines;
+    c->leak_lines = found.leak_lines;
+    return ret;
+}
+
 static int cmd_check(struct image *im, bool json)
 {
     struct check c = { .corruptions = 0 };
     unsigned left_out;
+    uint64_t corruptions_fixed = 0, leaks_fixed = 0;
     int ret = img_check(im, &c);
 
+    if (!ret && im->writable)
+        ret = cmd_repair(im, &c, &corruptions_fixed, &leaks_fixed);
     out_progress_wipe();
     if (ret == -EOPNOTSUPP)
-        return msg_err(EXIT_CHECK_NONE, "%s: is %s, which has nothing to check", im->name, im->format->name);
+        return msg_err(EXIT_CHECK_NONE, "%s: is %s, which %s", im->name, im->format->name,
+                       im->writable ? "cannot be repaired" : "has nothing to check");
     if (ret)
         return EXIT_FAILED;
     left_out = (c.corruption_lines > OUT_FINDINGS ? c.corruption_lines - OUT_FINDINGS : 0) +
@@ -12502,9 +12762,9 @@ static int cmd_check(struct image *im, bool json)
     if (left_out)
         msg_say(MSG_NOTE, "%s: %u more lines like these were left out", im->name, left_out);
     if (json)
-        cmd_check_json(im, &c);
+        cmd_check_json(im, &c, corruptions_fixed, leaks_fixed);
     else
-        cmd_check_lines(im, &c);
+        cmd_check_lines(im, &c, corruptions_fixed, leaks_fixed);
     return c.errors ? EXIT_FAILED : c.corruptions ? EXIT_CHECK_CORRUPT : c.leaks ? EXIT_CHECK_LEAKS : EXIT_OK;
 }
 
@@ -12693,7 +12953,6 @@ static bool cmd_self_test(int argc, char **argv, int *status)
 
 enum opt_kind {
     OPT_SET,
-    OPT_CLEAR,
     OPT_TEXT,
     OPT_SIZE,
     OPT_COUNT,
@@ -12717,8 +12976,11 @@ static const struct opt {
     { 'f', "foreground", NULL, OPT_SET, OPT_AT(foreground), 0, "stay in front" },
     { 'd', "debug", NULL, OPT_SET, OPT_AT(debug), 0, "show every request (and stay in front)" },
     { 's', "single-thread", NULL, OPT_SET, OPT_AT(single_thread), 0, "one worker" },
-    { 'r', "read-only", NULL, OPT_CLEAR, OPT_AT(writable), 0, "change nothing (the default)" },
+    { 'r', "read-only", NULL, OPT_SET, OPT_AT(read_only), 0, "change nothing (the default)" },
     { 'w', "writable", NULL, OPT_SET, OPT_AT(writable), 0, "let the export be written, and so the image" },
+    { 0, "overlay", "FILE", OPT_TEXT, OPT_AT(overlay), 0,
+      "like -w, but changes go to this qcow2 file (made if missing), not to IMAGE" },
+    { 0, "temporary", "[DIR]", OPT_TEXT, OPT_AT(temporary), 0, "the same with a file that is gone in the end" },
     { 'U', "force-share", NULL, OPT_SET, OPT_AT(share), 0, "read an image that another program has open" },
     { 'o', NULL, "OPT[,OPT...]", OPT_MOUNT, 0, 0, "long options without their dashes, and mount options" },
     { 'v', "verbose", NULL, OPT_SET, OPT_AT(verbose), 0, "say what is decided" },
@@ -12764,6 +13026,7 @@ static const struct opt {
     { 0, "info", NULL, OPT_ACTION, OPT_AT(action), ACT_INFO, "say what IMAGE is" },
     { 0, "map", NULL, OPT_ACTION, OPT_AT(action), ACT_MAP, "list what lies where" },
     { 0, "check", NULL, OPT_ACTION, OPT_AT(action), ACT_CHECK, "look for damage; changes nothing" },
+    { 0, "repair", NULL, OPT_SET, OPT_AT(repair), 0, "with --check: give back leaks, set refcounts right" },
     { 0, "json", NULL, OPT_SET, OPT_AT(json), 0, "with these three: for programs" },
     { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT,
       "unmount, and wait until the image is free" },
@@ -12780,6 +13043,15 @@ static const char *const opt_ignored[] = {
     "strictatime", "lazytime", "group",  "_netdev", "loop",
 };
 
+/* "[DIR]" is "[=DIR]" behind a name. */
+static const char *opt_shown_value(const struct opt *opt, char *text, size_t room)
+{
+    if (!opt->arg || *opt->arg != '[')
+        return opt->arg ? opt->arg : "";
+    snprintf(text, room, "[=%s", opt->arg + 1);
+    return text;
+}
+
 static int opt_usage(const char *text)
 {
     printf("Usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND [ARG...]]\n"
@@ -12792,14 +13064,15 @@ static int opt_usage(const char *text)
            text);
     for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
         const struct opt *opt = &opt_table[i];
-        char left[64];
+        char left[64], value[32];
         int n = 0;
         if (opt->letter)
             n = snprintf(left, sizeof(left), "-%c%s", opt->letter, opt->name ? ", " : "");
         else
             n = snprintf(left, sizeof(left), "    ");
         snprintf(left + n, sizeof(left) - (size_t)n, "%s%s%s%s", opt->name ? "--" : "",
-                 opt->name ? opt->name : "", opt->arg ? opt->name ? "=" : " " : "", opt->arg ? opt->arg : "");
+                 opt->name ? opt->name : "",
+                 !opt->arg || *opt->arg == '[' ? "" : opt->name ? "=" : " ", opt_shown_value(opt, value, sizeof(value)));
         printf("  %-32s %s\n", left, opt->help);
     }
     return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
@@ -12826,6 +13099,12 @@ static bool opt_choose(const char *choices, const char *value, uint32_t *index)
     return false;
 }
 
+/* A value in brackets may be left out. */
+static int opt_has_value(const struct opt *opt)
+{
+    return !opt->arg ? no_argument : *opt->arg == '[' ? optional_argument : required_argument;
+}
+
 static int opt_mount_options(struct options *o, char *list);
 
 static int opt_apply(struct options *o, const struct opt *opt, char *value)
@@ -12837,11 +13116,10 @@ static int opt_apply(struct options *o, const struct opt *opt, char *value)
 
     switch (opt->kind) {
     case OPT_SET:
-    case OPT_CLEAR:
-        *(bool *)at = opt->kind == OPT_SET;
+        *(bool *)at = true;
         return 0;
     case OPT_TEXT:
-        *(char **)at = value;
+        *(const char **)at = value ? value : "";
         return 0;
     case OPT_SIZE:
         if (!util_parse_size(value, &number) || (number == 0 && opt->value))
@@ -12893,7 +13171,7 @@ static int opt_mount_option(struct options *o, char *word)
     char *value = strchr(word, '=');
 
     if (strcmp(word, "ro") == 0) {
-        o->writable = false;
+        o->read_only = true;
         return 0;
     }
     if (strcmp(word, "allow_other") == 0) {
@@ -12911,7 +13189,7 @@ static int opt_mount_option(struct options *o, char *word)
         if (!opt->name || opt->kind == OPT_ACTION || strlen(opt->name) != len ||
             strncmp(opt->name, word, len) != 0)
             continue;
-        if (!opt->arg != !value)
+        if (opt_has_value(opt) != optional_argument && !opt->arg != !value)
             return msg_err(-EINVAL, "-o %s: %s", word, value ? "takes no value" : "needs a value");
         return opt_apply(o, opt, value ? value + 1 : NULL);
     }
@@ -12938,7 +13216,7 @@ static int opt_getopt(struct options *o, int argc, char **argv)
     memset(longs, 0, sizeof(longs));
     for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
         if (opt_table[i].name)
-            longs[n++] = (struct option){ opt_table[i].name, opt_table[i].arg != NULL, NULL, 256 + (int)i };
+            longs[n++] = (struct option){ opt_table[i].name, opt_has_value(&opt_table[i]), NULL, 256 + (int)i };
         if (opt_table[i].letter)
             shorts[at++] = opt_table[i].letter;
         if (opt_table[i].letter && opt_table[i].arg)
@@ -12974,7 +13252,7 @@ static int opt_parse_helper(struct options *o, int argc, char **argv)
         if (c == 'o')
             ret = opt_mount_options(o, optarg);
         else if (c == 'r')
-            o->writable = false;
+            o->read_only = true;
         else if (c == 'v')
             o->verbose = true;
         else if (c == 'f')
@@ -12988,7 +13266,9 @@ static int opt_parse_helper(struct options *o, int argc, char **argv)
 /* What says how to mount means nothing to a command that only looks: it was meant otherwise. */
 static int opt_check_look(const struct options *o)
 {
-    const char *lost = o->writable                  ? "-w"
+    const char *lost = o->overlay                   ? "--overlay"
+                       : o->temporary               ? "--temporary"
+                       : o->writable                ? "-w"
                        : o->offset                  ? "--offset"
                        : o->size                    ? "--size"
                        : o->partition               ? "--partition"
@@ -13003,6 +13283,13 @@ static int opt_check(struct options *o)
 {
     bool looks = o->action >= ACT_INFO && o->action <= ACT_CHECK;
 
+    if (o->overlay && o->temporary)
+        return msg_err(-EINVAL, "--overlay and --temporary: one or the other");
+    o->writable = (o->writable || o->overlay || o->temporary) && !o->read_only;
+    if (o->repair && o->action != ACT_CHECK)
+        return msg_err(-EINVAL, "--repair goes with --check");
+    if (o->repair && o->share)
+        return msg_err(-EINVAL, "--repair is not for an image that is in use");
     if (o->json && !looks)
         return msg_err(-EINVAL, "--json goes with --info, --map or --check");
     if (looks && opt_check_look(o))
@@ -13010,7 +13297,7 @@ static int opt_check(struct options *o)
     if (o->lazy && o->action != ACT_UMOUNT)
         return msg_err(-EINVAL, "-z goes with --umount");
     if (o->growable && !o->writable)
-        return msg_err(-EINVAL, "--growable goes with -w");
+        return msg_err(-EINVAL, "--growable goes with -w, --overlay or --temporary");
     if (o->growable && (o->offset || o->size || o->partition))
         return msg_err(-EINVAL,
                        "--growable goes with a whole image, not with --offset, --size or --partition");

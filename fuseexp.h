@@ -153,6 +153,7 @@ struct check {
  *   snapshots  writes the internal snapshots as list "snapshots" into the open object, if there are any; may be NULL.
  *   check   NULL: the core walks map() and finds what is bad or used twice. Else counts into *c what is wrong;
  *           < 0: could not be done.
+ *   repair  sets right what check finds; never touches data. NULL: cannot.
  *   close   frees im->state; may be NULL.
  */
 struct image_format {
@@ -169,6 +170,7 @@ struct image_format {
     void (*info)(struct image *im, struct out *out);
     int (*snapshots)(struct image *im, struct out *out);
     int (*check)(struct image *im, struct check *c);
+    int (*repair)(struct image *im, struct check *c);
     void (*close)(struct image *im);
 };
 
@@ -179,6 +181,7 @@ struct image {
     unsigned n_given;               /* named by the user */
     bool found_parts;               /* files past the first were found by name, not given by the user */
     bool writable, growable;
+    bool made;                      /* an overlay that was not there before */
     void *state;                    /* the driver's */
     const struct image_options *opt;
     struct image *backing;          /* opened and owned by the core; NULL: EXT_BACKING does not occur */
