@@ -4256,6 +4256,17 @@ static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint6
     return ret;
 }
 
+/* Has so much changed in memory that a commit is due? */
+static bool qcow2_is_due(struct qcow2_writer *w)
+{
+    bool due;
+
+    pthread_mutex_lock(&w->lock);
+    due = cache.n_dirty > QCOW2_MAX_DIRTY || w->freed.n > QCOW2_MAX_FREED / 2;
+    pthread_mutex_unlock(&w->lock);
+    return due;
+}
+
 /* Too much has changed in memory, or the refcount table is full: with a commit, or a longer table, it goes on. */
 static int qcow2_make_way(struct image *im, bool grow)
 {
@@ -4283,7 +4294,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
     int ret = 0, r;
 
     *done = 0;
-    if (cache.n_dirty > QCOW2_MAX_DIRTY || w->freed.n > QCOW2_MAX_FREED / 2)
+    if (qcow2_is_due(w))
         ret = qcow2_make_way(im, false);
     if (ret)
         return ret;
@@ -4387,7 +4398,7 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
     if (offset & (size - 1) || len < size)
         return qcow2_old_is_zero(im, offset, offset + *done) ? 0 : -EOPNOTSUPP;
     len = util_min(len & ~(size - 1), table - (offset & (table - 1)));
-    if (cache.n_dirty > QCOW2_MAX_DIRTY || q->w->freed.n > QCOW2_MAX_FREED / 2)
+    if (qcow2_is_due(q->w))
         ret = qcow2_make_way(im, false);
     if (ret)
         return ret;
@@ -4546,7 +4557,7 @@ static int qcow2_take_row_locked(struct image *im, uint64_t n, uint64_t *first)
 static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
 {
     struct qcow2 *q = im->state;
-    uint64_t size = qcow2_cluster(q), n, first, word, done, old = q->l1_entries, old_offset = q->l1_offset;
+    uint64_t size = qcow2_cluster(q), n, first = 0, word, done, old = q->l1_entries, old_offset = q->l1_offset;
     uint8_t header[12];
     int ret = 0;
 
@@ -4764,11 +4775,12 @@ static int qcow2_rebuild(struct qcow2_check *k)
     return ret;
 }
 
-/* With im opened for it, and nobody else. c: what was found; k->counts: how often every cluster is used. */
+/* With im opened for it, and nobody else. k->counts: how often every cluster is used. 1: all refcounts are new. */
 static int qcow2_mend(struct qcow2_check *k)
 {
     struct image *im = k->im;
     struct qcow2 *q = im->state;
+    bool rebuilt = false;
     uint64_t changed = 0;
     int ret = qcow2_start_writer(im);
 
@@ -4784,6 +4796,7 @@ static int qcow2_mend(struct qcow2_check *k)
     if (ret == -ESTALE) {
         cache_thaw(true);
         ret = qcow2_rebuild(k);
+        rebuilt = true;
         if (!ret)
             msg_say(MSG_NOTE, "%s: all refcounts were rebuilt", im->name);
     } else if (!ret && changed) {
@@ -4796,12 +4809,16 @@ static int qcow2_mend(struct qcow2_check *k)
     if (!ret)
         ret = qcow2_set_features(im, q->incompatible & ~(uint64_t)(QCOW2_DIRTY | QCOW2_CORRUPT), q->autoclear);
     qcow2_stop_writer(q);
-    return ret;
+    return ret ? ret : rebuilt;
 }
 
+/* What the old refcount table and its blocks took is free after a rebuild: that shows when all is counted again. */
 static int qcow2_repair(struct image *im, struct check *c)
 {
-    return qcow2_count_all(im, c, qcow2_mend);
+    struct check again = *c;
+    int ret = qcow2_count_all(im, c, qcow2_mend);
+
+    return ret <= 0 ? ret : qcow2_count_all(im, &again, qcow2_mend);
 }
 
 /* -- making overlays -- */
@@ -4816,9 +4833,9 @@ static int qcow2_create(struct file *f, uint64_t size, const char *backing, cons
     int ret = 0;
 
     if (!h)
-        return -ENOMEM;
+        return msg_err(-ENOMEM, "%s: out of memory", f->path);
     if (l1 * 8 > QCOW2_MAX_L1 || name > QCOW2_MAX_NAME || format > 31 || n > PER)
-        ret = -EFBIG;
+        ret = msg_err(-EFBIG, "%s: too large a disk for an overlay", f->path);
     qcow2_put_be32(h, QCOW2_MAGIC);
     qcow2_put_be32(h + 4, 3);
     qcow2_put_be32(h + 20, BITS);
@@ -9063,11 +9080,8 @@ static int img_make_overlay(struct image *im, const struct image *base, const ch
         return msg_err(fd, "%s: cannot make %s: %s", path, temporary ? "a file there" : "the overlay", strerror(-fd));
     im->n_files = 1;
     ret = file_adopt(&im->files[0], path, fd, true);
-    if (!ret) {
+    if (!ret)
         ret = qcow2_create(&im->files[0], base->size, backing, img_overlay_format(base));
-        if (ret)
-            msg_err(ret, "%s: cannot make the overlay: %s", path, strerror(-ret));
-    }
     if (!ret && !temporary) {
         ret = img_link_overlay(fd, path);
         if (ret == -EXDEV || ret == -EPERM || ret == -ENOENT || ret == -EOPNOTSUPP)
