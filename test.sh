@@ -4758,7 +4758,7 @@ demo() {
     echo "The demo worked: a compressed qcow2 image was exported, loop-mounted, read, and everything is gone again."
 }
 
-# One table, one run: rows are peers, columns are works; fio's JSON is the source. Images lie in a tmpfs.
+# One table per kind of image, all in one run: columns are peers, rows are works; fio's JSON is the source. Images lie in a tmpfs.
 bench_fio() {       # FILE FIELD fio options: iops or MiB/s
     local file=$1 field=$2
     shift 2
@@ -4766,53 +4766,108 @@ bench_fio() {       # FILE FIELD fio options: iops or MiB/s
         jq -r "[.jobs[] | .read.$field + .write.$field] | add | if \"$field\" == \"bw\" then . / 1024 else . end | floor" 2>/dev/null || echo 0
 }
 
-bench_cold() {      # FILE: MiB/s of dd, buffered, nothing cached (but a tmpfs image itself)
+bench_rate() {      # COMMAND...: MiB/s for the size of the image
     local ns
-    echo 1 >/proc/sys/vm/drop_caches
     ns=$(date +%s%N)
-    dd if="$1" of=/dev/null bs=128k status=none || { echo 0; return; }
+    "$@" >/dev/null 2>&1 || { echo 0; return; }
     ns=$(($(date +%s%N) - ns))
-    echo $(($(stat -c %s "$1") / 1048576 * 1000000000 / ns))
+    echo $((size / 1048576 * 1000000000 / ns))
+}
+
+bench_cp() {        # FILE: a file copied into ext4 on a loop device over the export, synced
+    local dev ns
+    mkdir -p mnt
+    dev=$(losetup -f --show "$1") || { echo 0; return; }
+    mkfs.ext4 -q -E lazy_itable_init=0 "$dev" && mount "$dev" mnt || { losetup -d "$dev"; echo 0; return; }
+    ns=$(date +%s%N)
+    cp "$data/random" mnt/ && sync -f mnt
+    ns=$(($(date +%s%N) - ns))
+    umount mnt; losetup -d "$dev"
+    echo $(($(stat -c %s "$data/random") / 1048576 * 1000000000 / ns))
 }
 
 bench_one() {       # WORK FILE
+    local w=(--ioengine=psync --direct=1)
     case $1 in
-    seq1M) bench_fio "$2" bw --readonly --rw=read --bs=1M --direct=1 --ioengine=psync ;;
-    cold) bench_cold "$2" ;;
-    rand4k-qd1) bench_fio "$2" iops --readonly --rw=randread --bs=4k --direct=1 --ioengine=psync ;;
+    seq1M) bench_fio "$2" bw --readonly --rw=read --bs=1M "${w[@]}" ;;
+    cold) echo 1 >/proc/sys/vm/drop_caches; bench_rate dd if="$2" of=/dev/null bs=128k ;;
+    rand4k-qd1) bench_fio "$2" iops --readonly --rw=randread --bs=4k "${w[@]}" ;;
     rand4k-qd32) bench_fio "$2" iops --readonly --rw=randread --bs=4k --direct=1 --ioengine=libaio --iodepth=32 ;;
-    rand4k-4jobs) bench_fio "$2" iops --readonly --rw=randread --bs=4k --direct=1 --ioengine=psync --numjobs=4 ;;
-    rand64k-4jobs) bench_fio "$2" bw --readonly --rw=randread --bs=64k --direct=1 --ioengine=psync --numjobs=4 ;;
+    rand4k-4jobs) bench_fio "$2" iops --readonly --rw=randread --bs=4k --numjobs=4 "${w[@]}" ;;
+    rand64k-4jobs) bench_fio "$2" bw --readonly --rw=randread --bs=64k --numjobs=4 "${w[@]}" ;;
+    fits) dd if="$2" of=/dev/null bs=1M count=40 iflag=direct status=none
+        bench_fio "$2" iops --readonly --rw=randread --bs=4k --direct=1 --ioengine=libaio --iodepth=32 --size=40M ;;
     write4k-qd32) bench_fio "$2" iops --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --iodepth=32 ;;
+    newseq) bench_rate dd if=/dev/zero of="$2" bs=1M count=$((size / 1048576)) oflag=direct conv=notrunc,fsync ;;
+    newrand) bench_fio "$2" bw --rw=randwrite --bs=64k --size="$size" --io_size="$size" --runtime=60 --time_based=0 --direct=1 --ioengine=libaio --iodepth=16 --end_fsync=1 ;;
+    fsync) bench_fio "$2" iops --rw=randwrite --bs=4k --fsync=1 --direct=1 --ioengine=psync ;;
+    cp) bench_cp "$2" ;;
     esac
 }
-bench_works=(seq1M cold rand4k-qd1 rand4k-qd32 rand4k-4jobs rand64k-4jobs write4k-qd32)
+bench_unit() { case $1 in *qd1 | *qd32 | rand4k* | fits | fsync) echo IOPS ;; ready) echo us ;; memory) echo 'KiB peak' ;; *) echo MiB/s ;; esac; }
 
-# Starts a peer on ./img at ./m and prints milliseconds until the file can be read; sets $file. False: not installed.
-bench_start() {     # PEER MODE(r|w)
-    local begin write=()
+# What every set has: format, works, and whether they write. Peers of a format that cannot do it are left out.
+bench_sets=(raw qcow2 zlib zstd fits qcow2-write qcow2-new vpc vhdx vdi vmdk stream)
+bench_set() {       # SET: sets $format, $works, $mode, $size
+    mode=r format=qcow2 works=(seq1M cold rand4k-qd32 rand4k-4jobs)
+    case $1 in
+    raw) format=raw works=(seq1M cold rand4k-qd1 rand4k-qd32 rand4k-4jobs rand64k-4jobs) ;;
+    zlib | zstd | stream) works=(seq1M cold) ;;
+    fits) works=(fits) ;;
+    qcow2-write) works=(write4k-qd32) mode=w ;;
+    qcow2-new) works=(newseq newrand fsync cp) mode=w ;;
+    vpc | vhdx | vdi | vmdk) format=$1 ;;
+    esac
+    [ "$1" != stream ] || format=vmdk
+    size=$(stat -c %s "$data/disk")
+}
+
+bench_image() {     # SET: makes ./img
+    case $1 in
+    raw) ln -f "$data/disk" img ;;
+    qcow2 | qcow2-write) qemu-img convert -f raw -O qcow2 "$data/full" img ;;
+    qcow2-new) qemu-img create -q -f qcow2 img "$size" ;;
+    zlib | fits) qemu-img convert -c -f raw -O qcow2 "$data/disk" img ;;
+    zstd) qemu-img convert -c -f raw -O qcow2 -o compression_type=zstd "$data/disk" img ;;
+    stream) qemu-img convert -f raw -O vmdk -o subformat=streamOptimized "$data/disk" img ;;
+    *) qemu-img convert -f raw -O "$1" "$data/full" img ;;
+    esac
+}
+
+# Starts a peer on ./img at ./m; sets $ready (microseconds until the file can be read) and $file. False: not installed, or cannot.
+bench_start() {     # PEER
+    local begin write=() ro=on
     file=$PWD/m
-    [ "$2" = r ] || write=(-w)
+    [ $mode = r ] || { write=(-w); ro=off; }
     begin=$(date +%s%N)
     case $1 in
-    native) file=$PWD/img ;;
-    fuseexp) "$fx" -q "${write[@]}" "${write[@]/#-w/--growable}" img m ;;
+    native) [ $format = raw ] || return 1; file=$PWD/img ;;
+    fuseexp) [ $format = raw ] || return 1; "$fx" -q "${write[@]}" img m ;;
     fuseexp-workers) "$fx" -q --no-passthrough "${write[@]}" img m ;;
     qemu-storage-daemon)
         : >m
-        qemu-storage-daemon --blockdev "driver=file,node-name=f,filename=img,cache.direct=off,read-only=$([ "$2" = w ] && echo off || echo on)" \
-            --blockdev "driver=raw,node-name=r,file=f,read-only=$([ "$2" = w ] && echo off || echo on)" \
-            --export "type=fuse,id=e,node-name=r,mountpoint=m,writable=$([ "$2" = w ] && echo on || echo off)" & peer=$! ;;
+        qemu-storage-daemon --blockdev "driver=file,node-name=f,filename=img,cache.direct=off,read-only=$ro" \
+            --blockdev "driver=$format,node-name=r,file=f,read-only=$ro" \
+            --export "type=fuse,id=e,node-name=r,mountpoint=m,writable=$([ $ro = on ] && echo off || echo on)" & peer=$! ;;
     nbdfuse)
-        [ "$2" = r ] || return 1
+        [ $mode = r ] || return 1
         : >m
-        nbdfuse m --command nbdkit -s -r file img & peer=$! ;;
+        if [ $format = raw ]; then nbdfuse m --command nbdkit -s -r file img & peer=$!; else nbdfuse m '[' qemu-nbd -r -f $format img ']' & peer=$!; fi ;;
     xmount)
-        [ "$2" = r ] || return 1
+        [ $format = raw ] && [ $mode = r ] || return 1
         mkdir -p x
         xmount --in raw img --out raw x >/dev/null 2>&1 || return 1
         file=$PWD/x/img.dd
         [ -e "$file" ] || file=$(find x -type f ! -name '*.info' | head -n 1) ;;
+    libyal)                                 # vhdimount, vmdkmount, qcowmount
+        [ $mode = r ] || return 1
+        mkdir -p x
+        case $format in
+        qcow2) qcowmount img x >/dev/null 2>&1 && file=$PWD/x/qcow1 ;;
+        vpc | vhdx) vhdimount img x >/dev/null 2>&1 && file=$PWD/x/vhdi1 ;;
+        vmdk) vmdkmount img x >/dev/null 2>&1 && file=$PWD/x/vmdk1 ;;
+        *) return 1 ;;
+        esac || return 1 ;;
     esac
     until [ -s "$file" ] && dd if="$file" of=/dev/null bs=1 count=1 status=none 2>/dev/null; do
         [ $(($(date +%s%N) - begin)) -lt 5000000000 ] || return 1
@@ -4826,6 +4881,7 @@ bench_memory() {    # PEER: peak resident KiB of the process that serves
     case $1 in
     fuseexp*) pid=$(server_of) ;;
     native) echo - && return ;;
+    libyal) pid=$(pgrep -x 'vhdimount|vmdkmount|qcowmount' | tail -n 1) ;;
     xmount) pid=$(pgrep -x xmount | tail -n 1) ;;
     *) pid=$(pgrep -x "$(echo "$1" | cut -c1-15)" | head -n 1) ;;
     esac
@@ -4841,61 +4897,73 @@ bench_stop() {
     rm -f m
 }
 
+# A disk as they are: ext4 with a part of this system's files, and room; and one full of them.
+bench_data() {
+    data=$dir/data; mkdir -p "$data/tree"
+    find /usr/bin /usr/include /usr/share -xdev -type f -printf '%s %p\n' | LC_ALL=C sort -k2 |
+        awk -v most=$((${BENCH_MIB:-512} * 700000)) '{ h = ($1 * 7919 + NR * 104729) % 997; if (h < 300 && sum + $1 < most) { sum += $1; print $2 } }' |
+        tar c -C / -T - 2>/dev/null | tar x -C "$data/tree"
+    mkfs.ext4 -q -b 4096 -d "$data/tree" "$data/disk" "${BENCH_MIB:-512}M"
+    dd if=/dev/urandom of="$data/full" bs=1M count="${BENCH_MIB:-512}" status=none
+    dd if=/dev/urandom of="$data/random" bs=1M count=$((${BENCH_MIB:-512} * 3 / 4)) status=none
+    rm -rf "$data/tree"
+}
+
 bench() {
-    local dir peers=() p w round peer='' file='' ready='' v
+    local dir data set peers=() all=(native fuseexp fuseexp-workers qemu-storage-daemon nbdfuse xmount libyal) p w round peer='' file='' ready='' v
+    local mode format works size
     declare -A got
     dir=$(mktemp -d /dev/shm/fuseexp-bench.XXXXXX)
     export FXTEST=$dir
     # shellcheck disable=SC2064
     trap "clean_up '$dir'" EXIT
     cd "$dir" || return 1
-    dd if=/dev/urandom of=img bs=1M count="${BENCH_MIB:-512}" status=none
-    for p in native fuseexp fuseexp-workers qemu-storage-daemon nbdfuse xmount; do
-        case $p in native | fuseexp*) ;; *) command -v $p >/dev/null || { echo "(no $p on this machine)"; continue; } ;; esac
-        peers+=("$p")
-    done
-    # Round by round through all peers, so that a change of the machine's mood hits them all.
-    for round in 1 2 3; do
-        for p in "${peers[@]}"; do
-            if bench_start "$p" r 2>/dev/null; then
-                got[$p,ready]+=" $ready"
-                for w in "${bench_works[@]}"; do
-                    [ "$w" = write4k-qd32 ] || got[$p,$w]+=" $(bench_one "$w" "$file")"
+    bench_data
+    for p in qemu-storage-daemon nbdfuse xmount vhdimount vmdkmount qcowmount; do command -v $p >/dev/null || echo "(no $p on this machine)"; done
+    for set in ${BENCH_SETS:-${bench_sets[@]}}; do
+        bench_set "$set"
+        got=() peers=()
+        # Round by round through all peers, so that a change of the machine's mood hits them all.
+        for round in $(seq "${BENCH_ROUNDS:-3}"); do
+            for p in "${all[@]}"; do
+                for w in "${works[@]}"; do
+                    # What is read can be read again; what is to be allocated must be new.
+                    { [ $mode = r ] && [ "$w" != "${works[0]}" ]; } || { bench_stop_if_running; rm -f img; bench_image "$set"; bench_start "$p" 2>/dev/null || { bench_stop; continue 2; }; }
+                    got[$p,$w]+=" $(bench_one "$w" "$file")"
+                    [ $mode = r ] || bench_stop
                 done
-                got[$p,memory]+=" $(bench_memory "$p")"
-            fi
-            bench_stop
-            if bench_start "$p" w 2>/dev/null; then got[$p,write4k-qd32]+=" $(bench_one write4k-qd32 "$file")"; fi
-            bench_stop
+                got[$p,ready]+=" $ready"
+                [ $mode = w ] || got[$p,memory]+=" $(bench_memory "$p")"
+                case " ${peers[*]} " in *" $p "*) ;; *) peers+=("$p") ;; esac
+                [ $mode = w ] || bench_stop
+            done
         done
-        echo "round $round of 3 done" >&2
+        bench_print "$set"
+        rm -f img
     done
-    bench_print
+    echo "(x: against qemu-storage-daemon; cold: dd bs=128k through the page cache; cp: into ext4 on a loop device; the others O_DIRECT)"
 }
+
+bench_stop_if_running() { [ -z "$file" ] || bench_stop; file=; }
 
 bench_median() { echo "$@" | tr ' ' '\n' | sort -n | sed -n "$((($# + 1) / 2))p"; }
 
-bench_print() {
+bench_print() {     # SET
     local w p base
-    printf '%-22s' 'median of 3 rounds'
-    printf '%20s' "${peers[@]}"
+    printf '%-22s' "$1"
+    printf '%21s' "${peers[@]}"
     printf '\n'
-    for w in "${bench_works[@]}" ready memory; do
-        case $w in seq1M | cold | rand64k*) v=MiB/s ;; ready) v=us ;; memory) v='KiB peak' ;; *) v=IOPS ;; esac
-        printf '%-22s' "$w, $v"
+    for w in "${works[@]}" ready memory; do
         # shellcheck disable=SC2086
         base=$(bench_median ${got[qemu-storage-daemon,$w]:-})
+        [ -n "${got[${peers[0]},$w]:-}" ] || continue
+        printf '%-22s' "$w, $(bench_unit $w)"
         for p in "${peers[@]}"; do
             # shellcheck disable=SC2086
             v=$(bench_median ${got[$p,$w]:--})
-            printf '%20s' "$v$([ -n "$base" ] && [ "$v" != - ] && [ "$base" != - ] && [ "$base" != 0 ] && awk "BEGIN { printf \" (%.2fx)\", $v / $base }")"
+            printf '%21s' "$v$([ -n "$base" ] && [ "$v" != - ] && [ "$base" != - ] && [ "$base" != 0 ] && awk "BEGIN { printf \" (%.2fx)\", $v / $base }")"
         done
         printf '\n'
-    done
-    echo "(x: against qemu-storage-daemon; cold: dd bs=128k through the page cache; the others O_DIRECT)"
-    for w in seq1M rand4k-qd1 rand4k-qd32 rand4k-4jobs; do
-        # shellcheck disable=SC2086
-        awk "BEGIN { printf \"fuseexp (passthrough) / native, $w: %.2f\n\", $(bench_median ${got[fuseexp,$w]}) / $(bench_median ${got[native,$w]}) }"
     done
 }
 
