@@ -792,6 +792,7 @@ struct pool_grace {
 static struct pool_steps pool_steps[MAX_THREADS];
 static _Atomic unsigned pool_n_threads;
 static _Thread_local unsigned pool_self;    /* index + 1 */
+static _Thread_local bool pool_helps;       /* doing a job while parked */
 
 static void pool_enter(void)
 {
@@ -809,7 +810,7 @@ static void pool_leave(void)
 static void pool_begin_grace(struct pool_grace *g)
 {
     for (unsigned i = 0; i < MAX_THREADS; i++)
-        g->n[i] = pool_steps[i].n;
+        g->n[i] = atomic_fetch_add(&pool_steps[i].n, 0);        /* not before the places were given up */
 }
 
 /* We ourselves look places up anew. */
@@ -830,6 +831,8 @@ static void pool_start(unsigned most, unsigned running)
 /* Around an operation that may sleep. */
 static void pool_block(void)
 {
+    if (pool_helps)
+        return;                     /* who helps is not counted */
     pthread_mutex_lock(&pool.lock);
     if (--pool.running < pool.most && pool.parked)
         pthread_cond_signal(&pool.wake);
@@ -847,7 +850,8 @@ static void pool_reduce(unsigned n)
 
 static void pool_unblock(void)
 {
-    pool.running++;
+    if (!pool_helps)
+        pool.running++;
 }
 
 /* Between requests. Not true: nothing to do. */
@@ -873,9 +877,11 @@ static void pool_do_job_locked(void)
     if (pool_may_help_locked())
         pthread_cond_signal(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
+    pool_helps = true;
     pool_enter();
     job.run(job.arg, job.offset, job.length);
     pool_leave();
+    pool_helps = false;
     pthread_mutex_lock(&pool.lock);
     pool.helping--;
 }
@@ -1427,21 +1433,38 @@ static void file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool
  * what it reads.
  * ******************************************************************************************************** */
 
+enum { CODEC_KEEP = 128 << 10 };    /* bytes of a thread's buffer that stay with it */
+
 static _Thread_local struct {
     struct libdeflate_decompressor *deflate;
     ZSTD_DCtx *zstd;
-    uint8_t *coded; /* MAX_CLUSTER + 512: more is never needed for what decodes to MAX_CLUSTER */
+    uint8_t *coded;
+    size_t room;                    /* bytes of coded; more than MAX_CLUSTER + 512 are never needed */
 } codec_own;
 
-static bool codec_prepare(enum codec codec)
+static bool codec_prepare(enum codec codec, size_t len)
 {
-    if (!codec_own.coded)
-        codec_own.coded = malloc(MAX_CLUSTER + 512);
+    if (codec_own.room < len) {
+        free(codec_own.coded);
+        codec_own.room = len > CODEC_KEEP ? len : CODEC_KEEP;
+        codec_own.coded = malloc(codec_own.room);
+        codec_own.room = codec_own.coded ? codec_own.room : 0;
+    }
     if (codec != CODEC_ZSTD && !codec_own.deflate)
         codec_own.deflate = libdeflate_alloc_decompressor();
     if (codec == CODEC_ZSTD && !codec_own.zstd)
         codec_own.zstd = ZSTD_createDCtx();
     return codec_own.coded && (codec == CODEC_ZSTD ? (void *)codec_own.zstd : (void *)codec_own.deflate);
+}
+
+/* Many threads with a large buffer each would be more memory than the cache. */
+static void codec_let_go(void)
+{
+    if (codec_own.room <= CODEC_KEEP)
+        return;
+    free(codec_own.coded);
+    codec_own.coded = NULL;
+    codec_own.room = 0;
 }
 
 /* Frame by frame, since several may follow each other and padding follows the last. */
@@ -1536,7 +1559,9 @@ static struct {
     pthread_mutex_t lock; /* protects all that follows, and every struct cache_cluster but its data */
     pthread_cond_t decoded;
     struct cache_cluster *bucket[CACHE_BUCKETS], *newest, *oldest;
-    uint64_t used, budget;          /* bytes; used: by decoded clusters */
+    uint64_t used, budget;          /* bytes; used: by decoded clusters, and what they are decoded from */
+    uint64_t decoding_bytes;        /* of these, what cannot be dropped now ... */
+    unsigned decoding;              /* ... in so many clusters */
     _Atomic uint64_t table_bytes;   /* of the slots that were ever filled; not under the lock */
 } cache = { .lock = PTHREAD_MUTEX_INITIALIZER, .decoded = PTHREAD_COND_INITIALIZER };
 
@@ -1935,7 +1960,7 @@ static void cache_link_oldest(struct cache_cluster *c)
 
 static uint64_t cache_bytes(const struct cache_cluster *c)
 {
-    return sizeof(*c) + c->length;
+    return sizeof(*c) + c->length + c->length / 8;  /* what malloc() rounds up to */
 }
 
 /* Takes c out; its memory is the caller's. */
@@ -1965,7 +1990,7 @@ static struct cache_cluster *cache_make_room(uint64_t length)
     uint64_t tables = cache.table_bytes, most = tables < cache.budget ? cache.budget - tables : 0;
     struct cache_cluster *c = cache.oldest, *newer, *again = NULL;
 
-    for (; c && cache.used + sizeof(*c) + length > most; c = newer) {
+    for (; c && cache.used + sizeof(*c) + length + length / 8 > most; c = newer) {
         newer = c->newer;
         if (c->users)
             continue;
@@ -1976,6 +2001,14 @@ static struct cache_cluster *cache_make_room(uint64_t length)
             free(c);
     }
     return again;
+}
+
+/* What is being decoded cannot be dropped: is there no room beside it for one more? */
+static bool cache_is_full_locked(const struct extent *ext)
+{
+    uint64_t tables = cache.table_bytes, most = tables < cache.budget ? cache.budget - tables : 0;
+
+    return cache.decoding && cache.decoding_bytes + ext->decoded_length + ext->coded_length > most;
 }
 
 static struct cache_cluster *cache_find_locked(const struct extent *ext)
@@ -2016,10 +2049,13 @@ static bool cache_decode(const struct extent *ext, uint8_t *out)
     uint64_t done,
         in_len = util_min(util_min(ext->coded_length, MAX_CLUSTER + 512), ext->file->size - ext->offset);
 
-    if (!codec_prepare(ext->codec) || file_pread(ext->file, codec_own.coded, in_len, ext->offset, &done))
-        return false;
-    if (codec_decode(ext->codec, in_len, out, ext->decoded_length))
-        return true;
+    bool good = codec_prepare(ext->codec, in_len) &&
+                file_pread(ext->file, codec_own.coded, in_len, ext->offset, &done) == 0, decoded;
+
+    decoded = good && codec_decode(ext->codec, in_len, out, ext->decoded_length);
+    codec_let_go();
+    if (good == decoded)
+        return good;
     msg_serving(0, "%s: the compressed cluster at %" PRIu64 " does not decode", ext->file->path, ext->offset);
     return false;
 }
@@ -2028,9 +2064,15 @@ static void cache_decode_unlocked(struct cache_cluster *c, const struct extent *
 {
     bool good;
 
+    cache.decoding++;
+    cache.decoding_bytes += ext->decoded_length + ext->coded_length;
+    cache.used += ext->coded_length;
     pthread_mutex_unlock(&cache.lock);
     good = cache_decode(ext, c->data);
     pthread_mutex_lock(&cache.lock);
+    cache.decoding--;
+    cache.decoding_bytes -= ext->decoded_length + ext->coded_length;
+    cache.used -= ext->coded_length;
     c->state = good ? CACHE_READY : CACHE_BROKEN;
     pthread_cond_broadcast(&cache.decoded);
 }
@@ -2054,7 +2096,9 @@ static int cache_read_decoded(const struct extent *ext, uint8_t *buf, uint64_t l
     bool good;
 
     pthread_mutex_lock(&cache.lock);
-    c = cache_find_locked(ext);
+    /* Within the budget nothing waits; beyond it, one after the other. */
+    while (!(c = cache_find_locked(ext)) && cache_is_full_locked(ext))
+        pthread_cond_wait(&cache.decoded, &cache.lock);
     *hit = c;
     if (c && c->state == CACHE_DECODING && !(how & CACHE_WAIT)) {
         pthread_mutex_unlock(&cache.lock);
@@ -2093,7 +2137,7 @@ static void cache_prefetch(const struct extent *ext)
     struct cache_cluster *c = NULL;
 
     pthread_mutex_lock(&cache.lock);
-    if (!cache_find_locked(ext))
+    if (!cache_find_locked(ext) && !cache_is_full_locked(ext))
         c = cache_add_locked(ext);
     if (c) {
         cache_decode_unlocked(c, ext);
@@ -2267,6 +2311,7 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
                           const char *option);
 static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
 static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done);
+static int img_check_overlay(const struct image *im, const struct image *base);
 static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done);
 
 /* ******************************************************************************************************** *
@@ -2623,6 +2668,8 @@ static int qcow2_open(struct image *im)
     im->size = q->size;
     im->cluster_size = 1u << q->cluster_bits;
     im->dirty = q->incompatible & QCOW2_DIRTY;
+    if (!ret && im->opt->overlay_of)
+        ret = img_check_overlay(im, im->opt->overlay_of);
     if (!ret && im->writable && !im->opt->top_only)
         return qcow2_begin_writing(im);
     if (!ret && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
@@ -2982,6 +3029,7 @@ struct qcow2_check {
     struct qcow2_ref *refs;
     size_t n_refs;
     uint64_t walked, to_walk;       /* L2 tables, for the progress */
+    bool unreadable;                /* some table is, so nothing may be mended by these counts */
     bool in_header;                 /* an L1 entry of flags alone: QEMU counts what the header would refer to */
     uint64_t suspect[QCOW2_SUSPECTS];       /* host clusters with more users than their refcount, ascending */
     size_t n_suspects;
@@ -2993,6 +3041,7 @@ static bool qcow2_check_word(struct qcow2_check *k, uint64_t offset, uint64_t *v
     *value = 0;
     if (offset >= k->f->size || cache_be64(k->f, offset, value) == 0)
         return true;
+    k->unreadable = true;
     if (k->c->errors++ == 0)
         msg_err(0, "%s: the table at %" PRIu64 " cannot be read", k->im->name, offset);
     return false;
@@ -3522,7 +3571,7 @@ static int qcow2_count_all(struct image *im, struct check *c, int (*then)(struct
     else
         qcow2_check_all(&k);
     if (!ret && then)
-        ret = c->errors ? -EIO : then(&k);
+        ret = k.unreadable ? -EIO : then(&k);
     if (k.counts != MAP_FAILED)
         munmap(k.counts, bytes);
     free(k.refs);
@@ -3663,19 +3712,26 @@ static int qcow2_get_refcount(struct image *im, uint64_t cluster, uint64_t *refc
     return ret;
 }
 
+static int qcow2_put_refcount(struct image *im, uint64_t block, uint64_t cluster, uint64_t refcount)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t word, mask, at;
+    unsigned shift;
+
+    at = qcow2_refcount_place(q, cluster, &shift, &mask);
+    if (cache_be64(&im->files[0], block + at, &word))
+        return -EIO;
+    word = (word & ~(mask << shift)) | (refcount & mask) << shift;
+    return qcow2_store_be64(im, block + at, word, CACHE_REFCOUNTS);
+}
+
 /* There is a block for it. */
 static int qcow2_set_refcount(struct image *im, uint64_t cluster, uint64_t refcount)
 {
-    const struct qcow2 *q = im->state;
-    uint64_t block, word, mask, at;
-    unsigned shift;
+    uint64_t block;
     int ret = qcow2_find_block(im, cluster, &block);
 
-    at = qcow2_refcount_place(q, cluster, &shift, &mask);
-    if (ret || !block || cache_be64(&im->files[0], block + at, &word))
-        return -EIO;
-    word = (word & ~(mask << shift)) | refcount << shift;
-    return qcow2_store_be64(im, block + at, word, CACHE_REFCOUNTS);
+    return ret || !block ? -EIO : qcow2_put_refcount(im, block, cluster, refcount);
 }
 
 /* Makes the file long enough for [0, end). */
@@ -3709,10 +3765,12 @@ static int qcow2_make_block(struct image *im, uint64_t cluster)
     struct qcow2 *q = im->state;
     int ret = qcow2_clear_cluster(im, cluster);
 
-    if (!ret)
-        ret = qcow2_store_be64(im, q->w->table_offset + cluster / qcow2_per_block(q) * 8, cluster * qcow2_cluster(q),
-                               CACHE_REFCOUNT_TABLE);
-    return ret ? ret : qcow2_set_refcount(im, cluster, 1);
+    if (!ret)                       /* first: a block that is named without being counted would be given away */
+        ret = qcow2_put_refcount(im, cluster * qcow2_cluster(q), cluster, 1);
+    if (ret)
+        return ret;
+    return qcow2_store_be64(im, q->w->table_offset + cluster / qcow2_per_block(q) * 8, cluster * qcow2_cluster(q),
+                            CACHE_REFCOUNT_TABLE);
 }
 
 static int qcow2_commit_locked(struct image *im);
@@ -4360,7 +4418,7 @@ static int qcow2_zero_locked(struct image *im, uint64_t len, uint64_t offset, ui
     uint64_t size = qcow2_cluster(q), entry, l2;
     int ret = cache_be64(&im->files[0], q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8, &entry);
 
-    if (!ret && !(entry & QCOW2_OFFSET) && qcow2_hole(im) == EXT_ZERO) {
+    if (!ret && !(entry & QCOW2_OFFSET) && qcow2_old_is_zero(im, offset, offset + len)) {
         *done = len;
         return 0;
     }
@@ -4430,11 +4488,17 @@ static int qcow2_count_before_writing(struct image *im, bool *sound)
         memset(&c, 0, sizeof(c));
         c.corruption_lines = c.leak_lines = OUT_FINDINGS;
     }
-    if (ret || (*sound && (qcow2_check(im, &c) || c.corruptions || c.errors))) {
-        ret = 0;
+    if (!ret && *sound)
+        ret = qcow2_check(im, &c);
+    c.corruptions += ret == -EINVAL;        /* the header's fields make no sense: it has said which */
+    ret = ret == -EINVAL ? 0 : ret;
+    if (ret || (c.errors && !c.corruptions))        /* a disk that cannot be read is not a corrupt image */
+        return msg_err(ret ? ret : -EIO, "%s: cannot be checked, so it is not opened for writing; --overlay and "
+                       "--temporary need no check", im->name);
+    if (c.corruptions) {
         *sound = false;
         msg_say(MSG_ERROR, "%s: is corrupt (%" PRIu64 " findings): served read-only; --check lists them, --check --repair "
-                "mends what can be mended", im->name, c.corruptions + c.errors);
+                "mends what can be mended", im->name, c.corruptions);
     } else if (!*sound) {
         msg_say(MSG_ERROR, "%s: is marked corrupt: served read-only; --check says why, --check --repair mends what can be "
                 "mended", im->name);
@@ -4480,6 +4544,8 @@ static int qcow2_start_writer(struct image *im)
     w->table_offset = util_be64(h + 48);
     w->table_entries = (uint64_t)util_be32(h + 56) << q->cluster_bits >> 3;
     w->top = (im->files[0].size + qcow2_cluster(q) - 1) & ~(qcow2_cluster(q) - 1);
+    if (!ret && !im->files[0].is_blk)       /* QEMU leaves the last cluster as short as it was written */
+        ret = file_grow(&im->files[0], w->top);
     if (!ret && (w->table_offset % qcow2_cluster(q) || !w->table_entries || w->table_offset >= im->files[0].size))
         ret = qcow2_bad(im, "the place of the refcount table", w->table_offset);
     return ret;
@@ -4531,22 +4597,30 @@ static int qcow2_take_row_locked(struct image *im, uint64_t n, uint64_t *first)
     uint64_t per = qcow2_per_block(q), start = w->top >> q->cluster_bits, block, at;
     int ret = 0;
 
-    at = start + n;
-    for (uint64_t c = start; c < at && !ret; c += per - c % per) {
-        if ((at + 1) / per >= w->table_entries)
-            return -ENOBUFS;
+    for (uint64_t c = start, end = at = start + n; c < at; c += per - c % per, end = at) {
         ret = qcow2_find_block(im, c, &block);
-        if (ret || block)
-            continue;
-        ret = qcow2_clear_cluster(im, at);
-        if (!ret)
-            ret = qcow2_store_be64(im, w->table_offset + c / per * 8, at << q->cluster_bits, CACHE_REFCOUNT_TABLE);
-        at++;
+        if (ret)
+            return ret;
+        at = block ? end : end + 1;
     }
-    for (uint64_t c = start; c < at && !ret; c++)
-        ret = qcow2_set_refcount(im, c, 1);
-    if (!ret)
-        ret = qcow2_reserve(im, &im->files[0], at << q->cluster_bits);
+    if ((at - 1) / per >= w->table_entries)
+        return -ENOBUFS;            /* before anything was changed */
+    ret = qcow2_reserve(im, &im->files[0], at << q->cluster_bits);
+    for (uint64_t c = start + n; c < at && !ret; c++)
+        ret = qcow2_clear_cluster(im, c);
+    /* Counted before they are named: block by block of the row, the new one or the one that is there. */
+    for (uint64_t c = start, next = start + n, block_at; c < at && !ret; c += per - c % per) {
+        ret = qcow2_find_block(im, c, &block);
+        block_at = block ? block : next++ << q->cluster_bits;
+        for (uint64_t i = c; i < at && i / per == c / per && !ret; i++)
+            ret = qcow2_put_refcount(im, block_at, i, 1);
+    }
+    /* The last first: it covers the others. */
+    for (uint64_t i = (at - 1) / per + 1, next = at; i-- > start / per && !ret;) {
+        ret = qcow2_find_block(im, i * per, &block);
+        if (!ret && !block)
+            ret = qcow2_store_be64(im, w->table_offset + i * 8, --next << q->cluster_bits, CACHE_REFCOUNT_TABLE);
+    }
     if (at << q->cluster_bits > w->top)
         w->top = at << q->cluster_bits;
     *first = start;
@@ -4604,12 +4678,14 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
 static int qcow2_resize(struct image *im, uint64_t size)
 {
     struct qcow2 *q = im->state;
-    uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits, old = im->size, done;
+    uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits, old = im->size, done, to;
+    uint64_t cluster_end = (old + qcow2_cluster(q) - 1) & ~(qcow2_cluster(q) - 1);
     bool hidden = im->backing && im->backing->size > util_min(old, size);
     int ret = 0;
 
     if (!q->w || (q->v2 && q->n_snapshots))
         return -EOPNOTSUPP;         /* snapshots of version 2 do not know their size */
+    size = (size + 511) & ~511ull;  /* QEMU knows whole sectors only, and would cut the rest off */
     if (size > old && ((size - 1) >> covers) + 1 > q->l1_entries) {
         pthread_mutex_lock(&q->w->commit_lock);
         pthread_mutex_lock(&q->w->lock);
@@ -4619,12 +4695,14 @@ static int qcow2_resize(struct image *im, uint64_t size)
     }
     if (!ret && size < old) {
         ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, old - size, size, &done);
-    } else if (!ret && hidden) {
-        im->size = size;
-        ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, util_min(size, im->backing->size) - old, old, &done);
+    } else if (!ret) {
+        to = hidden ? util_min(size, im->backing->size) : old;
+        to = to > cluster_end ? to : cluster_end;
+        im->size = size > to ? size : to;       /* nobody reads there before the size is known */
+        ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, to - old, old, &done);
         im->size = old;
     }
-    if (!ret && hidden)
+    if (!ret && (hidden || size < old))
         ret = qcow2_sync(im, false);
     if (ret)
         return ret;
@@ -4670,7 +4748,7 @@ static int qcow2_mend_l2(struct image *im, uint64_t l2)
     return ret;
 }
 
-static int qcow2_mend_flags(struct image *im)
+static int qcow2_mend_flags(struct image *im, uint8_t *seen)
 {
     const struct qcow2 *q = im->state;
     uint64_t entry, l2;
@@ -4682,8 +4760,9 @@ static int qcow2_mend_flags(struct image *im)
         if (ret || !l2 || l2 % qcow2_cluster(q) || l2 >= im->files[0].size || qcow2_cluster(q) > im->files[0].size - l2)
             continue;
         ret = qcow2_mend_copied(im, q->l1_offset + i * 8, entry, 0, false);
-        if (!ret)
+        if (!ret && !(seen[l2 >> q->cluster_bits >> 3] & 1 << (l2 >> q->cluster_bits & 7)))
             ret = qcow2_mend_l2(im, l2);
+        seen[l2 >> q->cluster_bits >> 3] |= (uint8_t)(1 << (l2 >> q->cluster_bits & 7));
     }
     return ret;
 }
@@ -4782,10 +4861,12 @@ static int qcow2_mend(struct qcow2_check *k)
     struct qcow2 *q = im->state;
     bool rebuilt = false;
     uint64_t changed = 0;
+    uint8_t *seen;
     int ret = qcow2_start_writer(im);
 
-    q->w->hint = 0;
-    if (ret && q->w->freed.range) {
+    if (!q->w || !q->w->waiting.range)
+        return ret;
+    if (ret) {
         q->w->table_entries = 0;    /* the place of the table is damaged: a new one is made */
         ret = -ESTALE;
     }
@@ -4802,8 +4883,10 @@ static int qcow2_mend(struct qcow2_check *k)
     } else if (!ret && changed) {
         msg_say(MSG_NOTE, "%s: %" PRIu64 " refcounts were set right", im->name, changed);
     }
+    seen = calloc(1, (im->files[0].size >> q->cluster_bits >> 3) + 1);    /* tables: each is walked once */
     if (!ret)
-        ret = qcow2_mend_flags(im);
+        ret = seen ? qcow2_mend_flags(im, seen) : -ENOMEM;
+    free(seen);
     if (!ret)
         ret = qcow2_commit_locked(im);
     if (!ret)
@@ -5136,6 +5219,7 @@ static void vdi_map_block(struct image *im, uint64_t offset, uint64_t length, bo
     *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
     if (entry == VDI_ENTRY_NONE && v->differencing)
         ext->kind = EXT_BACKING;
+    ext->zeroed = entry == VDI_ENTRY_ZERO;
     if (entry == VDI_ENTRY_NONE || entry == VDI_ENTRY_ZERO)
         return;
     host = v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block;
@@ -5337,6 +5421,7 @@ static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, 
     struct file *f = &im->files[0];
     uint64_t table_mask = (1ull << q->table_bits) - 1, cluster_mask = (1ull << q->cluster_bits) - 1;
     uint64_t covers = (table_mask + 1) << q->cluster_bits, in_cluster = offset & cluster_mask, l2 = 0, host = 0;
+    uint64_t table = (table_mask + 1) * 8;
     const char *why;
 
     (void)exact;
@@ -5350,6 +5435,9 @@ static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, 
     }
     if (!why && host > QED_ENTRY_ZERO && (host & cluster_mask || host < q->first))
         why = "its L2 entry is damaged";
+    else if (!why && host > QED_ENTRY_ZERO &&
+             (host + cluster_mask - q->l1 < table + cluster_mask || host + cluster_mask - l2 < table + cluster_mask))
+        why = "its cluster lies in the image's own tables";
     else if (!why && host > QED_ENTRY_ZERO && (host >= f->size || in_cluster >= f->size - host))
         why = "its cluster lies past the end of the file";
     if (why)
@@ -5358,7 +5446,8 @@ static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, 
         *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_cluster), .file = f,
                                 .offset = host + in_cluster };
     else
-        *ext = (struct extent){ .kind = host == QED_ENTRY_ZERO ? EXT_ZERO : qcow2_hole(im), .length = length };
+        *ext = (struct extent){ .kind = host == QED_ENTRY_ZERO ? EXT_ZERO : qcow2_hole(im), .length = length,
+                                .zeroed = host == QED_ENTRY_ZERO };
 }
 
 static int qed_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
@@ -6241,6 +6330,10 @@ static int vhd_set_size(struct image *im, struct vhd *v, const uint8_t *footer, 
     v->by_geometry = v->by_geometry && geometry && geometry < VHD_MAX_GEOMETRY && geometry <= reach;
     if (current > (uint64_t)MAX_IMAGE_SIZE)
         return vhd_bad(im, "the size", current);
+    if (im->child && im->child->format == im->format) {     /* the child says how much of it is shown */
+        v->by_geometry = false;
+        current = geometry > current && geometry <= reach ? geometry : current;
+    }
     im->size = v->by_geometry ? geometry : current;
     return 0;
 }
@@ -6859,7 +6952,7 @@ static int vhdx_replay(struct image *im, const struct vhdx *v)
 {
     struct file *f = &im->files[0];
     struct vhdx_log log = { .im = im, .guid = v->log_guid, .offset = v->log.offset, .length = v->log.length,
-                            .budget = 8 * v->log.length + (64 << 20) };
+                            .budget = util_min(8 * v->log.length, 256 << 20) + (64 << 20) };
     struct vhdx_entry head = { 0 };
 
     if (im->opt->ignore_log) {
@@ -7900,13 +7993,14 @@ static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
     if (ext.kind != EXT_COMPRESSED)
         return 0;
     out = util_fault("grain") ? NULL : malloc(grain);
-    if (!out || !codec_prepare(CODEC_ZLIB)) {
+    len = util_min(ext.coded_length, MAX_CLUSTER);
+    if (!out || !codec_prepare(CODEC_ZLIB, len)) {
         free(out);
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     }
-    len = util_min(ext.coded_length, MAX_CLUSTER);
     if (file_pread(e->file, codec_own.coded, len, ext.offset, &done) == 0 && !codec_decode(CODEC_ZLIB, len, out, grain))
         e->last_length = rest;
+    codec_let_go();
     free(out);
     return 0;
 }
@@ -8000,7 +8094,7 @@ static int vmdk_open_extent(struct image *im, struct vmdk *v, struct vmdk_extent
         return ret < 0 ? ret : 0;
     if (e->kind != VMDK_FLAT) {
         ret = vmdk_open_sparse(im, e);
-        if (!ret || v->n_extents == 1 || ret == -ENOMEM)
+        if (!ret || v->n_extents == 1 || ret == -ENOMEM || !e->size)     /* without a line nobody knows its length */
             return ret;
         vmdk_give_up(e, "in a damaged extent");
     } else if (e->offset + e->size > e->file->size) {
@@ -8344,7 +8438,8 @@ static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, 
     if (g->kind == EXT_BAD) {
         vmdk_map_bad(ext, length, g->why);
     } else if (g->kind != EXT_DATA) {
-        *ext = (struct extent){ .kind = *im->backing_name ? g->kind : EXT_ZERO, .length = length };
+        *ext = (struct extent){ .kind = *im->backing_name ? g->kind : EXT_ZERO, .length = length,
+                                .zeroed = g->kind == EXT_ZERO };
     } else if (e->compressed) {
         vmdk_map_compressed(e, g->place, offset, length, ext);
     } else {
@@ -8360,7 +8455,7 @@ static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, 
 /* Does b carry a on, so that both are one extent? */
 static bool vmdk_continues(const struct extent *a, const struct extent *b)
 {
-    return a->kind == b->kind && (a->kind == EXT_ZERO || a->kind == EXT_BACKING ||
+    return a->kind == b->kind && a->zeroed == b->zeroed && (a->kind == EXT_ZERO || a->kind == EXT_BACKING ||
                                   (a->kind == EXT_DATA && a->offset + a->length == b->offset));
 }
 
@@ -8954,7 +9049,7 @@ static int img_check_identity(const struct image *im, const struct image *base)
  */
 static int img_open_one_backing(struct image *im, struct image *base, const char *user_file)
 {
-    bool user = im->opt->backing_format && (!*im->backing_format || (im->depth == 0 && user_file));
+    bool user = im->opt->backing_format && (!*im->backing_format || im->depth == 0);
     const char *format = user ? im->opt->backing_format : im->backing_format;
     int ret = img_begin(base, im->backing_name);
 
@@ -9016,11 +9111,34 @@ static int img_open_backing(struct image *im)
  * recorded as a format that it refuses.
  */
 
-static const char *img_overlay_format(const struct image *base)
+static void img_hash(uint64_t *hash, const char *text)
 {
-    return base->n_files > 1 && base->format == &raw_format ? "split-raw"
-           : base->opt->snapshot                            ? "snapshot"
-                                                            : base->format->name;
+    for (; text && *text; text++)
+        *hash = (*hash ^ (uint8_t)*text) * 0x100000001b3u;
+    *hash = (*hash ^ 0xff) * 0x100000001b3u;
+}
+
+/* The recorded format: QEMU's word; or, with a sum of what it depends on, one that nobody else knows. */
+static void img_overlay_format(const struct image *base, char word[32])
+{
+    const struct image_options *opt = base->opt;
+    uint64_t hash = 0xcbf29ce484222325u;
+    char size[24];
+    bool parts = base->n_files > 1 && base->format == &raw_format;
+
+    img_hash(&hash, opt->snapshot);
+    img_hash(&hash, opt->backing);
+    img_hash(&hash, opt->backing_format);
+    img_hash(&hash, opt->data_file);
+    for (unsigned i = 0; parts && i < base->n_files; i++) {
+        snprintf(size, sizeof(size), "%" PRIu64, (uint64_t)base->files[i].size);
+        img_hash(&hash, util_basename(base->files[i].path));
+        img_hash(&hash, size);
+    }
+    if (parts || opt->snapshot || opt->backing || opt->data_file)
+        snprintf(word, 32, "%s:%016" PRIx64, parts ? "split-raw" : opt->snapshot ? "snapshot" : "backing", hash);
+    else
+        util_copy(word, 32, base->format->name);
 }
 
 /* The image's name as seen from the overlay's folder, or else absolute. */
@@ -9058,20 +9176,27 @@ static int img_unnamed_file(const char *folder)
 }
 
 /* Makes the file appear when it is complete: nobody meets half an overlay. */
-static int img_link_overlay(int fd, const char *path)
+static int img_link_overlay(int fd, const char *path, const char *folder)
 {
     char proc[40];
 
     snprintf(proc, sizeof(proc), "/proc/self/fd/%d", fd);
-    return linkat(AT_FDCWD, proc, AT_FDCWD, path, AT_SYMLINK_FOLLOW) < 0 ? -errno : 0;
+    if (linkat(AT_FDCWD, proc, AT_FDCWD, path, AT_SYMLINK_FOLLOW) < 0)
+        return -errno;
+    fd = open(*folder ? folder : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd >= 0 && fsync(fd) < 0)
+        msg_say(MSG_NOTE, "%s: its folder cannot be flushed: %s", path, strerror(errno));
+    util_close(&fd);
+    return 0;
 }
 
 static int img_make_overlay(struct image *im, const struct image *base, const char *path, bool temporary)
 {
-    char backing[PATH_MAX], folder[PATH_MAX];
+    char backing[PATH_MAX], folder[PATH_MAX], format[32];
     bool named = false;
     int fd, ret = img_overlay_backing(base, path, backing);
 
+    img_overlay_format(base, format);
     if (ret)
         return ret;
     snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(path) - path), path);
@@ -9081,9 +9206,9 @@ static int img_make_overlay(struct image *im, const struct image *base, const ch
     im->n_files = 1;
     ret = file_adopt(&im->files[0], path, fd, true);
     if (!ret)
-        ret = qcow2_create(&im->files[0], base->size, backing, img_overlay_format(base));
+        ret = qcow2_create(&im->files[0], (base->size + 511) & ~511ull, backing, format);
     if (!ret && !temporary) {
-        ret = img_link_overlay(fd, path);
+        ret = img_link_overlay(fd, path, folder);
         if (ret == -EXDEV || ret == -EPERM || ret == -ENOENT || ret == -EOPNOTSUPP)
             ret = msg_err(ret, "%s: this file system cannot give a name to a finished file: %s; qemu-img create makes "
                           "an overlay", path, strerror(-ret));
@@ -9098,7 +9223,7 @@ static int img_make_overlay(struct image *im, const struct image *base, const ch
 /* One that is there already must have been made over this very image. */
 static int img_check_overlay(const struct image *im, const struct image *base)
 {
-    char path[PATH_MAX + 1024];
+    char path[PATH_MAX + 1024], format[32];
     struct stat st;
 
     snprintf(path, sizeof(path), "%.*s%s", im->backing_name[0] == '/' ? 0 : (int)(util_basename(im->name) - im->name),
@@ -9107,9 +9232,10 @@ static int img_check_overlay(const struct image *im, const struct image *base)
         return msg_err(-EINVAL, "%s: is not an overlay: it has no backing file", im->name);
     if (stat(path, &st) < 0 || st.st_dev != base->files[0].st.st_dev || st.st_ino != base->files[0].st.st_ino)
         return msg_err(-EINVAL, "%s: is not an overlay of %s, but of %s", im->name, base->name, im->backing_name);
-    if (strcmp(im->backing_format, img_overlay_format(base)) != 0)
-        return msg_err(-EINVAL, "%s: is an overlay of %s as %s, not as %s", im->name, base->name, im->backing_format,
-                       img_overlay_format(base));
+    img_overlay_format(base, format);
+    if (strcmp(im->backing_format, format) != 0)
+        return msg_err(-EINVAL, "%s: is an overlay of %s as %s, not as %s (other parts, snapshot or backing file)",
+                       im->name, base->name, im->backing_format, format);
     return 0;
 }
 
@@ -9129,9 +9255,7 @@ static int img_open_overlay(struct image *im, struct image *base, const char *pa
     if (!ret)
         ret = there ? img_add_file(im, path) : img_make_overlay(im, base, path, temporary);
     if (!ret)
-        ret = img_finish(im);
-    if (!ret && there)
-        ret = img_check_overlay(im, base);
+        ret = img_finish(im);       /* which checks whose overlay it is, before anything in it is changed */
     if (ret)
         return ret;
     im->backing = base;
@@ -11881,7 +12005,7 @@ static int run_open_overlay(struct run *r)
     if (!base)
         return msg_err(-ENOMEM, "out of memory");
     r->overlay_options = (struct image_options){
-        .format = "qcow2", .lock = !o->share, .zero_errors = o->on_error, .no_backing = o->no_backing
+        .format = "qcow2", .overlay_of = base, .lock = !o->share, .zero_errors = o->on_error, .no_backing = o->no_backing
     };
     if (o->temporary)
         run_temporary_path(o, r->overlay_path);

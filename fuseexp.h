@@ -84,6 +84,7 @@ struct image_options {
     const char *snapshot;           /* top: id or name */
     const char *backing, *backing_format;   /* top: instead of what it says */
     const char *data_file;          /* top */
+    const struct image *overlay_of; /* the image is an overlay: whose, or it is refused */
     const char *allow_external;     /* a folder that names in images may lead to */
     bool no_backing, force_parent, ignore_log, parts, lock;
     bool zero_errors;               /* what cannot be read is shown as zeros, because the user said so */

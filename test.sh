@@ -952,7 +952,7 @@ t_qcow2_backing_files_are_opened_by_the_rules() {
     qemu-img create -q -f qcow2 -u -b 'json:{"driver":"raw"}' -F raw in/json 400k
     qemu-img create -q -f qcow2 -u -b 'nbd://host/x' -F raw in/url 400k
     qemu-img create -q -f qcow2 -u -b absent -F raw in/missing 400k
-    qemu-img create -q -f qcow2 -u -b base -F vmdk in/vmdk 400k
+    qemu-img create -q -f qcow2 -u -b base -F dmg in/dmg 400k
     qemu-img create -q -f qcow2 -u -b ../out/base -F raw in/noformat 400k
     py 'd = open("in/noformat", "rb").read(); open("in/noformat", "wb").write(d.replace(b"\xe2\x79\x2a\xca", b"\x11\x11\x11\x11", 1))'
     for i in dots absolute linked; do
@@ -964,7 +964,7 @@ t_qcow2_backing_files_are_opened_by_the_rules() {
     refused 1 'not a plain file name' "$fx" -q in/json m
     refused 1 'not a plain file name' "$fx" -q in/url m
     expect 1 "$fx" -q in/missing m; grep -q "in/missing: cannot open its backing file 'absent': No such" err
-    refused 1 'of format vmdk' "$fx" -q in/vmdk m
+    refused 1 'of format dmg' "$fx" -q in/dmg m
     refused 1 'does not say which format.*--backing-format' "$fx" -q in/noformat m
     check_same in/noformat --backing-format raw --backing out/base
     qemu-img create -q -f qcow2 -u -b b -F qcow2 in/a 400k; qemu-img create -q -f qcow2 -u -b a -F qcow2 in/b 400k
@@ -1521,7 +1521,10 @@ t_overlay_takes_the_changes_and_qemu_knows_it() {
     qemu-img snapshot -c old base.qcow2
     "$fx" -q --snapshot old --overlay snap.qcow2 base.qcow2 m; printf y | dd of=m conv=notrunc status=none; "$fx" --umount m
     not qemu-img convert -O raw snap.qcow2 out 2>err
-    refused 1 'as snapshot, not as qcow2' "$fx" -q --overlay snap.qcow2 base.qcow2 m
+    refused 1 'as snapshot:[0-9a-f]*, not as qcow2' "$fx" -q --overlay snap.qcow2 base.qcow2 m
+    qemu-img snapshot -c new base.qcow2
+    refused 1 'other parts, snapshot' "$fx" -q --snapshot new --overlay snap.qcow2 base.qcow2 m
+    mv s.002 away; refused 1 'other parts' "$fx" -q --format raw --overlay split.qcow2 s.001 m
     refused 1 'a snapshot is not written' "$fx" -q -w --snapshot old base.qcow2 m
 }
 
@@ -1572,6 +1575,10 @@ t_qcow2_corrupt_image_is_served_read_only() {
         same $(($(od -An -tu1 -j79 -N1 bad) & 2)) 2                         # marked corrupt, for everyone
         cmp -i 80 bad <(poke again $row; cat again)
     done
+    # A disk that cannot be read is no corrupt image: nothing is marked.
+    cp good bad
+    FUSEEXP_BAD_SECTORS=$rb,512 expect 1 "$fault" -q -w --sandbox=off bad m
+    grep -q 'cannot be checked' err; cmp bad good
     # Without -w nothing is marked.
     poke bad $((rb + 10)) 0000; cp bad copy; "$fx" -q bad m; cmp m truth; "$fx" --umount m; cmp bad copy
 }
