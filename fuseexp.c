@@ -9049,7 +9049,7 @@ static int img_check_identity(const struct image *im, const struct image *base)
  */
 static int img_open_one_backing(struct image *im, struct image *base, const char *user_file)
 {
-    bool user = im->opt->backing_format && (!*im->backing_format || im->depth == 0);
+    bool user = im->opt->backing_format && (!*im->backing_format || (im->depth == 0 && user_file));
     const char *format = user ? im->opt->backing_format : im->backing_format;
     int ret = img_begin(base, im->backing_name);
 
