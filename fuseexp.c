@@ -2805,7 +2805,8 @@ static bool qcow2_continues(const struct extent *a, const struct extent *b, bool
         return false;
     if (a->kind == EXT_ZERO && !exact)
         return true;
-    return a->zeroed == b->zeroed && a->owned == b->owned && a->file == b->file && (!a->file || a->offset + a->length == b->offset);
+    return a->zeroed == b->zeroed && a->owned == b->owned && a->file == b->file &&
+           (!a->file || a->offset + a->length == b->offset);
 }
 
 /* Clusters may have been set aside and never written: then a hole of the file tells. */
@@ -3910,40 +3911,52 @@ static void qcow2_free_entry_locked(struct qcow2 *q, uint64_t entry)
         host = entry & ((1ull << offset_bits) - 1);
         sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
         end = host / 512 * 512 + sectors * 512;
-        qcow2_free_locked(q->w, host >> q->cluster_bits, ((end - 1) >> q->cluster_bits) - (host >> q->cluster_bits) + 1);
+        host >>= q->cluster_bits;
+        qcow2_free_locked(q->w, host, ((end - 1) >> q->cluster_bits) - host + 1);
     } else if (host && !(q->incompatible & QCOW2_DATA_FILE)) {
         qcow2_free_locked(q->w, host >> q->cluster_bits, 1);
     }
 }
 
-/* Gives back what nobody can be using any more: first the host's room, then the cluster itself. */
-static int qcow2_reclaim_locked(struct image *im)
+static void qcow2_punch(struct image *im, uint64_t from, uint64_t to)
+{
+    if (to > from)                  /* where the host cannot do it, its room is used again by others */
+        (void)file_fallocate(&im->files[0], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, from, to - from);
+}
+
+/* One cluster less is referred to. [*from, *to): the hole that will be punched; it is before the cluster is free. */
+static int qcow2_reclaim_cluster_locked(struct image *im, uint64_t cluster, uint64_t *from, uint64_t *to)
 {
     struct qcow2 *q = im->state;
-    struct qcow2_writer *w = q->w;
-    uint64_t refcount, hole = 0, hole_end = 0, size = qcow2_cluster(q);
+    uint64_t size = qcow2_cluster(q), refcount;
+    int ret = qcow2_get_refcount(im, cluster, &refcount);
+
+    if (ret || refcount == 0)
+        return ret;                 /* 0: a corruption that --check will find; nothing is taken away here */
+    if (refcount == 1 && cluster * size != *to) {
+        qcow2_punch(im, *from, *to);
+        *from = cluster * size;
+    }
+    if (refcount == 1) {
+        *to = (cluster + 1) * size;
+        q->w->hint = util_min(q->w->hint, cluster);
+    }
+    return qcow2_set_refcount(im, cluster, refcount - 1);
+}
+
+/* Gives back what nobody can be using any more. (The lock keeps all from being used again before the punching.) */
+static int qcow2_reclaim_locked(struct image *im)
+{
+    struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
+    uint64_t from = 0, to = 0;
     int ret = 0;
 
     if (!w->waiting.n || !pool_grace_over(&w->grace))
         return 0;
     for (unsigned i = 0; i < w->waiting.n && !ret; i++)
-        for (uint64_t c = w->waiting.range[i].first; c < w->waiting.range[i].first + w->waiting.range[i].n && !ret; c++) {
-            ret = qcow2_get_refcount(im, c, &refcount);
-            if (ret || refcount == 0)
-                continue;           /* a corruption that --check will find; nothing is taken away here */
-            if (refcount == 1 && c * size != hole_end) {
-                if (hole_end > hole)
-                    (void)file_fallocate(&im->files[0], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, hole, hole_end - hole);
-                hole = c * size;
-            }
-            if (refcount == 1)
-                hole_end = (c + 1) * size;
-            ret = qcow2_set_refcount(im, c, refcount - 1);
-            if (refcount == 1)
-                w->hint = util_min(w->hint, c);
-        }
-    if (hole_end > hole)
-        (void)file_fallocate(&im->files[0], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, hole, hole_end - hole);
+        for (uint64_t c = 0; c < w->waiting.range[i].n && !ret; c++)
+            ret = qcow2_reclaim_cluster_locked(im, w->waiting.range[i].first + c, &from, &to);
+    qcow2_punch(im, from, to);
     w->waiting.n = 0;
     return ret;
 }
@@ -4307,7 +4320,8 @@ static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint6
             mask = UINT32_MAX;
         bitmap = (bitmap | mask) & ~(mask << 32);
         if (!ret)
-            ret = qcow2_store_entry(im, p->at + i * q->entry_size, (p->host + i * qcow2_cluster(q)) | QCOW2_COPIED, bitmap);
+            ret = qcow2_store_entry(im, p->at + i * q->entry_size, (p->host + i * qcow2_cluster(q)) | QCOW2_COPIED,
+                                    bitmap);
     }
     if (!ret && p->moved)
         qcow2_free_entry_locked(q, p->old);
@@ -4315,14 +4329,9 @@ static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint6
 }
 
 /* Has so much changed in memory that a commit is due? */
-static bool qcow2_is_due(struct qcow2_writer *w)
+static bool qcow2_is_due_locked(const struct qcow2_writer *w)
 {
-    bool due;
-
-    pthread_mutex_lock(&w->lock);
-    due = cache.n_dirty > QCOW2_MAX_DIRTY || w->freed.n > QCOW2_MAX_FREED / 2;
-    pthread_mutex_unlock(&w->lock);
-    return due;
+    return cache.n_dirty > QCOW2_MAX_DIRTY || w->freed.n > QCOW2_MAX_FREED / 2;
 }
 
 /* Too much has changed in memory, or the refcount table is full: with a commit, or a longer table, it goes on. */
@@ -4352,19 +4361,15 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
     int ret = 0, r;
 
     *done = 0;
-    if (qcow2_is_due(w))
-        ret = qcow2_make_way(im, false);
-    if (ret)
-        return ret;
     pthread_mutex_lock(&w->lock);
     while (qcow2_is_busy(w, first, 1))
         pthread_cond_wait(&w->idle, &w->lock);
-    ret = qcow2_plan_locked(im, len, offset, &p);
+    ret = qcow2_is_due_locked(w) ? -EAGAIN : qcow2_plan_locked(im, len, offset, &p);
     if (!ret && p.n)
         w->busy[w->n_busy++] = (struct qcow2_range){ first, p.n };
     pthread_mutex_unlock(&w->lock);
-    if (ret == -ENOBUFS)
-        return qcow2_make_way(im, true);
+    if (ret == -ENOBUFS || ret == -EAGAIN)
+        return qcow2_make_way(im, ret == -ENOBUFS);
     if (ret || !p.n)
         return ret;
 
@@ -4432,7 +4437,8 @@ static int qcow2_zero_locked(struct image *im, uint64_t len, uint64_t offset, ui
             return 0;
         }
         ret = qcow2_zero_cluster_locked(
-            im, l2 + ((offset + *done) >> q->cluster_bits & ((1ull << q->l2_bits) - 1)) * q->entry_size, offset + *done);
+            im, l2 + ((offset + *done) >> q->cluster_bits & ((1ull << q->l2_bits) - 1)) * q->entry_size,
+            offset + *done);
         if (ret == -EOPNOTSUPP && *done)
             return 0;               /* that one comes again by itself */
         if (ret == -EOPNOTSUPP)
@@ -4446,7 +4452,8 @@ static int qcow2_zero_locked(struct image *im, uint64_t len, uint64_t offset, ui
 static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t *done)
 {
     struct qcow2 *q = im->state;
-    uint64_t size = qcow2_cluster(q), table = 1ull << (q->cluster_bits + q->l2_bits), left = size - (offset & (size - 1));
+    uint64_t size = qcow2_cluster(q), table = 1ull << (q->cluster_bits + q->l2_bits);
+    uint64_t left = size - (offset & (size - 1));
     uint64_t end = (im->size + size - 1) & ~(size - 1);
     int ret = 0;
 
@@ -4456,18 +4463,13 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
     if (offset & (size - 1) || len < size)
         return qcow2_old_is_zero(im, offset, offset + *done) ? 0 : -EOPNOTSUPP;
     len = util_min(len & ~(size - 1), table - (offset & (table - 1)));
-    if (qcow2_is_due(q->w))
-        ret = qcow2_make_way(im, false);
-    if (ret)
-        return ret;
     pthread_mutex_lock(&q->w->lock);
-    ret = qcow2_zero_locked(im, len, offset, done);
+    ret = qcow2_is_due_locked(q->w) ? -EAGAIN : qcow2_zero_locked(im, len, offset, done);
     pthread_mutex_unlock(&q->w->lock);
-    if (ret == -ENOBUFS) {
-        *done = 0;
-        return qcow2_make_way(im, true);
-    }
-    return ret;
+    if (ret != -ENOBUFS && ret != -EAGAIN)
+        return ret;
+    *done = 0;
+    return qcow2_make_way(im, ret == -ENOBUFS);
 }
 
 /* -- opening for writing, changing the size -- */
@@ -4483,7 +4485,8 @@ static int qcow2_count_before_writing(struct image *im, bool *sound)
 
     *sound = !(q->incompatible & QCOW2_CORRUPT);
     if (*sound && (q->incompatible & QCOW2_DIRTY)) {
-        msg_say(MSG_NOTE, "%s: was not closed properly: its refcounts are rebuilt before anything is written", im->name);
+        msg_say(MSG_NOTE, "%s: was not closed properly: its refcounts are rebuilt before anything is written",
+                im->name);
         ret = qcow2_repair(im, &c);
         memset(&c, 0, sizeof(c));
         c.corruption_lines = c.leak_lines = OUT_FINDINGS;
@@ -4497,11 +4500,11 @@ static int qcow2_count_before_writing(struct image *im, bool *sound)
                        "--temporary need no check", im->name);
     if (c.corruptions) {
         *sound = false;
-        msg_say(MSG_ERROR, "%s: is corrupt (%" PRIu64 " findings): served read-only; --check lists them, --check --repair "
-                "mends what can be mended", im->name, c.corruptions);
+        msg_say(MSG_ERROR, "%s: is corrupt (%" PRIu64 " findings): served read-only; --check lists them, --check "
+                "--repair mends what can be mended", im->name, c.corruptions);
     } else if (!*sound) {
-        msg_say(MSG_ERROR, "%s: is marked corrupt: served read-only; --check says why, --check --repair mends what can be "
-                "mended", im->name);
+        msg_say(MSG_ERROR, "%s: is marked corrupt: served read-only; --check says why, --check --repair mends what "
+                "can be mended", im->name);
     }
     return ret;
 }
@@ -8634,7 +8637,8 @@ static void bad_write_locked(void)
                              "#      pos        size  status\n", FUSEEXP_VERSION, bad_list.size) > 0;
 
     for (unsigned i = 0; i < bad_list.n && good; at = bad_list.range[i++].end)
-        good = bad_put(f, at, bad_list.range[i].start, '+') && bad_put(f, bad_list.range[i].start, bad_list.range[i].end, '-');
+        good = bad_put(f, at, bad_list.range[i].start, '+') &&
+               bad_put(f, bad_list.range[i].start, bad_list.range[i].end, '-');
     good = good && bad_put(f, at, bad_list.size, '+');
     if (f)
         good = fclose(f) == 0 && good;
@@ -8690,7 +8694,8 @@ static void bad_note_locked(uint64_t start, uint64_t end)
 
 static void bad_note(uint64_t offset, uint64_t len)
 {
-    uint64_t start = offset > bad_list.from ? offset - bad_list.from : 0, end = util_min(offset + len - bad_list.from, bad_list.size);
+    uint64_t start = offset > bad_list.from ? offset - bad_list.from : 0;
+    uint64_t end = util_min(offset + len - bad_list.from, bad_list.size);
 
     pthread_mutex_lock(&bad_list.lock);
     if (bad_list.fd >= 0 && offset + len > bad_list.from && start < end) {
@@ -10927,7 +10932,7 @@ static void loop_fill_init(const struct server *srv, const struct fuse_init_in *
         .flags2 = (uint32_t)(want >> 32),
         .max_background = 128,
         .congestion_threshold = 96,
-        .max_write = FX_MAX_IO,
+        .max_write = FX_MAX_WRITE,
         .time_gran = 1,
         .max_pages = FX_MAX_IO / 4096,
         .max_stack_depth = want & FX_PASSTHROUGH ? FX_STACK_DEPTH : 0,
@@ -12005,7 +12010,11 @@ static int run_open_overlay(struct run *r)
     if (!base)
         return msg_err(-ENOMEM, "out of memory");
     r->overlay_options = (struct image_options){
-        .format = "qcow2", .overlay_of = base, .lock = !o->share, .zero_errors = o->on_error, .no_backing = o->no_backing
+        .format = "qcow2",
+        .overlay_of = base,
+        .lock = !o->share,
+        .zero_errors = o->on_error,
+        .no_backing = o->no_backing,
     };
     if (o->temporary)
         run_temporary_path(o, r->overlay_path);
@@ -12100,7 +12109,8 @@ static bool run_may_pass_through(const struct run *r)
 {
     const struct server *srv = &r->srv;
 
-    return !r->o->no_passthrough && !r->o->share && !r->o->on_error && !r->o->error_map && !srv->direct_io && r->im.format == &raw_format &&
+    return !r->o->no_passthrough && !r->o->share && !r->o->on_error && !r->o->error_map && !srv->direct_io &&
+           r->im.format == &raw_format &&
            r->im.n_files == 1 && !r->im.files[0].is_blk && srv->views[0].start == 0 &&
            srv->views[0].size == r->im.size && (!srv->writable || (srv->growable && srv->resizable));
 }
@@ -13210,7 +13220,8 @@ static int opt_usage(const char *text)
             n = snprintf(left, sizeof(left), "    ");
         snprintf(left + n, sizeof(left) - (size_t)n, "%s%s%s%s", opt->name ? "--" : "",
                  opt->name ? opt->name : "",
-                 !opt->arg || *opt->arg == '[' ? "" : opt->name ? "=" : " ", opt_shown_value(opt, value, sizeof(value)));
+                 !opt->arg || *opt->arg == '[' ? "" : opt->name ? "=" : " ",
+                 opt_shown_value(opt, value, sizeof(value)));
         printf("  %-32s %s\n", left, opt->help);
     }
     return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;

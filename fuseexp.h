@@ -232,7 +232,8 @@ enum {
 /* ---- FUSE, as far as linux/fuse.h of older headers lacks it (names fx_ so that newer headers do not clash)  */
 
 #define FX_MIN_MINOR 23             /* Linux 3.15: the 64-byte INIT reply */
-#define FX_MAX_IO (1u << 20)        /* bytes per WRITE: what 256 pages carry */
+#define FX_MAX_IO (1u << 20)        /* bytes of a worker's buffer: what 256 pages carry */
+#define FX_MAX_WRITE (1u << 18)     /* per WRITE: a large direct write is split, several workers copy at once (1.3x) */
 /* READs are asked for in pieces that fit, with their header, into a pipe of the 1 MiB that any user may have. */
 #define FX_SPLICE_MAX (1u << 19)
 #define FX_MAX_READ_OPTION "max_read=524288"
