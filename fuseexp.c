@@ -1606,7 +1606,8 @@ static void cache_stop(void)
     }
     cache.newest = NULL;
     memset(cache.bucket, 0, sizeof(cache.bucket));
-    cache.used = cache.table_bytes = 0;
+    cache.used = 0;
+    cache.table_bytes = 0;
     file_ids = 0;
 }
 
@@ -1860,8 +1861,8 @@ static int cache_write_frozen(enum cache_stage stage)
                 for (to = from; to < 8 && d->freezing[stage] >> to & 1; to++)
                     ;
                 if (to > from)
-                    ret = file_pwrite(d->file, (uint8_t *)d->frozen + from * 512, (to - from) * 512ul,
-                                      d->start + from * 512, &done);
+                    ret = file_pwrite(d->file, (uint8_t *)d->frozen + from * 512ul, (to - from) * 512ul,
+                                      d->start + from * 512ul, &done);
             }
         pthread_mutex_unlock(&cache.set_lock[i]);
     }
@@ -4085,7 +4086,7 @@ static int qcow2_sync(struct image *im, bool last)
 static int qcow2_own_l2_locked(struct image *im, uint64_t offset, uint64_t *l2)
 {
     struct qcow2 *q = im->state;
-    uint64_t l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8, entry, first, got, old, word, done;
+    uint64_t l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8, entry, first = 0, got, old, word, done;
     int ret = cache_be64(&im->files[0], l1, &entry);
 
     old = entry & QCOW2_OFFSET;
@@ -4912,23 +4913,23 @@ static int qcow2_repair(struct image *im, struct check *c)
 /* A new image over `backing`, in an empty file: header, refcount table, one block, L1 table. */
 static int qcow2_create(struct file *f, uint64_t size, const char *backing, const char *backing_format)
 {
-    enum { BITS = 16, CLUSTER = 1 << BITS, PER = CLUSTER / 2 };
-    uint64_t l1 = size ? ((size - 1) >> (BITS + 13)) + 1 : 1, n = 3 + (l1 * 8 + CLUSTER - 1) / CLUSTER, done;
+    const uint64_t cluster = 1 << 16, per_table = cluster / 8 * cluster;
+    uint64_t l1 = size ? (size - 1) / per_table + 1 : 1, n = 3 + (l1 * 8 + cluster - 1) / cluster, done;
     size_t name = strlen(backing), format = strlen(backing_format);
-    uint8_t *h = calloc(3, CLUSTER);
+    uint8_t *h = calloc(3, cluster);
     int ret = 0;
 
     if (!h)
         return msg_err(-ENOMEM, "%s: out of memory", f->path);
-    if (l1 * 8 > QCOW2_MAX_L1 || name > QCOW2_MAX_NAME || format > 31 || n > PER)
+    if (l1 * 8 > QCOW2_MAX_L1 || name > QCOW2_MAX_NAME || format > 31 || n > cluster / 2)
         ret = msg_err(-EFBIG, "%s: too large a disk for an overlay", f->path);
     qcow2_put_be32(h, QCOW2_MAGIC);
     qcow2_put_be32(h + 4, 3);
-    qcow2_put_be32(h + 20, BITS);
+    qcow2_put_be32(h + 20, 16);
     qcow2_put_be64(h + 24, size);
     qcow2_put_be32(h + 36, (uint32_t)l1);
-    qcow2_put_be64(h + 40, 3 * CLUSTER);
-    qcow2_put_be64(h + 48, CLUSTER);
+    qcow2_put_be64(h + 40, 3 * cluster);
+    qcow2_put_be64(h + 48, cluster);
     qcow2_put_be32(h + 56, 1);
     qcow2_put_be32(h + 96, 4);
     qcow2_put_be32(h + 100, QCOW2_HEADER_V3);
@@ -4938,13 +4939,13 @@ static int qcow2_create(struct file *f, uint64_t size, const char *backing, cons
     qcow2_put_be64(h + 8, 160);
     qcow2_put_be32(h + 16, (uint32_t)name);
     memcpy(h + 160, backing, util_min(name, QCOW2_MAX_NAME));
-    qcow2_put_be64(h + CLUSTER, 2 * CLUSTER);
+    qcow2_put_be64(h + cluster, 2 * cluster);
     for (uint64_t i = 0; i < n && !ret; i++)
-        h[2 * CLUSTER + 2 * i + 1] = 1;
+        h[2 * cluster + 2 * i + 1] = 1;
     if (!ret)
-        ret = file_grow(f, n * CLUSTER);
+        ret = file_grow(f, n * cluster);
     if (!ret)
-        ret = file_pwrite(f, h, 3ul * CLUSTER, 0, &done);
+        ret = file_pwrite(f, h, 3 * cluster, 0, &done);
     free(h);
     return ret ? ret : file_sync(f);
 }

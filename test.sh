@@ -7,7 +7,7 @@
 #
 # KEEP=1 keeps the folders. TIMES=1 says how long each case took. Truth comes from elsewhere: cmp, mkfs, fsck, sfdisk, qemu-img.
 # Needs root; cases as a plain user become nobody. Cases on the corpus are skipped where ../shared/corpus is not there.
-# shellcheck disable=SC2013,SC2015,SC2016,SC2017,SC2001,SC2059,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
+# shellcheck disable=SC2001,SC2002,SC2013,SC2015,SC2016,SC2017,SC2034,SC2059,SC2086,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
 set -u
 top=$(cd "$(dirname "$0")" && pwd)
 build=${BUILD:-$top/build}
@@ -1079,7 +1079,6 @@ t_qcow2_damaged_tables_cost_their_range_only() {
     # L1[0]: not aligned, past the end, reserved bits; L2[0]: not aligned, past the end, reserved bits
     for row in "$l1 8000000000040200" "$l1 8000004000000000" "$l1 8100000000040000" \
         "$l2 8000000000050200" "$l2 8000004000000000" "$l2 8000000000050010"; do
-        # shellcheck disable=SC2086
         poke bad $row
         "$fx" -q bad m
         not dd if=m of=/dev/null bs=4k count=1 2>err; grep -q 'Input/output' err
@@ -1565,7 +1564,6 @@ t_qcow2_corrupt_image_is_served_read_only() {
     l2=$(l2_of good); rt=$(($(od -An -tu8 --endian=big -j48 -N8 good))); rb=$(($(od -An -tu8 --endian=big -j$rt -N8 good)))
     local row
     for row in "$((rb + 10)) 0000" "$((l2 + 8)) 0000000000060000" "$rt 0000000000000200" "56 00000000" "$((l2 + 16)) 8000000000050000"; do
-        # shellcheck disable=SC2086
         poke bad $row
         "$fx" -w bad m 2>err
         grep -q 'served read-only' err
@@ -1590,7 +1588,6 @@ t_repair_frees_leaks_and_rebuilds_refcounts() {
         qemu-img convert -O raw good truth
         rt=$(($(od -An -tu8 --endian=big -j48 -N8 good))); rb=$(($(od -An -tu8 --endian=big -j$rt -N8 good)))
         for row in "$((rb + 20)) ffff" "$((rb + 12)) 000000000000" "$rt 0000000000000000" "$((rb + 40)) 0000ffff000000"; do
-            # shellcheck disable=SC2086
             poke bad $row
             qemu-img check -q bad >/dev/null 2>&1 && continue
             expect 0 "$fx" -q --check --repair bad >said
@@ -2039,7 +2036,6 @@ t_qed_damaged_tables_cost_their_range_only() {
     # not aligned, past the end, in the header, all bits; a table of 1024 entries covers 4 MiB
     for row in "$l1 0102000000000000" "$l1 0000000001000000" "$l1 01" "$l1 ffffffffffffffff" \
         "$l2 0102000000000000" "$l2 0000000001000000" "$l2 0200000000000000" "$l2 ffffffffffffffff"; do
-        # shellcheck disable=SC2086
         poke bad $row
         "$fx" -q bad m
         not dd if=m of=/dev/null bs=4k count=1 2>err; grep -q 'Input/output' err
@@ -2509,7 +2505,6 @@ t_check_counts_damage_as_qemu_img_does() {
             "$l1 0000000000000000" "$l1 8000004000000000" "$l1 00$(printf "%014x" "$l2")" "$l1 81$(printf "%014x" "$l2")" \
             "$l1 80$(printf '%014x' $((l2 + 512)))" "$l1 80$(printf '%014x' $((data)))" \
             "56 00000000" "60 00000001" "$((l1 + 8)) 80$(printf "%014x" "$l2")"; do
-            # shellcheck disable=SC2086
             poke img $row
             as_qemu_check img
         done
@@ -3312,7 +3307,6 @@ check_vhdx_rows() {
     vhdx_py 'data = os.urandom(3 * MIB); build("good", 3 * MIB, MIB, [6, 6, 6], data); open("truth", "wb").write(data)'
     while IFS='|' read -r edits pattern; do
         echo "$edits" >&2
-        # shellcheck disable=SC2086
         vhdx_edit $edits
         refused 1 "$pattern" "$fx" -q bad m
     done
@@ -3968,7 +3962,6 @@ t_vmdk_redundant_directory_is_used() {
     # Either first table: a sector wiped, an entry past the end.
     for row in "48 ffffff0000000000" "48 0000000000000000" "48 2000000000000000" "56 ffffff0000000000" "56 0000000000000000" \
         "56 2000000000000000"; do
-        # shellcheck disable=SC2086
         poke bad $row
         "$fx" bad m 2>err; cmp m truth; "$fx" --umount m
         [ "$row" = "48 0000000000000000" ] || grep -q 'one of its two grain directories is damaged' err
@@ -3976,14 +3969,12 @@ t_vmdk_redundant_directory_is_used() {
     for i in $rgd $gd; do
         for row in "$i $zeros" "$i ffffffff" "$((i + 4)) 00000000" "$((i + 8)) f0ffff7f" \
             "$((i + 512)) $zeros" "$((i + 512)) ffffff7f" "$((i + 512 + 20)) 01000000"; do
-            # shellcheck disable=SC2086
             poke bad $row
             "$fx" -q bad m; cmp m truth; "$fx" --umount m
         done
     done
     # What contradicts itself is an error, in that grain alone; after a crash the entry with data counts.
     for row in "$((gd + 512)) 8000000080020000" "$((rgd + 512)) 8000000080020000" "$((gd + 512 + 8)) 00000000"; do
-        # shellcheck disable=SC2086
         poke bad $row
         "$fx" -q bad m; not dd if=m bs=64k count=3 of=/dev/null 2>err; grep -q 'Input/output' err
         cmp -i $((3 << 16)) m truth; "$fx" --umount m
@@ -4019,7 +4010,6 @@ save("se", sesparse(g, 800)); save("se.raw", disk(g, 8, 800))'
     # table entry: past the end, in the header, another grain; marker: place, length; its zlib data
     for row in "$((gt + 200)) ffffff7f" "$((gt + 200)) 02000000" "$((gt + 200)) 80000000" "$at 33" "$((at + 8)) 00000000" \
         "$((at + 8)) ffffff7f" "$((at + 14)) ffffffff"; do
-        # shellcheck disable=SC2086
         poke bad $row
         costs $((50 << 16)) 65536 bad truth
     done
@@ -4029,20 +4019,17 @@ save("se", sesparse(g, 800)); save("se.raw", disk(g, 8, 800))'
     cp cowd good
     gt=$(($(od -An -tu4 -j2052 -N4 good) * 512))
     for row in "$((gt + 904 * 4)) ffffff7f" "$((gt + 904 * 4)) 01000000"; do
-        # shellcheck disable=SC2086
         poke bad $row
         costs $((5000 * 512)) 512 bad cowd.raw
     done
     poke bad 2052 ffffff7f; costs $((4096 * 512)) $((4096 * 512)) bad cowd.raw
     cp se good; gt=$(($(od -An -tu8 -j144 -N8 good) * 512))
     for row in "$((gt + 407)) 00" "$((gt + 407)) 40" "$((gt + 407)) f0" "$((gt + 401)) 10" "$((gt + 404)) ffff"; do
-        # shellcheck disable=SC2086
         poke bad $row
         costs $((50 * 4096)) 4096 bad se.raw
     done
     gd=$(($(od -An -tu8 -j128 -N8 good) * 512))
     for row in "$((gd + 7)) 20" "$((gd + 1)) 10"; do
-        # shellcheck disable=SC2086
         poke bad $row
         "$fx" -q bad m; not head -c 1 m 2>err; "$fx" --umount m
     done
@@ -4961,12 +4948,10 @@ bench_print() {     # SET
     printf '%21s' "${peers[@]}"
     printf '\n'
     for w in "${works[@]}" ready memory; do
-        # shellcheck disable=SC2086
         base=$(bench_median ${got[qemu-storage-daemon,$w]:-})
         [ -n "${got[${peers[0]},$w]:-}" ] || continue
         printf '%-22s' "$w, $(bench_unit $w)"
         for p in "${peers[@]}"; do
-            # shellcheck disable=SC2086
             v=$(bench_median ${got[$p,$w]:--})
             printf '%21s' "$v$([ -n "$base" ] && [ "$v" != - ] && [ "$base" != - ] && [ "$base" != 0 ] && awk "BEGIN { printf \" (%.2fx)\", $v / $base }")"
         done
