@@ -12,10 +12,10 @@
  *    5. Host files              file_    every system call on an image
  *    6. Codecs                  codec_   one compressed cluster
  *    7. Cache                   cache_   tables and decoded clusters in one budget
- *    8. Raw images              raw_     the driver to copy
- *    9. qcow2                   qcow2_   QEMU's format, for reading
- *   10. qcow2 writing           qcow2_   allocation, commits, repair
- *   11. Extents                 ext_     neighbours become one: for the drivers below
+ *    8. Extents                 ext_     neighbours become one: for the drivers below
+ *    9. Raw images              raw_     the driver to copy
+ *   10. qcow2                   qcow2_   QEMU's format, for reading
+ *   11. qcow2 writing           qcow2_   allocation, commits, repair
  *   12. VDI                     vdi_     VirtualBox's format
  *   13. QED                     qed_     QEMU's older format
  *   14. Parallels               prl_     images, and bundles of them
@@ -38,11 +38,14 @@
  * unmounts and cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker
  * per thread.
  *
- * Locks, all in the server:
- *   image.size_lock   growing and truncating; readers take the atomic size without it
- *   cache.set_lock    refilling table slots of a set; readers take none
- *   cache.lock        the list of decoded clusters; not held while decoding
- *   pool.lock         parking and waking workers; taken only around operations that may sleep
+ * Locks, all in the server, in the order in which they are taken:
+ *   image.size_lock      growing and truncating; readers take the atomic size without it
+ *   writer.commit_lock   one commit of changed tables at a time (qcow2)
+ *   writer.lock          every change of a table; not held while data is written (qcow2)
+ *   cache.set_lock       refilling table slots of a set, and its changed slices; readers take none
+ *   cache.lock           the list of decoded clusters; not held while decoding
+ *   img_streams.lock, bad_list.lock   who reads in order; what could not be read
+ *   pool.lock            parking, waking, jobs; taken around operations that may sleep
  *   everything else is immutable once the workers run, or an atomic of its own, or belongs to one worker
  *
  * To understand the rest, start reading at main().
@@ -340,6 +343,16 @@ static bool util_utf16_basename(const uint8_t *path, size_t len, bool big, char 
 static bool util_copy(char *to, size_t room, const char *from)
 {
     return (size_t)snprintf(to, room, "%s", from) < room;
+}
+
+/* Copies a name of n bytes; zeros inside would make it another one. */
+static bool util_copy_name(char *to, size_t room, const uint8_t *from, uint32_t n)
+{
+    if (n >= room || memchr(from, 0, n))
+        return false;
+    memcpy(to, from, n);
+    to[n] = 0;
+    return true;
 }
 
 /* The descriptors that whoever started us left open: a lock held by us would never be free. */
@@ -2148,7 +2161,58 @@ static void cache_prefetch(const struct extent *ext)
 }
 
 /* ******************************************************************************************************** *
- * 8. Raw images
+ * 8. Extents
+ *
+ * What drivers have in common: extents that are bad, holes, and neighbours that become one.
+ * ******************************************************************************************************** */
+
+static int ext_bad(struct extent *ext, uint64_t length, const char *why)
+{
+    *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
+    return 0;
+}
+
+/* Unallocated: what the backing file has, or zeros if there is none. */
+static enum extent_kind ext_hole(const struct image *im)
+{
+    return *im->backing_name ? EXT_BACKING : EXT_ZERO;
+}
+
+/* Does b carry a on, so that both are one extent? For reading all zeros are alike. */
+static bool ext_continues(const struct extent *a, const struct extent *b, bool exact)
+{
+    if (a->kind != b->kind || a->kind == EXT_BAD || a->kind == EXT_COMPRESSED)
+        return false;
+    if (a->kind == EXT_ZERO && !exact)
+        return true;
+    return a->zeroed == b->zeroed && a->owned == b->owned && a->file == b->file &&
+           (!a->file || a->offset + a->length == b->offset);
+}
+
+enum { EXT_LOOK_AHEAD = 128 };      /* entries looked at for one extent: below us they may all be looked up again */
+
+/* Describes a range that begins at offset: all in one block, or as much of it as is the same kind. */
+typedef void ext_block(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
+
+/* image_format.map from what `block` says about each block: neighbours that go on in the file are one extent. */
+static int ext_merge(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext,
+                     ext_block *block)
+{
+    struct extent next = { 0 };
+    uint64_t end = offset + length;
+
+    block(im, offset, length, exact, ext);
+    for (unsigned n = 1; n < EXT_LOOK_AHEAD && offset + ext->length < end; n++) {
+        block(im, offset + ext->length, end - offset - ext->length, exact, &next);
+        if (!ext_continues(ext, &next, exact))
+            break;
+        ext->length += next.length;
+    }
+    return 0;
+}
+
+/* ******************************************************************************************************** *
+ * 9. Raw images
  *
  * No metadata: the bytes of one file or block device, or of several files in a row. The parts of a split
  * image are numbered (.000 or .001 onwards, any width from two digits) or lettered (.aa onwards, as split(1)
@@ -2316,7 +2380,7 @@ static int img_check_overlay(const struct image *im, const struct image *base);
 static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done);
 
 /* ******************************************************************************************************** *
- * 9. qcow2
+ * 10. qcow2
  *
  * QEMU docs/interop/qcow2.rst, versions 2 and 3, for reading. All numbers are big-endian.
  *
@@ -2405,16 +2469,6 @@ static int qcow2_unknown_feature(const struct image *im, uint64_t bits, const ui
     return msg_err(-EOPNOTSUPP, "%s: needs an unknown qcow2 feature (incompatible bit %u)", im->name, bit);
 }
 
-/* Copies a name of n bytes; zeros inside would make it another one. */
-static bool qcow2_copy_name(char *to, size_t room, const uint8_t *from, uint32_t n)
-{
-    if (n >= room || memchr(from, 0, n))
-        return false;
-    memcpy(to, from, n);
-    to[n] = 0;
-    return true;
-}
-
 /*
  * Header extensions: type, length, data padded to 8 bytes, up to the end marker or the first cluster's end.
  */
@@ -2437,10 +2491,10 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
         if (n > len - at - 8)
             return qcow2_bad(im, "a header extension reaches past the first cluster", n);
         if (type == QCOW2_EXT_BACKING_FORMAT &&
-            !qcow2_copy_name(im->backing_format, sizeof(im->backing_format), cluster + at + 8, n))
+            !util_copy_name(im->backing_format, sizeof(im->backing_format), cluster + at + 8, n))
             return qcow2_bad(im, "the name of the backing format is too long", n);
         if (type == QCOW2_EXT_DATA_FILE &&
-            !qcow2_copy_name(q->data_name, sizeof(q->data_name), cluster + at + 8, n))
+            !util_copy_name(q->data_name, sizeof(q->data_name), cluster + at + 8, n))
             return qcow2_bad(im, "the name of the data file is too long", n);
         if (type == QCOW2_EXT_BITMAPS && n >= 24 && (q->autoclear & QCOW2_BITMAPS)) {
             q->n_bitmaps = util_be32(cluster + at + 8);
@@ -2519,7 +2573,7 @@ static int qcow2_read_backing_name(struct image *im, const struct qcow2 *q, cons
     if (n > QCOW2_MAX_NAME || offset > 1u << q->cluster_bits || n > (1u << q->cluster_bits) - offset ||
         offset + n > len)
         return qcow2_bad(im, "the name of the backing file", n);
-    if (!qcow2_copy_name(im->backing_name, sizeof(im->backing_name), cluster + offset, n))
+    if (!util_copy_name(im->backing_name, sizeof(im->backing_name), cluster + offset, n))
         return qcow2_bad(im, "the name of the backing file", n);
     return 0;
 }
@@ -2688,18 +2742,6 @@ static void qcow2_close(struct image *im)
     free(im->state);
 }
 
-static int qcow2_bad_extent(struct extent *ext, uint64_t length, const char *why)
-{
-    *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
-    return 0;
-}
-
-/* Unallocated: what the backing file has, or zeros if there is none. */
-static enum extent_kind qcow2_hole(const struct image *im)
-{
-    return *im->backing_name ? EXT_BACKING : EXT_ZERO;
-}
-
 /* In an external data file offset 0 is a place like any other; COPIED tells it from none. */
 static bool qcow2_allocated(const struct qcow2 *q, uint64_t entry)
 {
@@ -2722,11 +2764,11 @@ static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_k
         ext->owned = entry & QCOW2_COPIED;
     }
     if (host % (1u << q->cluster_bits))
-        qcow2_bad_extent(ext, length, "its L2 entry is not aligned");
+        ext_bad(ext, length, "its L2 entry is not aligned");
     else if (entry & 0x3f000000000001feu)
-        qcow2_bad_extent(ext, length, "its L2 entry has reserved bits set");
+        ext_bad(ext, length, "its L2 entry has reserved bits set");
     else if (kind == EXT_DATA && ext->offset >= q->data->size)
-        qcow2_bad_extent(ext, length, "its cluster lies past the end of the file");
+        ext_bad(ext, length, "its cluster lies past the end of the file");
     else if (kind == EXT_DATA)
         ext->length = util_min(length, q->data->size - ext->offset);
 }
@@ -2739,11 +2781,11 @@ static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t
     uint64_t sectors = (entry & (QCOW2_COMPRESSED - 1)) >> offset_bits;
 
     if (q->incompatible & QCOW2_DATA_FILE) {
-        qcow2_bad_extent(ext, length, "a compressed cluster in an image with an external data file");
+        ext_bad(ext, length, "a compressed cluster in an image with an external data file");
         return;
     }
     if (host >= q->data->size) {
-        qcow2_bad_extent(ext, length, "its compressed cluster lies past the end of the file");
+        ext_bad(ext, length, "its compressed cluster lies past the end of the file");
         return;
     }
     *ext = (struct extent){
@@ -2766,14 +2808,14 @@ static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, 
     end = (uint64_t)i << sub_bits;
     length = util_min(length, end - in_cluster);
     if (state == 3)
-        qcow2_bad_extent(ext, length, "a subcluster is both allocated and zero");
+        ext_bad(ext, length, "a subcluster is both allocated and zero");
     else if (state == 1 && !qcow2_allocated(q, entry))
-        qcow2_bad_extent(ext, length, "a subcluster is allocated in no cluster");
+        ext_bad(ext, length, "a subcluster is allocated in no cluster");
     else
         qcow2_map_plain(q, entry,
                         state == 1   ? EXT_DATA
                         : state == 2 ? EXT_ZERO
-                                     : qcow2_hole(im),
+                                     : ext_hole(im),
                         state == 2, in_cluster, length, ext);
 }
 
@@ -2786,28 +2828,17 @@ static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint6
     if (entry & QCOW2_COMPRESSED)
         qcow2_map_compressed(q, entry, in_cluster, length, ext);
     else if (q->subclusters && (entry & 1))
-        qcow2_bad_extent(ext, length, "its L2 entry has reserved bits set");
+        ext_bad(ext, length, "its L2 entry has reserved bits set");
     else if (q->subclusters)
         qcow2_map_subcluster(im, q, entry, bitmap, in_cluster, length, ext);
     else if ((entry & 1) && q->v2)
-        qcow2_bad_extent(ext, length, "a zero cluster in a version 2 image");
+        ext_bad(ext, length, "a zero cluster in a version 2 image");
     else
         qcow2_map_plain(q, entry & ~1ull,
                         entry & 1   ? EXT_ZERO
                         : allocated ? EXT_DATA
-                                    : qcow2_hole(im),
+                                    : ext_hole(im),
                         entry & 1, in_cluster, length, ext);
-}
-
-/* Does b carry a on, so that both are one extent? For reading all zeros are alike. */
-static bool qcow2_continues(const struct extent *a, const struct extent *b, bool exact)
-{
-    if (a->kind != b->kind || a->kind == EXT_BAD || a->kind == EXT_COMPRESSED)
-        return false;
-    if (a->kind == EXT_ZERO && !exact)
-        return true;
-    return a->zeroed == b->zeroed && a->owned == b->owned && a->file == b->file &&
-           (!a->file || a->offset + a->length == b->offset);
 }
 
 /* Clusters may have been set aside and never written: then a hole of the file tells. */
@@ -2847,30 +2878,30 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
     length = util_min(length, table_left);
     l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8;
     if (cache_be64(&im->files[0], l1, &entry))
-        return qcow2_bad_extent(ext, length, "the L1 table cannot be read");
+        return ext_bad(ext, length, "the L1 table cannot be read");
     l2 = entry & QCOW2_OFFSET;
     shared = !(entry & QCOW2_COPIED);
     if (entry & 0x7f000000000001ffu || l2 % cluster)
-        return qcow2_bad_extent(ext, length, "its L1 entry is damaged");
+        return ext_bad(ext, length, "its L1 entry is damaged");
     if (!l2) {
-        *ext = (struct extent){ .kind = qcow2_hole(im), .length = length };
+        *ext = (struct extent){ .kind = ext_hole(im), .length = length };
         return 0;
     }
     if (l2 >= im->files[0].size || cluster > im->files[0].size - l2)
-        return qcow2_bad_extent(ext, length, "its L2 table lies past the end of the file");
+        return ext_bad(ext, length, "its L2 table lies past the end of the file");
     for (left = length, ext->length = 0; left && n++ < QCOW2_LOOK_AHEAD;
          left -= next.length, offset += next.length) {
         index = offset >> q->cluster_bits & ((1ull << q->l2_bits) - 1);
         in_cluster = offset & (cluster - 1);
         here = util_min(left, cluster - in_cluster);
         if (qcow2_read_entry(im, q, l2 + index * q->entry_size, &entry, &bitmap))
-            qcow2_bad_extent(&next, here, "its L2 table cannot be read");
+            ext_bad(&next, here, "its L2 table cannot be read");
         else
             qcow2_map_entry(im, q, entry, bitmap, in_cluster, here, &next);
         next.owned &= !shared;
         if (ext->length == 0)
             *ext = next;
-        else if (qcow2_continues(ext, &next, exact))
+        else if (ext_continues(ext, &next, exact))
             ext->length += next.length;
         else
             break;
@@ -3605,7 +3636,7 @@ static void qcow2_find_holes(struct image *im)
 }
 
 /* ******************************************************************************************************** *
- * 10. qcow2 writing
+ * 11. qcow2 writing
  *
  * Guest data is written first, into clusters that nobody refers to. What refers to them is changed in memory, seen
  * by everybody at once, and goes to the file in commits:
@@ -4392,7 +4423,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
 static int qcow2_zero_cluster_locked(struct image *im, uint64_t at, uint64_t guest)
 {
     struct qcow2 *q = im->state;
-    bool backed = qcow2_hole(im) == EXT_BACKING;
+    bool backed = ext_hole(im) == EXT_BACKING;
     struct qcow2_plan p = { .guest = guest };
     uint64_t entry = 0, bitmap = 0;
     int ret = qcow2_read_entry(im, q, at, &p.old, &p.old_bitmap);
@@ -4970,34 +5001,6 @@ static const struct image_format qcow2_format = {
 };
 
 /* ******************************************************************************************************** *
- * 11. Extents
- *
- * What drivers with one table entry per block have in common.
- * ******************************************************************************************************** */
-
-enum { EXT_LOOK_AHEAD = 128 };      /* entries looked at for one extent: below us they may all be looked up again */
-
-/* Describes a range that begins at offset: all in one block, or as much of it as is the same kind. */
-typedef void ext_block(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
-
-/* image_format.map from what `block` says about each block: neighbours that go on in the file are one extent. */
-static int ext_merge(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext,
-                     ext_block *block)
-{
-    struct extent next = { 0 };
-    uint64_t end = offset + length;
-
-    block(im, offset, length, exact, ext);
-    for (unsigned n = 1; n < EXT_LOOK_AHEAD && offset + ext->length < end; n++) {
-        block(im, offset + ext->length, end - offset - ext->length, exact, &next);
-        if (!qcow2_continues(ext, &next, exact))
-            break;
-        ext->length += next.length;
-    }
-    return 0;
-}
-
-/* ******************************************************************************************************** *
  * 12. VDI
  *
  * VirtualBox, VDICore.h: versions 1.1 and 0.2. All numbers are little-endian.
@@ -5217,7 +5220,7 @@ static void vdi_map_block(struct image *im, uint64_t offset, uint64_t length, bo
     (void)exact;
     length = util_min(length, v->block_size - in_block);
     if (cache_le32(f, v->map + offset / v->block_size * 4, &entry)) {
-        qcow2_bad_extent(ext, length, "the block map cannot be read");
+        ext_bad(ext, length, "the block map cannot be read");
         return;
     }
     *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
@@ -5228,7 +5231,7 @@ static void vdi_map_block(struct image *im, uint64_t offset, uint64_t length, bo
         return;
     host = v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block;
     if (host >= f->size)
-        qcow2_bad_extent(ext, length, "its block lies past the end of the file");
+        ext_bad(ext, length, "its block lies past the end of the file");
     else
         *ext = (struct extent){
             .kind = EXT_DATA, .length = util_min(length, f->size - host), .file = f, .offset = host,
@@ -5375,7 +5378,7 @@ static int qed_read_backing(struct image *im, const struct qed *q, const uint8_t
     ret = file_pread(&im->files[0], name, len, offset, &done);
     if (ret)
         return ret;
-    if (!qcow2_copy_name(im->backing_name, sizeof(im->backing_name), (const uint8_t *)name, (uint32_t)len))
+    if (!util_copy_name(im->backing_name, sizeof(im->backing_name), (const uint8_t *)name, (uint32_t)len))
         return qed_bad(im, "a zero in the backing file's name, of length", len);
     if (q->features & QED_BACKING_RAW)
         util_copy(im->backing_format, sizeof(im->backing_format), "raw");
@@ -5445,12 +5448,12 @@ static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, 
     else if (!why && host > QED_ENTRY_ZERO && (host >= f->size || in_cluster >= f->size - host))
         why = "its cluster lies past the end of the file";
     if (why)
-        qcow2_bad_extent(ext, length, why);
+        ext_bad(ext, length, why);
     else if (host > QED_ENTRY_ZERO)
         *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_cluster), .file = f,
                                 .offset = host + in_cluster };
     else
-        *ext = (struct extent){ .kind = host == QED_ENTRY_ZERO ? EXT_ZERO : qcow2_hole(im), .length = length,
+        *ext = (struct extent){ .kind = host == QED_ENTRY_ZERO ? EXT_ZERO : ext_hole(im), .length = length,
                                 .zeroed = host == QED_ENTRY_ZERO };
 }
 
@@ -6074,7 +6077,7 @@ static void prl_map_plain(const struct prl_layer *l, uint64_t offset, uint64_t l
     bool data = true;
 
     if (offset >= l->file->size) {
-        qcow2_bad_extent(ext, length, "lies past the end of its plain file");
+        ext_bad(ext, length, "lies past the end of its plain file");
         return;
     }
     *ext = (struct extent){ .length = util_min(length, l->file->size - offset), .file = l->file, .offset = offset };
@@ -6095,16 +6098,16 @@ static void prl_map_layer(const struct prl_layer *l, uint64_t offset, uint64_t l
         return;                     /* a snapshot from when the disk was smaller */
     ext->length = length = util_min(util_min(length, l->size - offset), l->cluster - in_cluster);
     if (cache_le32(l->file, PRL_HEADER + offset / l->cluster * 4, &entry)) {
-        qcow2_bad_extent(ext, length, "the BAT cannot be read");
+        ext_bad(ext, length, "the BAT cannot be read");
         return;
     }
     host = (uint64_t)entry * l->unit;
     if (!entry)
         return;
     if (host < l->first || (l->aligned && (host - l->first) % l->cluster))
-        qcow2_bad_extent(ext, length, "its BAT entry is damaged");
+        ext_bad(ext, length, "its BAT entry is damaged");
     else if (host >= l->file->size || in_cluster >= l->file->size - host)
-        qcow2_bad_extent(ext, length, "its cluster lies past the end of the file");
+        ext_bad(ext, length, "its cluster lies past the end of the file");
     else
         *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, l->file->size - host - in_cluster),
                                 .file = l->file, .offset = host + in_cluster };
