@@ -1974,7 +1974,7 @@ static void cache_link_oldest(struct cache_cluster *c)
 
 static uint64_t cache_bytes(const struct cache_cluster *c)
 {
-    return sizeof(*c) + c->length + c->length / 8;  /* what malloc() rounds up to */
+    return sizeof(*c) + c->length + c->length / 6;  /* what malloc() rounds up to */
 }
 
 /* Takes c out; its memory is the caller's. */
@@ -2004,7 +2004,7 @@ static struct cache_cluster *cache_make_room(uint64_t length)
     uint64_t tables = cache.table_bytes, most = tables < cache.budget ? cache.budget - tables : 0;
     struct cache_cluster *c = cache.oldest, *newer, *again = NULL;
 
-    for (; c && cache.used + sizeof(*c) + length + length / 8 > most; c = newer) {
+    for (; c && cache.used + sizeof(*c) + length + length / 6 > most; c = newer) {
         newer = c->newer;
         if (c->users)
             continue;
@@ -5246,7 +5246,7 @@ static int vdi_map(struct image *im, uint64_t offset, uint64_t length, bool exac
 static const struct image_format vdi_format = {
     .name = "vdi",
     .describe = "VirtualBox images: dynamic, fixed, differencing",
-    .writes = "-",
+    .writes = "overlay",
     .probe = vdi_probe,
     .open = vdi_open,
     .map = vdi_map,
@@ -5465,7 +5465,7 @@ static int qed_map(struct image *im, uint64_t offset, uint64_t length, bool exac
 static const struct image_format qed_format = {
     .name = "qed",
     .describe = "QEMU's older format: backing chains",
-    .writes = "-",
+    .writes = "overlay",
     .probe = qed_probe,
     .open = qed_open,
     .map = qed_map,
@@ -6152,7 +6152,7 @@ static int prl_map(struct image *im, uint64_t offset, uint64_t length, bool exac
 static const struct image_format prl_format = {
     .name = "parallels",
     .describe = "Parallels images, and folders of them (.hdd) with storages and snapshots",
-    .writes = "-",
+    .writes = "overlay",
     .probe = prl_probe,
     .open = prl_open,
     .map = prl_map,
@@ -6568,7 +6568,7 @@ static void vhd_info(struct image *im, struct out *out)
 static const struct image_format vhd_format = {
     .name = "vpc",
     .describe = "VHD images of Virtual PC, Hyper-V, Azure: fixed, dynamic, differencing",
-    .writes = "-",
+    .writes = "overlay",
     .probe = vhd_probe,
     .open = vhd_open,
     .map = vhd_map,
@@ -7385,7 +7385,7 @@ static void vhdx_info(struct image *im, struct out *out)
 static const struct image_format vhdx_format = {
     .name = "vhdx",
     .describe = "VHDX images of Hyper-V: fixed, dynamic, differencing; the log is replayed in memory",
-    .writes = "-",
+    .writes = "overlay",
     .probe = vhdx_probe,
     .open = vhdx_open,
     .map = vhdx_map,
@@ -8575,7 +8575,7 @@ static void vmdk_info(struct image *im, struct out *out)
 static const struct image_format vmdk_format = {
     .name = "vmdk",
     .describe = "VMware images: hosted, stream-optimized, COWD and seSparse extents, flat ones, split, with parents",
-    .writes = "-",
+    .writes = "overlay",
     .probe = vmdk_probe,
     .open = vmdk_open,
     .map = vmdk_map,
@@ -8908,7 +8908,8 @@ static int img_finish(struct image *im)
     int ret = 0;
 
     if (im->writable && !im->format->writable)
-        return msg_err(-EROFS, "%s: %s images cannot be written by this version", im->name, im->format->name);
+        return msg_err(-EROFS, "%s: %s images are not written in place; --overlay and --temporary take the changes",
+                       im->name, im->format->name);
     if (im->opt->parts && im->depth == 0)
         ret = img_find_parts(im);
     /* Locked before it is read: the header that counts is the one that nobody changes any more. */

@@ -1504,6 +1504,7 @@ t_overlay_takes_the_changes_and_qemu_knows_it() {
         "$fx" -q work.qcow2 m; cmp m model; "$fx" --umount m
     done
     cmp base before; cmp base.qcow2 before.qcow2
+    refused 1 'not written in place; --overlay' "$fx" -q -w base.vdi m
     # In another folder, below another name; QEMU commits and rebases it.
     "$fx" -q --overlay sub/w.qcow2 base.qcow2 m; printf changed | dd of=m conv=notrunc status=none; "$fx" --umount m
     same "$(qemu-img info --output=json sub/w.qcow2 | jq -r '."backing-filename", ."backing-filename-format"' | tr '\n' ' ')" "$PWD/base.qcow2 qcow2 "
@@ -4532,6 +4533,14 @@ t_plain_user_mounts_reads_and_unmounts() {
     as_nobody mkdir u/d; as_nobody "$fx" -q u/img u/d; as_nobody cmp u/img u/d/disk; "$fx" --umount u/d
     expect 5 as_nobody "$fx" -q u/img u/m -- sh -c 'cmp u/img u/m && exit 5'
     as_nobody "$fx" -q u/img u/m; kill "$(supervisor_of)"; gone
+}
+
+t_plain_user_writes_to_an_overlay() {
+    user_folder; cp u/img before
+    as_nobody sh -ec 'cd u; '"$fx"' -q --format raw --overlay w.qcow2 img m; printf changed | dd of=m conv=notrunc status=none
+        [ "$(head -c 7 m)" = changed ]; '"$fx"' --umount m; '"$fx"' -q --format raw --temporary img m -- sh -c "printf x | dd of=m conv=notrunc status=none"'
+    cmp u/img before; qemu-img check -q u/w.qcow2
+    same "$(stat -c %u u/w.qcow2)" 65534
 }
 
 t_plain_user_without_right_or_fusermount3_is_told() {
