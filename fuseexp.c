@@ -10812,7 +10812,7 @@ static bool loop_send(struct worker *w, size_t len)
     return write(w->fd, fop_reply(w), len) >= 0;
 }
 
-static void loop_interrupted(struct worker *w)
+static void loop_look_for_usr1(struct worker *w)
 {
     if (w == w->srv->workers && loop_counters_wanted) {
         loop_counters_wanted = 0;
@@ -10823,13 +10823,13 @@ static void loop_interrupted(struct worker *w)
 /* 0: another request may follow, 1: unmounted, < 0: broken. */
 static int loop_once(struct worker *w)
 {
-    ssize_t n = read(w->fd, w->buf, LOOP_BUF);
+    ssize_t n;
     size_t len;
     bool sent;
 
+    loop_look_for_usr1(w);          /* it may have come while we were at work */
+    n = read(w->fd, w->buf, LOOP_BUF);
     if (n < 0) {
-        if (errno == EINTR)
-            loop_interrupted(w);
         if (errno == EINTR || errno == EAGAIN || errno == ENOENT)   /* ENOENT: the request was taken back */
             return 0;
         return errno == ENODEV ? 1 : msg_err(-errno, "reading from /dev/fuse: %s", strerror(errno));
