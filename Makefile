@@ -100,8 +100,8 @@ demo: need-demo ## installs what is missing, builds, then exports, mounts and re
 	@./test.sh --demo
 
 check: need-check ## installs what is missing, builds every variant and runs test.sh
-	@$(MAKE) --no-print-directory all fault asan tsan
-	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory $(deps)/.done
+	@$(MAKE) --no-print-directory --output-sync -j$$(nproc) all fault asan tsan lint
 	./test.sh
 
 bench: need-bench ## measures fuseexp beside the native file and every peer: one run, one table
@@ -111,13 +111,17 @@ bench: need-bench ## measures fuseexp beside the native file and every peer: one
 soak: ## (make check first) thirty minutes of start, load, kill and unmount
 	./test.sh --soak
 
-lint: ## warnings as errors, cppcheck, clang-tidy, shellcheck, and the contents list against the banners
+lint: lint-gcc lint-cppcheck lint-tidy lint-shell ## warnings as errors, cppcheck, clang-tidy, shellcheck, and the contents list against the banners
+lint-gcc:
 	$(CC) $(required) -Werror -O2 $(glibc) -fsyntax-only fuseexp.c
+lint-cppcheck:
 	cppcheck --quiet --std=c11 --language=c --enable=warning,performance,portability --inline-suppr --error-exitcode=1 \
 	    -D_GNU_SOURCE -D__x86_64__ --suppress=missingIncludeSystem fuseexp.c
+lint-tidy:
 	clang-tidy --quiet --warnings-as-errors='*' \
 	    --checks='-*,bugprone-*,-bugprone-easily-swappable-parameters,-bugprone-reserved-identifier,clang-analyzer-*,-clang-analyzer-security.insecureAPI.DeprecatedOrUnsafeBufferHandling,-bugprone-narrowing-conversions,-clang-analyzer-optin.performance.Padding,-bugprone-assignment-in-if-condition' \
 	    fuseexp.c -- $(required) -Wno-unused-command-line-argument $(glibc) 2>/dev/null
+lint-shell:
 	shellcheck test.sh .ci/run
 	./test.sh --lint
 
@@ -150,5 +154,5 @@ distclean: ## removes the whole build folder
 help: ## shows this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
-.PHONY: all fault asan tsan deps demo check bench soak lint install uninstall dist clean distclean help
+.PHONY: all fault asan tsan deps demo check bench soak lint lint-gcc lint-cppcheck lint-tidy lint-shell install uninstall dist clean distclean help
 .DELETE_ON_ERROR:

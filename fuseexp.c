@@ -2166,6 +2166,13 @@ static void cache_prefetch(const struct extent *ext)
  * What drivers have in common: extents that are bad, holes, and neighbours that become one.
  * ******************************************************************************************************** */
 
+/* What a header says cannot be: the image is not opened. */
+static int ext_refuse(const struct image *im, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile %s image: %s (0x%" PRIx64 ")", im->name, im->format->name, what,
+                   value);
+}
+
 static int ext_bad(struct extent *ext, uint64_t length, const char *why)
 {
     *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
@@ -2441,17 +2448,12 @@ static int qcow2_probe(const struct probe *p)
     return p->head_len >= 8 && util_be32(p->head) == QCOW2_MAGIC && util_be32(p->head + 4) >= 2 ? 100 : 0;
 }
 
-static int qcow2_bad(const struct image *im, const char *what, uint64_t value)
-{
-    return msg_err(-EINVAL, "%s: damaged or hostile qcow2: %s (0x%" PRIx64 ")", im->name, what, value);
-}
-
 static int qcow2_read(struct image *im, uint64_t offset, void *buf, uint64_t len, const char *what)
 {
     uint64_t done;
 
     if (offset > im->files[0].size || len > im->files[0].size - offset)
-        return qcow2_bad(im, what, offset);
+        return ext_refuse(im, what, offset);
     return file_pread(&im->files[0], buf, len, offset, &done);
 }
 
@@ -2489,13 +2491,13 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
         if (type == 0)
             break;
         if (n > len - at - 8)
-            return qcow2_bad(im, "a header extension reaches past the first cluster", n);
+            return ext_refuse(im, "a header extension reaches past the first cluster", n);
         if (type == QCOW2_EXT_BACKING_FORMAT &&
             !util_copy_name(im->backing_format, sizeof(im->backing_format), cluster + at + 8, n))
-            return qcow2_bad(im, "the name of the backing format is too long", n);
+            return ext_refuse(im, "the name of the backing format is too long", n);
         if (type == QCOW2_EXT_DATA_FILE &&
             !util_copy_name(q->data_name, sizeof(q->data_name), cluster + at + 8, n))
-            return qcow2_bad(im, "the name of the data file is too long", n);
+            return ext_refuse(im, "the name of the data file is too long", n);
         if (type == QCOW2_EXT_BITMAPS && n >= 24 && (q->autoclear & QCOW2_BITMAPS)) {
             q->n_bitmaps = util_be32(cluster + at + 8);
             q->bitmaps_size = util_be64(cluster + at + 16);
@@ -2518,7 +2520,7 @@ static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *
     if (q->version != 2 && q->version != 3)
         return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u", im->name, q->version);
     if (q->cluster_bits < 9 || q->cluster_bits > 21)
-        return qcow2_bad(im, "the cluster size", q->cluster_bits);
+        return ext_refuse(im, "the cluster size", q->cluster_bits);
     if (util_be32(h + 32))
         return msg_err(-EOPNOTSUPP, "%s: is encrypted (%s), which is not supported", im->name,
                        util_be32(h + 32) == 1   ? "AES"
@@ -2526,18 +2528,18 @@ static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *
                                                 : "unknown method");
     if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) ||
         q->header_length > 1u << q->cluster_bits)
-        return qcow2_bad(im, "the header's length", q->header_length);
+        return ext_refuse(im, "the header's length", q->header_length);
     if (q->refcount_order > 6)
-        return qcow2_bad(im, "the refcount width", q->refcount_order);
+        return ext_refuse(im, "the refcount width", q->refcount_order);
     if ((compression != 0) != !!(q->incompatible & QCOW2_COMPRESSION) || compression > 1)
-        return qcow2_bad(im, "the compression type", compression);
+        return ext_refuse(im, "the compression type", compression);
     q->codec = compression ? CODEC_ZSTD : CODEC_DEFLATE;
     if ((q->autoclear & QCOW2_RAW_DATA) && !(q->incompatible & QCOW2_DATA_FILE))
-        return qcow2_bad(im, "raw external data without a data file", q->autoclear);
+        return ext_refuse(im, "raw external data without a data file", q->autoclear);
     if (q->subclusters && q->cluster_bits < 14)
-        return qcow2_bad(im, "subclusters need clusters of 16 KiB at least", q->cluster_bits);
+        return ext_refuse(im, "subclusters need clusters of 16 KiB at least", q->cluster_bits);
     if (q->size > (uint64_t)MAX_IMAGE_SIZE)
-        return qcow2_bad(im, "the size", q->size);
+        return ext_refuse(im, "the size", q->size);
     return 0;
 }
 
@@ -2572,9 +2574,9 @@ static int qcow2_read_backing_name(struct image *im, const struct qcow2 *q, cons
         return 0;
     if (n > QCOW2_MAX_NAME || offset > 1u << q->cluster_bits || n > (1u << q->cluster_bits) - offset ||
         offset + n > len)
-        return qcow2_bad(im, "the name of the backing file", n);
+        return ext_refuse(im, "the name of the backing file", n);
     if (!util_copy_name(im->backing_name, sizeof(im->backing_name), cluster + offset, n))
-        return qcow2_bad(im, "the name of the backing file", n);
+        return ext_refuse(im, "the name of the backing file", n);
     return 0;
 }
 
@@ -2588,10 +2590,10 @@ static int qcow2_check_l1(struct image *im, const struct qcow2 *q)
              need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
 
     if (q->l1_entries > QCOW2_MAX_L1 / 8 || q->l1_entries < need)
-        return qcow2_bad(im, "the size of the L1 table", q->l1_entries);
+        return ext_refuse(im, "the size of the L1 table", q->l1_entries);
     if (need && (q->l1_offset % (1u << q->cluster_bits) || q->l1_offset > im->files[0].size ||
                  need * 8 > im->files[0].size - q->l1_offset))
-        return qcow2_bad(im, "the place of the L1 table", q->l1_offset);
+        return ext_refuse(im, "the place of the L1 table", q->l1_offset);
     return 0;
 }
 
@@ -2616,7 +2618,7 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     name_len = util_be16(h + 14);
     extra_len = util_be32(h + 36);
     if (extra_len > 1024 || id_len >= sizeof(sn->id) || name_len >= sizeof(sn->name))
-        return qcow2_bad(im, "a snapshot's entry", extra_len);
+        return ext_refuse(im, "a snapshot's entry", extra_len);
     ret = qcow2_read(im, at + 40, extra, util_min(extra_len, 24), "the snapshot table reaches past the end");
     if (!ret)
         ret = qcow2_read(im, at + 40 + extra_len, sn->id, id_len, "the snapshot table reaches past the end");
@@ -2646,7 +2648,7 @@ static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const char *wan
     int ret;
 
     if (n > QCOW2_MAX_SNAPSHOTS)
-        return qcow2_bad(im, "the number of snapshots", n);
+        return ext_refuse(im, "the number of snapshots", n);
     for (int by_name = 0; by_name < 2; by_name++) {
         at = q->snapshots_offset;
         for (uint32_t i = 0; i < n; i++, at = sn.next) {
@@ -2658,7 +2660,7 @@ static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const char *wan
             q->l1_offset = sn.l1_offset;
             q->l1_entries = sn.l1_entries;
             q->size = sn.size;
-            return q->size > (uint64_t)MAX_IMAGE_SIZE ? qcow2_bad(im, "the snapshot's size", q->size) : 0;
+            return q->size > (uint64_t)MAX_IMAGE_SIZE ? ext_refuse(im, "the snapshot's size", q->size) : 0;
         }
     }
     return msg_err(-ENOENT, "%s: has no snapshot '%s' (it has %u)", im->name, wanted, n);
@@ -2923,7 +2925,7 @@ static int qcow2_list_snapshots(struct image *im, struct out *out)
     int ret = 0;
 
     if (q->n_snapshots > QCOW2_MAX_SNAPSHOTS)
-        return qcow2_bad(im, "the number of snapshots", q->n_snapshots);
+        return ext_refuse(im, "the number of snapshots", q->n_snapshots);
     if (q->n_snapshots)
         out_open(out, "snapshots", '[', false);
     for (uint32_t i = 0; i < q->n_snapshots && !(ret = qcow2_read_snapshot(im, q, at, &sn)); i++, at = sn.next) {
@@ -2960,7 +2962,7 @@ static int qcow2_read_bitmap(struct image *im, const struct qcow2 *q, uint64_t a
     int ret;
 
     if (q->bitmaps_offset > (uint64_t)INT64_MAX || q->bitmaps_size > (uint64_t)INT64_MAX || at + sizeof(h) > end)
-        return qcow2_bad(im, "the size of the bitmap directory", q->bitmaps_size);
+        return ext_refuse(im, "the size of the bitmap directory", q->bitmaps_size);
     ret = qcow2_read(im, at, h, sizeof(h), "the bitmap directory reaches past the end");
     if (ret)
         return ret;
@@ -2972,7 +2974,7 @@ static int qcow2_read_bitmap(struct image *im, const struct qcow2 *q, uint64_t a
     extra_len = util_be32(h + 20);
     b->next = at + (sizeof(h) + (uint64_t)extra_len + name_len + 7) / 8 * 8;
     if (name_len >= sizeof(b->name) || b->granularity_bits > 31 || b->next > end)
-        return qcow2_bad(im, "an entry of the bitmap directory", name_len);
+        return ext_refuse(im, "an entry of the bitmap directory", name_len);
     b->name[name_len] = 0;
     return qcow2_read(im, at + sizeof(h) + extra_len, b->name, name_len, "the bitmap directory reaches past the end");
 }
@@ -3562,11 +3564,11 @@ static int qcow2_check_begin(struct qcow2_check *k)
     k->table_offset = util_be64(h + 48);
     k->table_entries = (uint64_t)util_be32(h + 56) * cluster / 8;
     if (k->table_entries * 8 > QCOW2_MAX_REFCOUNT_TABLE)
-        return qcow2_bad(k->im, "the size of the refcount table", k->table_entries);
+        return ext_refuse(k->im, "the size of the refcount table", k->table_entries);
     if (k->table_offset % cluster || k->table_offset > (uint64_t)INT64_MAX)
-        return qcow2_bad(k->im, "the place of the refcount table", k->table_offset);
+        return ext_refuse(k->im, "the place of the refcount table", k->table_offset);
     if (k->l1_entries > QCOW2_MAX_L1 / 8 || k->l1_offset % cluster || k->l1_offset > (uint64_t)INT64_MAX)
-        return qcow2_bad(k->im, "the place of the L1 table", k->l1_offset);
+        return ext_refuse(k->im, "the place of the L1 table", k->l1_offset);
     k->length = (k->f->size + 511) / 512 * 512;
     k->n_clusters = (k->length + cluster - 1) / cluster;
     if (k->n_clusters > INT_MAX)
@@ -4582,7 +4584,7 @@ static int qcow2_start_writer(struct image *im)
     if (!ret && !im->files[0].is_blk)       /* QEMU leaves the last cluster as short as it was written */
         ret = file_grow(&im->files[0], w->top);
     if (!ret && (w->table_offset % qcow2_cluster(q) || !w->table_entries || w->table_offset >= im->files[0].size))
-        ret = qcow2_bad(im, "the place of the refcount table", w->table_offset);
+        ret = ext_refuse(im, "the place of the refcount table", w->table_offset);
     return ret;
 }
 
@@ -5051,11 +5053,6 @@ static int vdi_probe(const struct probe *p)
     return p->head_len >= VDI_OFF_VERSION + 4 && util_le32(p->head + VDI_OFF_SIGNATURE) == VDI_SIGNATURE ? 100 : 0;
 }
 
-static int vdi_bad(const struct image *im, const char *what, uint64_t value)
-{
-    return msg_err(-EINVAL, "%s: damaged or hostile VDI: %s (0x%" PRIx64 ")", im->name, what, value);
-}
-
 static void vdi_parse_v0(struct image *im, struct vdi *v, const uint8_t *h)
 {
     v->type = util_le32(h + VDI_OFF_TYPE - 4);
@@ -5089,23 +5086,23 @@ static int vdi_check_header(struct image *im, const struct vdi *v)
     uint64_t file_size = im->files[0].size;
 
     if (v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF)
-        return vdi_bad(im, "the image type", v->type);
+        return ext_refuse(im, "the image type", v->type);
     if (v->block_size < VDI_MIN_BLOCK || v->block_size > VDI_MAX_BLOCK || (v->block_size & (v->block_size - 1)))
-        return vdi_bad(im, "the block size", v->block_size);
+        return ext_refuse(im, "the block size", v->block_size);
     if (v->extra > v->block_size || (v->extra & (v->extra - 1)))
-        return vdi_bad(im, "the size of the extra data per block", v->extra);
+        return ext_refuse(im, "the size of the extra data per block", v->extra);
     if (v->map % 4 || v->map < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
-        return vdi_bad(im, "the place of the block map", v->map);
+        return ext_refuse(im, "the place of the block map", v->map);
     if (v->map > file_size || 4ull * v->blocks > file_size - v->map)
-        return vdi_bad(im, "the number of blocks, whose map does not fit into the file", v->blocks);
+        return ext_refuse(im, "the number of blocks, whose map does not fit into the file", v->blocks);
     if (v->data < v->map + 4ull * v->blocks)
-        return vdi_bad(im, "the place of the data, inside the block map", v->data);
+        return ext_refuse(im, "the place of the data, inside the block map", v->data);
     if (v->disk_size > (uint64_t)v->blocks * v->block_size)
-        return vdi_bad(im, "the disk size, larger than all blocks together", v->disk_size);
+        return ext_refuse(im, "the disk size, larger than all blocks together", v->disk_size);
     if (!v->differencing && !util_is_null_id(im->parent_id))
-        return vdi_bad(im, "a parent, in an image that is not a differencing one, of type", v->type);
+        return ext_refuse(im, "a parent, in an image that is not a differencing one, of type", v->type);
     if (v->differencing && util_is_null_id(im->parent_id) && !im->opt->force_parent)
-        return vdi_bad(im, "no parent's UUID, in a differencing image of type", v->type);
+        return ext_refuse(im, "no parent's UUID, in a differencing image of type", v->type);
     return 0;
 }
 
@@ -5124,9 +5121,9 @@ static int vdi_read_header(struct image *im, struct vdi *v)
         return msg_err(-EOPNOTSUPP, "%s: VDI of unknown version %u.%u", im->name, v->version >> 16,
                        v->version & 0xffff);
     if (len < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
-        return vdi_bad(im, "the file ends in the header", len);
+        return ext_refuse(im, "the file ends in the header", len);
     if (v->version == VDI_VERSION_1 && util_le32(h + VDI_OFF_HEADER_SIZE) < VDI_HEADER_SIZE_MIN)
-        return vdi_bad(im, "the header's size", util_le32(h + VDI_OFF_HEADER_SIZE));
+        return ext_refuse(im, "the header's size", util_le32(h + VDI_OFF_HEADER_SIZE));
     (v->version == VDI_VERSION_0 ? vdi_parse_v0 : vdi_parse_v1)(im, v, h);
     v->differencing = v->type == VDI_TYPE_UNDO || v->type == VDI_TYPE_DIFF;
     return vdi_check_header(im, v);
@@ -5292,11 +5289,6 @@ static int qed_probe(const struct probe *p)
     return p->head_len >= QED_HEADER && memcmp(p->head, "QED", 4) == 0 ? 100 : 0;
 }
 
-static int qed_bad(const struct image *im, const char *what, uint64_t value)
-{
-    return msg_err(-EINVAL, "%s: damaged or hostile QED: %s (0x%" PRIx64 ")", im->name, what, value);
-}
-
 static bool qed_is_power_of_2(uint32_t value, uint32_t least, uint32_t most)
 {
     return value >= least && value <= most && (value & (value - 1)) == 0;
@@ -5320,12 +5312,12 @@ static int qed_check_l1(const struct image *im, const struct qed *q)
     uint64_t file_size = im->files[0].size, covers = q->cluster_bits + q->table_bits, need;
 
     if (q->size % 512 || q->size > (uint64_t)MAX_IMAGE_SIZE)
-        return qed_bad(im, "the size", q->size);
+        return ext_refuse(im, "the size", q->size);
     need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
     if (need > 1ull << q->table_bits)
-        return qed_bad(im, "the size, more than the tables can hold", q->size);
+        return ext_refuse(im, "the size, more than the tables can hold", q->size);
     if (q->l1 < q->first || q->l1 % (1u << q->cluster_bits) || q->l1 > file_size || need * 8 > file_size - q->l1)
-        return qed_bad(im, "the place of the L1 table", q->l1);
+        return ext_refuse(im, "the place of the L1 table", q->l1);
     return 0;
 }
 
@@ -5351,11 +5343,11 @@ static int qed_read_header(struct image *im, struct qed *q, uint8_t h[QED_HEADER
     if (ret)
         return ret;
     if (!qed_is_power_of_2(cluster, QED_MIN_CLUSTER, QED_MAX_CLUSTER))
-        return qed_bad(im, "the cluster size", cluster);
+        return ext_refuse(im, "the cluster size", cluster);
     if (!qed_is_power_of_2(table, 1, QED_MAX_TABLE))
-        return qed_bad(im, "the table size", table);
+        return ext_refuse(im, "the table size", table);
     if (!header_size)
-        return qed_bad(im, "the header's size", header_size);
+        return ext_refuse(im, "the header's size", header_size);
     q->cluster_bits = (uint32_t)__builtin_ctz(cluster);
     q->table_bits = q->cluster_bits + (uint32_t)__builtin_ctz(table) - 3;
     q->first = (uint64_t)header_size << q->cluster_bits;
@@ -5372,14 +5364,14 @@ static int qed_read_backing(struct image *im, const struct qed *q, const uint8_t
     if (!(q->features & QED_BACKING))
         return 0;
     if (len == 0 || len > sizeof(name))
-        return qed_bad(im, "the length of the backing file's name", len);
+        return ext_refuse(im, "the length of the backing file's name", len);
     if (offset + len > q->first || offset + len > im->files[0].size)
-        return qed_bad(im, "the place of the backing file's name", offset);
+        return ext_refuse(im, "the place of the backing file's name", offset);
     ret = file_pread(&im->files[0], name, len, offset, &done);
     if (ret)
         return ret;
     if (!util_copy_name(im->backing_name, sizeof(im->backing_name), (const uint8_t *)name, (uint32_t)len))
-        return qed_bad(im, "a zero in the backing file's name, of length", len);
+        return ext_refuse(im, "a zero in the backing file's name, of length", len);
     if (q->features & QED_BACKING_RAW)
         util_copy(im->backing_format, sizeof(im->backing_format), "raw");
     return 0;
@@ -6211,11 +6203,6 @@ struct vhd {
     bool by_geometry;
 };
 
-static int vhd_bad(const struct image *im, const char *what, uint64_t value)
-{
-    return msg_err(-EINVAL, "%s: damaged or hostile VHD: %s (0x%" PRIx64 ")", im->name, what, value);
-}
-
 /* The one's complement of the sum of all bytes but the checksum's own. */
 static uint32_t vhd_checksum(const uint8_t *bytes, size_t len, size_t own)
 {
@@ -6318,7 +6305,7 @@ static int vhd_check_footer(struct image *im, struct vhd *v, const uint8_t *foot
     if (version >> 16 != 1)
         return msg_err(-EOPNOTSUPP, "%s: VHD of unknown version 0x%08x", im->name, version);
     if (v->type < VHD_FIXED || v->type > VHD_DIFFERENCING)
-        return vhd_bad(im, "the kind of disk", v->type);
+        return ext_refuse(im, "the kind of disk", v->type);
     memcpy(im->id, footer + VHD_OFF_ID, sizeof(im->id));
     memcpy(v->creator, footer + VHD_OFF_CREATOR, 4);
     return 0;
@@ -6336,7 +6323,7 @@ static int vhd_set_size(struct image *im, struct vhd *v, const uint8_t *footer, 
         v->by_geometry |= memcmp(v->creator, counts_by_geometry[i], 4) == 0;
     v->by_geometry = v->by_geometry && geometry && geometry < VHD_MAX_GEOMETRY && geometry <= reach;
     if (current > (uint64_t)MAX_IMAGE_SIZE)
-        return vhd_bad(im, "the size", current);
+        return ext_refuse(im, "the size", current);
     if (im->child && im->child->format == im->format) {     /* the child says how much of it is shown */
         v->by_geometry = false;
         current = geometry > current && geometry <= reach ? geometry : current;
@@ -6351,19 +6338,19 @@ static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
     uint64_t bits, size = im->files[0].size;
 
     if (memcmp(h, "cxsparse", 8) != 0)
-        return vhd_bad(im, "the place of the dynamic header", v->header);
+        return ext_refuse(im, "the place of the dynamic header", v->header);
     if (util_be32(h + VHD_HEAD_VERSION) >> 16 != 1)
-        return vhd_bad(im, "the version of the dynamic header", util_be32(h + VHD_HEAD_VERSION));
+        return ext_refuse(im, "the version of the dynamic header", util_be32(h + VHD_HEAD_VERSION));
     if (block < VHD_SECTOR || block & (block - 1))
-        return vhd_bad(im, "the block size", block);
+        return ext_refuse(im, "the block size", block);
     v->table = util_be64(h + VHD_HEAD_TABLE);
     v->entries = util_be32(h + VHD_HEAD_ENTRIES);
     if (v->table % VHD_SECTOR || v->table > size)
-        return vhd_bad(im, "the place of the block table", v->table);
+        return ext_refuse(im, "the place of the block table", v->table);
     if ((uint64_t)v->entries * 4 > size - v->table)
-        return vhd_bad(im, "more table entries than the file holds", v->entries);
+        return ext_refuse(im, "more table entries than the file holds", v->entries);
     if (checksum != vhd_checksum(h, VHD_HEADER, VHD_HEAD_CHECKSUM))
-        return vhd_bad(im, "the checksum of the dynamic header", checksum);
+        return ext_refuse(im, "the checksum of the dynamic header", checksum);
     v->block_bits = (uint32_t)__builtin_ctz(block);
     bits = block / VHD_SECTOR;
     v->bitmap_size = (uint32_t)((bits / 8 + VHD_SECTOR - 1) / VHD_SECTOR * VHD_SECTOR);
@@ -6417,7 +6404,7 @@ static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *foot
 
     v->header = util_be64(footer + VHD_OFF_HEADER);
     if (f->size < VHD_HEADER || v->header > f->size - VHD_HEADER)
-        return vhd_bad(im, "the place of the dynamic header", v->header);
+        return ext_refuse(im, "the place of the dynamic header", v->header);
     ret = file_pread(f, header, VHD_HEADER, v->header, &done);
     if (!ret)
         ret = vhd_check_header(im, v, header);
@@ -6426,7 +6413,7 @@ static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *foot
     reach = (uint64_t)v->entries << v->block_bits;
     ret = vhd_set_size(im, v, footer, reach);
     if (!ret && im->size > reach)
-        ret = vhd_bad(im, "too few table entries for its size", v->entries);
+        ret = ext_refuse(im, "too few table entries for its size", v->entries);
     return ret || v->type == VHD_DYNAMIC ? ret : vhd_read_parent(im, header);
 }
 
@@ -6457,12 +6444,6 @@ static void vhd_close(struct image *im)
     free(im->state);
 }
 
-static int vhd_bad_extent(struct extent *ext, uint64_t length, const char *why)
-{
-    *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
-    return 0;
-}
-
 static int vhd_hole(const struct image *im, struct extent *ext, uint64_t length)
 {
     *ext = (struct extent){ .kind = *im->backing_name ? EXT_BACKING : EXT_ZERO, .length = length };
@@ -6476,8 +6457,7 @@ static bool vhd_append(struct extent *ext, const struct extent *next)
         *ext = *next;
         return true;
     }
-    if (ext->kind != next->kind || !(ext->kind == EXT_ZERO || ext->kind == EXT_BACKING ||
-                                     (ext->kind == EXT_DATA && ext->offset + ext->length == next->offset)))
+    if (!ext_continues(ext, next, false))
         return false;
     ext->length += next->length;
     return true;
@@ -6497,17 +6477,17 @@ static int vhd_map_block(struct image *im, const struct vhd *v, uint64_t start, 
 
     if (vhd_overlaps(start, all, 0, VHD_FOOTER) || vhd_overlaps(start, all, v->header, VHD_HEADER) ||
         vhd_overlaps(start, all, v->table, (uint64_t)v->entries * 4))
-        return vhd_bad_extent(ext, length, "its block lies in the image's own tables");
+        return ext_bad(ext, length, "its block lies in the image's own tables");
     if (start >= v->end || v->bitmap_size > v->end - start)
-        return vhd_bad_extent(ext, length, "its block lies past the end of the file");
+        return ext_bad(ext, length, "its block lies past the end of the file");
     sectors = (in_block + length - 1) / VHD_SECTOR - in_block / VHD_SECTOR + 1;
     if (cache_bits(&im->files[0], start, in_block / VHD_SECTOR, sectors, true, &here, &sectors))
-        return vhd_bad_extent(ext, length, "the bitmap of its block cannot be read");
+        return ext_bad(ext, length, "the bitmap of its block cannot be read");
     length = util_min(length, sectors * VHD_SECTOR - in_block % VHD_SECTOR);
     if (!here)
         return vhd_hole(im, ext, length);
     if (data >= v->end)
-        return vhd_bad_extent(ext, length, "its block lies past the end of the file");
+        return ext_bad(ext, length, "its block lies past the end of the file");
     *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - data), .file = &im->files[0],
                             .offset = data };
     return 0;
@@ -6524,7 +6504,7 @@ static int vhd_map_dynamic(struct image *im, uint64_t offset, uint64_t left, str
     for (unsigned n = 0; left && n < VHD_LOOK_AHEAD; n++, left -= next.length, offset += next.length) {
         here = util_min(left, block - (offset & (block - 1)));
         if (cache_be32(&im->files[0], v->table + (offset >> v->block_bits) * 4, &entry))
-            vhd_bad_extent(&next, here, "the block table cannot be read");
+            ext_bad(&next, here, "the block table cannot be read");
         else if (entry == VHD_NO_BLOCK)
             vhd_hole(im, &next, here);
         else
@@ -6543,7 +6523,7 @@ static int vhd_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     if (v->type != VHD_FIXED)
         return vhd_map_dynamic(im, offset, length, ext);
     if (offset >= v->end)
-        return vhd_bad_extent(ext, length, "past the end of the file");
+        return ext_bad(ext, length, "past the end of the file");
     *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - offset), .file = &im->files[0],
                             .offset = offset };
     if (exact)
@@ -6659,11 +6639,6 @@ static int vhdx_probe(const struct probe *p)
     return p->head_len >= 8 && memcmp(p->head, "vhdxfile", 8) == 0 ? 100 : 0;
 }
 
-static int vhdx_bad(const struct image *im, const char *what, uint64_t value)
-{
-    return msg_err(-EINVAL, "%s: damaged or hostile VHDX: %s (0x%" PRIx64 ")", im->name, what, value);
-}
-
 static uint32_t vhdx_guid_order(size_t i)
 {
     static const uint8_t order[16] = { 3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
@@ -6729,7 +6704,7 @@ static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
             !vhdx_is_good(candidate, VHDX_HEADER, "head"))
             continue;
         if (h && util_le64(candidate + 8) == util_le64(h + 8) && memcmp(candidate, h, VHDX_HEADER) != 0)
-            return vhdx_bad(im, "two different headers with one sequence number", util_le64(h + 8));
+            return ext_refuse(im, "two different headers with one sequence number", util_le64(h + 8));
         if (!h || util_le64(candidate + 8) > util_le64(h + 8))
             h = candidate;
     }
@@ -6989,7 +6964,7 @@ static int vhdx_check_regions(struct image *im, struct vhdx *v, const uint8_t *t
     uint32_t n = util_le32(table + 8);
 
     if (n > VHDX_MAX_ENTRIES)
-        return vhdx_bad(im, "the number of regions", n);
+        return ext_refuse(im, "the number of regions", n);
     for (uint32_t i = 0; i < n; i++) {
         const uint8_t *e = table + 16 + (size_t)32 * i;
         uint64_t offset = util_le64(e + 16), length = util_le32(e + 24);
@@ -7001,16 +6976,16 @@ static int vhdx_check_regions(struct image *im, struct vhdx *v, const uint8_t *t
         if (!r)
             continue;
         if (r->length)
-            return vhdx_bad(im, "a region that is there twice", offset);
+            return ext_refuse(im, "a region that is there twice", offset);
         if (!length || length % VHDX_MIB || offset % VHDX_MIB || offset < VHDX_MIB ||
             offset > (uint64_t)MAX_IMAGE_SIZE - length)
-            return vhdx_bad(im, "the place of a region", length % VHDX_MIB || !length ? length : offset);
+            return ext_refuse(im, "the place of a region", length % VHDX_MIB || !length ? length : offset);
         *r = (struct vhdx_range){ offset, length };
     }
     if (!v->bat.length || !v->metadata.length)
-        return vhdx_bad(im, v->bat.length ? "no metadata region" : "no block table", n);
+        return ext_refuse(im, v->bat.length ? "no metadata region" : "no block table", n);
     return vhdx_overlaps(&v->bat, v->metadata.offset, v->metadata.length)
-               ? vhdx_bad(im, "regions that overlap", v->bat.offset) : 0;
+               ? ext_refuse(im, "regions that overlap", v->bat.offset) : 0;
 }
 
 static int vhdx_read_regions(struct image *im, struct vhdx *v, uint8_t *room)
@@ -7038,9 +7013,9 @@ static int vhdx_check_item(struct image *im, struct vhdx *v, const uint8_t *e)
     if (i == VHDX_ITEMS)
         return bits & VHDX_META_REQUIRED ? vhdx_unknown(im, "metadata item", e) : 0;
     if (offset < VHDX_TABLE || offset > v->metadata.length || length > v->metadata.length - offset)
-        return vhdx_bad(im, "the place of a metadata item", offset);
+        return ext_refuse(im, "the place of a metadata item", offset);
     if (length < vhdx_items[i].length || v->item[i].length)
-        return vhdx_bad(im, vhdx_items[i].what, length);
+        return ext_refuse(im, vhdx_items[i].what, length);
     v->item[i] = (struct vhdx_range){ v->metadata.offset + offset, length };
     return 0;
 }
@@ -7053,12 +7028,12 @@ static int vhdx_read_metadata(struct image *im, struct vhdx *v, uint8_t *room)
     int ret = 0;
 
     if (v->metadata.offset > f->size || f->size - v->metadata.offset < VHDX_TABLE)
-        return vhdx_bad(im, "the metadata lies past the end of the file", v->metadata.offset);
+        return ext_refuse(im, "the metadata lies past the end of the file", v->metadata.offset);
     if (file_pread(f, room, VHDX_TABLE, v->metadata.offset, &done))
         return -EIO;
     n = util_le16(room + 10);
     if (memcmp(room, "metadata", 8) != 0 || n > VHDX_MAX_ENTRIES)
-        return vhdx_bad(im, "the metadata table", n);
+        return ext_refuse(im, "the metadata table", n);
     for (uint32_t i = 0; i < n && !ret; i++)
         ret = vhdx_check_item(im, v, room + 32 + (size_t)32 * i);
     for (size_t i = 0; i < VHDX_ITEMS && !ret; i++)
@@ -7076,7 +7051,7 @@ static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item
     memset(bytes, 0, len);
     len = util_min(len, v->item[item].length);
     if (offset > f->size || len > f->size - offset)
-        return vhdx_bad(im, "a metadata item lies past the end of the file", offset);
+        return ext_refuse(im, "a metadata item lies past the end of the file", offset);
     return file_pread(f, bytes, len, offset, &done);
 }
 
@@ -7084,13 +7059,13 @@ static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, ui
                             uint32_t physical)
 {
     if (block < VHDX_MIN_BLOCK || block > VHDX_MAX_BLOCK || block & (block - 1))
-        return vhdx_bad(im, "the block size", block);
+        return ext_refuse(im, "the block size", block);
     if (sector != 512 && sector != 4096)
-        return vhdx_bad(im, "the sector size", sector);
+        return ext_refuse(im, "the sector size", sector);
     if (physical && physical != 512 && physical != 4096)
-        return vhdx_bad(im, "the physical sector size", physical);
+        return ext_refuse(im, "the physical sector size", physical);
     if (size > VHDX_MAX_SIZE || size % sector)
-        return vhdx_bad(im, "the disk's size", size);
+        return ext_refuse(im, "the disk's size", size);
     v->block_bits = (uint32_t)__builtin_ctz(block);
     v->sector_bits = (uint32_t)__builtin_ctz(sector);
     v->chunk_bits = VHDX_CHUNK_BITS + v->sector_bits - v->block_bits;
@@ -7110,9 +7085,9 @@ static int vhdx_check_bat(struct image *im, const struct vhdx *v)
     else if (blocks)
         entries = blocks + ((blocks - 1) >> v->chunk_bits);
     if (entries * 8 > v->bat.length)
-        return vhdx_bad(im, "the block table is too small for the size", v->bat.length);
+        return ext_refuse(im, "the block table is too small for the size", v->bat.length);
     if (v->bat.offset > im->files[0].size || entries * 8 > im->files[0].size - v->bat.offset)
-        return vhdx_bad(im, "the block table lies past the end of the file", v->bat.offset);
+        return ext_refuse(im, "the block table lies past the end of the file", v->bat.offset);
     return 0;
 }
 
@@ -7130,7 +7105,7 @@ static int vhdx_read_items(struct image *im, struct vhdx *v)
     if (ret)
         return ret;
     if (v->item[VHDX_PHYSICAL].length && !util_le32(physical))
-        return vhdx_bad(im, "the physical sector size", 0);
+        return ext_refuse(im, "the physical sector size", 0);
     v->has_parent = util_le32(parameters + 4) & VHDX_HAS_PARENT;
     ret = vhdx_check_sizes(im, v, util_le32(parameters), util_le64(size), util_le32(sector), util_le32(physical));
     return ret ? ret : vhdx_check_bat(im, v);
@@ -7224,7 +7199,7 @@ static int vhdx_read_parent(struct image *im, const struct vhdx *v, uint8_t *roo
     if (!v->has_parent)
         return 0;
     if (!len || len > VHDX_MAX_LOCATOR)
-        return vhdx_bad(im, "the length of the parent locator", len);
+        return ext_refuse(im, "the length of the parent locator", len);
     ret = vhdx_read_item(im, v, VHDX_LOCATOR, room, len);
     return ret ? ret : vhdx_parse_locator(im, room, len);
 }
@@ -7284,7 +7259,7 @@ static void vhdx_map_data(struct image *im, const struct vhdx *v, uint64_t host,
     if (!why && in_block >= f->size - host)
         why = "its block lies past the end of the file";
     if (why)
-        vhd_bad_extent(ext, length, why);
+        ext_bad(ext, length, why);
     else
         *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_block), .file = f,
                                 .offset = host + in_block };
@@ -7300,7 +7275,7 @@ static void vhdx_map_partial(struct image *im, const struct vhdx *v, uint64_t bl
     bool here;
 
     if (cache_le64(&im->files[0], v->bat.offset + index * 8, &bitmap)) {
-        vhd_bad_extent(ext, length, "the block table cannot be read");
+        ext_bad(ext, length, "the block table cannot be read");
         return;
     }
     why = vhdx_misplaced(im, v, bitmap & -(uint64_t)VHDX_MIB, VHDX_MIB);
@@ -7313,7 +7288,7 @@ static void vhdx_map_partial(struct image *im, const struct vhdx *v, uint64_t bl
     if (!why && cache_bits(&im->files[0], bitmap & -(uint64_t)VHDX_MIB, first, n, false, &here, &n))
         why = "its sector bitmap cannot be read";
     if (why) {
-        vhd_bad_extent(ext, length, why);
+        ext_bad(ext, length, why);
         return;
     }
     length = util_min(length, n * sector - (in_block & (sector - 1)));
@@ -7335,7 +7310,7 @@ static void vhdx_map_entry(struct image *im, const struct vhdx *v, uint64_t bloc
 
     *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
     if (entry & VHDX_ENTRY_RESERVED)
-        vhd_bad_extent(ext, length, "its block table entry has reserved bits set");
+        ext_bad(ext, length, "its block table entry has reserved bits set");
     else if (state == VHDX_ABSENT && v->has_parent)
         ext->kind = EXT_BACKING;
     else if (state <= VHDX_UNMAPPED)
@@ -7345,7 +7320,7 @@ static void vhdx_map_entry(struct image *im, const struct vhdx *v, uint64_t bloc
     else if (state == VHDX_PARTIAL && v->has_parent)
         vhdx_map_partial(im, v, block, host, in_block, length, ext);
     else
-        vhd_bad_extent(ext, length, "its block is in a state that cannot be");
+        ext_bad(ext, length, "its block is in a state that cannot be");
 }
 
 static int vhdx_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
@@ -7360,7 +7335,7 @@ static int vhdx_map(struct image *im, uint64_t offset, uint64_t length, bool exa
         block = offset >> v->block_bits;
         here = util_min(left, size - (offset & (size - 1)));
         if (cache_le64(&im->files[0], v->bat.offset + (block + (block >> v->chunk_bits)) * 8, &entry))
-            vhd_bad_extent(&next, here, "the block table cannot be read");
+            ext_bad(&next, here, "the block table cannot be read");
         else
             vhdx_map_entry(im, v, block, entry, offset & (size - 1), here, &next);
         if (!vhd_append(ext, &next))
@@ -8405,11 +8380,6 @@ static const char *vmdk_find_tables(const struct vmdk_extent *e, uint64_t index,
     return n ? NULL : why;
 }
 
-static void vmdk_map_bad(struct extent *ext, uint64_t length, const char *why)
-{
-    *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
-}
-
 /* A compressed grain. Its marker must be of this place: so a damaged table is found out. */
 static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t place, uint64_t offset, uint64_t length,
                                 struct extent *ext)
@@ -8419,17 +8389,17 @@ static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t place, uin
 
     if (e->markers) {
         if (cache_le64(e->file, place, &lba) || cache_le32(e->file, place + 8, &coded)) {
-            vmdk_map_bad(ext, length, "its grain marker cannot be read");
+            ext_bad(ext, length, "its grain marker cannot be read");
             return;
         }
         place += VMDK_MARKER_HEAD;
     }
     if (lba != start / VMDK_SECTOR)
-        vmdk_map_bad(ext, length, "its grain marker is of another place");
+        ext_bad(ext, length, "its grain marker is of another place");
     else if (!coded || coded > 2 * grain)
-        vmdk_map_bad(ext, length, "the length in its grain marker is damaged");
+        ext_bad(ext, length, "the length in its grain marker is damaged");
     else if (place > e->file->size || coded > e->file->size - place)
-        vmdk_map_bad(ext, length, "its compressed grain lies past the end of the file");
+        ext_bad(ext, length, "its compressed grain lies past the end of the file");
     else
         *ext = (struct extent){
             .kind = EXT_COMPRESSED, .length = length, .file = e->file, .offset = place, .codec = CODEC_ZLIB,
@@ -8443,7 +8413,7 @@ static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, 
                            uint64_t offset, uint64_t length, struct extent *ext)
 {
     if (g->kind == EXT_BAD) {
-        vmdk_map_bad(ext, length, g->why);
+        ext_bad(ext, length, g->why);
     } else if (g->kind != EXT_DATA) {
         *ext = (struct extent){ .kind = *im->backing_name ? g->kind : EXT_ZERO, .length = length,
                                 .zeroed = g->kind == EXT_ZERO };
@@ -8452,18 +8422,11 @@ static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, 
     } else {
         uint64_t place = g->place + (offset & ((1ull << e->grain_bits) - 1));
         if (place >= e->file->size)
-            vmdk_map_bad(ext, length, "its grain lies past the end of the file");
+            ext_bad(ext, length, "its grain lies past the end of the file");
         else
             *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place),
                                     .file = e->file, .offset = place };
     }
-}
-
-/* Does b carry a on, so that both are one extent? */
-static bool vmdk_continues(const struct extent *a, const struct extent *b)
-{
-    return a->kind == b->kind && a->zeroed == b->zeroed && (a->kind == EXT_ZERO || a->kind == EXT_BACKING ||
-                                  (a->kind == EXT_DATA && a->offset + a->length == b->offset));
 }
 
 static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
@@ -8476,7 +8439,7 @@ static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e,
 
     length = util_min(length, covered - (offset & (covered - 1)));
     if (why) {
-        vmdk_map_bad(ext, length, why);
+        ext_bad(ext, length, why);
         return;
     }
     if (!table[0]) {
@@ -8493,7 +8456,7 @@ static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e,
         vmdk_map_grain(im, e, &g, offset, here, &next);
         if (n == 0)
             *ext = next;
-        else if (vmdk_continues(ext, &next))
+        else if (ext_continues(ext, &next, true))
             ext->length += next.length;
         else
             break;
@@ -8508,7 +8471,7 @@ static void vmdk_map_flat(const struct vmdk_extent *e, uint64_t offset, uint64_t
     bool data = true;
 
     if (place >= e->file->size) {
-        vmdk_map_bad(ext, length, "past the end of a truncated extent");
+        ext_bad(ext, length, "past the end of a truncated extent");
         return;
     }
     *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place), .file = e->file,
@@ -8536,7 +8499,7 @@ static int vmdk_map(struct image *im, uint64_t offset, uint64_t length, bool exa
     offset -= e->start;
     length = util_min(length, e->size - offset);
     if (e->kind == VMDK_BAD)
-        vmdk_map_bad(ext, length, e->why);
+        ext_bad(ext, length, e->why);
     else if (e->kind == VMDK_ZERO)
         *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
     else if (e->kind == VMDK_FLAT)

@@ -5,7 +5,8 @@
 #   ./test.sh [-l] [PATTERN...]     -l lists the cases; patterns as in 'partition_*'
 #   ./test.sh --demo | --bench | --lint | --soak
 #
-# KEEP=1 keeps the folders. TIMES=1 says how long each case took. Truth comes from elsewhere: cmp, mkfs, fsck, sfdisk, qemu-img.
+# KEEP=1 keeps the folders. TIMES=1 says how long each case took. JOBS=1 runs one at a time.
+# Truth comes from elsewhere: cmp, mkfs, fsck, sfdisk, qemu-img.
 # Needs root; cases as a plain user become nobody. Cases on the corpus are skipped where ../shared/corpus is not there.
 # shellcheck disable=SC2001,SC2002,SC2013,SC2015,SC2016,SC2017,SC2034,SC2059,SC2086,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
 set -u
@@ -71,9 +72,9 @@ server_of() {       # the server's process number: of ours, the one that is lock
 }
 supervisor_of() { awk '{ print $4 }' "/proc/$(server_of)/stat"; }
 
-gone() {            # waits up to two seconds until nothing of ours runs and nothing is mounted here
+gone() {            # waits up to ten seconds until nothing of ours runs and nothing is mounted here
     local i
-    for i in $(seq 100); do
+    for i in $(seq 500); do
         [ -z "$(ours)" ] && ! grep -q " $PWD/" /proc/self/mountinfo && return 0
         sleep 0.02
     done
@@ -81,9 +82,9 @@ gone() {            # waits up to two seconds until nothing of ours runs and not
     fail "still there: $(grep " $PWD/" /proc/self/mountinfo)"
 }
 
-wait_for() {        # until the command succeeds, two seconds at most
+wait_for() {        # until the command succeeds, ten seconds at most
     local i
-    for i in $(seq 100); do
+    for i in $(seq 500); do
         "$@" >/dev/null 2>&1 && return 0
         sleep 0.02
     done
@@ -4215,7 +4216,7 @@ t_int_term_hup_and_quit_unmount() {
         [ ! -e m ]
         # From a script's background INT is ignored, as sh(1) has it, so a fresh shell with job control.
         setsid bash -mc '"$0" -q -f img m & echo $! >pid; wait $!; echo $? >status' "$fx" & local job=$!
-        wait_for test -s m
+        wait_for test -s m -a -s pid
         kill -$sig "$(cat pid)"; wait $job
         same "$(cat status)" 0
     done
@@ -4351,7 +4352,7 @@ t_killed_server_leaves_no_mount() {
     not wait $pid
     same "$(cat out)" gone
     expect 125 "$fx" -q img m -- sh -c "kill -9 \$(grep -l 'NoNewPrivs:.1' /proc/[0-9]*/status | xargs grep -l '^Name:.fuseexp' | cut -d/ -f3 |
-        while read p; do grep -qz ^m\$ /proc/\$p/cmdline && echo \$p; done)"
+        while read p; do grep -qz ^FXTEST=$PWD\$ /proc/\$p/environ && echo \$p; done)"
 }
 
 t_killed_supervisor_leaves_a_server_that_ends_with_the_mount() {
@@ -5005,11 +5006,33 @@ soak() {
     [ $SECONDS -ge $end ] && echo "soak: $n rounds, nothing left behind"
 }
 
+# run_case FOLDER NUMBER CASE: what there is to tell goes to FOLDER/tap, whole at once
+run_case() {
+    local dir status=0 start
+    dir=$(mktemp -d /tmp/fuseexp-test.XXXXXX)
+    start=$(date +%s%N)
+    (cd "$dir" && export FXTEST=$dir && exec 3>"$1/note" && set -eu && { [ -z "${TRACE:-}" ] || set -x; } && "t_$3") >"$1/log" 2>&1 </dev/null
+    status=$?
+    [ -z "${TIMES:-}" ] || echo "$((($(date +%s%N) - start) / 1000000)) ms" >>"$1/note"
+    case $status in
+    0) echo "ok $2 - $3$(sed 's/^/ # /' "$1/note" | tr -d '\n')" ;;
+    77) echo "ok $2 - $3 # SKIP $(sed 's/^SKIP: //' "$1/note")" ;;
+    *) echo "not ok $2 - $3" && sed 's/^/# /' "$1/log" | tail -n 30 ;;
+    esac >"$1/told"
+    clean_up "$dir" >/dev/null 2>&1
+    mv "$1/told" "$1/tap"
+}
+
+worker() {          # CASE...: who makes a case's folder runs it
+    local n=0
+    for t in "$@"; do n=$((n + 1)); mkdir "$bin/$n" 2>/dev/null && run_case "$bin/$n" $n "$t"; done
+}
+
+# Cases wait more than they compute: as many run at once as there are processors, or JOBS. They are told in their order.
 run() {
-    local n=0 bad=0 skipped=0 t dir status start
+    local n=0 job bad ok skipped list
     [ "$(id -u)" = 0 ] || { echo "the tests need root (they mount, and become nobody)" >&2; exit 1; }
     [ -c /dev/fuse ] || modprobe fuse 2>/dev/null || true
-    # Where udev did not do it, for the cases as a plain user.
     # What systemd and udev do on an ordinary system, and the plain user needs: a mount table, /dev/fuse for everyone,
     # and programs that can be reached.
     [ -e /etc/mtab ] || ln -s ../proc/self/mounts /etc/mtab
@@ -5018,25 +5041,20 @@ run() {
     trap 'chmod "$fuse_mode" /dev/fuse; rm -rf "$bin"' EXIT
     chmod 666 /dev/fuse
     chmod 755 "$bin" && cp "$build"/fuseexp* "$bin" && build=$bin && fx=$bin/fuseexp && fault=$bin/fuseexp-fault
+    list=$(cases "$@")
     echo "TAP version 13"
-    for t in $(cases "$@"); do
-        n=$((n + 1))
-        dir=$(mktemp -d /tmp/fuseexp-test.XXXXXX)
-        start=$(date +%s%N)
-        (cd "$dir" && export FXTEST=$dir && exec 3>"$dir.note" && set -eu && { [ -z "${TRACE:-}" ] || set -x; } && "t_$t") >"$dir.log" 2>&1 </dev/null
-        status=$?
-        [ -z "${TIMES:-}" ] || echo "$((($(date +%s%N) - start) / 1000000)) ms" >>"$dir.note"
-        case $status in
-        0) echo "ok $n - $t$(sed 's/^/ # /' "$dir.note" 2>/dev/null | tr -d '\n')" ;;
-        77) echo "ok $n - $t # SKIP $(sed 's/^SKIP: //' "$dir.note")" && skipped=$((skipped + 1)) ;;
-        *) echo "not ok $n - $t" && sed 's/^/# /' "$dir.log" | tail -n 30 && bad=$((bad + 1)) ;;
-        esac
-        clean_up "$dir" >/dev/null 2>&1
-        rm -f "$dir.log" "$dir.note"
+    for job in $(seq "${JOBS:-$(nproc)}"); do
+        worker $list &
     done
+    for t in $list; do
+        n=$((n + 1))
+        until [ -e "$bin/$n/tap" ] || [ -z "$(jobs -rp)" ]; do sleep 0.05; done
+        tee -a "$bin/all" <"$bin/$n/tap"
+    done
+    bad=$(grep -c '^not ok' "$bin/all") skipped=$(grep -c '^ok.* # SKIP' "$bin/all") ok=$(($(grep -c '^ok' "$bin/all") - skipped))
     echo "1..$n"
-    echo "$((n - bad - skipped)) passed, $bad failed, $skipped skipped"
-    [ $bad = 0 ] && [ $n -gt 0 ]
+    echo "$ok passed, $bad failed, $skipped skipped"
+    [ $n -gt 0 ] && [ $((ok + skipped)) = $n ]
 }
 
 cases() {
