@@ -2383,7 +2383,7 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
                           const char *option);
 static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
 static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done);
-static int img_check_overlay(const struct image *im, const struct image *base);
+static int img_check_overlay(const struct image *im, const struct image *base, uint64_t base_size);
 static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done);
 
 /* ******************************************************************************************************** *
@@ -2427,6 +2427,7 @@ enum {
 #define QCOW2_EXT_FEATURES 0x6803f857u
 #define QCOW2_EXT_DATA_FILE 0x44415441u
 #define QCOW2_EXT_BITMAPS 0x23852875u
+#define QCOW2_EXT_BASE_SIZE 0x66786273u     /* ours: 8 bytes, the size of the backing file when the overlay was made */
 
 struct qcow2 {
     uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
@@ -2435,6 +2436,7 @@ struct qcow2 {
     uint32_t header_length, refcount_order;                 /* log2 of a refcount's bits */
     uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
     uint32_t n_snapshots, n_bitmaps;
+    uint64_t base_size;             /* see QCOW2_EXT_BASE_SIZE; 0: not recorded */
     bool subclusters, v2;
     bool preallocated;              /* see qcow2_find_holes() */
     enum codec codec;
@@ -2503,6 +2505,8 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
             q->bitmaps_size = util_be64(cluster + at + 16);
             q->bitmaps_offset = util_be64(cluster + at + 24);
         }
+        if (type == QCOW2_EXT_BASE_SIZE && n == 8)
+            q->base_size = util_be64(cluster + at + 8);
         if (type == QCOW2_EXT_FEATURES) {
             features = cluster + at + 8;
             features_len = n;
@@ -2726,7 +2730,7 @@ static int qcow2_open(struct image *im)
     im->cluster_size = 1u << q->cluster_bits;
     im->dirty = q->incompatible & QCOW2_DIRTY;
     if (!ret && im->opt->overlay_of)
-        ret = img_check_overlay(im, im->opt->overlay_of);
+        ret = img_check_overlay(im, im->opt->overlay_of, q->base_size);
     if (!ret && im->writable && !im->opt->top_only)
         return qcow2_begin_writing(im);
     if (!ret && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
@@ -4943,10 +4947,10 @@ static int qcow2_repair(struct image *im, struct check *c)
 
 /* -- making overlays -- */
 
-/* A new image over `backing`, in an empty file: header, refcount table, one block, L1 table. */
-static int qcow2_create(struct file *f, uint64_t size, const char *backing, const char *backing_format)
+/* A new image over `backing` (its size in bytes), in an empty file: header, refcount table, one block, L1 table. */
+static int qcow2_create(struct file *f, uint64_t base_size, const char *backing, const char *backing_format)
 {
-    const uint64_t cluster = 1 << 16, per_table = cluster / 8 * cluster;
+    const uint64_t cluster = 1 << 16, per_table = cluster / 8 * cluster, size = (base_size + 511) & ~511ull;
     uint64_t l1 = size ? (size - 1) / per_table + 1 : 1, n = 3 + (l1 * 8 + cluster - 1) / cluster, done;
     size_t name = strlen(backing), format = strlen(backing_format);
     uint8_t *h = calloc(3, cluster);
@@ -4969,9 +4973,12 @@ static int qcow2_create(struct file *f, uint64_t size, const char *backing, cons
     qcow2_put_be32(h + 104, QCOW2_EXT_BACKING_FORMAT);
     qcow2_put_be32(h + 108, (uint32_t)format);
     memcpy(h + 112, backing_format, util_min(format, 31));
-    qcow2_put_be64(h + 8, 160);
+    qcow2_put_be32(h + 112 + (format + 7) / 8 * 8, QCOW2_EXT_BASE_SIZE);
+    qcow2_put_be32(h + 116 + (format + 7) / 8 * 8, 8);
+    qcow2_put_be64(h + 120 + (format + 7) / 8 * 8, base_size);
+    qcow2_put_be64(h + 8, 176);                         /* 8 zeros before it end the extensions */
     qcow2_put_be32(h + 16, (uint32_t)name);
-    memcpy(h + 160, backing, util_min(name, QCOW2_MAX_NAME));
+    memcpy(h + 176, backing, util_min(name, QCOW2_MAX_NAME));
     qcow2_put_be64(h + cluster, 2 * cluster);
     for (uint64_t i = 0; i < n && !ret; i++)
         h[2 * cluster + 2 * i + 1] = 1;
@@ -8300,6 +8307,10 @@ static struct vmdk_grain vmdk_read_entry(const struct vmdk_extent *e, uint64_t e
         return vmdk_bad_grain("a zeroed grain in an extent that has none");
     if (g.place < e->first_grain)
         return vmdk_bad_grain("its grain table entry points into the header");
+    for (unsigned i = 0; i < 2; i++)
+        if (e->directory[i] && g.place < e->directory[i] + vmdk_directory_entries(e) * e->entry_size &&
+            g.place + (e->compressed ? VMDK_SECTOR : 1ull << e->grain_bits) > e->directory[i])
+            return vmdk_bad_grain("its grain table entry points into a grain directory");
     if (g.place >= e->file->size)
         return vmdk_bad_grain("its grain lies past the end of the file");
     return g;
@@ -9179,7 +9190,7 @@ static int img_make_overlay(struct image *im, const struct image *base, const ch
     im->n_files = 1;
     ret = file_adopt(&im->files[0], path, fd, true);
     if (!ret)
-        ret = qcow2_create(&im->files[0], (base->size + 511) & ~511ull, backing, format);
+        ret = qcow2_create(&im->files[0], base->size, backing, format);
     if (!ret && !temporary) {
         ret = img_link_overlay(fd, path, folder);
         if (ret == -EXDEV || ret == -EPERM || ret == -ENOENT || ret == -EOPNOTSUPP)
@@ -9193,8 +9204,11 @@ static int img_make_overlay(struct image *im, const struct image *base, const ch
     return ret;
 }
 
-/* One that is there already must have been made over this very image. */
-static int img_check_overlay(const struct image *im, const struct image *base)
+/*
+ * One that is there already must have been made over this very image. base_size: what it had then, 0 if that is not
+ * recorded; where it was cut short since, zeros would be shown for what is missing.
+ */
+static int img_check_overlay(const struct image *im, const struct image *base, uint64_t base_size)
 {
     char path[PATH_MAX + 1024], format[32];
     struct stat st;
@@ -9209,6 +9223,9 @@ static int img_check_overlay(const struct image *im, const struct image *base)
     if (strcmp(im->backing_format, format) != 0)
         return msg_err(-EINVAL, "%s: is an overlay of %s as %s, not as %s (other parts, snapshot or backing file)",
                        im->name, base->name, im->backing_format, format);
+    if (base->size < base_size)
+        return msg_err(-EINVAL, "%s: is shorter than when %s was made over it (%" PRIu64 " bytes, then %" PRIu64 ")",
+                       base->name, im->name, (uint64_t)base->size, base_size);
     return 0;
 }
 
@@ -13403,6 +13420,9 @@ static int opt_check(struct options *o)
     if (o->overlay && o->temporary)
         return msg_err(-EINVAL, "--overlay and --temporary: one or the other");
     o->writable = (o->writable || o->overlay || o->temporary) && !o->read_only;
+    if (o->writable && o->on_error && !o->overlay && !o->temporary)
+        return msg_err(-EINVAL, "--on-error=zero with -w: zeros shown for what is damaged would become the image's own; "
+                       "--overlay or --temporary keep it as it is");
     if (o->repair && o->action != ACT_CHECK)
         return msg_err(-EINVAL, "--repair goes with --check");
     if (o->repair && o->share)

@@ -91,6 +91,16 @@ wait_for() {        # until the command succeeds, ten seconds at most
     fail "waited in vain: $*"
 }
 
+# refuse_each COMMAND... <<<"OFFSET HEX PATTERN...": each row, given to COMMAND, makes a bad image that is refused with that message
+refuse_each() {
+    local offset hex pattern
+    while read -r offset hex pattern; do
+        [ -n "$offset" ] || continue
+        "$@" "$offset" "$hex"
+        refused 1 "$pattern" "$fx" -q bad m
+    done
+}
+
 nobody=(setpriv --reuid=65534 --regid=65534 --clear-groups)
 as_nobody() { "${nobody[@]}" "$@"; }
 
@@ -1061,11 +1071,7 @@ t_qcow2_damaged_headers_are_refused() {
 88 0000000000000002 raw external data
 24 ffffffffffffffff the size
 76 00000004 does not name its external data'
-    while read -r offset hex pattern; do
-        [ -n "$offset" ] || continue
-        poke bad "$offset" "$hex"
-        refused 1 "$pattern" "$fx" -q bad m
-    done <<<"$rows"
+    refuse_each poke bad <<<"$rows"
     qemu-img create -q -f qcow2 -o cluster_size=8k good 64M
     poke bad 76 00000010; refused 1 'subclusters need' "$fx" -q bad m
     head -c 71 good >bad; refused 1 'is not a qcow2' "$fx" -q bad m
@@ -1526,6 +1532,12 @@ t_overlay_takes_the_changes_and_qemu_knows_it() {
     qemu-img snapshot -c new base.qcow2
     refused 1 'other parts, snapshot' "$fx" -q --snapshot new --overlay snap.qcow2 base.qcow2 m
     mv s.002 away; refused 1 'other parts' "$fx" -q --format raw --overlay split.qcow2 s.001 m
+    # A base that was cut short since would read as zeros behind its end.
+    cp before base; rm work.qcow2
+    "$fx" -q --format raw --overlay work.qcow2 base m; printf z | dd of=m conv=notrunc status=none; "$fx" --umount m
+    qemu-img check -q work.qcow2; qemu-img convert -O raw work.qcow2 out; cp before want; printf z | dd of=want conv=notrunc status=none; cmp out want
+    truncate -s 4M base; refused 1 'is shorter than when .* was made' "$fx" -q --format raw --overlay work.qcow2 base m
+    cp before base; truncate -s 9M base; "$fx" -q --format raw --overlay work.qcow2 base m; cmp -i 1 -n 8191999 m before; "$fx" --umount m
     refused 1 'a snapshot is not written' "$fx" -q -w --snapshot old base.qcow2 m
 }
 
@@ -1658,6 +1670,10 @@ t_on_error_zero_fills_exactly_what_is_bad() {
     "$fx" -q --format raw --on-error=zero --partition 1 disk m
     same "$(cat m | wc -c)" 2097152; "$fx" --umount m
     refused 2 "one of eio|zero" "$fx" --on-error=maybe raw m
+    # Zeros that stand for what cannot be read must not find their way into the image.
+    refused 2 'would become the image' "$fx" -q -w --on-error=zero --format raw raw m
+    "$fx" -q --temporary --on-error=zero bad m; printf y | dd of=m bs=1 seek=70000 conv=notrunc status=none
+    printf y | dd of=want bs=1 seek=70000 conv=notrunc status=none; cmp m want; "$fx" --umount m
 }
 
 t_error_map_lists_what_could_not_be_read() {
@@ -1877,11 +1893,7 @@ t_vdi_damaged_headers_are_refused() {
 384 3f000000 the disk size
 424 01000000 a parent, in an image that is not
 76 04000000 no parent'
-    while read -r offset hex pattern; do
-        [ -n "$offset" ] || continue
-        poke bad "$offset" "$hex"
-        refused 1 "$pattern" "$fx" -q bad m
-    done <<<"$rows"
+    refuse_each poke bad <<<"$rows"
     head -c 400 good >bad; refused 1 'the file ends in the header (0x190)' "$fx" -q bad m
     head -c 600 good >bad; refused 1 'number of blocks' "$fx" -q bad m
     refused 1 'is not a VDI image' "$fx" -q --format vdi "$top/fuseexp.c" m
@@ -2010,11 +2022,7 @@ t_qed_damaged_headers_are_refused() {
 60 00000000 length of the backing file
 60 00040000 length of the backing file.s name (0x400)
 60 06000000 a zero in the backing file'
-    while read -r offset hex pattern; do
-        [ -n "$offset" ] || continue
-        poke bad "$offset" "$hex"
-        refused 1 "$pattern" "$fx" -q bad m
-    done <<<"$rows"
+    refuse_each poke bad <<<"$rows"
     head -c 63 good >bad; refused 1 'is not a QED image' "$fx" -q --format qed bad m
     head -c 65000 good >bad; refused 1 'place of the L1' "$fx" -q bad m
 }
@@ -2251,11 +2259,7 @@ t_parallels_damaged_headers_are_refused() {
 36 0100020000000000 the size, larger than all clusters together (0x20001)
 36 0000020001000000 the size, larger than all clusters together (0x100020000)
 36 ffffffffffffffff the size, larger'
-    while read -r offset hex pattern; do
-        [ -n "$offset" ] || continue
-        poke bad "$offset" "$hex"
-        refused 1 "$pattern" "$fx" -q bad m
-    done <<<"$rows"
+    refuse_each poke bad <<<"$rows"
     head -c 63 good >bad; refused 1 'is not a Parallels image' "$fx" -q --format parallels bad m
     head -c 2000 good >bad; refused 1 'number of clusters' "$fx" -q bad m
 }
@@ -2867,11 +2871,7 @@ h16 ffffffffffffffff place of the block table
 h16 0000000000000601 place of the block table
 h16 00000000fffffe00 place of the block table
 h32 00000200 too few table entries'
-    while read -r offset hex pattern; do
-        [ -n "$offset" ] || continue
-        vhd_edit "$offset" "$hex"
-        refused 1 "$pattern" "$fx" -q bad m
-    done <<<"$rows"
+    refuse_each vhd_edit <<<"$rows"
     vhd_edit f28 77696e20 f48 ffffffffffffffff; refused 1 'the size' "$fx" -q bad m
     vhd_edit f28 77696e20 f48 7fffffffffffffff; refused 1 'too few table entries' "$fx" -q bad m
     vhd_edit f28 77696e20 f48 0000000000000000; refused 1 'is empty' "$fx" -q bad m
@@ -3924,11 +3924,7 @@ t_vmdk_damaged_headers_are_refused() {
 73 0a200a00 transferred as text
 77 0100 compression algorithm
 10 01 compression algorithm'
-    while read -r offset hex pattern; do
-        [ -n "$offset" ] || continue
-        poke bad "$offset" "$hex"
-        refused 1 "$pattern" "$fx" -q bad m
-    done <<<"$rows"
+    refuse_each poke bad <<<"$rows"
     head -c 511 good >bad; expect 1 "$fx" -q bad m; same "$(wc -l <err)" 1
     head -c 10752 good >bad; refused 1 'not inside the file' "$fx" -q bad m
     head -c 10 good >bad; expect 1 "$fx" -q bad m; same "$(wc -l <err)" 1
@@ -4027,7 +4023,7 @@ save("se", sesparse(g, 800)); save("se.raw", disk(g, 8, 800))'
     cp good bad; truncate -s $((at + 20)) bad; not "$fx" -q bad m 2>err; grep -q 'not inside the file' err
     cp cowd good
     gt=$(($(od -An -tu4 -j2052 -N4 good) * 512))
-    for row in "$((gt + 904 * 4)) ffffff7f" "$((gt + 904 * 4)) 01000000"; do
+    for row in "$((gt + 904 * 4)) ffffff7f" "$((gt + 904 * 4)) 01000000" "$((gt + 904 * 4)) 04000000"; do     # 4: the grain directory
         poke bad $row
         costs $((5000 * 512)) 512 bad cowd.raw
     done
