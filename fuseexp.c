@@ -3662,7 +3662,7 @@ enum {
     QCOW2_MAX_RUN = 2 << 20,        /* bytes taken at once */
     QCOW2_MAX_DIRTY = 2048,         /* slices changed before a commit is due: 16 MiB */
     QCOW2_MAX_FREED = 1 << 16,      /* ranges */
-    QCOW2_GROW = 1 << 20,           /* the file grows by so much at a time; the rest is cut off in the end */
+    QCOW2_GROW = 16 << 20,          /* the file grows by so much at a time; the rest is cut off in the end */
 };
 
 /* Host clusters to be given back, each referred to once less. */
@@ -10096,6 +10096,8 @@ struct server {
     struct view *views;
     unsigned n_views;
     bool is_dir, writable, growable, resizable, direct_io, keep_cache, allow_other, debug;
+    bool writers_direct;            /* see fop_count_open(); set by the handshake */
+    _Atomic int64_t opens;          /* of handles that are cached; below 0: of direct ones */
     int backing_id;                 /* > 0: views[0] is passed through */
     uint64_t attr_valid;            /* seconds the kernel may keep attributes */
     struct timespec started;
@@ -10118,7 +10120,7 @@ struct worker {
     int fd;
     int pipe[2];          /* for replies by reference; -1 if there is none */
     struct reference ref; /* of the reply in hand; length 0: its data is in buf */
-    uint8_t *buf; /* FX_HEAD_ROOM for the request's head, then FX_MAX_IO; a WRITE's data follows its head */
+    uint8_t *buf;         /* LOOP_BUF; requests at FX_REQUEST_AT, the data of replies at FX_HEAD_ROOM */
     _Atomic uint64_t reads, read_bytes, writes, write_bytes, errors; /* written by this worker alone */
 };
 
@@ -10321,11 +10323,42 @@ static int fop_setattr(struct worker *w, struct request *rq)
  * A passed-through file whose length was changed underneath is not passed through any more: then reads past
  * its end fail. O_TRUNC ("cp backup m", "> m") is refused unless what it empties may grow again.
  */
+/* File handles, as the kernel gives them back with READ and RELEASE. */
+enum { FOP_FH_PLAIN, FOP_FH_CACHED, FOP_FH_DIRECT };
+
+/*
+ * Who opens the file to write bypasses the page cache: a loop device has its own above us, and to copy everything
+ * once more costs it a third of its speed. Cached and direct handles are never open at the same time, since the
+ * kernel does not keep a reader's pages up to date while another handle writes directly: the first one decides. Not
+ * with O_DIRECT, whose large writes the kernel sends all at once through a cached handle only.
+ */
+static uint64_t fop_count_open(struct server *srv, uint32_t flags)
+{
+    int64_t n = atomic_load(&srv->opens), more;
+    bool direct = (flags & O_ACCMODE) != O_RDONLY && !(flags & O_DIRECT);
+
+    do
+        more = n < 0 || (n == 0 && direct) ? n - 1 : n + 1;
+    while (!atomic_compare_exchange_weak(&srv->opens, &n, more));
+    return more < 0 ? FOP_FH_DIRECT : FOP_FH_CACHED;
+}
+
+static int fop_release(struct worker *w, struct request *rq)
+{
+    const struct fuse_release_in *in = rq->arg;
+    int64_t n = atomic_load(&w->srv->opens), less;
+
+    do
+        less = in->fh == FOP_FH_CACHED && n > 0 ? n - 1 : in->fh == FOP_FH_DIRECT && n < 0 ? n + 1 : n;
+    while (!atomic_compare_exchange_weak(&w->srv->opens, &n, less));
+    return 0;
+}
+
 static int fop_open(struct worker *w, struct request *rq)
 {
     struct fx_open_out *out = (struct fx_open_out *)rq->out;
     const struct fuse_open_in *in = rq->arg;
-    const struct server *srv = w->srv;
+    struct server *srv = w->srv;
     const struct view *v = fop_view(srv, rq->head->nodeid);
     int ret;
 
@@ -10350,8 +10383,11 @@ static int fop_open(struct worker *w, struct request *rq)
     } else if (srv->backing_id > 0 && v == srv->views && !img_resized_underneath(srv->im)) {
         out->open_flags = FX_OPEN_PASSTHROUGH;
         out->backing_id = srv->backing_id;
-    } else if (srv->keep_cache) {
-        out->open_flags = FOPEN_KEEP_CACHE;
+    } else {
+        out->fh = srv->writers_direct ? fop_count_open(srv, in->flags) : FOP_FH_PLAIN;
+        out->open_flags = out->fh == FOP_FH_DIRECT ? FOPEN_DIRECT_IO | FX_OPEN_PARALLEL_DIRECT_WRITES
+                          : srv->keep_cache        ? FOPEN_KEEP_CACHE
+                                                   : 0;
     }
     return 0;
 }
@@ -10390,7 +10426,9 @@ static int fop_read(struct worker *w, struct request *rq)
     const struct fuse_read_in *in = rq->arg;
     const struct server *srv = w->srv;
     const struct view *v = fop_view(srv, rq->head->nodeid);
-    struct reference ref = { .front_will_do = srv->direct_io || (in->flags & O_DIRECT) };
+    struct reference ref = {
+        .front_will_do = srv->direct_io || in->fh == FOP_FH_DIRECT || (in->flags & O_DIRECT)
+    };
     struct extent ext;
     uint64_t size, inside;
     int ret;
@@ -10651,7 +10689,7 @@ static const struct fop {
     [FUSE_READ] = { "READ", fop_read, sizeof(struct fuse_read_in), false },
     [FUSE_WRITE] = { "WRITE", fop_write, sizeof(struct fuse_write_in), false },
     [FUSE_FLUSH] = { "FLUSH", fop_flush, 0, false },
-    [FUSE_RELEASE] = { "RELEASE", fop_ok, 0, false },
+    [FUSE_RELEASE] = { "RELEASE", fop_release, sizeof(struct fuse_release_in), false },
     [FUSE_FSYNC] = { "FSYNC", fop_fsync, 0, false },
     [FUSE_FALLOCATE] = { "FALLOCATE", fop_fallocate, sizeof(struct fuse_fallocate_in), false },
     [FUSE_LSEEK] = { "LSEEK", fop_lseek, sizeof(struct fuse_lseek_in), false },
@@ -10673,6 +10711,13 @@ static const struct fop {
     [FUSE_CREATE] = { "CREATE", fop_not_permitted, 0, false },
 };
 
+_Static_assert(sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in) == 80, "WRITE's headers");
+
+static struct fuse_in_header *fop_request(const struct worker *w)
+{
+    return (struct fuse_in_header *)(w->buf + FX_REQUEST_AT);
+}
+
 /* The reply's header ends the head room, so that it and the data are one piece. */
 static struct fuse_out_header *fop_reply(const struct worker *w)
 {
@@ -10692,12 +10737,12 @@ static size_t fop_finish(struct worker *w, uint64_t unique, int ret, size_t out_
 }
 
 /*
- * Handles the request of n bytes in w->buf. Returns the reply's length, 0: none. With w->ref, its data is
+ * Handles the request of n bytes at fop_request(). Returns the reply's length, 0: none. With w->ref, its data is
  * elsewhere.
  */
 static size_t fop_handle(struct worker *w, size_t n)
 {
-    const struct fuse_in_header *head = (const struct fuse_in_header *)w->buf;
+    const struct fuse_in_header *head = fop_request(w);
     struct request rq = { .head = head, .arg = head + 1, .out = w->buf + FX_HEAD_ROOM };
     const struct fop *op;
     uint64_t unique;
@@ -10808,7 +10853,7 @@ static int loop_once(struct worker *w)
     bool sent;
 
     loop_look_for_usr1(w);          /* it may have come while we were at work */
-    n = read(w->fd, w->buf, LOOP_BUF);
+    n = read(w->fd, fop_request(w), FX_REQUEST_MAX);
     if (n < 0) {
         if (errno == EINTR || errno == EAGAIN || errno == ENOENT)   /* ENOENT: the request was taken back */
             return 0;
@@ -10906,7 +10951,7 @@ static void loop_fill_init(const struct server *srv, const struct fuse_init_in *
     uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS |
                     FUSE_ATOMIC_O_TRUNC | FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO | FUSE_MAX_PAGES |
                     FUSE_EXPLICIT_INVAL_DATA | FUSE_INIT_EXT |
-                    (srv->direct_io ? FX_DIRECT_IO_ALLOW_MMAP : 0) | (passthrough ? FX_PASSTHROUGH : 0);
+                    (srv->direct_io || srv->writable ? FX_DIRECT_IO_ALLOW_MMAP : 0) | (passthrough ? FX_PASSTHROUGH : 0);
 
     want &= offered;
     *out = (struct fx_init_out){
@@ -10928,7 +10973,7 @@ static void loop_fill_init(const struct server *srv, const struct fuse_init_in *
 static int loop_handshake(struct server *srv, int fd, bool *passthrough)
 {
     struct worker *w = &srv->workers[0];
-    const struct fuse_in_header *head = (const struct fuse_in_header *)w->buf;
+    const struct fuse_in_header *head = fop_request(w);
     struct fuse_init_in in;
     struct { struct fuse_out_header head; struct fx_init_out out; } reply;
     uint64_t offered;
@@ -10936,7 +10981,7 @@ static int loop_handshake(struct server *srv, int fd, bool *passthrough)
 
     for (;;) {
         do
-            n = util_fault("INIT") ? -1 : read(fd, w->buf, LOOP_BUF);
+            n = util_fault("INIT") ? -1 : read(fd, fop_request(w), FX_REQUEST_MAX);
         while (n < 0 && errno == EINTR);
         if (n < 0)
             return msg_err(-errno, "no FUSE_INIT from the kernel: %s", strerror(errno));
@@ -10958,6 +11003,8 @@ static int loop_handshake(struct server *srv, int fd, bool *passthrough)
             break;                  /* a newer major has now seen ours and asks again */
     }
     *passthrough = reply.out.flags2 & (uint32_t)(FX_PASSTHROUGH >> 32);
+    /* A direct handle that cannot be mapped would be worse than a slow one. */
+    srv->writers_direct = srv->writable && reply.out.flags2 & (uint32_t)(FX_DIRECT_IO_ALLOW_MMAP >> 32);
     return 0;
 }
 
@@ -12077,7 +12124,7 @@ static void run_setup_server(struct run *r)
     srv->resizable = r->im.writable && whole && r->im.format->resize;
     /* Every file has a page cache of its own; where they overlap and are written, none can be kept. */
     srv->direct_io = o->direct_io || (r->im.writable && r->n_views > 1);
-    srv->keep_cache = !o->share;
+    srv->keep_cache = !o->share && !r->im.writable;
     srv->debug = o->debug;
     srv->n_running = cpus < 2 ? 2 : (unsigned)cpus;
     srv->attr_valid = r->im.writable || o->share ? 1 : 3600;
@@ -12984,16 +13031,17 @@ static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
     srand(1);
     ret = ret ? ret : part_make_views(&im, &want, views, &srv.n_views);
     for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
-        struct fuse_in_header *head = (struct fuse_in_header *)w.buf;
-        size_t len = (unsigned)rand() % (rand() % 8 ? 160 : FX_HEAD_ROOM - sizeof(struct fuse_out_header));
+        const size_t most = FX_HEAD_ROOM - FX_REQUEST_AT - sizeof(struct fuse_out_header);
+        struct fuse_in_header *head = fop_request(&w);
+        size_t len = (unsigned)rand() % (rand() % 8 ? 160 : most);
         for (size_t i = 0; i < len; i++)
-            w.buf[i] = (uint8_t)(rand() % 3 ? 0 : rand());
+            w.buf[FX_REQUEST_AT + i] = (uint8_t)(rand() % 3 ? 0 : rand());
         if (len >= sizeof(*head)) {
             head->len = rand() % 16 ? (uint32_t)len : (uint32_t)rand();
             head->opcode = (unsigned)rand() % 56;
             head->nodeid = (unsigned)rand() % 4;
         }
-        ASAN_POISON_MEMORY_REGION(w.buf + len, FX_HEAD_ROOM - sizeof(struct fuse_out_header) - len);
+        ASAN_POISON_MEMORY_REGION(w.buf + FX_REQUEST_AT + len, most - len);
         w.ref.length = 0;
         size_t reply = fop_handle(&w, len);
         ASAN_UNPOISON_MEMORY_REGION(w.buf, FX_HEAD_ROOM);

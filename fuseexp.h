@@ -249,7 +249,10 @@ struct fx_open_how {
 #define FX_STATX_DONT_SYNC 0x4000
 #define FX_TMPFS_MAGIC 0x01021994
 #define FX_RAMFS_MAGIC 0x858458f6
-#define FX_HEAD_ROOM 4096u          /* of a worker's buffer: request header and arguments, ahead of the data */
+/* In a worker's buffer, bytes. A WRITE's data begins at a page (faster to copy), and so does a reply's, behind them. */
+#define FX_REQUEST_AT (4096u - 80)  /* a WRITE's two headers are 80 bytes */
+#define FX_REQUEST_MAX (80 + FX_MAX_IO)
+#define FX_HEAD_ROOM 8192u          /* for a request's header and arguments, and for the reply's header */
 
 #define FX_PASSTHROUGH (1ULL << 37)             /* INIT flags, 7.40 */
 #define FX_DIRECT_IO_ALLOW_MMAP (1ULL << 36)    /* INIT flags, 7.39 */

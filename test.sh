@@ -297,6 +297,49 @@ t_attributes_and_statfs_make_sense() {
     "$fx" --umount m
 }
 
+t_writers_are_not_cached_and_readers_see_what_they_wrote() {
+    random img 64; cp img model
+    "$fx" -q -f -w --no-passthrough --format raw img m 2>log &
+    wait_for test -s m
+    py '
+import subprocess
+a = bytes(4096)
+def reads(): return int(subprocess.run(["sh", "-c", "kill -USR1 $0; sleep .2; tail -n 1 log", sys.argv[1]], capture_output=True, text=True).stdout.split(" reads")[0].split()[-1])
+def again(fd, n=50):                                        # how many of n reads of a page come through
+    before = reads()
+    for i in range(n): os.pread(fd, 4096, 8192)
+    return reads() - before
+w = os.open("m", os.O_RDWR)
+print("direct", again(w))
+r = os.open("m", os.O_RDONLY)                               # beside a direct handle all are
+print("beside", again(r))
+mm = mmap.mmap(w, 262144); mm[100:105] = b"hello"; mm.flush()
+assert os.pread(r, 5, 100) == b"hello" == os.pread(w, 5, 100)
+os.pwrite(w, b"x" * 4096, 0); assert mm[0:5] == b"xxxxx" and os.pread(r, 5, 100) == b"xxxxx"
+mm.close(); os.close(r); os.close(w)
+c = [os.open("m", os.O_RDONLY)]                             # the first one is cached: so are all
+assert os.pread(c[0], 5, 100) == b"xxxxx"
+w = os.open("m", os.O_WRONLY); os.pwrite(w, b"y" * 4096, 0)
+assert os.pread(c[0], 5, 100) == b"yyyyy"
+print("cached", again(c[0]))
+os.close(w); os.close(c[0])
+w = os.open("m", os.O_RDWR); os.pwrite(w, b"z" * 4096, 0); os.close(w)
+r = os.open("m", os.O_RDONLY); assert os.pread(r, 5, 100) == b"zzzzz"; os.close(r)
+model = bytearray(open("model", "rb").read()); model[0:4096] = b"z" * 4096
+rnd = random.Random(5); fds = []
+for i in range(4000):
+    k = rnd.random(); off = rnd.randrange(262144 - 9000); n = rnd.choice([1, 100, 4096, 9000])
+    if k < .1 and len(fds) < 6: fds.append(os.open("m", rnd.choice([os.O_RDONLY, os.O_RDWR, os.O_RDWR])))
+    elif k < .2 and fds: os.close(fds.pop(rnd.randrange(len(fds))))
+    elif k < .5:
+        try: os.pwrite(rnd.choice(fds), b := rnd.randbytes(n), off); model[off:off + n] = b
+        except (OSError, IndexError): pass
+    elif fds: assert os.pread(rnd.choice(fds), n, off) == model[off:off + n], i
+open("model", "wb").write(model)' "$(supervisor_of)" >out
+    awk '{ n[$1] = $2 } END { exit !(n["direct"] >= 50 && n["beside"] >= 50 && n["cached"] <= 2) }' out || { cat out; false; }
+    cmp m model; "$fx" --umount m; wait; cmp img model
+}
+
 t_setattr_follows_qemus_rules() {
     random img 16
     "$fx" -q img m
@@ -1210,6 +1253,7 @@ fsx_py='
 import threading
 libc = ctypes.CDLL(None, use_errno=True)
 def fsx(m, model, n, seed, threads, sync=.02):
+    if seed % 2: os.open(m, os.O_RDONLY)                # then the writer is cached, too
     fd = os.open(m, os.O_RDWR); mo = os.open(model, os.O_RDWR); size = os.fstat(mo).st_size
     assert os.fstat(fd).st_size == size
     def work(t):
