@@ -5008,7 +5008,7 @@ bench() {
 
 bench_stop_if_running() { [ -z "$file" ] || bench_stop; file=; }
 
-bench_median() { echo "$@" | tr ' ' '\n' | sort -n | sed -n "$((($# + 1) / 2))p"; }
+bench_median() { [ $# = 0 ] || echo "$@" | tr ' ' '\n' | sort -n | sed -n "$((($# + 1) / 2))p"; }
 
 bench_print() {     # SET
     local w p base
