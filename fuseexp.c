@@ -10952,7 +10952,8 @@ static void loop_fill_init(const struct server *srv, const struct fuse_init_in *
     uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS |
                     FUSE_ATOMIC_O_TRUNC | FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO | FUSE_MAX_PAGES |
                     FUSE_EXPLICIT_INVAL_DATA | FUSE_INIT_EXT |
-                    (srv->direct_io || srv->writable ? FX_DIRECT_IO_ALLOW_MMAP : 0) | (passthrough ? FX_PASSTHROUGH : 0);
+                    (srv->direct_io || srv->writable ? FX_DIRECT_IO_ALLOW_MMAP : 0) |
+                    (passthrough ? FX_PASSTHROUGH : 0);
 
     want &= offered;
     *out = (struct fx_init_out){
@@ -13470,8 +13471,8 @@ static int opt_check(struct options *o)
         return msg_err(-EINVAL, "--overlay and --temporary: one or the other");
     o->writable = (o->writable || o->overlay || o->temporary) && !o->read_only;
     if (o->writable && o->on_error && !o->overlay && !o->temporary)
-        return msg_err(-EINVAL, "--on-error=zero with -w: zeros shown for what is damaged would become the image's own; "
-                       "--overlay or --temporary keep it as it is");
+        return msg_err(-EINVAL, "--on-error=zero with -w: zeros shown for what is damaged would become the image's "
+                       "own; --overlay or --temporary keep it as it is");
     if (o->repair && o->action != ACT_CHECK)
         return msg_err(-EINVAL, "--repair goes with --check");
     if (o->repair && o->share)
