@@ -194,6 +194,15 @@ static uint64_t util_min(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
+/* FNV-1a, of a text and its end. It tells things apart, it proves nothing. */
+#define UTIL_HASH_START 0xcbf29ce484222325u
+static void util_hash(uint64_t *hash, const char *text)
+{
+    for (; text && *text; text++)
+        *hash = (*hash ^ (uint8_t)*text) * 0x100000001b3u;
+    *hash = (*hash ^ 0xff) * 0x100000001b3u;
+}
+
 static uint16_t util_le16(const uint8_t *p)
 {
     return (uint16_t)(p[0] | p[1] << 8);
@@ -2383,7 +2392,7 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
                           const char *option);
 static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
 static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done);
-static int img_check_overlay(const struct image *im, const struct image *base, uint64_t base_size);
+static int img_check_overlay(const struct image *im, const struct image *base);
 static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done);
 
 /* ******************************************************************************************************** *
@@ -2427,7 +2436,7 @@ enum {
 #define QCOW2_EXT_FEATURES 0x6803f857u
 #define QCOW2_EXT_DATA_FILE 0x44415441u
 #define QCOW2_EXT_BITMAPS 0x23852875u
-#define QCOW2_EXT_BASE_SIZE 0x66786273u     /* ours: 8 bytes, the size of the backing file when the overlay was made */
+#define QCOW2_EXT_BASE_SIZE 0x66786273u     /* ours: 16 bytes, the backing file's size then, and util_hash() of its name */
 
 struct qcow2 {
     uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
@@ -2436,7 +2445,7 @@ struct qcow2 {
     uint32_t header_length, refcount_order;                 /* log2 of a refcount's bits */
     uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
     uint32_t n_snapshots, n_bitmaps;
-    uint64_t base_size;             /* see QCOW2_EXT_BASE_SIZE; 0: not recorded */
+    uint64_t backing_hash;          /* see QCOW2_EXT_BASE_SIZE */
     bool subclusters, v2;
     bool preallocated;              /* see qcow2_find_holes() */
     enum codec codec;
@@ -2505,8 +2514,10 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
             q->bitmaps_size = util_be64(cluster + at + 16);
             q->bitmaps_offset = util_be64(cluster + at + 24);
         }
-        if (type == QCOW2_EXT_BASE_SIZE && n == 8)
-            q->base_size = util_be64(cluster + at + 8);
+        if (type == QCOW2_EXT_BASE_SIZE && n == 16) {
+            im->backing_size = util_be64(cluster + at + 8);
+            q->backing_hash = util_be64(cluster + at + 16);
+        }
         if (type == QCOW2_EXT_FEATURES) {
             features = cluster + at + 8;
             features_len = n;
@@ -2694,6 +2705,7 @@ static int qcow2_open(struct image *im)
 {
     struct qcow2 *q = im->state = util_fault("qcow2") ? NULL : calloc(1, sizeof(*q));
     uint8_t header[112] = { 0 }, *cluster = NULL;
+    uint64_t hash = UTIL_HASH_START;
     const char *snapshot = im->depth == 0 ? im->opt->snapshot : NULL;
     uint64_t len, done;
     int ret;
@@ -2719,6 +2731,9 @@ static int qcow2_open(struct image *im)
         ret = qcow2_extensions(im, q, cluster, len);
     if (!ret)
         ret = qcow2_read_backing_name(im, q, cluster, len);
+    util_hash(&hash, im->backing_name);
+    if (hash != q->backing_hash)    /* rebased since */
+        im->backing_size = 0;
     if (!ret && snapshot)
         ret = qcow2_use_snapshot(im, q, snapshot);
     if (!ret)
@@ -2730,7 +2745,7 @@ static int qcow2_open(struct image *im)
     im->cluster_size = 1u << q->cluster_bits;
     im->dirty = q->incompatible & QCOW2_DIRTY;
     if (!ret && im->opt->overlay_of)
-        ret = img_check_overlay(im, im->opt->overlay_of, q->base_size);
+        ret = img_check_overlay(im, im->opt->overlay_of);
     if (!ret && im->writable && !im->opt->top_only)
         return qcow2_begin_writing(im);
     if (!ret && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
@@ -3773,15 +3788,16 @@ static int qcow2_set_refcount(struct image *im, uint64_t cluster, uint64_t refco
     return ret || !block ? -EIO : qcow2_put_refcount(im, block, cluster, refcount);
 }
 
-/* Makes the file long enough for [0, end). */
+/* Makes the file long enough for [0, end); the image itself for more, where that can be had. */
 static int qcow2_reserve(struct image *im, struct file *f, uint64_t end)
 {
     if (end <= f->size)
         return 0;
     if (f->is_blk)
         return -ENOSPC;
-    (void)im;
-    return file_grow(f, (end + QCOW2_GROW - 1) / QCOW2_GROW * QCOW2_GROW);
+    if (f == &im->files[0] && file_truncate(f, (end + QCOW2_GROW - 1) / QCOW2_GROW * QCOW2_GROW) == 0)
+        return 0;
+    return file_grow(f, end);
 }
 
 /* A host cluster for a table, of zeros; its refcount is the caller's business. */
@@ -4240,8 +4256,11 @@ static int qcow2_place_locked(struct image *im, struct qcow2_plan *p, uint64_t m
     p->host = first << q->cluster_bits;
     p->fresh = p->host >= w->top && !q->data->is_blk;
     ret = qcow2_reserve(im, q->data, p->host + p->n * qcow2_cluster(q));
+    /* Back at once, as nobody has seen them: w->top does not cover them, so they may be taken for a table next. */
+    for (uint64_t i = 0; ret && i < p->n; i++)
+        (void)qcow2_set_refcount(im, first + i, 0);
     if (ret)
-        qcow2_free_locked(w, first, p->n);
+        w->hint = util_min(w->hint, first);
     else if (p->host + p->n * qcow2_cluster(q) > w->top)
         w->top = p->host + p->n * qcow2_cluster(q);
     return ret;
@@ -4953,6 +4972,7 @@ static int qcow2_create(struct file *f, uint64_t base_size, const char *backing,
     const uint64_t cluster = 1 << 16, per_table = cluster / 8 * cluster, size = (base_size + 511) & ~511ull;
     uint64_t l1 = size ? (size - 1) / per_table + 1 : 1, n = 3 + (l1 * 8 + cluster - 1) / cluster, done;
     size_t name = strlen(backing), format = strlen(backing_format);
+    uint64_t hash = UTIL_HASH_START;
     uint8_t *h = calloc(3, cluster);
     int ret = 0;
 
@@ -4974,8 +4994,10 @@ static int qcow2_create(struct file *f, uint64_t base_size, const char *backing,
     qcow2_put_be32(h + 108, (uint32_t)format);
     memcpy(h + 112, backing_format, util_min(format, 31));
     qcow2_put_be32(h + 112 + (format + 7) / 8 * 8, QCOW2_EXT_BASE_SIZE);
-    qcow2_put_be32(h + 116 + (format + 7) / 8 * 8, 8);
+    qcow2_put_be32(h + 116 + (format + 7) / 8 * 8, 16);
     qcow2_put_be64(h + 120 + (format + 7) / 8 * 8, base_size);
+    util_hash(&hash, backing);
+    qcow2_put_be64(h + 128 + (format + 7) / 8 * 8, hash);
     qcow2_put_be64(h + 8, 176);                         /* 8 zeros before it end the extensions */
     qcow2_put_be32(h + 16, (uint32_t)name);
     memcpy(h + 176, backing, util_min(name, QCOW2_MAX_NAME));
@@ -9009,6 +9031,19 @@ static int img_check_loop(const struct image *im)
     return 0;
 }
 
+/* Of a backing file that was cut short, zeros would be shown for what is missing. */
+static int img_check_backing_size(const struct image *im, const struct image *base)
+{
+    if (base->size >= im->backing_size)
+        return 0;
+    if (!im->opt->force_parent)
+        return msg_err(-EINVAL, "%s: is shorter than when %s was made over it (%" PRIu64 " bytes, then %" PRIu64
+                       "); --force-parent takes it all the same, with zeros at its end",
+                       base->name, im->name, (uint64_t)base->size, im->backing_size);
+    msg_say(MSG_NOTE, "%s: taken for the backing file of %s although it is shorter now", base->name, im->name);
+    return 0;
+}
+
 /* A differencing disk over another parent than its own would be a wrong disk that looks right. */
 static int img_check_identity(const struct image *im, const struct image *base)
 {
@@ -9058,7 +9093,9 @@ static int img_open_one_backing(struct image *im, struct image *base, const char
     ret = img_check_loop(base);
     if (!ret)
         ret = img_finish(base);
-    return ret ? ret : img_check_identity(im, base);
+    if (!ret)
+        ret = img_check_identity(im, base);
+    return ret ? ret : img_check_backing_size(im, base);
 }
 
 static int img_open_backing(struct image *im)
@@ -9095,29 +9132,22 @@ static int img_open_backing(struct image *im)
  * recorded as a format that it refuses.
  */
 
-static void img_hash(uint64_t *hash, const char *text)
-{
-    for (; text && *text; text++)
-        *hash = (*hash ^ (uint8_t)*text) * 0x100000001b3u;
-    *hash = (*hash ^ 0xff) * 0x100000001b3u;
-}
-
 /* The recorded format: QEMU's word; or, with a sum of what it depends on, one that nobody else knows. */
 static void img_overlay_format(const struct image *base, char word[32])
 {
     const struct image_options *opt = base->opt;
-    uint64_t hash = 0xcbf29ce484222325u;
+    uint64_t hash = UTIL_HASH_START;
     char size[24];
     bool parts = base->n_files > 1 && base->format == &raw_format;
 
-    img_hash(&hash, opt->snapshot);
-    img_hash(&hash, opt->backing);
-    img_hash(&hash, opt->backing_format);
-    img_hash(&hash, opt->data_file);
+    util_hash(&hash, opt->snapshot);
+    util_hash(&hash, opt->backing);
+    util_hash(&hash, opt->backing_format);
+    util_hash(&hash, opt->data_file);
     for (unsigned i = 0; parts && i < base->n_files; i++) {
         snprintf(size, sizeof(size), "%" PRIu64, (uint64_t)base->files[i].size);
-        img_hash(&hash, util_basename(base->files[i].path));
-        img_hash(&hash, size);
+        util_hash(&hash, util_basename(base->files[i].path));
+        util_hash(&hash, size);
     }
     if (parts || opt->snapshot || opt->backing || opt->data_file)
         snprintf(word, 32, "%s:%016" PRIx64, parts ? "split-raw" : opt->snapshot ? "snapshot" : "backing", hash);
@@ -9204,11 +9234,8 @@ static int img_make_overlay(struct image *im, const struct image *base, const ch
     return ret;
 }
 
-/*
- * One that is there already must have been made over this very image. base_size: what it had then, 0 if that is not
- * recorded; where it was cut short since, zeros would be shown for what is missing.
- */
-static int img_check_overlay(const struct image *im, const struct image *base, uint64_t base_size)
+/* One that is there already must have been made over this very image. */
+static int img_check_overlay(const struct image *im, const struct image *base)
 {
     char path[PATH_MAX + 1024], format[32];
     struct stat st;
@@ -9223,10 +9250,7 @@ static int img_check_overlay(const struct image *im, const struct image *base, u
     if (strcmp(im->backing_format, format) != 0)
         return msg_err(-EINVAL, "%s: is an overlay of %s as %s, not as %s (other parts, snapshot or backing file)",
                        im->name, base->name, im->backing_format, format);
-    if (base->size < base_size)
-        return msg_err(-EINVAL, "%s: is shorter than when %s was made over it (%" PRIu64 " bytes, then %" PRIu64 ")",
-                       base->name, im->name, (uint64_t)base->size, base_size);
-    return 0;
+    return img_check_backing_size(im, base);
 }
 
 /*
@@ -10496,6 +10520,9 @@ static int fop_write(struct worker *w, struct request *rq)
     }
     ret = img_write(srv->im, (const uint8_t *)rq->arg + sizeof(*in), len, v->start + in->offset,
                     fop_growable(srv, v), &done);
+    /* O_SYNC contains O_DSYNC. Through a cached handle the kernel sends an FSYNC of its own. */
+    if (done && (in->flags & O_DSYNC) && (srv->direct_io || in->fh == FOP_FH_DIRECT) && img_sync(srv->im, false))
+        return -EIO;
     fop_count(&w->writes, 1);
     fop_count(&w->write_bytes, done);
     if (ret && !done)

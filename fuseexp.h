@@ -188,6 +188,7 @@ struct image {
     struct image *backing;          /* opened and owned by the core; NULL: EXT_BACKING does not occur */
     char backing_name[1024];        /* set by the driver's open(): as the image says it; empty: none */
     char backing_format[32];        /* likewise; empty: the image does not say */
+    uint64_t backing_size;          /* likewise, bytes: it had so much at least; 0: the image does not say */
     uint32_t cluster_size;          /* likewise: what is allocated at once; 0: no such thing */
     bool dirty;                     /* likewise: says of itself that it was not closed properly */
     uint8_t id[16], parent_id[16];  /* likewise: its identity, and the one that its backing file must have ... */

@@ -1531,6 +1531,48 @@ t_qcow2_disk_full_is_told_and_leaves_a_whole_image() {
     umount small
 }
 
+t_synchronous_writes_are_there_when_they_return() {
+    local o flag
+    for o in "" --direct-io; do
+        for flag in O_SYNC O_DSYNC RWF_DSYNC; do
+            rm -f img; qemu-img create -q -f qcow2 img 64M
+            "$fx" -q -w $o img m
+            py '
+f = os.open("m", os.O_RDWR | getattr(os, sys.argv[1], 0)); b = b"\x5a" * 1048576
+assert os.pwritev(f, [b], 1 << 20, os.RWF_DSYNC if sys.argv[1] == "RWF_DSYNC" else 0) == len(b)' $flag
+            kill -9 "$(supervisor_of)" "$(server_of)"; umount -l m 2>/dev/null || true; gone; rm -f m
+            qemu-io -r -c 'read -P 0x5a 1M 1M' img >io.log; not grep -q failed io.log
+        done
+    done
+}
+
+t_qcow2_that_could_not_grow_for_a_while_stays_whole() {
+    local limit
+    qemu-img create -q -f qcow2 img 64M
+    "$fx" -q -w img m 2>log
+    dd if=/dev/zero bs=64k count=1 status=none | tr '\0' x | dd of=m conv=notrunc,fsync status=none
+    cp --sparse=always m first; limit=$(stat -c %s img)
+    prlimit --fsize="$limit":unlimited -p "$(server_of)"
+    not dd if=/dev/urandom of=m bs=128k seek=1 conv=notrunc status=none 2>err; grep -q 'too large' err
+    prlimit --fsize=unlimited:unlimited -p "$(server_of)"
+    truncate -s 16T m                               # the L1 table moves to the end
+    py '
+f = os.open("m", os.O_RDWR)
+for k in range(70): os.pwrite(f, b"y" * 65536, (k + 40) << 20); os.fsync(f)
+os.pwrite(f, b"z" * 65536, 1 << 43); os.fsync(f)
+assert os.pread(f, 65536, 0) == b"x" * 65536 and os.pread(f, 65536, 1 << 43) == b"z" * 65536'
+    expect 1 "$fx" --umount m; qemu-img check -q img                        # a write had failed
+    # Less than the file would like to grow by is enough.
+    truncate -s 1M base
+    bash -c 'ulimit -f 4096; exec "$0" -q --format raw --overlay o.qcow2 base m' "$fx"
+    dd if=/dev/urandom of=m bs=64k count=1 conv=notrunc status=none; cp m want; "$fx" --umount m
+    qemu-img convert -O raw o.qcow2 out; cmp out want
+    # A data file grows no further than what is written.
+    qemu-img create -q -f qcow2 -o data_file=d.raw a.qcow2 10486272
+    "$fx" -q -w a.qcow2 m; printf x | dd of=m bs=1 seek=10486271 conv=notrunc status=none; "$fx" --umount m
+    [ "$(stat -c %s d.raw)" -lt 10600000 ]
+}
+
 t_qcow2_in_use_is_refused_both_ways() {
     qemu-img create -q -f qcow2 img 4M
     "$fx" -q -w img m
@@ -1583,6 +1625,10 @@ t_overlay_takes_the_changes_and_qemu_knows_it() {
     "$fx" -q --format raw --overlay work.qcow2 base m; printf z | dd of=m conv=notrunc status=none; "$fx" --umount m
     qemu-img check -q work.qcow2; qemu-img convert -O raw work.qcow2 out; cp before want; printf z | dd of=want conv=notrunc status=none; cmp out want
     truncate -s 4M base; refused 1 'is shorter than when .* was made' "$fx" -q --format raw --overlay work.qcow2 base m
+    refused 1 'is shorter than when .* was made' "$fx" -q work.qcow2 m
+    "$fx" -q --force-parent work.qcow2 m 2>err; cmp -n 4194304 m want; "$fx" --umount m
+    cp before base; head -c 4M base >first; "$fx" -q --format raw --overlay rebased.qcow2 base m; "$fx" --umount m
+    qemu-img rebase -b first -F raw rebased.qcow2; "$fx" -q --format raw --overlay rebased.qcow2 first m; cmp m before; "$fx" --umount m
     cp before base; truncate -s 9M base; "$fx" -q --format raw --overlay work.qcow2 base m; cmp -i 1 -n 8191999 m before; "$fx" --umount m
     refused 1 'a snapshot is not written' "$fx" -q -w --snapshot old base.qcow2 m
 }
@@ -4854,6 +4900,7 @@ bench_one() {       # WORK FILE
     rand64k-4jobs) bench_fio "$2" bw --readonly --rw=randread --bs=64k --numjobs=4 "${w[@]}" ;;
     fits) dd if="$2" of=/dev/null bs=1M count=40 iflag=direct status=none
         bench_fio "$2" iops --readonly --rw=randread --bs=4k --direct=1 --ioengine=libaio --iodepth=32 --size=40M ;;
+    write4k-4jobs) bench_fio "$2" iops --rw=randwrite --bs=4k --numjobs=4 "${w[@]}" ;;
     write4k-qd32) bench_fio "$2" iops --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --iodepth=32 ;;
     newseq) bench_rate dd if=/dev/zero of="$2" bs=1M count=$((size / 1048576)) oflag=direct conv=notrunc,fsync ;;
     newrand) bench_fio "$2" bw --rw=randwrite --bs=64k --size="$size" --io_size="$size" --runtime=60 --time_based=0 --direct=1 --ioengine=libaio --iodepth=16 --end_fsync=1 ;;
@@ -4861,7 +4908,7 @@ bench_one() {       # WORK FILE
     cp) bench_cp "$2" ;;
     esac
 }
-bench_unit() { case $1 in *qd1 | *qd32 | rand4k* | fits | fsync) echo IOPS ;; ready) echo us ;; memory) echo 'KiB peak' ;; *) echo MiB/s ;; esac; }
+bench_unit() { case $1 in *qd1 | *qd32 | *4k-4jobs | fits | fsync) echo IOPS ;; ready) echo us ;; memory) echo 'KiB peak' ;; *) echo MiB/s ;; esac; }
 
 # What every set has: format, works, and whether they write. Peers of a format that cannot do it are left out.
 bench_sets=(raw qcow2 zlib zstd fits qcow2-write qcow2-new vpc vhdx vdi vmdk stream)
@@ -4871,7 +4918,7 @@ bench_set() {       # SET: sets $format, $works, $mode, $size
     raw) format=raw works=(seq1M cold rand4k-qd1 rand4k-qd32 rand4k-4jobs rand64k-4jobs) ;;
     zlib | zstd | stream) works=(seq1M cold) ;;
     fits) works=(fits) ;;
-    qcow2-write) works=(write4k-qd32) mode=w ;;
+    qcow2-write) works=(write4k-qd32 write4k-4jobs) mode=w ;;
     qcow2-new) works=(newseq newrand fsync cp) mode=w ;;
     vpc | vhdx | vdi | vmdk) format=$1 ;;
     esac
