@@ -2436,7 +2436,7 @@ enum {
 #define QCOW2_EXT_FEATURES 0x6803f857u
 #define QCOW2_EXT_DATA_FILE 0x44415441u
 #define QCOW2_EXT_BITMAPS 0x23852875u
-#define QCOW2_EXT_BASE_SIZE 0x66786273u     /* ours: 16 bytes, the backing file's size then, and util_hash() of its name */
+#define QCOW2_EXT_BASE_SIZE 0x66786273u     /* ours, 16 bytes: its backing file's size then, util_hash() of its name */
 
 struct qcow2 {
     uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
@@ -5211,6 +5211,39 @@ static int vdi_check_child(const struct image *im, const struct vdi *v)
     return 0;
 }
 
+/*
+ * A block of the file that two entries have is shown in one place where it does not belong, and nothing tells which.
+ * Looked at once, in up to 4 Mi entries.
+ */
+static int vdi_find_shared(const struct image *im, const struct vdi *v)
+{
+    struct file *f = &im->files[0];
+    uint64_t most = f->size / v->block_size + 1, done, shared = 0;
+    uint64_t *used = v->blocks <= 4u << 20 && most <= 8u << 20 ? calloc(most / 64 + 1, 8) : NULL;
+    uint8_t entries[16384];
+
+    for (uint32_t i = 0; used && i < v->blocks; i += sizeof(entries) / 4) {
+        uint32_t n = (uint32_t)util_min(sizeof(entries) / 4, v->blocks - i);
+        if (file_pread(f, entries, n * 4ull, v->map + i * 4ull, &done))
+            n = (uint32_t)(done / 4);       /* the rest reads as errors */
+        for (uint32_t k = 0; k < n; k++) {
+            uint32_t entry = util_le32(entries + (size_t)4 * k);
+            if (entry >= most || i + k >= v->blocks)
+                continue;
+            shared += used[entry / 64] >> entry % 64 & 1;
+            used[entry / 64] |= 1ull << entry % 64;
+        }
+    }
+    free(used);
+    if (shared && im->opt->strict)
+        return msg_err(-EIO, "%s: damaged (--strict): %" PRIu64 " entries of its block map name a block that another "
+                       "one has", im->name, shared);
+    if (shared)
+        msg_say(MSG_ERROR, "%s: is damaged: %" PRIu64 " entries of its block map name a block that another one has, so "
+                "some of what is shown is in the wrong place (--check says where)", im->name, shared);
+    return 0;
+}
+
 static int vdi_open(struct image *im)
 {
     struct vdi *v = im->state = util_fault("vdi") ? NULL : calloc(1, sizeof(*v));
@@ -5225,6 +5258,8 @@ static int vdi_open(struct image *im)
         ret = vdi_check_child(im, v);
     if (!ret && v->differencing)
         ret = vdi_find_parent(im);
+    if (!ret)
+        ret = vdi_find_shared(im, v);
     im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
     im->cluster_size = v->block_size;
     return ret;
@@ -5236,6 +5271,16 @@ static void vdi_close(struct image *im)
 }
 
 /* What the map says about one block, or the rest of it. */
+/* A block of the file belongs to one entry. Zeros in a row are what is left of a sector that could not be copied. */
+static bool vdi_is_wiped(const struct image *im, uint32_t i)
+{
+    const struct vdi *v = im->state;
+    uint32_t entry;
+
+    return (i > 0 && cache_le32(&im->files[0], v->map + (i - 1) * 4ull, &entry) == 0 && entry == 0) ||
+           (i + 1 < v->blocks && cache_le32(&im->files[0], v->map + (i + 1) * 4ull, &entry) == 0 && entry == 0);
+}
+
 static void vdi_map_block(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
 {
     const struct vdi *v = im->state;
@@ -5247,6 +5292,10 @@ static void vdi_map_block(struct image *im, uint64_t offset, uint64_t length, bo
     length = util_min(length, v->block_size - in_block);
     if (cache_le32(f, v->map + offset / v->block_size * 4, &entry)) {
         ext_bad(ext, length, "the block map cannot be read");
+        return;
+    }
+    if (entry == 0 && vdi_is_wiped(im, (uint32_t)(offset / v->block_size))) {
+        ext_bad(ext, length, "its map entry was wiped: its neighbour has block 0, too");
         return;
     }
     *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
@@ -6053,7 +6102,11 @@ static bool prl_is_xml(const uint8_t *head, size_t len)
         head += 3;
         len -= 3;
     }
-    return len >= 5 && memcmp(head, "<?xml", 5) == 0 && memmem(head, len, PRL_XML_ROOT + 1, strlen(PRL_XML_ROOT) - 1);
+    while (len && (*head == ' ' || *head == '\t' || *head == '\r' || *head == '\n')) {
+        head++;
+        len--;
+    }
+    return len && *head == '<' && memmem(head, len, PRL_XML_ROOT + 1, strlen(PRL_XML_ROOT) - 1);
 }
 
 static int prl_probe(const struct probe *p)
@@ -6620,7 +6673,8 @@ enum {
 #define VHDX_MAX_SIZE (64ull << 40)
 
 /* States of payload blocks; a sector bitmap block is present (6) or not (0). */
-enum { VHDX_ABSENT, VHDX_UNDEFINED, VHDX_ZERO, VHDX_UNMAPPED, VHDX_PRESENT = 6, VHDX_PARTIAL = 7 };
+/* UNMAPPED_095: what the draft of version 0.95 had for UNMAPPED */
+enum { VHDX_ABSENT, VHDX_UNDEFINED, VHDX_ZERO, VHDX_UNMAPPED, VHDX_UNMAPPED_095 = 5, VHDX_PRESENT, VHDX_PARTIAL };
 
 /* GUIDs as they lie in the file. */
 static const uint8_t vhdx_guid_bat[] = { 0x66, 0x77, 0xc2, 0x2d, 0x23, 0xf6, 0x00, 0x42,
@@ -7342,7 +7396,7 @@ static void vhdx_map_entry(struct image *im, const struct vhdx *v, uint64_t bloc
         ext_bad(ext, length, "its block table entry has reserved bits set");
     else if (state == VHDX_ABSENT && v->has_parent)
         ext->kind = EXT_BACKING;
-    else if (state <= VHDX_UNMAPPED)
+    else if (state <= VHDX_UNMAPPED || state == VHDX_UNMAPPED_095)
         ;
     else if (state == VHDX_PRESENT)
         vhdx_map_data(im, v, host, in_block, length, ext);
@@ -7503,6 +7557,12 @@ static bool vmdk_starts(const char *line, const char *word)
 }
 
 /* Text that begins like a descriptor: the usual comment, or a version and, soon, a CID. */
+/* The bytes of a byte order mark in UTF-8, which editors put there. */
+static size_t vmdk_bom(const char *text)
+{
+    return strncmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+}
+
 static bool vmdk_is_descriptor(const uint8_t *bytes, size_t len)
 {
     char head[1024];
@@ -7512,6 +7572,7 @@ static bool vmdk_is_descriptor(const uint8_t *bytes, size_t len)
     len = util_min(len, sizeof(head) - 1);
     memcpy(head, bytes, len);
     head[len] = 0;
+    p += vmdk_bom(head);
     while (p) {
         p += strspn(p, " \t\r\n");
         comment = *p == '#';
@@ -7611,7 +7672,7 @@ static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
     }
     if (e->kind == VMDK_ZERO ? !!*p : !e->name || !*e->name)
         return vmdk_bad_line(im, "the file of an extent", shown);
-    placed = *p && e->kind == VMDK_FLAT;
+    placed = *p && (e->kind == VMDK_FLAT || strcmp(p, "0") == 0);
     if (placed && !vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sector))
         return vmdk_bad_line(im, "the place of an extent in its file", shown);
     e->offset = sector * VMDK_SECTOR;
@@ -7672,7 +7733,7 @@ static int vmdk_parse(struct image *im, struct vmdk *v)
     v->extents = util_fault("extents") ? NULL : calloc(lines, sizeof(*v->extents));
     if (!v->extents)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    for (char *line = v->text; line && !ret; line = next) {
+    for (char *line = v->text + vmdk_bom(v->text); line && !ret; line = next) {
         next = strchr(line, '\n');
         if (next)
             *next++ = 0;
@@ -7699,7 +7760,7 @@ static int vmdk_set_parent(struct image *im, const struct vmdk *v)
     const char *name = v->hint;
 
     vmdk_set_id(im->id, v->cid);
-    if (v->parent_cid == VMDK_NO_PARENT && !*v->hint)
+    if ((v->parent_cid == VMDK_NO_PARENT || !v->parent_cid) && !*v->hint)
         return 0;
     for (const char *p = name; *p; p++)
         if (*p == '/' || *p == '\\')
@@ -7854,8 +7915,8 @@ static int vmdk_find_footer(struct file *f, uint8_t h[VMDK_SECTOR])
             return ret;
         if (util_le32(footer) != VMDK_HOSTED_MAGIC || util_le32(s + 8) != 0 || util_le32(s + 12) != VMDK_MARKER_FOOTER)
             continue;
-        /* from the version to the capacity, the grain size; the entries of a table */
-        if (memcmp(footer + 4, h + 4, VMDK_OFF_DESCRIPTOR - 4) != 0 ||
+        /* the capacity and the grain size; the entries of a table */
+        if (memcmp(footer + VMDK_OFF_CAPACITY, h + VMDK_OFF_CAPACITY, VMDK_OFF_DESCRIPTOR - VMDK_OFF_CAPACITY) != 0 ||
             util_le32(footer + VMDK_OFF_ENTRIES) != util_le32(h + VMDK_OFF_ENTRIES))
             return vmdk_bad(f, "the footer says something else than the header", util_le64(footer + VMDK_OFF_CAPACITY));
         memcpy(h, footer, VMDK_SECTOR);
@@ -8734,6 +8795,8 @@ static const struct {
     const char *magic;
 } img_foreign[] = {
     { "a qcow image (version 1)", 0, 4, false, "QFI\xfb" },
+    { "a VMDK descriptor in UTF-16 (save it in UTF-8)", 0, 10, false, "\xff\xfe#\0 \0D\0i\0" },
+    { "a VMDK descriptor in UTF-16 (save it in UTF-8)", 0, 10, false, "\xfe\xff\0#\0 \0D\0i" },
     { "an EWF (E01) image", 0, 8, false, "EVF\t\r\n\xff\0" },
     { "an EWF logical (L01) image", 0, 8, false, "LVF\t\r\n\xff\0" },
     { "an EWF2 (Ex01) image", 0, 8, false, "EVF2\r\n\x81\0" },
@@ -8807,6 +8870,9 @@ static int img_probe(struct image *im, const char *wanted)
         return msg_err(-EMEDIUMTYPE,
                        "%s: is %s, which this version does not read; --format raw shows its bytes", im->name,
                        foreign);
+    if (strcmp(util_basename(first->path), PRL_XML_NAME) == 0)
+        return msg_err(-EINVAL, "%s: is damaged or not in UTF-8, so nothing says which image files belong together; "
+                       "they can be opened alone", im->name);
     if (!first->is_blk)
         msg_say(MSG_NOTE, "%s: no known format, taken as raw (--format raw says so)", im->name);
     return 0;
@@ -8989,10 +9055,14 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
     bool writable = im->writable && f >= im->files && f < im->files + MAX_PARTS;    /* of its own, no backing file */
     int ret;
 
-    if (option) {
+    if (option && im->depth == 0) {
         snprintf(another, sizeof(another), "; %s FILE names another", option);
         snprintf(or, sizeof(or), "%s FILE or ", option);
+    } else if (option) {                    /* it would name that of the image on top, and leave this one out */
+        snprintf(another, sizeof(another), "; %s is for the image on top only", option);
     }
+    if (strncmp(name, "file:", 5) == 0 && strncmp(name, "file://", 7) != 0)
+        name += 5;
     if (img_is_url(name))
         return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name%s", im->name, what, name, another);
     if (!util_copy(folder, sizeof(folder), im->files[0].path))
@@ -9080,7 +9150,8 @@ static int img_open_one_backing(struct image *im, struct image *base, const char
         return msg_err(-EINVAL,
                        "%s: does not say which format its backing file '%s' has; --backing-format NAME does",
                        im->name, im->backing_name);
-    base->format = img_format_named(format);
+    /* QEMU's drivers for files and devices: nothing is interpreted. */
+    base->format = img_format_named(strcmp(format, "file") == 0 || strcmp(format, "host_device") == 0 ? "raw" : format);
     if (!base->format)
         return msg_err(-EMEDIUMTYPE,
                        "%s: its backing file '%s' is of format %s, which this version does not read",
@@ -12044,6 +12115,7 @@ static struct image_options run_image_options(const struct options *o)
         .data_file = o->data_file,
         .allow_external = o->allow_external,
         .no_backing = o->no_backing,
+        .strict = o->strict,
         .force_parent = o->force_parent,
         .ignore_log = o->ignore_log,
         .zero_errors = o->on_error,
@@ -12076,6 +12148,7 @@ static int run_open_overlay(struct run *r)
         .lock = !o->share,
         .zero_errors = o->on_error,
         .no_backing = o->no_backing,
+        .strict = o->strict,
     };
     if (o->temporary)
         run_temporary_path(o, r->overlay_path);

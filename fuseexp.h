@@ -86,7 +86,7 @@ struct image_options {
     const char *data_file;          /* top */
     const struct image *overlay_of; /* the image is an overlay: whose, or it is refused */
     const char *allow_external;     /* a folder that names in images may lead to */
-    bool no_backing, force_parent, ignore_log, parts, lock;
+    bool no_backing, force_parent, ignore_log, strict, parts, lock;
     bool zero_errors;               /* what cannot be read is shown as zeros, because the user said so */
     bool top_only;                  /* to look at, not to be read: backing files are named, not opened */
 };

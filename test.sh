@@ -1059,6 +1059,16 @@ t_nothing_outside_the_images_folder_is_opened() {
     done
 }
 
+t_qcow2_backing_files_in_the_middle_are_not_named_by_backing() {
+    random base 100; qemu-img convert -f raw -O qcow2 base base.qcow2; qemu-img create -q -u -f qcow2 -b file:base.qcow2 -F qcow2 mid 400k
+    qemu-io -c 'write -P 7 64k 64k' mid >/dev/null; qemu-img create -q -f qcow2 -b mid -F qcow2 top; qemu-img convert -O raw top truth
+    check_same top
+    qemu-img create -q -u -f qcow2 -b base -F file over 400k; cp base truth; check_same over     # a protocol, as old tools record it
+    mv base.qcow2 away
+    refused 1 "cannot open its backing file 'base.qcow2': No such file or directory; --backing is for the image on top only" "$fx" -q top m
+    refused 1 '; --backing FILE names another' "$fx" -q mid m
+}
+
 t_qcow2_backing_format_is_not_probed() {
     random base 100; qemu-img create -q -f qcow2 -b base -F raw img
     qemu-img create -q -f qcow2 -b /etc/passwd -F raw evil 400k
@@ -2005,6 +2015,12 @@ t_vdi_damaged_maps_cost_their_block_only() {
     done
     poke bad $((map + 4)) feffffff; "$fx" -q bad m                          # discarded: zeros
     cmp -n 1048576 -i 1048576:0 m /dev/zero; "$fx" --umount m
+    # Two entries for one block: told, and what a lost sector leaves (zeros in a row) is bad, not block 0 again and again.
+    cp good bad; poke bad $((map + 4)) 02000000; "$fx" -q bad m 2>log; "$fx" --umount m
+    grep -q 'bad: is damaged: 1 entries of its block map' log; refused 1 'strict.*1 entries' "$fx" -q --strict bad m
+    poke bad $map 000000000000000000000000; "$fx" -q bad m 2>log
+    not dd if=m of=/dev/null bs=4k count=1 2>err; not dd if=m of=/dev/null bs=4k skip=600 count=1 2>err
+    cmp -i 3145728 m truth; "$fx" --umount m
     # Truncated in the last block: what is there reads, the rest is an error and not zeros.
     cp good bad; truncate -s -300000 bad
     "$fx" -q bad m; cmp -n $((8388608 - 303104)) m truth
@@ -2289,6 +2305,9 @@ t_parallels_bundles_that_make_no_sense_are_refused() {
     mkdir e f; : >f/x; : >out
     refused 1 'e: is a directory, not a disk image' "$fx" -q e m
     refused 1 'f: is a directory, not a disk image' "$fx" -q f m
+    mkdir g; head -c 2000 /dev/zero >g/DiskDescriptor.xml; refused 1 'is damaged or not in UTF-8' "$fx" -q g m
+    iconv -t UTF-16 d.hdd/DiskDescriptor.xml >g/DiskDescriptor.xml; refused 1 'is damaged or not in UTF-8' "$fx" -q g m
+    (echo; grep -v '?xml' d.hdd/DiskDescriptor.xml) >x; mv x d.hdd/DiskDescriptor.xml; check_same d.hdd
     local descriptor=d.hdd/DiskDescriptor.xml
     edited() { prl_descriptor | sed "$1" >$descriptor; cmp -s $descriptor <(prl_descriptor) && fail "$1"; refused 1 "$2" "$fx" -q d.hdd m; }
     edited 's/0.base.hds/..\/out/' 'leads out of its folder; --allow-external DIR'
@@ -3224,7 +3243,7 @@ for sector in 512, 4096:
         n = 7 if block == MIB else 5; size = n * block - sector * 3; disk = bytes(size); ids = [bytes([i] * 16) for i in (1, 2, 3)]
         for level in range(3):
             data = os.urandom(size); per = block // sector
-            some = [[rnd.randrange(2) for j in range(per)], 0, 6, [j // 50 % 2 for j in range(per)], 2, 3, 1] if level else [6, 0, 2, 6, 3, 1, 6]
+            some = [[rnd.randrange(2) for j in range(per)], 0, 6, [j // 50 % 2 for j in range(per)], 5, 3, 1] if level else [6, 0, 5, 6, 3, 1, 6]
             some = some[:n]; rnd.shuffle(some); own = bytearray(disk)
             for i, state in enumerate(some):
                 where = slice(i * block, min((i + 1) * block, size))
@@ -3852,6 +3871,14 @@ save("text", b"version=1\nnot a disk\n" + bytes(600))
 save("other", b"# Disk\nx" + bytes(600))
 '
     for i in plain.img dos zeros; do check_same $i; done
+    (printf '\357\273\277'; cat plain.img) >bom; check_same bom             # as Windows' editor saves it
+    iconv -t UTF-16LE plain.img | sed '1s/^/\xff\xfe/' >wide; refused 1 'descriptor in UTF-16' "$fx" -q wide m
+    iconv -t UTF-16BE plain.img | sed '1s/^/\xfe\xff/' >wide; refused 1 'descriptor in UTF-16' "$fx" -q wide m
+    sed 's/parentCID=ffffffff/parentCID=00000000/' plain.img >zero; not cmp -s zero plain.img; check_same zero
+    qemu-img create -q -f vmdk s.vmdk 10M; qemu-io -f vmdk -c 'write -P 9 1M 1M' s.vmdk >/dev/null; qemu-img convert -O raw s.vmdk sparse
+    mv truth flat.truth; mv sparse truth
+    py 'b = bytearray(open("s.vmdk", "rb").read()); i = b.index(b"SPARSE \"s.vmdk\"") + 15; j = b.index(0, i); b[i + 2:j + 2] = b[i:j]; b[i:i + 2] = b" 0"; open("s.vmdk", "wb").write(b)'
+    check_same s.vmdk; mv flat.truth truth
     not "$fx" -q bare m 2>err; grep -q 'damaged or hostile VMDK descriptor.*ddb.odd line' err
     sed -i 's/^ddb.odd/#DDB\nddb.odd/' bare; check_same bare
     "$fx" -q noaccess m
