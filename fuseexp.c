@@ -12083,16 +12083,14 @@ static void run_name_control(struct run *r)
         msg_say(MSG_INFO, "control socket: %s", strerror(errno));
 }
 
-/* Tells everyone who waits for the end how it ended. */
+/* Tells everyone who waits for the end how it ended. The sockets close by themselves, when this process is gone. */
 static void run_close_control(struct run *r, int status)
 {
     char byte = (char)status;
 
     run_accept_waiters(r);
-    while (r->n_waiters) {
+    while (r->n_waiters)
         (void)!send(r->waiters[--r->n_waiters], &byte, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
-        close(r->waiters[r->n_waiters]);
-    }
     util_close(&r->ctl_fd);
 }
 
@@ -12720,11 +12718,11 @@ static int run_background(int *shell_fd, int *status)
  * 26. One-shot commands
  * ******************************************************************************************************** */
 
-/* Waits until every server of the mount has ended. */
+/* Waits until every server of the mount has ended, and its supervisor, too. */
 static int cmd_wait_for_servers(const char *path, struct pollfd *fds, size_t n)
 {
     int status = EXIT_OK;
-    char byte;
+    char byte, end;
 
     for (size_t i = 0; i < n; i++) {
         while (poll(&fds[i], 1, -1) < 0 && errno == EINTR)
@@ -12736,6 +12734,8 @@ static int cmd_wait_for_servers(const char *path, struct pollfd *fds, size_t n)
             msg_err(0, "%s: unmounted, but it reported failure %d (see syslog or dmesg)", path, byte);
             status = EXIT_FAILED;
         }
+        while (read(fds[i].fd, &end, 1) < 0 && errno == EINTR)
+            ;
         close(fds[i].fd);
     }
     return status;
