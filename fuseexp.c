@@ -2182,6 +2182,12 @@ static int ext_refuse(const struct image *im, const char *what, uint64_t value)
                    value);
 }
 
+/* A field that is damaged or unknown, and not needed to read the disk. */
+static void ext_odd(const struct image *im, const char *what, uint64_t value)
+{
+    msg_say(MSG_NOTE, "%s: a field is odd, but not needed: %s (0x%" PRIx64 ")", im->name, what, value);
+}
+
 static int ext_bad(struct extent *ext, uint64_t length, const char *why)
 {
     *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
@@ -2442,6 +2448,7 @@ struct qcow2 {
     uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
     uint64_t size, incompatible, compatible, autoclear;
     _Atomic uint64_t l1_offset, l1_entries;                 /* change when the image is made longer */
+    uint64_t refcounts, refcounts_end;                      /* bytes: the refcount table, as it was at open */
     uint32_t header_length, refcount_order;                 /* log2 of a refcount's bits */
     uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
     uint32_t n_snapshots, n_bitmaps;
@@ -2570,6 +2577,8 @@ static int qcow2_read_header(struct image *im, struct qcow2 *q, const uint8_t *h
     q->compatible = q->v2 ? 0 : util_be64(h + 80);
     q->autoclear = q->v2 ? 0 : util_be64(h + 88);
     q->refcount_order = q->v2 ? 4 : util_be32(h + 96);
+    q->refcounts = util_be64(h + 48);
+    q->refcounts_end = q->refcounts + ((uint64_t)util_be32(h + 56) << (q->cluster_bits & 31));
     q->n_snapshots = util_be32(h + 60);
     q->snapshots_offset = util_be64(h + 64);
     q->header_length = q->v2 ? QCOW2_HEADER_V2 : util_be32(h + 100);
@@ -2606,9 +2615,11 @@ static int qcow2_check_l1(struct image *im, const struct qcow2 *q)
 
     if (q->l1_entries > QCOW2_MAX_L1 / 8 || q->l1_entries < need)
         return ext_refuse(im, "the size of the L1 table", q->l1_entries);
-    if (need && (q->l1_offset % (1u << q->cluster_bits) || q->l1_offset > im->files[0].size ||
+    if (need && (q->l1_offset % (1u << q->cluster_bits) || q->l1_offset > im->files[0].size || !q->l1_offset ||
                  need * 8 > im->files[0].size - q->l1_offset))
         return ext_refuse(im, "the place of the L1 table", q->l1_offset);
+    if (need && q->l1_offset < q->refcounts_end && q->refcounts < q->l1_offset + need * 8)
+        return ext_refuse(im, "the place of the L1 table, in the refcount table", q->l1_offset);
     return 0;
 }
 
@@ -5114,14 +5125,17 @@ static int vdi_check_header(struct image *im, const struct vdi *v)
 {
     uint64_t file_size = im->files[0].size;
 
-    if (v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF)
+    if ((v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF) && !util_is_null_id(im->parent_id))
         return ext_refuse(im, "the image type", v->type);
     if (v->block_size < VDI_MIN_BLOCK || v->block_size > VDI_MAX_BLOCK || (v->block_size & (v->block_size - 1)))
         return ext_refuse(im, "the block size", v->block_size);
     if (v->extra > v->block_size || (v->extra & (v->extra - 1)))
         return ext_refuse(im, "the size of the extra data per block", v->extra);
-    if (v->map % 4 || v->map < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
+    /* Version 0.2 has no such fields; since then VirtualBox aligns both, and so does whoever else writes them. */
+    if (v->version != VDI_VERSION_0 && (v->map % 512 || v->map < VDI_HEADER))
         return ext_refuse(im, "the place of the block map", v->map);
+    if (v->version != VDI_VERSION_0 && v->data % 512)
+        return ext_refuse(im, "the place of the data", v->data);
     if (v->map > file_size || 4ull * v->blocks > file_size - v->map)
         return ext_refuse(im, "the number of blocks, whose map does not fit into the file", v->blocks);
     if (v->data < v->map + 4ull * v->blocks)
@@ -5146,15 +5160,17 @@ static int vdi_read_header(struct image *im, struct vdi *v)
     if (util_le32(h + VDI_OFF_SIGNATURE) != VDI_SIGNATURE)
         return msg_err(-EINVAL, "%s: is not a VDI image", im->name);
     v->version = util_le32(h + VDI_OFF_VERSION);
-    if (v->version != VDI_VERSION_0 && v->version != VDI_VERSION_1)
+    if (v->version != VDI_VERSION_0 && v->version >> 16 != VDI_VERSION_1 >> 16)
         return msg_err(-EOPNOTSUPP, "%s: VDI of unknown version %u.%u", im->name, v->version >> 16,
                        v->version & 0xffff);
     if (len < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
         return ext_refuse(im, "the file ends in the header", len);
-    if (v->version == VDI_VERSION_1 && util_le32(h + VDI_OFF_HEADER_SIZE) < VDI_HEADER_SIZE_MIN)
-        return ext_refuse(im, "the header's size", util_le32(h + VDI_OFF_HEADER_SIZE));
+    if (v->version != VDI_VERSION_0 && util_le32(h + VDI_OFF_HEADER_SIZE) < VDI_HEADER_SIZE_MIN)
+        ext_odd(im, "the header's size", util_le32(h + VDI_OFF_HEADER_SIZE));
     (v->version == VDI_VERSION_0 ? vdi_parse_v0 : vdi_parse_v1)(im, v, h);
     v->differencing = v->type == VDI_TYPE_UNDO || v->type == VDI_TYPE_DIFF;
+    if (v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF)
+        ext_odd(im, "the image type", v->type);
     return vdi_check_header(im, v);
 }
 
@@ -6414,6 +6430,11 @@ static int vhd_set_size(struct image *im, struct vhd *v, const uint8_t *footer, 
     return 0;
 }
 
+static bool vhd_overlaps(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
+{
+    return a < b + b_len && b < a + a_len;
+}
+
 static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
 {
     uint32_t block = util_be32(h + VHD_HEAD_BLOCK), checksum = util_be32(h + VHD_HEAD_CHECKSUM);
@@ -6427,10 +6448,12 @@ static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
         return ext_refuse(im, "the block size", block);
     v->table = util_be64(h + VHD_HEAD_TABLE);
     v->entries = util_be32(h + VHD_HEAD_ENTRIES);
-    if (v->table % VHD_SECTOR || v->table > size)
+    if (v->table % VHD_SECTOR || v->table > size || v->table < VHD_FOOTER)
         return ext_refuse(im, "the place of the block table", v->table);
     if ((uint64_t)v->entries * 4 > size - v->table)
         return ext_refuse(im, "more table entries than the file holds", v->entries);
+    if (vhd_overlaps(v->table, (uint64_t)v->entries * 4, v->header, VHD_HEADER))
+        return ext_refuse(im, "the place of the block table, in the dynamic header", v->table);
     if (checksum != vhd_checksum(h, VHD_HEADER, VHD_HEAD_CHECKSUM))
         return ext_refuse(im, "the checksum of the dynamic header", checksum);
     v->block_bits = (uint32_t)__builtin_ctz(block);
@@ -6545,11 +6568,6 @@ static bool vhd_append(struct extent *ext, const struct extent *next)
     return true;
 }
 
-static bool vhd_overlaps(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
-{
-    return a < b + b_len && b < a + a_len;
-}
-
 /* length bytes from in_block on of the block that lies at `start` with its bitmap. */
 static int vhd_map_block(struct image *im, const struct vhd *v, uint64_t start, uint64_t in_block, uint64_t length,
                          struct extent *ext)
@@ -6655,6 +6673,8 @@ enum {
     VHDX_MIB = 1 << 20,             /* everything behind the headers is aligned to it */
     VHDX_HEADER_AT = 64 << 10,      /* the second one lies 64 KiB further; likewise the region tables */
     VHDX_HEADER = 4096,
+    VHDX_HEADER_USED = 32,          /* what reading needs of it: from the id of its data ... */
+    VHDX_HEADER_USED_END = 80,      /* ... to the place of the log */
     VHDX_REGIONS_AT = 192 << 10,
     VHDX_TABLE = 64 << 10,          /* a region table, or the metadata table */
     VHDX_MAX_ENTRIES = 2047,        /* of either */
@@ -6664,6 +6684,7 @@ enum {
     VHDX_LOG_PAGE = 4096,
     VHDX_LOG_HEADER = 64,
     VHDX_LOG_DESCRIPTOR = 32,
+    VHDX_LOG_SPARE = 64 << 20,      /* read at most 16 times the log and this: a whole ring takes 8 times */
     VHDX_ENTRY_RESERVED = 0xffff8,
     VHDX_LOOK_AHEAD = 128,          /* blocks looked at for one extent */
     VHDX_MAX_LOCATOR = 64 << 10,
@@ -6786,7 +6807,8 @@ static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
         if (at + VHDX_HEADER > f->size || file_pread(f, candidate, VHDX_HEADER, at, &done) ||
             !vhdx_is_good(candidate, VHDX_HEADER, "head"))
             continue;
-        if (h && util_le64(candidate + 8) == util_le64(h + 8) && memcmp(candidate, h, VHDX_HEADER) != 0)
+        if (h && util_le64(candidate + 8) == util_le64(h + 8) &&
+            memcmp(candidate + VHDX_HEADER_USED, h + VHDX_HEADER_USED, VHDX_HEADER_USED_END - VHDX_HEADER_USED) != 0)
             return ext_refuse(im, "two different headers with one sequence number", util_le64(h + 8));
         if (!h || util_le64(candidate + 8) > util_le64(h + 8))
             h = candidate;
@@ -6817,7 +6839,8 @@ struct vhdx_log {
     struct image *im;
     const uint8_t *guid;
     uint64_t offset, length;
-    uint64_t budget;                /* bytes that may still be read: garbage must not keep us for ever */
+    uint64_t budget;                /* bytes that may still be read: garbage must not keep us for ever; see spent */
+    bool spent;                     /* the budget did not suffice: what was found so far may not be all */
 };
 
 struct vhdx_entry {
@@ -6836,7 +6859,8 @@ static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, uint8_t page[VHDX_L
 {
     uint64_t done;
 
-    if (log->budget < VHDX_LOG_PAGE)
+    log->spent |= log->budget < VHDX_LOG_PAGE || (log->budget % VHDX_MIB == 0 && util_interrupted());
+    if (log->spent)
         return false;
     log->budget -= VHDX_LOG_PAGE;
     return file_pread(&log->im->files[0], page, VHDX_LOG_PAGE, log->offset + at % log->length, &done) == 0;
@@ -6991,7 +7015,7 @@ static int vhdx_log_apply(struct vhdx_log *log, const struct vhdx_entry *head)
     unsigned n = 0;
     int ret = 0;
 
-    log->budget = 4 * log->length + (1 << 20);      /* also what ends this, should the file change underneath */
+    log->budget = 4 * log->length + VHDX_MIB;       /* also what ends this, should the file change underneath */
     for (; !ret && e.at != head->at; total += e.length, n++) {
         ret = vhdx_entry_header(log, head->tail + total, &e) ? vhdx_entry_walk(log, &e, true) : -EINVAL;
         flushed = e.flushed > flushed ? e.flushed : flushed;
@@ -7017,8 +7041,9 @@ static int vhdx_replay(struct image *im, const struct vhdx *v)
 {
     struct file *f = &im->files[0];
     struct vhdx_log log = { .im = im, .guid = v->log_guid, .offset = v->log.offset, .length = v->log.length,
-                            .budget = util_min(8 * v->log.length, 256 << 20) + (64 << 20) };
+                            .budget = 16 * v->log.length + VHDX_LOG_SPARE };
     struct vhdx_entry head = { 0 };
+    bool found;
 
     if (im->opt->ignore_log) {
         msg_say(MSG_NOTE, "%s: was not closed properly, and its log is ignored: what was changed last may be wrong",
@@ -7030,8 +7055,11 @@ static int vhdx_replay(struct image *im, const struct vhdx *v)
     if (!log.length || log.length % VHDX_MIB || log.offset % VHDX_MIB || log.offset < VHDX_MIB ||
         log.offset > f->size || log.length > f->size - log.offset)
         return vhdx_log_bad(im, "it is not where it should be");
-    if (!vhdx_log_find(&log, &head))
-        return vhdx_log_bad(im, log.budget < VHDX_LOG_PAGE ? "too much garbage in it" : "no whole sequence in it");
+    found = vhdx_log_find(&log, &head);
+    if (util_interrupted())
+        return msg_err(-EINTR, "interrupted");
+    if (!found || log.spent)
+        return vhdx_log_bad(im, log.spent ? "too much garbage in it" : "no whole sequence in it");
     return vhdx_log_apply(&log, &head);
 }
 
@@ -7067,8 +7095,13 @@ static int vhdx_check_regions(struct image *im, struct vhdx *v, const uint8_t *t
     }
     if (!v->bat.length || !v->metadata.length)
         return ext_refuse(im, v->bat.length ? "no metadata region" : "no block table", n);
-    return vhdx_overlaps(&v->bat, v->metadata.offset, v->metadata.length)
-               ? ext_refuse(im, "regions that overlap", v->bat.offset) : 0;
+    if (vhdx_overlaps(&v->bat, v->metadata.offset, v->metadata.length))
+        return ext_refuse(im, "regions that overlap", v->bat.offset);
+    if (v->log.offset < (uint64_t)MAX_IMAGE_SIZE && v->log.length &&
+        (vhdx_overlaps(&v->log, v->bat.offset, v->bat.length) ||
+         vhdx_overlaps(&v->log, v->metadata.offset, v->metadata.length)))
+        return ext_refuse(im, "a region in the log", v->log.offset);
+    return 0;
 }
 
 static int vhdx_read_regions(struct image *im, struct vhdx *v, uint8_t *room)
@@ -7095,6 +7128,8 @@ static int vhdx_check_item(struct image *im, struct vhdx *v, const uint8_t *e)
         i++;
     if (i == VHDX_ITEMS)
         return bits & VHDX_META_REQUIRED ? vhdx_unknown(im, "metadata item", e) : 0;
+    if (i == VHDX_PHYSICAL || i == VHDX_ID)
+        return 0;                   /* reading needs neither, whatever they say */
     if (offset < VHDX_TABLE || offset > v->metadata.length || length > v->metadata.length - offset)
         return ext_refuse(im, "the place of a metadata item", offset);
     if (length < vhdx_items[i].length || v->item[i].length)
@@ -7138,15 +7173,12 @@ static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item
     return file_pread(f, bytes, len, offset, &done);
 }
 
-static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, uint64_t size, uint32_t sector,
-                            uint32_t physical)
+static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, uint64_t size, uint32_t sector)
 {
     if (block < VHDX_MIN_BLOCK || block > VHDX_MAX_BLOCK || block & (block - 1))
         return ext_refuse(im, "the block size", block);
     if (sector != 512 && sector != 4096)
         return ext_refuse(im, "the sector size", sector);
-    if (physical && physical != 512 && physical != 4096)
-        return ext_refuse(im, "the physical sector size", physical);
     if (size > VHDX_MAX_SIZE || size % sector)
         return ext_refuse(im, "the disk's size", size);
     v->block_bits = (uint32_t)__builtin_ctz(block);
@@ -7176,21 +7208,17 @@ static int vhdx_check_bat(struct image *im, const struct vhdx *v)
 
 static int vhdx_read_items(struct image *im, struct vhdx *v)
 {
-    uint8_t parameters[8], size[8], sector[4], physical[4];
+    uint8_t parameters[8], size[8], sector[4];
     int ret = vhdx_read_item(im, v, VHDX_PARAMETERS, parameters, sizeof(parameters));
 
     if (!ret)
         ret = vhdx_read_item(im, v, VHDX_SIZE, size, sizeof(size));
     if (!ret)
         ret = vhdx_read_item(im, v, VHDX_SECTOR, sector, sizeof(sector));
-    if (!ret)
-        ret = vhdx_read_item(im, v, VHDX_PHYSICAL, physical, sizeof(physical));
     if (ret)
         return ret;
-    if (v->item[VHDX_PHYSICAL].length && !util_le32(physical))
-        return ext_refuse(im, "the physical sector size", 0);
     v->has_parent = util_le32(parameters + 4) & VHDX_HAS_PARENT;
-    ret = vhdx_check_sizes(im, v, util_le32(parameters), util_le64(size), util_le32(sector), util_le32(physical));
+    ret = vhdx_check_sizes(im, v, util_le32(parameters), util_le64(size), util_le32(sector));
     return ret ? ret : vhdx_check_bat(im, v);
 }
 
@@ -7479,6 +7507,7 @@ enum {
     VMDK_MAX_GRAIN = 1 << 17,       /* sectors: 64 MiB; 128 is usual */
     VMDK_LOOK_AHEAD = 1024,         /* entries looked at for one extent: grains of COWD are one sector */
     VMDK_LOOK_AHEAD_HOLE = 128,     /* what a parent may cut to pieces is looked up again and again */
+    VMDK_ROUNDED = 1 << 16,         /* bytes that a file may be longer than its extent and yet be just that */
     VMDK_FOOTER_BACK = 128,         /* sectors at the end in which the footer is looked for */
 
     VMDK_HOSTED_MAGIC = 0x564d444b, /* "KDMV" */
@@ -7509,6 +7538,7 @@ enum {
 #define VMDK_SE_VOLATILE_MAGIC 0xcafecafeu
 #define VMDK_SE_VERSION 0x0000000200000001u
 #define VMDK_NO_PARENT 0xffffffffu
+#define VMDK_LINE_ENDS "\r\n"       /* of a descriptor: either, or both */
 #define VMDK_AT_END UINT64_MAX      /* place of the grain directory: the footer says it */
 
 enum vmdk_kind { VMDK_BAD, VMDK_ZERO, VMDK_FLAT, VMDK_HOSTED, VMDK_COWD, VMDK_SESPARSE };
@@ -7526,6 +7556,7 @@ struct vmdk_extent {
     uint32_t grain_bits, table_bits, entry_size;    /* log2 of a grain's bytes, of a table's entries; 4 or 8 */
     uint32_t last_length;           /* compressed: what the last grain decodes to */
     uint64_t directory[2];          /* bytes: of the one or two grain directories; 0: none */
+    uint64_t header_sectors;        /* with the descriptor: no directory lies before */
     uint64_t first_grain;           /* bytes: what lies before is not data for sure */
     uint64_t tables, grains;        /* seSparse, bytes: entries count from here */
 };
@@ -7534,7 +7565,9 @@ struct vmdk {
     struct vmdk_extent *extents;
     unsigned n_extents;
     uint32_t cid, parent_cid;
+    bool no_cid, odd_parent_cid;    /* damaged: the latter means none, if there is no other sign of a parent */
     char *text;                     /* the descriptor, cut into lines; NULL: none */
+    bool embedded;                  /* in the extent that is the whole disk */
     const char *create_type, *hint; /* in text, or "" */
 };
 
@@ -7574,13 +7607,13 @@ static bool vmdk_is_descriptor(const uint8_t *bytes, size_t len)
     head[len] = 0;
     p += vmdk_bom(head);
     while (p) {
-        p += strspn(p, " \t\r\n");
+        p += strspn(p, " \t" VMDK_LINE_ENDS);
         comment = *p == '#';
         if (comment && vmdk_starts(p + 1 + strspn(p + 1, " \t"), "Disk DescriptorFile"))
             return true;
         if (!comment)
             return vmdk_starts(p, "version") && p[7 + strspn(p + 7, " \t")] == '=' && strcasestr(p, "CID");
-        p = strchr(p, '\n');
+        p = strpbrk(p, VMDK_LINE_ENDS);
     }
     return false;
 }
@@ -7670,7 +7703,9 @@ static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
         e->name = p + 1;
         p = end + 1 + strspn(end + 1, " \t");
     }
-    if (e->kind == VMDK_ZERO ? !!*p : !e->name || !*e->name)
+    if (e->kind == VMDK_HOSTED && v->embedded && (e->name || !*p) && !(e->name && *e->name))
+        e->name = "";               /* as FreeBSD's mkimg has it: the file itself, see vmdk_find_self() */
+    else if (e->kind == VMDK_ZERO ? !!*p : !e->name || !*e->name)
         return vmdk_bad_line(im, "the file of an extent", shown);
     placed = *p && (e->kind == VMDK_FLAT || strcmp(p, "0") == 0);
     if (placed && !vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sector))
@@ -7690,6 +7725,40 @@ static bool vmdk_cid(const char *value, uint32_t *cid)
     return len && len <= 8 && !value[len];
 }
 
+/* Its own CID is for its children alone. A damaged one fits none of them. */
+static void vmdk_set_cid(const struct image *im, struct vmdk *v, const char *value)
+{
+    v->no_cid = !vmdk_cid(value, &v->cid);
+    if (v->no_cid)
+        msg_say(MSG_NOTE, "%s: its CID is damaged: '%.20s' (no child of it can be checked)", im->name, value);
+}
+
+/* One wrong character in "ffffffff" makes no parent, unless a parent is named: see vmdk_set_parent(). */
+static bool vmdk_set_parent_cid(const struct image *im, struct vmdk *v, const char *value)
+{
+    unsigned wrong = 0;
+
+    for (const char *p = value; *p; p++)
+        wrong += *p != 'f' && *p != 'F';
+    if (vmdk_cid(value, &v->parent_cid) && !(strlen(value) == 8 && wrong == 1))
+        return true;
+    v->odd_parent_cid = strlen(value) == 8 && wrong == 1;
+    if (v->odd_parent_cid)
+        msg_say(MSG_NOTE, "%s: its parent's CID is damaged, or very odd: '%s'", im->name, value);
+    return v->odd_parent_cid;
+}
+
+/* Could a line that makes no sense have been an extent, or have said that there is a parent? */
+static bool vmdk_line_matters(const char *line)
+{
+    if (strchr(line, '"') || strcasestr(line, "CID") || strcasestr(line, "parent") || strcasestr(line, "encrypt"))
+        return true;
+    for (size_t i = 0; i < ARRAY_LEN(vmdk_types); i++)
+        if (strcasestr(line, vmdk_types[i].word))
+            return true;
+    return false;
+}
+
 /* NAME = VALUE, perhaps in quotes. in_ddb: among the lines on the virtual hardware, of which none is needed. */
 static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_ddb)
 {
@@ -7699,18 +7768,24 @@ static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_
     if (value)
         *value++ = 0;
     key = vmdk_trim(key);
-    if (!value || key[strcspn(key, " \t\"")])
-        return in_ddb ? 0 : vmdk_bad_line(im, "neither an extent nor a value", line);
+    if (!value || key[strcspn(key, " \t\"")]) {
+        if (!in_ddb && (vmdk_line_matters(line) || (value && vmdk_line_matters(value))))
+            return vmdk_bad_line(im, "neither an extent nor a value", line);
+        if (!in_ddb)
+            msg_say(MSG_NOTE, "%s: a line of its descriptor says nothing known: '%.100s'", im->name, line);
+        return 0;
+    }
     value = vmdk_trim(value);
     len = strlen(value);
     if (len >= 2 && value[0] == '"' && value[len - 1] == '"') {
         value[len - 1] = 0;
         value++;
     }
-    if (strcasecmp(key, "version") == 0 && (value[0] < '1' || value[0] > '4' || value[1]))
+    if (strcasecmp(key, "version") == 0 && isdigit((unsigned char)*value) && (*value < '1' || *value > '4' || value[1]))
         return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s'", im->name, value);
-    if ((strcasecmp(key, "CID") == 0 && !vmdk_cid(value, &v->cid)) ||
-        (strcasecmp(key, "parentCID") == 0 && !vmdk_cid(value, &v->parent_cid)))
+    if (strcasecmp(key, "CID") == 0)
+        vmdk_set_cid(im, v, value);
+    if (strcasecmp(key, "parentCID") == 0 && !vmdk_set_parent_cid(im, v, value))
         return vmdk_bad_line(im, key, value);
     if (vmdk_starts(key, "encryption"))
         return msg_err(-EOPNOTSUPP, "%s: is encrypted (%.50s), which is not supported", im->name, key);
@@ -7728,13 +7803,13 @@ static int vmdk_parse(struct image *im, struct vmdk *v)
     char *next;
     int ret = 0;
 
-    for (const char *p = v->text; (p = strchr(p, '\n')) && lines <= MAX_PARTS; p++)
+    for (const char *p = v->text; (p = strpbrk(p, VMDK_LINE_ENDS)) && lines <= MAX_PARTS; p++)
         lines++;
     v->extents = util_fault("extents") ? NULL : calloc(lines, sizeof(*v->extents));
     if (!v->extents)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     for (char *line = v->text + vmdk_bom(v->text); line && !ret; line = next) {
-        next = strchr(line, '\n');
+        next = strpbrk(line, VMDK_LINE_ENDS);
         if (next)
             *next++ = 0;
         line = vmdk_trim(line);
@@ -7760,7 +7835,8 @@ static int vmdk_set_parent(struct image *im, const struct vmdk *v)
     const char *name = v->hint;
 
     vmdk_set_id(im->id, v->cid);
-    if ((v->parent_cid == VMDK_NO_PARENT || !v->parent_cid) && !*v->hint)
+    im->id[sizeof(im->id) - 1] = v->no_cid;
+    if ((v->parent_cid == VMDK_NO_PARENT || !v->parent_cid || v->odd_parent_cid) && !*v->hint)
         return 0;
     for (const char *p = name; *p; p++)
         if (*p == '/' || *p == '\\')
@@ -7831,7 +7907,7 @@ static bool vmdk_directory_fits(const struct vmdk_extent *e, uint64_t sector, ui
 {
     uint64_t entries = vmdk_directory_entries(e);
 
-    if (!sector || sector > e->file->size / VMDK_SECTOR ||
+    if (sector < e->header_sectors || sector > e->file->size / VMDK_SECTOR ||
         entries > (e->file->size - sector * VMDK_SECTOR) / e->entry_size)
         return false;
     *place = sector * VMDK_SECTOR;
@@ -7844,7 +7920,16 @@ static bool vmdk_directory_fits(const struct vmdk_extent *e, uint64_t sector, ui
  */
 enum vmdk_row { VMDK_NO_ROW, VMDK_ROW, VMDK_ROW_TOO_SHORT, VMDK_ROW_TOO_LONG };
 
-static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, uint64_t directory)
+/*
+ * Too long is a row whose directory goes on with one more table. But entries past those that are needed may be
+ * anything: there is no room for that table where the other directory begins behind the last one that is needed.
+ */
+static bool vmdk_is_padding(uint64_t directory, uint64_t other, uint64_t next, uint64_t table)
+{
+    return other > directory && other / VMDK_SECTOR >= next && other / VMDK_SECTOR < next + table;
+}
+
+static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, uint64_t directory, uint64_t other)
 {
     uint64_t n = vmdk_directory_entries(e), table = (vmdk_table_size(e) + VMDK_SECTOR - 1) / VMDK_SECTOR,
              after = directory / VMDK_SECTOR + (n * 4 + VMDK_SECTOR - 1) / VMDK_SECTOR;
@@ -7858,7 +7943,7 @@ static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, uint64_t dire
     if (first != after)
         return VMDK_NO_ROW;
     if (last == first + (n - 1) * table)
-        return next == last + table ? VMDK_ROW_TOO_LONG : VMDK_ROW;
+        return next != last + table || vmdk_is_padding(directory, other, next, table) ? VMDK_ROW : VMDK_ROW_TOO_LONG;
     return last ? VMDK_NO_ROW : VMDK_ROW_TOO_SHORT;
 }
 
@@ -7878,7 +7963,9 @@ static int vmdk_set_directories(struct vmdk_extent *e, uint64_t primary, uint64_
         return vmdk_bad(e->file, "the grain directory is not inside the file, or too small for the capacity", primary);
     both = d[0] && d[1];
     for (int i = 0; i < 2 && both && !e->compressed; i++)
-        row[i] = vmdk_look_at_row(e, d[i]);
+        row[i] = vmdk_look_at_row(e, d[i], d[1 - i]);
+    for (int i = 0; i < 2; i++)     /* what goes on behind as many tables as the other one has is padding */
+        row[i] = row[i] == VMDK_ROW_TOO_LONG && row[1 - i] == VMDK_ROW ? VMDK_ROW : row[i];
     if (row[0] >= VMDK_ROW_TOO_SHORT && row[1] >= VMDK_ROW_TOO_SHORT)
         return vmdk_bad(e->file, row[0] == VMDK_ROW_TOO_LONG ? "the grain directory is for more than the capacity"
                                                              : "the grain directory is too small for the capacity",
@@ -7959,9 +8046,8 @@ static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
     im->dirty |= e->unclean;
     descriptor = util_le64(h + VMDK_OFF_DESCRIPTOR);
     sectors = util_le64(h + VMDK_OFF_DESCRIPTOR_SIZE);
-    e->first_grain = VMDK_SECTOR;
-    if (descriptor == 1 && sectors < VMDK_MAX_TEXT / VMDK_SECTOR)
-        e->first_grain += sectors * VMDK_SECTOR;
+    e->header_sectors = descriptor == 1 && sectors < VMDK_MAX_TEXT / VMDK_SECTOR ? 1 + sectors : 1;
+    e->first_grain = e->header_sectors * VMDK_SECTOR;
     return vmdk_set_directories(e, util_le64(h + VMDK_OFF_DIRECTORY), util_le64(h + VMDK_OFF_REDUNDANT),
                                 flags & VMDK_FLAG_REDUNDANT);
 }
@@ -7983,6 +8069,7 @@ static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
     e->unclean = util_le32(h + VMDK_COWD_OFF_UNCLEAN);
     im->dirty |= e->unclean;
     e->first_grain = VMDK_COWD_HEADER;
+    e->header_sectors = VMDK_COWD_HEADER / VMDK_SECTOR;
     if (util_le32(h + VMDK_COWD_OFF_ENTRIES) < vmdk_directory_entries(e))
         return vmdk_bad(e->file, "the grain directory is too small for the capacity",
                         util_le32(h + VMDK_COWD_OFF_ENTRIES));
@@ -7992,7 +8079,7 @@ static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
 static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
 {
     uint8_t h[VMDK_SECTOR] = { 0 }, vh[VMDK_SECTOR] = { 0 };
-    uint64_t at[4];                 /* sectors: volatile header, directory, tables, grains */
+    uint64_t at[4], end;            /* sectors: volatile header, directory, tables, grains; the directory's end */
     int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
 
     if (ret)
@@ -8030,8 +8117,14 @@ static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
                         util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE));
     e->tables = at[2] * VMDK_SECTOR;
     e->grains = e->first_grain = at[3] * VMDK_SECTOR;
+    e->header_sectors = at[0] + 1;
+    ret = vmdk_set_directories(e, at[1], 0, false);
+    /* In this order they lie, with the journal and other tables between them. */
+    end = at[1] + (vmdk_directory_entries(e) * 8 + VMDK_SECTOR - 1) / VMDK_SECTOR;
+    if (!ret && (at[2] < end || at[3] < at[2]))
+        ret = vmdk_bad(e->file, "tables in the wrong order, or one in another", at[2] < end ? at[2] : at[3]);
     (void)im;
-    return vmdk_set_directories(e, at[1], 0, false);
+    return ret;
 }
 
 /* Which sparse extent begins like this, if any? */
@@ -8077,8 +8170,8 @@ static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
     return 0;
 }
 
-/* e->file is open. Reports what is wrong. */
-static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e)
+/* e->file is open. Reports what is wrong. alone: no other extent follows it, or is before it. */
+static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
 {
     uint8_t head[8] = { 0 };
     uint64_t grain, line = e->size;
@@ -8094,6 +8187,11 @@ static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e)
     if (ret)
         return ret;
     grain = 1ull << e->grain_bits;
+    if (line > e->capacity && line - e->capacity < grain && alone) {
+        msg_say(MSG_NOTE, "%s: its descriptor says %" PRIu64 " sectors, its header %" PRIu64 ", which counts",
+                e->file->path, line / VMDK_SECTOR, e->capacity / VMDK_SECTOR);
+        line = e->size = e->capacity;
+    }
     if (line && (line > e->capacity || e->capacity - line >= grain))
         return msg_err(-EINVAL, "%s: holds %" PRIu64 " sectors, but the descriptor says %" PRIu64
                        ": extents are swapped, or one is damaged", e->file->path, e->capacity / VMDK_SECTOR,
@@ -8165,7 +8263,7 @@ static int vmdk_open_extent(struct image *im, struct vmdk *v, struct vmdk_extent
     if (ret || !e->file)
         return ret < 0 ? ret : 0;
     if (e->kind != VMDK_FLAT) {
-        ret = vmdk_open_sparse(im, e);
+        ret = vmdk_open_sparse(im, e, v->n_extents == 1);
         if (!ret || v->n_extents == 1 || ret == -ENOMEM || !e->size)     /* without a line nobody knows its length */
             return ret;
         vmdk_give_up(e, "in a damaged extent");
@@ -8176,9 +8274,20 @@ static int vmdk_open_extent(struct image *im, struct vmdk *v, struct vmdk_extent
     return 0;
 }
 
+/* Is a flat extent's file shorter than its line says, or not there? */
+static bool vmdk_is_flat_short(const struct vmdk *v)
+{
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        if (e->kind == VMDK_BAD || (e->kind == VMDK_FLAT && e->offset + e->size > e->file->size))
+            return true;
+    }
+    return false;
+}
+
 /*
  * Flat files have no header: only their lengths tell that two were swapped. One that is shorter than its line
- * may be truncated; one that is longer holds something else.
+ * may be truncated; one that is longer holds something else, unless it is just rounded up (to blocks).
  */
 static int vmdk_check_flat(const struct image *im, const struct vmdk *v)
 {
@@ -8191,7 +8300,7 @@ static int vmdk_check_flat(const struct image *im, const struct vmdk *v)
         users = 0;
         for (unsigned j = 0; j < v->n_extents; j++)
             users += v->extents[j].file == e->file;
-        if (users == 1)
+        if (users == 1 && (e->file->size - e->size >= VMDK_ROUNDED || vmdk_is_flat_short(v)))
             return msg_err(-EINVAL, "%s: its extent '%s' has %" PRIu64 " bytes instead of %" PRIu64
                            ": extents are swapped, or one is of another disk", im->name, e->name, e->file->size,
                            e->size);
@@ -8264,24 +8373,26 @@ static int vmdk_find_self(struct image *im, struct vmdk *v)
         struct vmdk_extent *e = &v->extents[i];
         if (e->kind < VMDK_HOSTED)
             continue;
-        if (sparse++ == 0 || strcmp(util_basename(im->name), e->name) == 0)
+        if (!*e->name && self && !*self->name)
+            return msg_err(-EINVAL, "%s: several extents of its descriptor have no name", im->name);
+        if (sparse++ == 0 || !*e->name || (*self->name && strcmp(util_basename(im->name), e->name) == 0))
             self = e;
     }
-    if (!self || (sparse > 1 && strcmp(util_basename(im->name), self->name) != 0))
+    if (!self || (sparse > 1 && *self->name && strcmp(util_basename(im->name), self->name) != 0))
         return msg_err(-EINVAL, "%s: none of the extents of its descriptor is the file itself", im->name);
     self->file = &im->files[0];
     return 0;
 }
 
 /* Loads the descriptor's text; v->text stays NULL where there is none. */
-static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head, bool *embedded)
+static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head)
 {
     struct file *f = &im->files[0];
     uint64_t at = 0, len = f->size, done;
     int ret;
 
-    *embedded = vmdk_kind_of(head, VMDK_SECTOR) == VMDK_HOSTED;
-    if (*embedded) {
+    v->embedded = vmdk_kind_of(head, VMDK_SECTOR) == VMDK_HOSTED;
+    if (v->embedded) {
         at = util_le64(head + VMDK_OFF_DESCRIPTOR);
         len = util_le64(head + VMDK_OFF_DESCRIPTOR_SIZE);
         if (!at || !len)
@@ -8297,7 +8408,7 @@ static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head,
     if (!v->text)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     ret = file_pread(f, v->text, len, at, &done);
-    if (!ret && *embedded && !v->text[0]) {
+    if (!ret && v->embedded && !v->text[0]) {
         free(v->text);
         v->text = NULL;
     }
@@ -8309,7 +8420,6 @@ static int vmdk_open(struct image *im)
     struct vmdk *v = im->state = util_fault("vmdk") ? NULL : calloc(1, sizeof(*v));
     uint8_t head[2 * VMDK_SECTOR] = { 0 };
     uint64_t done, len = util_min(im->files[0].size, sizeof(head));
-    bool embedded;
     int ret;
 
     if (!v)
@@ -8323,7 +8433,7 @@ static int vmdk_open(struct image *im)
         return msg_err(-EINVAL, "%s: is not a VMDK image", im->name);
     if (vmdk_kind_of(head, len) == VMDK_COWD || vmdk_kind_of(head, len) == VMDK_SESPARSE)
         return vmdk_open_alone(im, v);
-    ret = vmdk_load_text(im, v, head, &embedded);
+    ret = vmdk_load_text(im, v, head);
     if (!ret && !v->text)
         return vmdk_open_alone(im, v);
     if (!ret && im->n_files > 1)
@@ -8332,7 +8442,7 @@ static int vmdk_open(struct image *im)
         ret = vmdk_parse(im, v);
     if (!ret)
         ret = vmdk_set_parent(im, v);
-    if (!ret && embedded)
+    if (!ret && v->embedded)
         ret = vmdk_find_self(im, v);
     return ret ? ret : vmdk_open_extents(im, v);
 }
