@@ -9977,9 +9977,9 @@ static int img_check(struct image *im, struct check *c)
  *
  * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is
  * hostile: LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and
- * against turning back. Which table counts is decided as Linux does, except that a GPT is believed without
- * its protective MBR when there is no other table at all: on a disk whose first sectors were overwritten the
- * copy at the end is what is left.
+ * loops. Which table counts is decided as Linux does, with two exceptions. A GPT is believed without its protective
+ * MBR when there is no other table at all: on a disk whose first sectors were overwritten the copy at the end is what
+ * is left. And where both copies of the GPT are damaged, the partitions of a hybrid MBR are shown.
  * ******************************************************************************************************** */
 
 static const char part_no_table[] = "no partition table (MBR or GPT)";
@@ -10042,57 +10042,116 @@ static struct mbr_entry part_mbr_entry(const uint8_t *sector, size_t i)
                            .start = util_le32(raw + MBR_ENT_FIRST_LBA),
                            .count = util_le32(raw + MBR_ENT_SECTORS) };
 
-    e.used = e.type && e.count;
+    e.used = e.count;               /* Linux shows entries of type 00, too: isohybrid writes one */
     e.extended = e.used && (e.type == MBR_TYPE_EXTENDED || e.type == MBR_TYPE_EXTENDED_LBA ||
                             e.type == MBR_TYPE_EXTENDED_LINUX);
     return e;
 }
 
+struct part_chain {
+    uint64_t first, n_lba;          /* the extended partition */
+    uint64_t ebr, ebr_lba;          /* the record at hand, and how many sectors the link to it claims */
+    uint64_t seen[1 + MAX_LOGICAL]; /* records followed so far, and the MBR: links may go back, but not in a loop */
+    unsigned n_seen;
+};
+
+/* What is wrong with following the chain to its next record; NULL: nothing, and `sector` holds that record. */
+static const char *part_next_ebr(const struct part_scan *ps, struct part_chain *c, uint8_t *sector)
+{
+    if (c->ebr - c->first >= c->n_lba)
+        return "leads out of the extended partition";
+    for (unsigned i = 0; i < c->n_seen; i++)
+        if (c->seen[i] == c->ebr)
+            return "a loop";
+    if (c->n_seen == ARRAY_LEN(c->seen))
+        return "too long";
+    c->seen[c->n_seen++] = c->ebr;
+    if (part_read(ps, c->ebr, sector, 512))
+        return "cannot be read";
+    return util_le16(sector + MBR_OFF_MAGIC) == 0xaa55 ? NULL : "no signature";
+}
+
+/* Slots 3 and 4 of an EBR may hold garbage: Linux takes only what lies within the link and the extended partition. */
+static bool part_is_logical(const struct part_chain *c, size_t slot, const struct mbr_entry *e)
+{
+    uint64_t end = c->ebr + e->start + e->count;
+
+    return e->used && !e->extended &&
+           (slot < 2 || (e->start + e->count <= c->ebr_lba && end <= c->first + c->n_lba));
+}
+
 /*
- * Logical partitions: a chain of EBRs, each with one partition (relative to itself) and a link (relative to
- * first).
+ * Logical partitions: a chain of EBRs. Each has a partition (relative to itself) and a link (relative to the extended
+ * partition), usually in slots 1 and 2; OS/2 used all four. Numbered in the order of the chain.
  */
 static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_lba, unsigned *number)
 {
-    uint64_t ebr = first, next, last = 0;
+    struct part_chain c = { .first = first, .n_lba = n_lba, .ebr = first, .ebr_lba = n_lba, .n_seen = 1 };
     uint8_t sector[512];
+    const char *wrong;
+    size_t link;
 
-    for (unsigned loops = 0;; loops++) {
-        if (loops == MAX_LOGICAL || (loops && ebr <= last) || part_read(ps, ebr, sector, sizeof(sector)) ||
-            util_le16(sector + MBR_OFF_MAGIC) != 0xaa55) {
-            msg_say(MSG_NOTE,
-                    "%s: the chain of logical partitions is broken at sector %" PRIu64 ", after partition %u",
-                    ps->im->name, ebr, *number - 1);
+    do {
+        wrong = part_next_ebr(ps, &c, sector);
+        if (wrong) {
+            msg_say(MSG_NOTE, "%s: the chain of logical partitions is broken at sector %" PRIu64 " (%s), after "
+                    "partition %u", ps->im->name, c.ebr, wrong, *number - 1);
             return;
         }
-        last = ebr;
-        next = 0;
+        link = 4;
         for (size_t i = 0; i < 4; i++) {
             struct mbr_entry e = part_mbr_entry(sector, i);
-            if (e.extended && !next)
-                next = first + e.start;
-            else if (e.used && !e.extended)
-                part_add(ps, (*number)++, ebr + e.start, e.count);
+            if (part_is_logical(&c, i, &e))
+                part_add(ps, (*number)++, c.ebr + e.start, e.count);
+            if (e.extended && link == 4)
+                link = i;
         }
-        if (!next)
-            return;
-        if (next - first >= n_lba)
-            msg_say(MSG_NOTE, "%s: a logical partition lies outside its extended partition", ps->im->name);
-        ebr = next;
-    }
+        if (link < 4) {
+            struct mbr_entry e = part_mbr_entry(sector, link);
+            c.ebr = first + e.start;
+            c.ebr_lba = e.count;
+        }
+    } while (link < 4);
 }
 
-enum part_table { PART_NONE, PART_MBR, PART_PROTECTIVE };
+enum part_table { PART_NONE, PART_MBR, PART_PROTECTIVE, PART_HYBRID };
+
+/* The boot sector of FAT, exFAT or NTFS: it ends in 55 AA, too. */
+static bool part_is_boot_sector(const uint8_t *sector)
+{
+    uint16_t bytes = util_le16(sector + 11), reserved = util_le16(sector + 14);
+
+    return (sector[0] == 0xeb || sector[0] == 0xe9) &&
+           (memcmp(sector + 3, "NTFS    ", 8) == 0 || memcmp(sector + 3, "EXFAT   ", 8) == 0 ||
+            ((bytes == 512 || bytes == 1024 || bytes == 2048 || bytes == 4096) && reserved && sector[16] &&
+             sector[21] >= 0xf0));
+}
+
+/* AIX has tables of its own; Linux believes the MBR of such a disk only if it names Linux partitions. */
+static bool part_is_aix(const struct part_scan *ps, const uint8_t *sector)
+{
+    uint8_t lvm[512];
+
+    if (memcmp(sector, "\xc9\xc2\xd4\xc1", 4) != 0)
+        return false;
+    for (size_t i = 0; i < 4; i++) {
+        struct mbr_entry e = part_mbr_entry(sector, i);
+        if (e.extended || (e.type && strchr("\x82\x83\x8e\xfd", e.type)))
+            return false;
+    }
+    return part_read(ps, 7, lvm, sizeof(lvm)) == 0 && memcmp(lvm, "_LVM", 4) == 0;
+}
 
 /*
- * Is this sector an MBR, and whose? A boot sector ends in 55 AA as well, but has code where the entries
- * would be.
+ * Is this sector an MBR, and whose? A boot sector ends in 55 AA as well, but has code where the entries would be:
+ * Linux tells them by the status bytes. In a boot sector, and beside a protective entry (grub writes a dummy with
+ * the boot flag there), an entry of type 00 does not count.
  */
-static enum part_table part_probe_mbr(const uint8_t *sector)
+static enum part_table part_probe_mbr(const struct part_scan *ps, const uint8_t *sector)
 {
-    bool used = false, gpt = false;
+    bool used = false, typed = false, gpt = false;
 
-    if (util_le16(sector + MBR_OFF_MAGIC) != 0xaa55)
+    if (util_le16(sector + MBR_OFF_MAGIC) != 0xaa55 || part_is_aix(ps, sector))
         return PART_NONE;
     for (size_t i = 0; i < 4; i++) {
         struct mbr_entry e = part_mbr_entry(sector, i);
@@ -10100,17 +10159,20 @@ static enum part_table part_probe_mbr(const uint8_t *sector)
             return PART_NONE;
         used |= e.used;
         gpt |= e.type == MBR_TYPE_GPT;
+        typed |= e.used && e.type && e.type != MBR_TYPE_GPT;
     }
-    return gpt ? PART_PROTECTIVE : used ? PART_MBR : PART_NONE;
+    if (gpt)
+        return typed ? PART_HYBRID : PART_PROTECTIVE;
+    return typed || (used && !part_is_boot_sector(sector)) ? PART_MBR : PART_NONE;
 }
 
-static void part_scan_mbr(struct part_scan *ps, const uint8_t *sector)
+static void part_scan_mbr(struct part_scan *ps, const uint8_t *sector, enum part_table kind)
 {
     unsigned logical = 5;
 
     for (unsigned i = 0; i < 4; i++) {
         struct mbr_entry e = part_mbr_entry(sector, i);
-        if (e.used && !e.extended)
+        if (e.used && !e.extended && (kind == PART_MBR || (e.type && e.type != MBR_TYPE_GPT)))
             part_add(ps, i + 1, e.start, e.count);
     }
     for (unsigned i = 0; i < 4; i++) {
@@ -10120,13 +10182,17 @@ static void part_scan_mbr(struct part_scan *ps, const uint8_t *sector)
     }
 }
 
-/* Reads the GPT whose header is at lba. NULL when its partitions were added, else what is wrong with it. */
-static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba)
+/*
+ * Reads the GPT whose header is at lba. NULL when its partitions were added, else what is wrong with it. *other is set
+ * to where it says that its other copy is, even if it is damaged; 0: it has no signature.
+ */
+static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba, uint64_t *other)
 {
     uint8_t header[4096], *table;
     uint32_t size, n, entry, crc;
     const char *wrong = NULL;
 
+    *other = 0;
     if (part_read(ps, lba, header, ps->sector))
         return "its header cannot be read";
     size = util_le32(header + GPT_OFF_HEADER_SIZE);
@@ -10135,6 +10201,7 @@ static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba)
     crc = util_le32(header + GPT_OFF_HEADER_CRC);
     if (memcmp(header, "EFI PART", 8) != 0)
         return "no signature";
+    *other = util_le64(header + GPT_OFF_OTHER_LBA);
     if (size < GPT_HEADER_MIN || size > ps->sector)
         return "its header's length is absurd";
     memset(header + GPT_OFF_HEADER_CRC, 0, 4);
@@ -10167,22 +10234,54 @@ static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba)
     return wrong;
 }
 
-/* Tries the primary and the backup GPT at one sector size. */
-static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector)
+/* An image that was made longer or shorter has its backup GPT in the middle, or not at all. */
+static void part_say_backup(const struct part_scan *ps, uint64_t backup)
 {
-    const char *wrong, *backup;
+    uint64_t last = ps->size / ps->sector - 1;
+
+    if (backup < last)
+        msg_say(MSG_NOTE, "%s: its backup GPT is at sector %" PRIu64 ", not at its end (%" PRIu64 "): the disk was "
+                "smaller once", ps->im->name, backup, last);
+    else if (backup > last)
+        msg_say(MSG_NOTE, "%s: its backup GPT is at sector %" PRIu64 ", past its end (%" PRIu64 "): the disk was "
+                "larger once, or the image is cut off", ps->im->name, backup, last);
+}
+
+/*
+ * Tries the primary and the backup GPT at one sector size. The backup is at the end of the disk as it was when the
+ * table was written: the primary says where, if that is left; so does the protective entry of `mbr`.
+ */
+static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector, const uint8_t *mbr)
+{
+    uint64_t last = ps->size / sector - 1, places[3] = { last }, other, none;
+    const char *wrong;
+    unsigned n = 1;
 
     ps->sector = sector;
     if (ps->size / sector < 3)
         return "the disk is too small";
-    wrong = part_scan_gpt(ps, 1);
-    if (!wrong)
+    wrong = part_scan_gpt(ps, 1, &other);
+    if (!wrong) {
+        part_say_backup(ps, other);
         return NULL;
-    backup = part_scan_gpt(ps, ps->size / sector - 1);
-    if (!backup)
-        msg_say(MSG_NOTE, "%s: the primary GPT is damaged (%s), using the backup at the end of the disk",
-                ps->im->name, wrong);
-    return backup ? wrong : NULL;
+    }
+    if (other > 1 && other < last)
+        places[n++] = other;
+    for (size_t i = 0; i < 4 && n < ARRAY_LEN(places); i++) {
+        struct mbr_entry e = part_mbr_entry(mbr, i);
+        if (e.type == MBR_TYPE_GPT && e.start + e.count - 1 > 1 && e.start + e.count - 1 < last)
+            places[n++] = e.start + e.count - 1;
+    }
+    for (unsigned i = 0; i < n; i++) {
+        if (part_scan_gpt(ps, places[i], &none))
+            continue;
+        msg_say(MSG_NOTE, "%s: the primary GPT is damaged (%s), using the backup at sector %" PRIu64 "%s", ps->im->name,
+                wrong, places[i], i ? "" : ", the end of the disk");
+        if (i)
+            part_say_backup(ps, places[i]);
+        return NULL;
+    }
+    return wrong;
 }
 
 /* Adds the partitions to ps->views. `sector` 0: try both sizes. NULL, or why there are none. */
@@ -10190,22 +10289,27 @@ static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
 {
     const char *wrong = part_no_table;
     enum part_table mbr = PART_NONE;
-    uint8_t first[512];
+    uint8_t first[512] = { 0 };
 
     ps->sector = sector ? sector : 512;
     if (ps->size >= sizeof(first) && part_read(ps, 0, first, sizeof(first)) == 0)
-        mbr = part_probe_mbr(first);
+        mbr = part_probe_mbr(ps, first);
     if (mbr == PART_MBR) {
-        part_scan_mbr(ps, first);
+        part_scan_mbr(ps, first, mbr);
         return NULL;
     }
-    if (sector != 4096 && !part_scan_gpts(ps, 512))
+    if (sector != 4096 && !part_scan_gpts(ps, 512, first))
         return NULL;
-    if (sector != 512 && !part_scan_gpts(ps, 4096))
+    if (sector != 512 && !part_scan_gpts(ps, 4096, first))
         return NULL;
-    if (mbr == PART_PROTECTIVE)
-        wrong = part_scan_gpts(ps, sector ? sector : 512);
-    return wrong ? wrong : part_no_table;
+    if (mbr != PART_NONE)
+        wrong = part_scan_gpts(ps, sector ? sector : 512, first);
+    if (mbr != PART_HYBRID)
+        return wrong ? wrong : part_no_table;
+    msg_say(MSG_NOTE, "%s: the GPT is damaged (%s): shown are the partitions that its hybrid MBR lists, numbered as "
+            "there", ps->im->name, wrong);
+    part_scan_mbr(ps, first, mbr);
+    return NULL;
 }
 
 /* Which sector size the device itself has, or the disk in the image; 0: the table will show. */

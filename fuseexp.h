@@ -26,7 +26,7 @@
 #define MAX_CLUSTER (2u << 20)      /* bytes that one compressed cluster decodes to */
 #define MAX_CHAIN 200               /* images of one backing chain */
 #define MAX_VIEWS 256               /* files shown in a directory mount: the disk and its partitions */
-#define MAX_LOGICAL 128             /* logical partitions followed in one extended partition */
+#define MAX_LOGICAL 251             /* records followed in one extended partition: Linux counts to partition 255 */
 #define MAX_GPT_ENTRIES 1024        /* more than any tool writes (128 is usual): bounds the table's allocation */
 #define MAX_THREADS 64
 #define DEFAULT_THREADS 16
@@ -191,6 +191,7 @@ struct image {
     uint64_t backing_size;          /* likewise, bytes: it had so much at least; 0: the image does not say */
     uint32_t cluster_size;          /* likewise: what is allocated at once; 0: no such thing */
     bool dirty;                     /* likewise: says of itself that it was not closed properly */
+    bool encrypted;                 /* likewise: opened for its tables alone, map() describes what cannot be read */
     uint8_t id[16], parent_id[16];  /* likewise: its identity, and the one that its backing file must have ... */
     bool has_parent_id;             /* ... if this says so */
     uint8_t other_parent_id[16];    /* likewise: or this one */
@@ -218,8 +219,8 @@ struct view {
 /* GPT header: UEFI specification, 5.3.2. All fields little-endian, at LBA 1 and at the last LBA. */
 enum {
     GPT_OFF_REVISION = 8, GPT_OFF_HEADER_SIZE = 12, GPT_OFF_HEADER_CRC = 16, GPT_OFF_MY_LBA = 24,
-    GPT_OFF_ENTRIES_LBA = 72, GPT_OFF_N_ENTRIES = 80, GPT_OFF_ENTRY_SIZE = 84, GPT_OFF_ENTRIES_CRC = 88,
-    GPT_HEADER_MIN = 92,
+    GPT_OFF_OTHER_LBA = 32, GPT_OFF_ENTRIES_LBA = 72, GPT_OFF_N_ENTRIES = 80, GPT_OFF_ENTRY_SIZE = 84,
+    GPT_OFF_ENTRIES_CRC = 88, GPT_HEADER_MIN = 92,
     GPT_ENT_FIRST_LBA = 32, GPT_ENT_LAST_LBA = 40, GPT_ENTRY_MIN = 128, GPT_ENTRY_MAX = 4096,
 };
 

@@ -789,6 +789,126 @@ for lba in (1, 81919):
     head -c 1000 /dev/urandom >tiny; refused 1 'no partition table' "$fx" -q --partition 1 tiny m
 }
 
+# partx_agrees FILE [OPTION...]: a folder shows the partitions that partx sees, at their places; FILE holds no two equal sectors
+partx_agrees() {
+    local img=$1 n start count seen=0
+    shift
+    mkdir -p d; "$fx" -q --format raw "$@" "$img" d
+    while read -r n start count _; do
+        cmp -i $((start * 512)):0 -n $((count * 512)) "$img" "d/p$n"
+        same "$(stat -c %s "d/p$n")" $((count * 512))
+        seen=$((seen + 1))
+    done < <(partx -g -o NR,START,SECTORS,TYPE -s "$img" | awk '$4 !~ /^0x(5|f|85)$/')
+    [ "$seen" -gt 0 ]
+    same "$(find d -name 'p*' | wc -l)" "$seen"
+    umount d; gone
+}
+
+# mbr FILE SECTOR [STATUS,TYPE,FIRST,COUNT...]: writes four entries and the signature into a sector; ,,, leaves one out
+mbr() {
+    py 'with open(sys.argv[1], "r+b") as f:
+    import struct
+    f.seek(int(sys.argv[2]) * 512 + 446)
+    rows = [[int(x or "0", 0) for x in a.split(",")] for a in sys.argv[3:]]
+    f.write(b"".join(struct.pack("<B3xB3xII", *r) for r in rows).ljust(64, b"\0") + b"\x55\xaa")' "$@"
+}
+
+t_logical_partitions_are_found_in_whatever_order_the_chain_links_them() {
+    random img 10240
+    # As sfdisk writes them when they are made in another order than they lie.
+    printf 'label: dos\nstart=2048,size=70000,type=5\nstart=40000,size=1000\nstart=60000,size=1000\nstart=10000,size=1000\n' | sfdisk -q img
+    partx_agrees img
+    # By hand: backwards, the extended partition in slot 1, slots 3 and 4 of a record with partitions and with garbage.
+    mbr img 0 0,5,2048,70000 0,0x83,75000,1000
+    mbr img 2048 0,0x83,100,200 0,5,40000,20000
+    mbr img 42048 0,5,1000,3000 0,7,50,60 0,0x83,9000,500 0,0x83,60000,60000
+    mbr img 3048 0,0,7,8 ,,, 0x33,0xaa,1,4 0,0x83,2,5000
+    partx_agrees img
+    # Two extended partitions count on.
+    mbr img 0 0,0xf,2048,20000 0,0x83,75000,1000 0,0x85,40000,20000
+    mbr img 2048 0,0x83,100,200
+    mbr img 40000 ,,, 0,5,9000,100
+    mbr img 49000 0,0x83,10,20
+    partx_agrees img
+}
+
+t_chain_of_logical_partitions_ends_at_a_loop_and_outside() {
+    random img 10240
+    mbr img 0 0,5,2048,20000
+    mbr img 2048 0,0x83,100,200 0,5,4000,1000
+    mbr img 6048 0,0x83,100,300 0,5,2000,1000
+    mbr img 4048 0,0x83,100,400 0,5,4000,1000
+    mkdir d; "$fx" --format raw img d 2>err; same "$(cd d && stat -c '%n %s' p* | tr '\n' ' ')" "p5 102400 p6 153600 p7 204800 "
+    grep -q 'broken at sector 6048 (a loop), after partition 7' err; umount d; gone
+    mbr img 4048 0,0x83,100,400 0,5,30000,1000
+    mbr img 32048 0,0x83,100,400
+    "$fx" --format raw img d 2>err; same "$(find d -name 'p*' | wc -l)" 3; umount d; gone
+    grep -q 'broken at sector 32048 (leads out of the extended partition), after partition 7' err
+    mbr img 0 0,5,0,20000 0,0x83,2048,10
+    "$fx" --format raw img d 2>err; same "$(cd d && echo *)" "disk p2"; umount d; gone
+    grep -q 'broken at sector 0 (a loop)' err
+}
+
+t_mbr_entries_of_type_00_are_partitions() {
+    random img 10240
+    mbr img 0 0x80,0,0,81920 0,0xef,2048,4096; partx_agrees img
+    mbr img 0 ,,, 0,0,2048,4096; partx_agrees img
+    mbr img 0 0,5,2048,9000 0,0,20000,1; mbr img 2048 0,0,10,20; partx_agrees img
+    # A boot flag other than 0 and 0x80: no table. A boot sector with numbers in the wrong place: nor that.
+    mbr img 0 1,0,0,8192 0,0xef,2048,4096; refused 1 'no partition table' "$fx" -q --format raw --partition 2 img m
+    mkfs.fat -F 16 img >/dev/null; mbr img 0 ,,, ,,, ,,, 0,0,0xac000000,55499
+    same "$(partx -g -s img 2>/dev/null)" ""
+    refused 1 'no partition table' "$fx" -q --format raw --partition 4 img m
+}
+
+t_hybrid_mbr_is_shown_where_no_gpt_is_left() {
+    random img 10240
+    printf 'label: gpt\nstart=2048,size=4096\nstart=8192,size=2048\nstart=20000,size=100\n' | sfdisk -q img
+    mbr img 0 0,0xee,1,2047 0x80,0x83,8192,2048 0,0,1,1 0,0xf,20000,1000
+    mbr img 20000 0,0x83,10,20
+    mkdir d
+    "$fx" --format raw img d 2>err; same "$(cd d && echo *)" "disk p1 p2 p3"; not grep -q hybrid err; umount d; gone
+    for sector in 1 81919; do dd if=/dev/urandom of=img bs=512 seek=$sector count=1 conv=notrunc status=none; done
+    "$fx" --format raw img d 2>err; same "$(cd d && echo *)" "disk p2 p5"; grep -q 'the GPT is damaged (no signature): .*hybrid MBR' err
+    cmp -i $((8192 * 512)):0 -n $((2048 * 512)) img d/p2; cmp -i $((20010 * 512)):0 -n 10240 img d/p5; umount d; gone
+    mbr img 0 0,0xee,1,2047; refused 1 'no partition 1: no signature' "$fx" -q --format raw --partition 1 img m
+}
+
+t_gpt_backup_is_found_in_a_disk_that_was_made_longer() {
+    local sector dev last grown
+    for sector in 512 4096; do
+        rm -f img; random img 10240; dev=$(losetup -b $sector -f --show img)
+        printf 'label: gpt\nstart=2048,size=512\nstart=4000,size=99\n' | sfdisk -q "$dev"; losetup -d "$dev"
+        last=$((40 * 1048576 / sector - 1)); grown=$((50 * 1048576 / sector - 1))
+        "$fx" -v --format raw --partition 2 img m 2>err; cp m p2; "$fx" --umount m; not grep -q GPT err
+        truncate -s 50M img
+        "$fx" --format raw --partition 2 img m 2>err; cmp m p2; "$fx" --umount m
+        grep -q "its backup GPT is at sector $last, not at its end ($grown)" err
+        # The primary's table, its header's checksum, and then its whole header: that leaves the protective MBR.
+        for where in $((2 * sector + 6)) $((sector + 90)) $sector; do
+            printf 'XXXX' | dd of=img bs=1 seek=$where conv=notrunc status=none
+            "$fx" --format raw --partition 2 img m 2>err; cmp m p2; "$fx" --umount m
+            grep -q "primary GPT is damaged (.*), using the backup at sector $last" err
+            grep -q "its backup GPT is at sector $last, not at its end" err
+        done
+        mbr img 0; refused 1 'no partition 2' "$fx" -q --format raw --partition 2 img m
+    done
+    random img 10240; printf 'label: gpt\nstart=2048,size=4096\n' | sfdisk -q img; truncate -s 20M img
+    "$fx" --format raw --partition 1 img m 2>err; cmp -i 1048576:0 -n 2097152 img m; "$fx" --umount m
+    grep -q 'its backup GPT is at sector 81919, past its end (40959)' err
+}
+
+t_gpt_with_entries_of_256_bytes() {
+    random img 10240; printf 'label: gpt\nstart=2048,size=4096\nstart=8192,size=100\n' | sfdisk -q img
+    py '
+import struct, zlib
+f = open("img", "r+b"); f.seek(1024); table = f.read(64 * 128); f.seek(512); h = bytearray(f.read(92))
+table = b"".join(table[i:i + 128] + bytes(range(128)) for i in range(0, len(table), 128))
+h[80:92] = struct.pack("<III", 64, 256, zlib.crc32(table)); h[16:20] = bytes(4); h[16:20] = struct.pack("<I", zlib.crc32(h))
+f.seek(512); f.write(h); f.seek(1024); f.write(table)'
+    "$fx" -q --format raw --partition 2 img m; cmp -i $((8192 * 512)):0 -n 51200 img m
+}
+
 t_random_damage_to_partition_tables_is_survived() {
     mbr_image; head -c 6M img >mbr
     random gpt 512; printf 'label: gpt\nstart=64,size=100\nstart=200,size=100\n' | sfdisk -q gpt
