@@ -2188,6 +2188,15 @@ static void ext_odd(const struct image *im, const char *what, uint64_t value)
     msg_say(MSG_NOTE, "%s: a field is odd, but not needed: %s (0x%" PRIx64 ")", im->name, what, value);
 }
 
+/* The data is encrypted, `how`; `who` can decrypt it. The tables are not: --info and --check read nothing else. */
+static int ext_encrypted(struct image *im, const char *how, const char *who)
+{
+    im->encrypted = true;
+    return im->opt->top_only ? 0
+                             : msg_err(-EOPNOTSUPP, "%s: is encrypted (%s), which is not supported; %s can decrypt it, "
+                                       "given the key, and --info and --check work", im->name, how, who);
+}
+
 static int ext_bad(struct extent *ext, uint64_t length, const char *why)
 {
     *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
@@ -2442,6 +2451,7 @@ enum {
 #define QCOW2_EXT_FEATURES 0x6803f857u
 #define QCOW2_EXT_DATA_FILE 0x44415441u
 #define QCOW2_EXT_BITMAPS 0x23852875u
+#define QCOW2_EXT_CRYPT 0x0537be77u
 #define QCOW2_EXT_BASE_SIZE 0x66786273u     /* ours, 16 bytes: its backing file's size then, util_hash() of its name */
 
 struct qcow2 {
@@ -2452,6 +2462,8 @@ struct qcow2 {
     uint32_t header_length, refcount_order;                 /* log2 of a refcount's bits */
     uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
     uint32_t n_snapshots, n_bitmaps;
+    uint32_t crypt;                 /* QCOW2_AES, QCOW2_LUKS; 0: not encrypted */
+    uint64_t crypt_offset, crypt_size;      /* the LUKS header with its keys: without it all is lost */
     uint64_t backing_hash;          /* see QCOW2_EXT_BASE_SIZE */
     bool subclusters, v2;
     bool preallocated;              /* see qcow2_find_holes() */
@@ -2489,6 +2501,9 @@ static int qcow2_unknown_feature(const struct image *im, uint64_t bits, const ui
     return msg_err(-EOPNOTSUPP, "%s: needs an unknown qcow2 feature (incompatible bit %u)", im->name, bit);
 }
 
+enum { QCOW2_AES = 1, QCOW2_LUKS };
+static const char *const qcow2_crypt_names[] = { "none", "AES", "LUKS" };
+
 /*
  * Header extensions: type, length, data padded to 8 bytes, up to the end marker or the first cluster's end.
  */
@@ -2521,6 +2536,10 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
             q->bitmaps_size = util_be64(cluster + at + 16);
             q->bitmaps_offset = util_be64(cluster + at + 24);
         }
+        if (type == QCOW2_EXT_CRYPT && n >= 16) {
+            q->crypt_offset = util_be64(cluster + at + 8);
+            q->crypt_size = util_be64(cluster + at + 16);
+        }
         if (type == QCOW2_EXT_BASE_SIZE && n == 16) {
             im->backing_size = util_be64(cluster + at + 8);
             q->backing_hash = util_be64(cluster + at + 16);
@@ -2530,6 +2549,8 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
             features_len = n;
         }
     }
+    if (q->crypt == QCOW2_LUKS && !q->crypt_size)
+        return ext_refuse(im, "LUKS without its header", q->crypt_size);
     return q->incompatible & ~known
                ? qcow2_unknown_feature(im, q->incompatible & ~known, features, features_len)
                : 0;
@@ -2543,11 +2564,8 @@ static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *
         return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u", im->name, q->version);
     if (q->cluster_bits < 9 || q->cluster_bits > 21)
         return ext_refuse(im, "the cluster size", q->cluster_bits);
-    if (util_be32(h + 32))
-        return msg_err(-EOPNOTSUPP, "%s: is encrypted (%s), which is not supported", im->name,
-                       util_be32(h + 32) == 1   ? "AES"
-                       : util_be32(h + 32) == 2 ? "LUKS"
-                                                : "unknown method");
+    if (q->crypt > QCOW2_LUKS)
+        return msg_err(-EOPNOTSUPP, "%s: is encrypted by method %u, which is not supported", im->name, q->crypt);
     if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) ||
         q->header_length > 1u << q->cluster_bits)
         return ext_refuse(im, "the header's length", q->header_length);
@@ -2556,6 +2574,8 @@ static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *
     if ((compression != 0) != !!(q->incompatible & QCOW2_COMPRESSION) || compression > 1)
         return ext_refuse(im, "the compression type", compression);
     q->codec = compression ? CODEC_ZSTD : CODEC_DEFLATE;
+    if (q->crypt && ext_encrypted(im, qcow2_crypt_names[q->crypt], "qemu-img convert"))
+        return -EOPNOTSUPP;
     if ((q->autoclear & QCOW2_RAW_DATA) && !(q->incompatible & QCOW2_DATA_FILE))
         return ext_refuse(im, "raw external data without a data file", q->autoclear);
     if (q->subclusters && q->cluster_bits < 14)
@@ -2579,6 +2599,7 @@ static int qcow2_read_header(struct image *im, struct qcow2 *q, const uint8_t *h
     q->refcount_order = q->v2 ? 4 : util_be32(h + 96);
     q->refcounts = util_be64(h + 48);
     q->refcounts_end = q->refcounts + ((uint64_t)util_be32(h + 56) << (q->cluster_bits & 31));
+    q->crypt = util_be32(h + 32);
     q->n_snapshots = util_be32(h + 60);
     q->snapshots_offset = util_be64(h + 64);
     q->header_length = q->v2 ? QCOW2_HEADER_V2 : util_be32(h + 100);
@@ -3033,6 +3054,15 @@ static void qcow2_list_bitmaps(struct image *im, const struct qcow2 *q, struct o
     out_close(out);
 }
 
+static void qcow2_info_crypt(const struct qcow2 *q, struct out *out)
+{
+    if (!q->crypt)
+        return;
+    out_open(out, "encrypt", '{', false);
+    out_text(out, "format", q->crypt == QCOW2_AES ? "aes" : "luks");
+    out_close(out);
+}
+
 static void qcow2_info(struct image *im, struct out *out)
 {
     const struct qcow2 *q = im->state;
@@ -3040,11 +3070,14 @@ static void qcow2_info(struct image *im, struct out *out)
     out_text(out, "compat", q->v2 ? "0.10" : "1.1");
     out_text(out, "compression-type", q->codec == CODEC_ZSTD ? "zstd" : "zlib");
     out_number(out, "refcount-bits", 1u << q->refcount_order);
-    if (q->v2)
+    if (q->v2) {
+        qcow2_info_crypt(q, out);
         return;
+    }
     out_flag(out, "lazy-refcounts", q->compatible & QCOW2_LAZY_REFCOUNTS);
     out_flag(out, "corrupt", q->incompatible & QCOW2_CORRUPT);
     out_flag(out, "extended-l2", q->subclusters);
+    qcow2_info_crypt(q, out);
     if (*q->data_name)
         out_text(out, "data-file", q->data_name);
     if (q->incompatible & QCOW2_DATA_FILE)
@@ -3458,6 +3491,8 @@ static void qcow2_check_tables(struct qcow2_check *k, bool naming)
             qcow2_count_l1(k, sn.l1_offset, sn.l1_entries, i, naming);
     }
     qcow2_check_refs(k, naming);
+    if (q->crypt_size && !naming)
+        qcow2_count(k, q->crypt_offset, q->crypt_size, 1, "the encryption header");
     if (q->n_snapshots && !naming)
         qcow2_count(k, q->snapshots_offset, at - q->snapshots_offset, 1, "the snapshot table");
 }
@@ -5708,16 +5743,18 @@ static int prl_xml_image_value(const struct image *im, struct prl_image *i, cons
     return 0;
 }
 
-static int prl_xml_parameter(const struct image *im, struct prl_xml *x, const char *field, const char *text)
+static int prl_xml_parameter(struct image *im, struct prl_xml *x, const char *field, const char *text)
 {
+    char how[80];
     uint8_t guid[16] = { 0 };
 
     if (strcmp(field, "Disk_size") == 0)
         return prl_xml_number(im, text, &x->disk_size);
     if (strcmp(field, "Padding") == 0 && strcmp(text, "0") != 0)
         return msg_err(-EOPNOTSUPP, "%s: disks with padding are not supported ('%.60s')", im->name, text);
+    snprintf(how, sizeof(how), "by %.60s", text);
     if (strcmp(field, "Encryption/Engine") == 0 && *text && !(prl_guid(text, guid) && util_is_null_id(guid)))
-        return msg_err(-EOPNOTSUPP, "%s: is encrypted (by %.60s), which is not supported", im->name, text);
+        return ext_encrypted(im, how, "Parallels Desktop");
     return 0;
 }
 
@@ -5730,7 +5767,7 @@ static const char *prl_after(const char *path, const char *prefix)
 }
 
 /* An element without others in it: its path and its text. */
-static int prl_xml_value(const struct image *im, struct prl_xml *x, const char *path, char *text)
+static int prl_xml_value(struct image *im, struct prl_xml *x, const char *path, char *text)
 {
     const char *field;
 
@@ -5798,7 +5835,7 @@ static char *prl_xml_trim(char *text)
  * One tag, from its '<' on; returns the place behind it in *next. path: the open elements, each after a slash.
  * *text: where the text of the innermost one began, NULL once it had another in it.
  */
-static int prl_xml_tag(const struct image *im, struct prl_xml *x, char *path, char *tag, char **text, char **next)
+static int prl_xml_tag(struct image *im, struct prl_xml *x, char *path, char *tag, char **text, char **next)
 {
     bool ends = tag[1] == '/', empty;
     char *name = tag + 1 + ends, *close = prl_xml_tag_end(name), *last = strrchr(path, '/');
@@ -5830,7 +5867,7 @@ static int prl_xml_tag(const struct image *im, struct prl_xml *x, char *path, ch
 }
 
 /* No document types, no entities of its own, no CDATA: what Parallels writes has none. */
-static int prl_xml_parse(const struct image *im, struct prl_xml *x)
+static int prl_xml_parse(struct image *im, struct prl_xml *x)
 {
     char path[PRL_MAX_PATH] = "", *tag, *next = x->text, *text = NULL;
     int ret = 0;
@@ -5849,7 +5886,7 @@ static int prl_xml_parse(const struct image *im, struct prl_xml *x)
     return ret || !*path ? ret : prl_xml_bad(im, "ends within an element", path);
 }
 
-static int prl_xml_load(const struct image *im, struct prl_xml *x)
+static int prl_xml_load(struct image *im, struct prl_xml *x)
 {
     struct file *f = &im->files[0];
     uint64_t done;
@@ -7788,7 +7825,7 @@ static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_
     if (strcasecmp(key, "parentCID") == 0 && !vmdk_set_parent_cid(im, v, value))
         return vmdk_bad_line(im, key, value);
     if (vmdk_starts(key, "encryption"))
-        return msg_err(-EOPNOTSUPP, "%s: is encrypted (%.50s), which is not supported", im->name, key);
+        return ext_encrypted(im, key, "VMware");
     if (strcasecmp(key, "createType") == 0)
         v->create_type = value;
     if (strcasecmp(key, "parentFileNameHint") == 0)
@@ -13049,6 +13086,8 @@ static int cmd_info(struct image *im, bool json)
     out_size(&out, "actual-size", blocks * 512);
     if (im->cluster_size)
         out_size(&out, "cluster-size", im->cluster_size);
+    if (im->encrypted)
+        out_flag(&out, "encrypted", true);
     out_flag(&out, "dirty-flag", im->dirty);
     if (im->n_files > 1 && im->format != &qcow2_format)
         out_number(&out, "files", im->n_files);

@@ -2606,6 +2606,31 @@ t_info_says_what_qemu_img_says() {
     qemu-img create -q -f qcow2 -u -b nbd://host/x -F raw url 1M; as_qemu_info url
 }
 
+t_encrypted_qcow2_has_info_and_check_but_is_not_shown() {
+    random truth 600
+    local o key=(--object "secret,id=s,data=geheim") open=encrypt.key-secret=s,file.filename=img,driver=qcow2
+    for o in encrypt.format=luks,encrypt.iter-time=100 encrypt.format=luks,encrypt.iter-time=100,cluster_size=512 encrypt.format=aes \
+        encrypt.format=aes,compat=0.10; do
+        rm -f img
+        wait_for qemu-img convert "${key[@]}" -f raw -O qcow2 -o "$o,encrypt.key-secret=s" truth img    # QEMU may fail to measure times
+        "$fx" -q --info --json img >ours.json
+        qemu-img info --output=json img | jq '."format-specific".data.encrypt |= {format}' >theirs.json; same_json ours.json theirs.json
+        same "$(jq .encrypted ours.json)" true
+        "$fx" --info img | grep -qi 'encrypt'
+        refused 1 'is encrypted (.*qemu-img convert can decrypt it' "$fx" -q img m
+        refused 1 'is encrypted' "$fx" -q -w img m
+        refused 1 'is encrypted' "$fx" -q --map img
+        "$fx" -q --check img
+        "$fx" -q --check --repair img           # the key material is in use, not a leak
+        qemu-img convert "${key[@]}" --image-opts "$open" -O raw got; cmp got truth
+    done
+    qemu-img create -q -f qcow2 -b img -F qcow2 top; refused 1 'img: is encrypted' "$fx" -q top m
+    "$fx" -q --info --json top | jq -e 'has("encrypted") | not' >/dev/null
+    qemu-img create -q -f vmdk -o subformat=monolithicFlat v.vmdk 1M; echo 'encryption.keySafe = "vmware:key/list/x"' >>v.vmdk
+    "$fx" -q --info --json v.vmdk | jq -e '.encrypted and ."virtual-size" == 1048576' >/dev/null
+    refused 1 'is encrypted.*VMware can decrypt it' "$fx" -q v.vmdk m
+}
+
 t_info_needs_no_backing_file() {
     qemu-img create -q -f qcow2 -u -b gone -F raw img 1M
     "$fx" --info --json img >ours.json 2>err
