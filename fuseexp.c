@@ -67,6 +67,7 @@
 #include <linux/falloc.h>
 #include <linux/filter.h>
 #include <linux/fs.h>
+#include <linux/loop.h>
 #include <linux/seccomp.h>
 #include <poll.h>
 #include <pthread.h>
@@ -406,6 +407,19 @@ static bool util_interrupted(void)
 
     return sigpending(&set) == 0 && (sigismember(&set, SIGINT) || sigismember(&set, SIGTERM) ||
                                      sigismember(&set, SIGHUP));
+}
+
+/* Reads a short text, such as a file of /sys, without its newline. */
+static int util_read_file(const char *path, char *text, size_t room)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, room - 1);
+    int ret = n < 0 ? -errno : 0;
+
+    util_close(&fd);
+    text[n < 0 ? 0 : n] = 0;
+    text[strcspn(text, "\n")] = 0;
+    return ret;
 }
 
 /* Writes a short text to an existing file, such as one of /sys. */
@@ -1107,6 +1121,100 @@ static void file_close(struct file *f)
     f->path = NULL;
 }
 
+/* A loop device in use, and what it shows: a file by its device and inode, a block device by rdev. */
+struct file_loop {
+    char name[16];                  /* "loop0" */
+    char path[PATH_MAX];            /* of what it shows, at the time when it was set up */
+    bool read_only;
+    dev_t dev, rdev;
+    ino_t ino;
+};
+
+/* Asks the device where we may, since the path may lead to another file by now. False: it shows nothing. */
+static bool file_ask_loop(const char *name, struct file_loop *loop)
+{
+    struct loop_info64 info;
+    char path[64], ro[4];
+    struct stat st;
+    int fd, ret;
+
+    snprintf(path, sizeof(path), "/sys/block/%.15s/loop/backing_file", name);
+    if (!util_copy(loop->name, sizeof(loop->name), name) || util_read_file(path, loop->path, sizeof(loop->path)) < 0)
+        return false;
+    snprintf(path, sizeof(path), "/dev/%s", loop->name);
+    fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    ret = fd < 0 ? -1 : util_ioctl(fd, (uint32_t)LOOP_GET_STATUS64, &info);
+    util_close(&fd);
+    if (ret == 0) {
+        loop->dev = (dev_t)info.lo_device;
+        loop->rdev = (dev_t)info.lo_rdevice;
+        loop->ino = (ino_t)info.lo_inode;
+        loop->read_only = info.lo_flags & LO_FLAGS_READ_ONLY;
+        return true;
+    }
+    if (stat(loop->path, &st) < 0)
+        return false;
+    loop->dev = st.st_dev;
+    loop->rdev = st.st_rdev;
+    loop->ino = st.st_ino;
+    snprintf(path, sizeof(path), "/sys/block/%s/ro", loop->name);
+    loop->read_only = util_read_file(path, ro, sizeof(ro)) == 0 && *ro == '1';
+    return true;
+}
+
+/* The next loop device in use, in a folder opened as /sys/block. */
+static bool file_next_loop(DIR *dir, struct file_loop *loop)
+{
+    struct dirent *e;
+
+    while (dir && (e = readdir(dir)))
+        if (strncmp(e->d_name, "loop", 4) == 0 && file_ask_loop(e->d_name, loop))
+            return true;
+    return false;
+}
+
+/* The disk that a partition is on; any other block device is its own. */
+static dev_t file_whole_disk(dev_t dev)
+{
+    char path[64], text[32];
+    unsigned disk[2];
+
+    snprintf(path, sizeof(path), "/sys/dev/block/%u:%u/partition", major(dev), minor(dev));
+    if (access(path, F_OK) < 0)
+        return dev;
+    snprintf(path, sizeof(path), "/sys/dev/block/%u:%u/../dev", major(dev), minor(dev));
+    if (util_read_file(path, text, sizeof(text)) < 0 || sscanf(text, "%u:%u", &disk[0], &disk[1]) != 2)
+        return dev;
+    return makedev(disk[0], disk[1]);
+}
+
+/*
+ * A loop device caches what is written through it, and opens neither with O_EXCL nor with locks. Whoever writes to
+ * the file below it writes behind its back.
+ */
+static int file_check_loops(const struct file *f)
+{
+    DIR *dir = opendir("/sys/block");
+    struct file_loop loop = { .dev = 0 };
+    const char *why = "has it open for writing";
+    bool found = false;
+
+    while (!found && file_next_loop(dir, &loop))
+        found = !loop.read_only &&
+                (f->is_blk ? loop.rdev == f->st.st_rdev || file_whole_disk(loop.rdev) == f->st.st_rdev ||
+                                 (loop.rdev && loop.rdev == file_whole_disk(f->st.st_rdev))
+                           : loop.dev == f->st.st_dev && loop.ino == f->st.st_ino);
+    if (dir)
+        closedir(dir);
+    if (found && f->writable)
+        return msg_err(-EBUSY, "%s: in use: the loop device /dev/%s %s (umount it, and losetup -d /dev/%s)", f->path,
+                       loop.name, why, loop.name);
+    if (found)
+        msg_say(MSG_NOTE, "%s: the loop device /dev/%s %s: what changes meanwhile may be seen in part, or not at all",
+                f->path, loop.name, why);
+    return 0;
+}
+
 static int file_lock_byte(struct file *f, int byte, int op, short type)
 {
     struct flock lock = { .l_type = type, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1 };
@@ -1120,7 +1228,7 @@ static int file_lock_byte(struct file *f, int byte, int op, short type)
  * QEMU's protocol: first hold our bytes (shared, so this never waits), then look whether anybody holds one
  * that excludes us. Both sides doing it in this order, at least one of two newcomers sees the other.
  */
-static int file_lock(struct file *f)
+static int file_lock_bytes(struct file *f)
 {
     static const uint8_t hold_ro[] = { 100, 201, 203 }, probe_ro[] = { 200, 101, 103 };
     static const uint8_t hold_rw[] = { 100, 101, 103, 201, 203 }, probe_rw[] = { 200, 201, 203, 101, 103 };
@@ -1149,6 +1257,14 @@ static int file_lock(struct file *f)
             return msg_err(ret, "%s: cannot look for locks: %s", f->path, strerror(-ret));
     }
     return 0;
+}
+
+/* Keeps other writers out, and stays out of theirs. */
+static int file_lock(struct file *f)
+{
+    int ret = file_lock_bytes(f);
+
+    return ret ? ret : file_check_loops(f);
 }
 
 /* One pread(2): what is in the page cache without ado, the rest after making room for another worker. */
@@ -2295,26 +2411,63 @@ static bool raw_part(const char *first, unsigned i, char name[PATH_MAX])
     return len && number <= (digits ? 1 : 0) && raw_name(first, len, digits, number + i, name);
 }
 
+enum { RAW_GAP = 64 };              /* so many numbers may be missing between two parts of a set */
+
 /*
- * A later part of a set, shown alone, looks like a broken disk; and .001 may be the first part or the
- * second.
+ * A later part of a set, shown without those before it, looks like a broken disk. Letters that do not begin with
+ * 'a' are rather a kind of file (disk.img beside disk.ima): there only the very part before counts.
  */
 static int raw_check_first(const struct image *im)
 {
     char before[PATH_MAX];
-    unsigned number;
+    unsigned number, gap;
     bool digits;
     size_t len = raw_suffix(im->name, &digits, &number);
 
-    if (im->depth || im->n_given > 1 || !im->opt->parts || !len || !number ||
-        !raw_name(im->name, len, digits, number - 1, before) || access(before, F_OK) < 0)
+    if (!len || !number)
         return 0;
-    if (im->found_parts || number == 1)
-        return msg_err(-EINVAL,
-                       "%s: %s is the first part; name that one, or take this one alone with --no-parts",
-                       im->name, util_basename(before));
-    msg_say(MSG_NOTE, "%s: shown alone, though it may be a later part of a split image: %s is there",
-            im->name, util_basename(before));
+    gap = digits || strrchr(im->name, '.')[1] == 'a' ? RAW_GAP : 1;
+    for (unsigned i = 1; i <= gap && i <= number; i++)
+        if (raw_name(im->name, len, digits, number - i, before) && access(before, F_OK) == 0)
+            return msg_err(-EINVAL, "%s: looks like a later part of a split image, since %s is there; name the first "
+                           "part, or take this one alone with --no-parts", im->name, util_basename(before));
+    if (digits && number > 1 && strrchr(im->name, '.')[1] == '0')
+        return msg_err(-ENOENT, "%s: looks like a later part of a split image, and the first part is missing; "
+                       "--no-parts shows this one alone", im->name);
+    return 0;
+}
+
+/* Are both names parts of one set, wherever the files are? */
+static bool raw_same_set(const char *a, const char *b, unsigned *of_a, unsigned *of_b)
+{
+    bool digits_a, digits_b;
+    size_t len = raw_suffix(a, &digits_a, of_a);
+
+    a = util_basename(a);
+    b = util_basename(b);
+    return len && raw_suffix(b, &digits_b, of_b) == len && digits_a == digits_b && strlen(a) == strlen(b) &&
+           strncmp(a, b, strlen(a) - len) == 0;
+}
+
+/* A list of numbered parts that has a gap, is in another order or ends too early would show a broken disk. */
+static int raw_check_list(const struct image *im)
+{
+    unsigned number = 0, next = 0;
+    bool digits = false, same = false;
+    char after[PATH_MAX];
+    const char *last = im->name;
+    size_t len;
+
+    for (unsigned i = 1; i < im->n_files; i++, last = im->files[i - 1].path) {
+        same = raw_same_set(last, im->files[i].path, &number, &next);
+        if (same && next != number + 1)
+            return msg_err(-EINVAL, "%s: follows %s in the list of parts, so parts are missing or in the wrong order; "
+                           "--no-parts takes the list as it is", im->files[i].path, util_basename(last));
+    }
+    len = raw_suffix(last, &digits, &number);
+    if (same && raw_name(last, len, digits, number + 1, after) && access(after, F_OK) == 0)
+        return msg_err(-EINVAL, "%s: is the next part, but not in the list of parts; --no-parts takes the list as it "
+                       "is", after);
     return 0;
 }
 
@@ -2333,11 +2486,15 @@ static int raw_check_parts(struct image *im)
 static int raw_open(struct image *im)
 {
     uint64_t *start, sum = 0;
-    int ret = raw_check_first(im);
+    int ret = 0;
 
+    if (im->opt->parts && im->depth == 0) {
+        ret = raw_check_first(im);
+        if (!ret)
+            ret = raw_check_list(im);
+    }
     if (!ret)
         ret = raw_check_parts(im);
-
     if (ret)
         return ret;
     im->state = start = util_fault("part table") ? NULL : calloc(im->n_files + 1, sizeof(*start));
@@ -9050,13 +9207,12 @@ static int img_add_file(struct image *im, const char *path)
  */
 static int img_find_parts(struct image *im)
 {
-    enum { GAP = 64 };
     char name[PATH_MAX], missing[PATH_MAX] = "";
     int ret;
 
     if (im->n_given > 1 || im->files[0].is_blk || !im->format->part)
         return 0;
-    for (unsigned i = 1, gap = 0; gap < GAP && im->format->part(im->name, i, name); i++) {
+    for (unsigned i = 1, gap = 0; gap < RAW_GAP && im->format->part(im->name, i, name); i++) {
         if (access(name, F_OK) < 0) {
             if (gap++ == 0)
                 util_copy(missing, sizeof(missing), name);
@@ -11581,7 +11737,7 @@ static int box_enter(enum box_mode mode)
 
 struct mountpoint {
     char path[PATH_MAX];            /* absolute, no symbolic links */
-    bool is_dir, created, mounted;
+    bool is_dir, exists, created, mounted;
     dev_t dev;                      /* of the file we created, to remove that one only */
     ino_t ino;
     uint64_t id;                    /* of the mount, see mnt_identity() */
@@ -11853,22 +12009,56 @@ static int mnt_resolve(const char *arg, char path[PATH_MAX])
     return mnt_resolve_folder(arg, path);
 }
 
-/* Makes the mountpoint if there is none. */
+/*
+ * Whoever forgets MOUNTPOINT ("fuseexp ev.*") names a part, or another image, in its place. It would be hidden
+ * below a disk that lacks it. So a file that has something in it is taken only if it is IMAGE itself, and an empty
+ * one only if it is no part.
+ */
+static int mnt_check_file(const char *path, const struct stat *st, char *const *images, unsigned n)
+{
+    struct stat image;
+    unsigned number, other;
+    bool is_first = false, is_part = n > 1 && raw_same_set(images[0], path, &number, &other);
+
+    for (unsigned i = 0; i < n; i++)
+        if (stat(images[i], &image) == 0 && image.st_dev == st->st_dev && image.st_ino == st->st_ino) {
+            is_first |= i == 0;
+            is_part |= i > 0;
+        }
+    if (is_part || (st->st_size && !is_first))
+        return msg_err(-EEXIST, "%s: is %s, and MOUNTPOINT, the last argument, is a new name, an empty file, a "
+                       "folder, or IMAGE itself", path,
+                       is_part ? "a part of the image" : "a file with something in it");
+    return 0;
+}
+
+/* Before anything is opened or made: can the path be MOUNTPOINT? Makes nothing. */
+static int mnt_check(struct mountpoint *mp, char *const *images, unsigned n)
+{
+    struct stat st;
+
+    if (stat(mp->path, &st) < 0) {
+        if (errno != ENOENT || lstat(mp->path, &st) < 0)
+            return errno == ENOENT ? 0 : msg_err(-errno, "%s: %s", mp->path, strerror(errno));
+        return msg_err(-ENOENT, "%s: is a symbolic link that leads nowhere; remove it, or make the file that it names",
+                       mp->path);
+    }
+    mp->exists = true;
+    mp->is_dir = S_ISDIR(st.st_mode);
+    if (!mp->is_dir && !S_ISREG(st.st_mode))
+        return msg_err(-ENOTDIR, "%s: neither a regular file nor a folder, so nothing can be mounted there",
+                       mp->path);
+    return mp->is_dir ? 0 : mnt_check_file(mp->path, &st, images, n);
+}
+
+/* Makes the mountpoint if there was none. One that has appeared since is another file of ours, or a stranger's. */
 static int mnt_create(struct mountpoint *mp)
 {
     struct stat st;
     int fd;
 
-    if (stat(mp->path, &st) == 0) {
-        mp->is_dir = S_ISDIR(st.st_mode);
-        return mp->is_dir || S_ISREG(st.st_mode)
-                   ? 0
-                   : msg_err(-ENOTDIR,
-                             "%s: neither a regular file nor a folder, so nothing can be mounted there",
-                             mp->path);
-    }
-    if (errno != ENOENT)
-        return msg_err(-errno, "%s: %s", mp->path, strerror(errno));
+    if (mp->exists)
+        return 0;
     fd = util_fault("mountpoint")
              ? -1
              : open(mp->path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
@@ -12419,7 +12609,6 @@ static int run_open_image(struct run *r)
     struct part_wanted want = {
         .offset = o->offset, .size = o->size, .partition = o->partition, .sector = o->sector_size
     };
-    struct stat st;
     int ret;
 
     if (!realpath(o->images[0], r->source) || strlen(r->source) >= 1024)
@@ -12434,8 +12623,6 @@ static int run_open_image(struct run *r)
     r->made_overlay = r->im.made;
     if (ret)
         return ret;
-    /* Looked at before anything is mounted there: a folder shows the partitions too. */
-    r->mp.is_dir = stat(r->mp.path, &st) == 0 && S_ISDIR(st.st_mode);
     want.all = r->mp.is_dir && !o->partition;
     ret = part_make_views(&r->im, &want, r->views, &r->n_views);
     return ret || !o->strict ? ret : run_check_strict(r);
@@ -12872,10 +13059,15 @@ static int run_export(const struct options *o, int shell_fd)
     run_raise_file_limit(r);
     if (run_make_control(r))
         goto out_control;
-    if (mnt_resolve(o->mountpoint, r->mp.path) || mnt_clear_stale(r->mp.path))
+    if (mnt_resolve(o->mountpoint, r->mp.path) || mnt_clear_stale(r->mp.path) ||
+        mnt_check(&r->mp, o->images, o->n_images))
         goto out_control;
     if (o->pidfile && mnt_resolve_folder(o->pidfile, r->pidfile))
         goto out_control;
+    if (strcmp(r->pidfile, r->mp.path) == 0) {
+        msg_err(0, "%s: is both MOUNTPOINT and --pidfile", r->pidfile);
+        goto out_control;
+    }
     if (run_open_image(r))
         goto out_image;
     if (run_start_error_map(r))

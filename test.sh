@@ -608,6 +608,36 @@ t_mounted_block_device_is_not_written() {
     umount mnt; losetup -d "$dev"
 }
 
+t_image_behind_a_loop_device_is_not_written() {
+    random img 256; cp img copy; ln img hard; ln -s img link; local dev dev2
+    dev=$(losetup -f --show img); mv img moved; cp copy img; ln -sf moved link      # the path in sysfs leads elsewhere now
+    local f
+    for f in moved hard link; do
+        refused 125 "loop device $dev has it open" "$fx" -q --format raw -w $f m -- touch ran
+        "$fx" -q --format raw $f m -- cmp m copy
+    done
+    "$fx" --format raw moved m -- true 2>err; grep -q "note\|loop device $dev" err
+    "$fx" -q --format raw -w img m -- true
+    # a part, an overlay, a data file, a device below another one, and its partitions
+    mv moved s.002; cp copy s.001; refused 1 "s.002: .*loop device $dev " "$fx" -q --format raw -w s.001 m; mv s.002 moved
+    losetup -d "$dev"; wait_for sh -c "! losetup -a | grep -q '$PWD/'"
+    "$fx" -q --format raw -w moved m -- true
+    "$fx" -q --format raw --overlay o.qcow2 copy m -- true
+    qemu-img create -q -f qcow2 -o data_file=data,data_file_raw=on q.qcow2 1M
+    dev=$(losetup -f --show o.qcow2); refused 1 "o.qcow2: .*loop device $dev " "$fx" -q --format raw --overlay o.qcow2 copy m; losetup -d "$dev"
+    dev=$(losetup -f --show data); refused 1 "data: .*loop device $dev " "$fx" -q -w q.qcow2 m; losetup -d "$dev"
+    dev=$(losetup -f --show -r copy); "$fx" -q --format raw -w copy m -- true; losetup -d "$dev"        # read-only: no reason
+    truncate -s 8M disk; printf 'label: dos\n2048,4096\n8192,4096\n' | sfdisk -q disk
+    dev=$(losetup -f -P --show disk); [ -b "${dev}p2" ] || { losetup -d "$dev"; return 0; }
+    dev2=$(losetup -f --show "${dev}p1")
+    refused 1 "${dev}p1: .*loop device $dev2 " "$fx" -q --format raw -w "${dev}p1" m
+    refused 1 "$dev: .*loop device $dev2 " "$fx" -q --format raw -w "$dev" m
+    "$fx" -q --format raw -w "${dev}p2" m -- true
+    losetup -d "$dev2"; dev2=$(losetup -f --show "$dev")
+    refused 1 "${dev}p2: .*loop device $dev2 " "$fx" -q --format raw -w "${dev}p2" m
+    losetup -d "$dev2"; "$fx" -q --format raw -w "$dev" m -- true; losetup -d "$dev"
+}
+
 t_split_images_are_found_and_joined() {
     random whole 100
     for style in 3,1,. 2,0,. 4,1,.; do
@@ -633,8 +663,29 @@ t_split_images_with_lost_or_damaged_parts_are_refused() {
     "$fx" -q part.001 part.002 part.003 part.004 part.005 m
     cat part.00? | cmp - m; "$fx" --umount m
     "$fx" -q --no-parts part.001 m; cmp m part.001; "$fx" --umount m
-    "$fx" part.003 m 2>err; grep -q 'shown alone.*part.002 is there' err; "$fx" --umount m
-    cp part.001 part.000; refused 1 'part.000 is the first part' "$fx" -q part.001 m
+    cp part.001 part.000; refused 1 'part.000 is there; name the first' "$fx" -q part.001 m
+}
+
+t_later_part_and_list_with_a_gap_are_refused() {
+    random whole 100; split -b 100000 -a 3 --numeric-suffixes=1 whole g.
+    refused 1 'g.003: .*g.002 is there.*--no-parts' "$fx" -q --format raw g.003 m
+    refused 125 'g.003: .*--no-parts' "$fx" -q g.003 m -- touch ran
+    refused 1 'g.003: follows g.001' "$fx" -q g.001 g.003 g.004 g.005 m
+    refused 1 'g.001: follows g.002\|g.002: .*g.001 is there' "$fx" -q g.002 g.001 g.003 g.004 g.005 m
+    refused 1 'g.001: follows g.001' "$fx" -q ./g.001 "$PWD/g.001" m
+    refused 1 'g.003: is the next part' "$fx" -q g.001 g.002 m
+    refused 1 'g.002: .*g.001 is there' "$fx" -q --format raw --overlay o g.002 g.003 g.004 g.005 m
+    "$fx" -q --no-parts g.003 m -- cmp m g.003
+    "$fx" -q --no-parts g.001 g.003 m -- sh -c 'cat g.001 g.003 | cmp - m'
+    "$fx" -q g.001 g.002 g.003 g.004 g.005 m -- cmp m whole
+    mkdir alone; cp g.003 alone/
+    refused 1 'the first part is missing' "$fx" -q alone/g.003 m
+    split -b 100000 -a 2 whole l.
+    refused 1 'l.ac: .*l.ab is there' "$fx" -q l.ac m
+    refused 1 'l.ac: follows l.aa' "$fx" -q l.aa l.ac m
+    rm l.ab; refused 1 'l.ac: .*l.aa is there' "$fx" -q l.ac m
+    cp whole x.img; cp g.001 x.ima; cp whole debian.12      # names that only look like it
+    "$fx" -q x.img m -- cmp m whole; "$fx" -q debian.12 m -- cmp m whole
 }
 
 t_written_parts_get_their_bytes() {
@@ -4824,10 +4875,36 @@ t_umount_from_another_network_namespace_says_that_it_cannot_wait() {
 }
 
 t_existing_mountpoint_file_is_kept() {
-    random img 16; echo content >m
+    random img 16; : >m; local inode; inode=$(stat -c %i m)
     "$fx" -q img m; "$fx" --umount m
-    same "$(cat m)" content
-    ln -s m link; "$fx" -q img link; cmp img m; "$fx" --umount link; same "$(cat m)" content
+    same "$(stat -c %i m)" "$inode"
+    ln -s m link; "$fx" -q img link; cmp img m; "$fx" --umount link; same "$(stat -c %i m)" "$inode"
+}
+
+t_mountpoint_that_is_another_file_is_refused() {
+    random whole 300; cp whole img; split -b 500000 -a 3 --numeric-suffixes=1 whole ev.; cp img other; echo x >small; mkfifo pipe
+    ln -s ev.003 link; ln ev.003 hard; ln img same; ln -s nowhere/x broken; : >empty; mkdir d; cp ev.001 d/p.01; : >d/p.02
+    local m
+    for m in ev.003 link hard other small; do
+        refused 1 'MOUNTPOINT, the last argument' "$fx" -q ev.001 ev.002 $m
+        refused 125 'MOUNTPOINT, the last argument' "$fx" -q -w --format raw img $m -- touch ran
+        refused 1 'MOUNTPOINT, the last argument' "$fx" -q --format raw --overlay o img $m
+    done
+    refused 1 'ev.003: is a file with something' "$fx" -q ev.001 ev.003
+    refused 1 'ev.002: is a part' "$fx" -q ev.001 ev.002 ev.002
+    refused 1 'p.02: is a part' "$fx" -q d/p.01 d/p.01 d/p.02
+    refused 1 'img: is a file with something' "$fx" -q m img                  # swapped
+    refused 1 'broken: is a symbolic link that leads nowhere' "$fx" -q img broken
+    refused 1 'o: cannot be created' "$fx" -q --format raw --overlay o img o
+    refused 1 'e: cannot be created' "$fx" -q --format raw --error-map e img e
+    refused 1 'both MOUNTPOINT and --pidfile' "$fx" -q --format raw --pidfile d/../m img m
+    local dev; dev=$(losetup -f --show -r other)
+    refused 1 'nothing can be mounted' "$fx" -q img "$dev"
+    losetup -d "$dev"
+    cat ev.00? | cmp - whole; cmp img other
+    for m in new empty img same; do "$fx" -q --format raw img $m -- cmp -s $m other; done
+    "$fx" -q ev.001 ev.001 -- cmp -s ev.001 whole
+    cat ev.00? | cmp - whole; cmp img other; [ ! -e new ] && [ -e empty ]
 }
 
 t_odd_names_show_in_the_mount_table() {
