@@ -9088,47 +9088,298 @@ static const struct image_format *const img_formats[] = {
 enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
 
 /*
- * Containers that are not read (yet). Shown as raw they would look like a broken disk, so they are refused
- * by name.
+ * -- containers that are not read --
+ *
+ * Shown as raw they would look like a broken disk, so they are refused by name, with a way out. But a raw disk may
+ * begin with anything: where a magic is short, or readable text, more than the magic must fit. What is told by text
+ * alone must be text from its beginning to its end, as far as the head goes, and be small.
  */
+
+static bool img_is_text(const struct probe *p)
+{
+    for (size_t i = 0; i < p->head_len; i++)
+        if ((p->head[i] < ' ' && !strchr("\t\r\n", p->head[i])) || !p->head[i] || p->head[i] == 0x7f)
+            return false;
+    return p->head_len && p->size <= (16 << 20);
+}
+
+/* `len` digits of base 8 or 16, no other characters. */
+static bool img_is_digits(const uint8_t *bytes, size_t len, unsigned base)
+{
+    for (size_t i = 0; i < len; i++)
+        if (base == 16 ? !isxdigit(bytes[i]) : bytes[i] < '0' || bytes[i] > '7')
+            return false;
+    return true;
+}
+
+/* A member's header of 512 bytes, whatever its flavour: the sum of its bytes, its own field taken as blanks. */
+static bool img_is_tar(const struct probe *p)
+{
+    uint32_t sum = 0, want = 0;
+    size_t i = 148;
+
+    if (p->head_len < 512 || !p->head[0])
+        return false;
+    while (i < 155 && p->head[i] == ' ')
+        i++;
+    if (i == 155 || !img_is_digits(p->head + i, 1, 8))
+        return false;
+    for (; i < 156 && img_is_digits(p->head + i, 1, 8); i++)
+        want = want * 8 + p->head[i] - '0';
+    for (i = 0; i < 512; i++)
+        sum += i >= 148 && i < 156 ? ' ' : p->head[i];
+    return sum == want;
+}
+
+static bool img_is_ova(const struct probe *p)
+{
+    const char *name = (const char *)p->head;
+    size_t len = strnlen(name, 100);
+
+    return img_is_tar(p) && len > 4 && strncasecmp(name + len - 4, ".ovf", 4) == 0;
+}
+
+static bool img_is_gzip(const struct probe *p)
+{
+    return p->head_len >= 10 && !(p->head[3] & 0xe0);
+}
+
+static bool img_is_bzip2(const struct probe *p)
+{
+    return p->head_len >= 10 && p->head[3] >= '1' && p->head[3] <= '9' &&
+           (memcmp(p->head + 4, "1AY&SY", 6) == 0 || memcmp(p->head + 4, "\x17\x72\x45\x38\x50\x90", 6) == 0);
+}
+
+static bool img_is_lz4(const struct probe *p)
+{
+    return p->head_len >= 7 && p->head[4] >> 6 == 1 && !(p->head[4] & 2) && !(p->head[5] & 0x8f) && p->head[5] >= 0x40;
+}
+
+/* Blocks of 8 MiB and their lengths. */
+static bool img_is_lz4_legacy(const struct probe *p)
+{
+    return p->head_len >= 8 && util_le32(p->head + 4) && util_le32(p->head + 4) <= (8 << 20) + (8 << 20) / 255 + 16;
+}
+
+static bool img_is_lzip(const struct probe *p)
+{
+    return p->head_len >= 6 && p->head[4] <= 1 && (p->head[5] & 0x1f) >= 12 && (p->head[5] & 0x1f) <= 29;
+}
+
+/* The usual properties; a dictionary of 2^n or 3 * 2^n bytes; a size that is not known or can be; a coder's 0. */
+static bool img_is_lzma(const struct probe *p)
+{
+    uint32_t dictionary = p->head_len >= 18 ? util_le32(p->head + 1) : 0, bit = dictionary & -dictionary;
+    uint64_t size = p->head_len >= 18 ? util_le64(p->head + 5) : 0;
+
+    return dictionary >= 4096 && (dictionary == bit || dictionary == 3 * bit) &&
+           (size == UINT64_MAX || (size && size < 1ull << 40)) && !p->head[13];
+}
+
+/* Frames to be skipped, of zstd or lz4, before one that is not. */
+static bool img_is_skippable(const struct probe *p)
+{
+    size_t at = 0;
+
+    while (at + 8 <= p->head_len && p->head[at] >> 4 == 5 && memcmp(p->head + at + 1, "\x2a\x4d\x18", 3) == 0 &&
+           util_le32(p->head + at + 4) < p->head_len)
+        at += 8 + util_le32(p->head + at + 4);
+    return at && at + 4 <= p->head_len && (memcmp(p->head + at, "\x28\xb5\x2f\xfd", 4) == 0 ||
+                                           memcmp(p->head + at, "\x04\x22\x4d\x18", 4) == 0);
+}
+
+static bool img_is_cpio(const struct probe *p)
+{
+    if (p->head_len < 110 || p->head[4] != '0')
+        return false;
+    return p->head[5] == '7' ? img_is_digits(p->head, 76, 8)
+                             : (p->head[5] == '1' || p->head[5] == '2') && img_is_digits(p->head, 110, 16);
+}
+
+/* dump(8): 1 KiB of numbers, in either byte order, that add up to a constant. */
+static bool img_is_dump(const struct probe *p)
+{
+    uint32_t le = 0, be = 0;
+
+    for (size_t i = 0; i < 1024 && p->head_len >= 1024; i += 4) {
+        le += util_le32(p->head + i);
+        be += util_be32(p->head + i);
+    }
+    return le == 84446 || be == 84446;
+}
+
+static bool img_is_fsarchiver(const struct probe *p)
+{
+    return memmem(p->head, p->head_len, "FsArCh_00", 9);
+}
+
+static bool img_is_nvram(const struct probe *p)
+{
+    return p->size <= (1 << 20);
+}
+
+static bool img_is_ghost(const struct probe *p)
+{
+    return p->head_len >= 512 && !(p->head[3] & 0xf7);
+}
+
+/* A map of GNU ddrescue: the position and status of the run, and at least one range; with comments. */
+static bool img_is_mapfile(const struct probe *p)
+{
+    char text[4096 + 1], *line = text, *next, status;
+    long long at, size;
+    unsigned n = 0;
+
+    if (!img_is_text(p) || p->head_len >= sizeof(text))
+        return false;
+    memcpy(text, p->head, p->head_len);
+    text[p->head_len] = 0;
+    for (; n < 2 && (next = strchr(line, '\n')); line = next + 1) {
+        *next = 0;
+        if (*line == '#' || !line[strspn(line, " \t\r")])
+            continue;
+        if (n++ == 0 ? sscanf(line, "%lli %c", &at, &status) != 2 || !strchr("?*/-FG+", status)
+                     : sscanf(line, "%lli %lli %c", &at, &size, &status) != 3 || !strchr("?*/-+", status))
+            return false;
+    }
+    return n == 2;
+}
+
+#define IMG_UNPACK "unpack it first"
+#define IMG_NAME_DISK "name the file of the disk that it tells of"
+#define IMG_CONVERT "qemu-img convert makes a raw image of it"
+#define IMG_RESTORE "its own program restores the disk"
+
 static const struct {
     const char *name;
+    const char *way_out;
+    const char *text;               /* not NULL: text that contains this; then there need not be a magic */
+    bool (*check)(const struct probe *p);   /* what else must be so; NULL: nothing */
     uint16_t offset;
     uint8_t length;
     bool tail;                      /* offset counts from the start of the last 512 bytes */
     const char *magic;
 } img_foreign[] = {
-    { "a qcow image (version 1)", 0, 4, false, "QFI\xfb" },
-    { "a VMDK descriptor in UTF-16 (save it in UTF-8)", 0, 10, false, "\xff\xfe#\0 \0D\0i\0" },
-    { "a VMDK descriptor in UTF-16 (save it in UTF-8)", 0, 10, false, "\xfe\xff\0#\0 \0D\0i" },
-    { "an EWF (E01) image", 0, 8, false, "EVF\t\r\n\xff\0" },
-    { "an EWF logical (L01) image", 0, 8, false, "LVF\t\r\n\xff\0" },
-    { "an EWF2 (Ex01) image", 0, 8, false, "EVF2\r\n\x81\0" },
-    { "an EWF2 logical (Lx01) image", 0, 8, false, "LEF2\r\n\x81\0" },
-    { "an AFF image", 0, 5, false, "AFF10" },
-    { "an AD1 image", 0, 15, false, "ADSEGMENTEDFILE" },
-    { "a Bochs image", 0, 22, false, "Bochs Virtual HD Image" },
-    { "a cloop image", 0, 16, false, "#!/bin/sh\n#V2.0 " },
-    { "an Apple sparse image", 0, 4, false, "sprs" },
-    { "an Apple ASIF image", 0, 4, false, "shdw" },
-    { "an Apple disk image (UDIF)", 0, 4, true, "koly" },
-    { "a gzip-compressed file", 0, 3, false, "\x1f\x8b\x08" },
-    { "an xz-compressed file", 0, 6, false, "\xfd" "7zXZ\0" },
-    { "a zstd-compressed file", 0, 4, false, "\x28\xb5\x2f\xfd" },
-    { "a 7z archive", 0, 6, false, "7z\xbc\xaf\x27\x1c" },
-    { "a zip archive (AFF4 is one)", 0, 4, false, "PK\x03\x04" },
+    { "a qcow image (version 1)", IMG_CONVERT, NULL, NULL, 0, 4, false, "QFI\xfb" },
+    { "a VMDK descriptor in UTF-16", "save it in UTF-8", NULL, NULL, 0, 10, false, "\xff\xfe#\0 \0D\0i\0" },
+    { "a VMDK descriptor in UTF-16", "save it in UTF-8", NULL, NULL, 0, 10, false, "\xfe\xff\0#\0 \0D\0i" },
+    { "an EWF (E01, S01) image", "ewfmount or ewfexport shows the disk", NULL, NULL, 0, 8, false, "EVF\t\r\n\xff\0" },
+    { "an EWF delta file", IMG_NAME_DISK, NULL, NULL, 0, 8, false, "MVF\t\r\n\xff\0" },
+    { "an EWF logical (L01) image", "it holds files, not a disk", NULL, NULL, 0, 8, false, "LVF\t\r\n\xff\0" },
+    { "an EWF2 (Ex01) image", "ewfmount or ewfexport of libewf shows the disk", NULL, NULL, 0, 8, false,
+      "EVF2\r\n\x81\0" },
+    { "an EWF2 logical (Lx01) image", "it holds files, not a disk", NULL, NULL, 0, 8, false, "LEF2\r\n\x81\0" },
+    { "an AFF image", "affuse or affconvert -r shows the disk", NULL, NULL, 0, 8, false, "AFF10\r\n\0" },
+    { "an AD1 image", "FTK Imager reads it; it holds files, not a disk", NULL, NULL, 0, 15, false, "ADSEGMENTEDFILE" },
+    { "an image that FTK encrypted", "FTK Imager decrypts it, given the key", NULL, NULL, 0, 8, false, "ADCRYPT\0" },
+    { "a Bochs image", IMG_CONVERT, NULL, NULL, 0, 22, false, "Bochs Virtual HD Image" },
+    { "a cloop image", IMG_CONVERT, NULL, NULL, 0, 12, false, "#!/bin/sh\n#V" },
+    { "a COW file of User Mode Linux or QEMU", "uml_moo merges it with its backing file", NULL, NULL, 0, 7, false,
+      "OOOM\0\0\0" },
+    { "a COW file of User Mode Linux", "uml_moo merges it with its backing file", NULL, NULL, 0, 8, false,
+      "MOOO\x01\0\0\0" },
+    { "an Apple sparse image", "hdiutil convert makes a raw image of it", NULL, NULL, 0, 8, false, "sprs\0\0\0\x03" },
+    { "an Apple ASIF image", "diskutil attaches it", NULL, NULL, 0, 7, false, "shdw\0\0\0" },
+    { "an encrypted Apple disk image", "hdiutil convert decrypts it, given the key", NULL, NULL, 0, 8, false,
+      "encrcdsa" },
+    { "an encrypted Apple disk image", "hdiutil convert decrypts it, given the key", NULL, NULL, 504, 8, true,
+      "cdsaencr" },
+    { "an Apple disk image (UDIF)", "dmg2img or qemu-img convert -f dmg makes a raw image of it", NULL, NULL, 0, 8,
+      true, "koly\0\0\0\x04" },
+    { "an Android sparse image", "simg2img makes a raw image of it", NULL, NULL, 0, 6, false,
+      "\x3a\xff\x26\xed\x01\0" },
+    { "a partclone image", "partclone.restore -W -s FILE -O RAW makes a raw image of it", NULL, NULL, 0, 15, false,
+      "partclone-image" },
+    { "an ntfsclone image", "ntfsclone -r -O RAW FILE makes a raw image of it", NULL, NULL, 0, 16, false,
+      "\0ntfsclone-image" },
+    { "a partimage image", IMG_RESTORE, NULL, NULL, 0, 16, false, "PaRtImAgE-VoLuMe" },
+    { "an FSArchiver archive", IMG_RESTORE, NULL, img_is_fsarchiver, 0, 4, false, "FsA0" },
+    { "a dump of files", "restore(8) unpacks it", NULL, img_is_dump, 24, 4, false, "\x6c\xea\0\0" },
+    { "a dump of files", "restore(8) unpacks it", NULL, img_is_dump, 24, 4, false, "\0\0\xea\x6c" },
+    { "a dump of files", "restore(8) unpacks it", NULL, img_is_dump, 24, 4, false, "\x19\x01\x54\x19" },
+    { "a dump of files", "restore(8) unpacks it", NULL, img_is_dump, 24, 4, false, "\x19\x54\x01\x19" },
+    { "a Windows image (WIM, ESD)", "wimapply of wimlib unpacks it", NULL, NULL, 0, 8, false, "MSWIM\0\0\0" },
+    { "a Windows image (WIM, ESD)", "wimapply of wimlib unpacks it", NULL, NULL, 0, 8, false, "WLPWM\0\0\0" },
+    { "a Norton Ghost image", IMG_RESTORE, NULL, img_is_ghost, 0, 3, false, "\xfe\xef\x01" },
+    { "an Acronis True Image backup", IMG_RESTORE, NULL, NULL, 0, 4, false, "\xb4nhD" },
+    { "an Acronis True Image backup", IMG_RESTORE, NULL, NULL, 0, 8, false, "\xce\x24\xb9\xa2\x20\0\0\0" },
+    { "an Acronis True Image backup", IMG_RESTORE, NULL, NULL, 0, 8, false, "\xcd\x20\xaa\xaa\x02\0\0\0" },
+    { "a Proxmox backup (VMA)", "vma extract unpacks it", NULL, NULL, 0, 8, false, "VMA\0\0\0\0\x01" },
+    { "a saved state of VMware", IMG_NAME_DISK, NULL, NULL, 0, 4, false, "\xd0\xbe\xd0\xbe" },
+    { "a saved state of VMware", IMG_NAME_DISK, NULL, NULL, 0, 4, false, "\xd1\xba\xd1\xba" },
+    { "a saved state of VMware", IMG_NAME_DISK, NULL, NULL, 0, 4, false, "\xd2\xbe\xd2\xbe" },
+    { "a saved state of VMware", IMG_NAME_DISK, NULL, NULL, 0, 4, false, "\xd3\xbe\xd3\xbe" },
+    { "a VMware .nvram file", IMG_NAME_DISK, NULL, img_is_nvram, 0, 4, false, "MRVN" },
+    { "a saved state of VirtualBox", IMG_NAME_DISK, NULL, NULL, 0, 22, false, "\x7fVirtualBox SavedState" },
+    { "a saved state of QEMU", IMG_NAME_DISK, NULL, NULL, 0, 7, false, "QEVM\0\0\0" },
+    { "a saved state of libvirt", IMG_NAME_DISK, NULL, NULL, 0, 16, false, "LibvirtQemudSave" },
+    { "a tar archive with a virtual machine (OVA)", "tar -xf unpacks it; the .vmdk in it is the disk", NULL, img_is_ova,
+      0, 0, false, "" },
+    { "a tar archive with a virtual machine (XVA)", IMG_UNPACK, NULL, img_is_tar, 0, 8, false, "ova.xml\0" },
+    { "a tar archive", "tar -xf unpacks it", NULL, img_is_tar, 0, 0, false, "" },
+    { "a cpio archive", IMG_UNPACK, NULL, img_is_cpio, 0, 4, false, "0707" },
+    { "an ar archive (.deb is one)", IMG_UNPACK, NULL, NULL, 0, 8, false, "!<arch>\n" },
+    { "a rar archive", IMG_UNPACK, NULL, NULL, 0, 6, false, "Rar!\x1a\x07" },
+    { "a 7z archive", IMG_UNPACK, NULL, NULL, 0, 6, false, "7z\xbc\xaf\x27\x1c" },
+    { "a zip archive (AFF4 is one)", IMG_UNPACK, NULL, NULL, 0, 4, false, "PK\x03\x04" },
+    { "a zip archive", IMG_UNPACK, NULL, NULL, 0, 8, false, "PK\x07\x08PK\x03\x04" },
+    { "a cabinet archive", IMG_UNPACK, NULL, NULL, 0, 8, false, "MSCF\0\0\0\0" },
+    { "a gzip-compressed file", "gunzip -k unpacks it", NULL, img_is_gzip, 0, 3, false, "\x1f\x8b\x08" },
+    { "a bzip2-compressed file", "bunzip2 -k unpacks it", NULL, img_is_bzip2, 0, 3, false, "BZh" },
+    { "an xz-compressed file", "unxz -k unpacks it", NULL, NULL, 0, 6, false, "\xfd" "7zXZ\0" },
+    { "an lzma-compressed file", "unlzma -k unpacks it", NULL, img_is_lzma, 0, 3, false, "\x5d\0\0" },
+    { "a zstd-compressed file", "unzstd unpacks it", NULL, NULL, 0, 4, false, "\x28\xb5\x2f\xfd" },
+    { "a zstd- or lz4-compressed file", "unzstd or unlz4 unpacks it", NULL, img_is_skippable, 1, 3, false,
+      "\x2a\x4d\x18" },
+    { "an lz4-compressed file", "unlz4 unpacks it", NULL, img_is_lz4, 0, 4, false, "\x04\x22\x4d\x18" },
+    { "an lz4-compressed file", "unlz4 unpacks it", NULL, img_is_lz4_legacy, 0, 4, false, "\x02\x21\x4c\x18" },
+    { "an lzop-compressed file", "lzop -d unpacks it", NULL, NULL, 0, 9, false, "\x89LZO\0\r\n\x1a\n" },
+    { "an lzip-compressed file", "lzip -dk unpacks it", NULL, img_is_lzip, 0, 4, false, "LZIP" },
+    { "an lrzip-compressed file", "lrzip -d unpacks it", NULL, NULL, 0, 5, false, "LRZI\0" },
+    { "a compressed ISO image (ISZ)", IMG_UNPACK, NULL, NULL, 0, 5, false, "IsZ!\x40" },
+    { "a file encrypted by openssl", "openssl enc -d decrypts it", NULL, NULL, 0, 8, false, "Salted__" },
+    { "a file encrypted by age", "age -d decrypts it", NULL, NULL, 0, 20, false, "age-encryption.org/v" },
+    { "a mapfile of GNU ddrescue", "name the image itself", NULL, img_is_mapfile, 0, 0, false, "" },
+    { "a mapfile of GNU ddrescue", "name the image itself", "# Rescue Logfile. Created by", NULL, 0, 0, false, "" },
+    { "a .vmx file (settings of a VMware machine)", IMG_NAME_DISK, "config.version", NULL, 0, 0, false, "" },
+    { "a .vmx file (settings of a VMware machine)", IMG_NAME_DISK, "virtualHW.version", NULL, 0, 0, false, "" },
+    { "a .vmsd file (list of snapshots of VMware)", IMG_NAME_DISK, "snapshot.", NULL, 0, 9, false, ".encoding" },
+    { "a file of settings of VMware", IMG_NAME_DISK, "=", NULL, 0, 9, false, ".encoding" },
+    { "a .vmxf file (settings of VMware)", IMG_NAME_DISK, "<Foundry", NULL, 0, 0, false, "" },
+    { "a .vbox file (settings of a VirtualBox machine)", IMG_NAME_DISK, "<VirtualBox", NULL, 0, 0, false, "" },
+    { "a description of a virtual machine (OVF)", IMG_NAME_DISK, "http://schemas.dmtf.org/ovf/", NULL, 0, 0, false,
+      "" },
+    { "a description of a virtual machine (OVF)", IMG_NAME_DISK, "<Envelope", NULL, 0, 0, false, "" },
+    { "a file of settings of a Parallels machine", IMG_NAME_DISK, "<ParallelsVirtualMachine", NULL, 0, 0, false, "" },
+    { "a description of a libvirt machine", IMG_NAME_DISK, "<domain", NULL, 0, 1, false, "<" },
+    { "an Info.plist of an Apple sparse bundle", "hdiutil convert makes a raw image of it",
+      "com.apple.diskimage.sparsebundle", NULL, 0, 0, false, "" },
+    { "an XML file", IMG_NAME_DISK, "<?xml", NULL, 0, 5, false, "<?xml" },
+    { "an XML file", IMG_NAME_DISK, "<?xml", NULL, 0, 8, false, "\xef\xbb\xbf<?xml" },
+    { "an XML file in UTF-16", IMG_NAME_DISK, NULL, NULL, 0, 12, false, "\xff\xfe<\0?\0x\0m\0l\0" },
 };
 
-static const char *img_find_foreign(const struct probe *p)
+/* Is it the foreign container number i? */
+static bool img_is_foreign(const struct probe *p, size_t i)
 {
-    for (size_t i = 0; i < ARRAY_LEN(img_foreign); i++) {
-        const uint8_t *bytes = img_foreign[i].tail ? p->tail : p->head;
-        size_t len = img_foreign[i].tail ? p->tail_len : p->head_len;
-        if ((size_t)img_foreign[i].offset + img_foreign[i].length <= len &&
-            memcmp(bytes + img_foreign[i].offset, img_foreign[i].magic, img_foreign[i].length) == 0)
-            return img_foreign[i].name;
-    }
-    return NULL;
+    const uint8_t *bytes = img_foreign[i].tail ? p->tail : p->head;
+    size_t len = img_foreign[i].tail ? p->tail_len : p->head_len;
+    const char *text = img_foreign[i].text;
+
+    return (size_t)img_foreign[i].offset + img_foreign[i].length <= len &&
+           memcmp(bytes + img_foreign[i].offset, img_foreign[i].magic, img_foreign[i].length) == 0 &&
+           (!text || (img_is_text(p) && memmem(p->head, p->head_len, text, strlen(text)))) &&
+           (!img_foreign[i].check || img_foreign[i].check(p));
+}
+
+/* Refuses what is told to be a container that is not read. */
+static int img_check_foreign(const struct image *im, const struct probe *p)
+{
+    for (size_t i = 0; i < ARRAY_LEN(img_foreign); i++)
+        if (img_is_foreign(p, i))
+            return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read: %s; --format raw shows its "
+                           "bytes", im->name, img_foreign[i].name, img_foreign[i].way_out);
+    return 0;
 }
 
 static const struct image_format *img_format_named(const char *name)
@@ -9146,7 +9397,6 @@ static int img_probe(struct image *im, const char *wanted)
     struct file *first = &im->files[0], *last = &im->files[im->n_files - 1];
     struct probe p = { head, tail, util_min(first->size, sizeof(head)), util_min(last->size, sizeof(tail)),
                        first->size };
-    const char *foreign;
     uint64_t done;
     int best = 0, score;
 
@@ -9169,16 +9419,32 @@ static int img_probe(struct image *im, const char *wanted)
     }
     if (im->format != &raw_format)
         return 0;
-    foreign = img_find_foreign(&p);
-    if (foreign)
-        return msg_err(-EMEDIUMTYPE,
-                       "%s: is %s, which this version does not read; --format raw shows its bytes", im->name,
-                       foreign);
+    if (img_check_foreign(im, &p))
+        return -EMEDIUMTYPE;
     if (strcmp(util_basename(first->path), PRL_XML_NAME) == 0)
         return msg_err(-EINVAL, "%s: is damaged or not in UTF-8, so nothing says which image files belong together; "
                        "they can be opened alone", im->name);
     if (!first->is_blk)
         msg_say(MSG_NOTE, "%s: no known format, taken as raw (--format raw says so)", im->name);
+    return 0;
+}
+
+/* Folders that hold a disk which is not read. */
+static int img_check_foreign_folder(const char *path)
+{
+    static const struct {
+        const char *file, *name, *way_out;
+    } folders[] = {
+        { "bands", "an Apple sparse bundle", "hdiutil convert or sparsebundlefs shows the disk" },
+        { "clonezilla-img", "a folder of Clonezilla", "name the image of a partition in it" },
+    };
+    char inside[PATH_MAX];
+
+    for (size_t i = 0; i < ARRAY_LEN(folders); i++)
+        if ((size_t)snprintf(inside, sizeof(inside), "%s/%s", path, folders[i].file) < sizeof(inside) &&
+            access(inside, F_OK) == 0)
+            return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read: %s", path, folders[i].name,
+                           folders[i].way_out);
     return 0;
 }
 
@@ -9191,8 +9457,11 @@ static int img_add_file(struct image *im, const char *path)
 
     if (im->n_files == MAX_PARTS)
         return msg_err(-E2BIG, "%s: more than %d parts", im->name, MAX_PARTS);
-    if (stat(path, &st) < 0 || !S_ISDIR(st.st_mode) ||
-        (size_t)snprintf(inside, sizeof(inside), "%s/" PRL_XML_NAME, path) >= sizeof(inside) ||
+    if (stat(path, &st) < 0 || !S_ISDIR(st.st_mode))
+        return file_open(&im->files[im->n_files++], path, im->writable);
+    if (img_check_foreign_folder(path))
+        return -EMEDIUMTYPE;
+    if ((size_t)snprintf(inside, sizeof(inside), "%s/" PRL_XML_NAME, path) >= sizeof(inside) ||
         access(inside, F_OK) < 0)
         return file_open(&im->files[im->n_files++], path, im->writable);
     ret = file_open_beneath(&im->files[im->n_files++], path, PRL_XML_NAME, inside, false);

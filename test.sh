@@ -999,6 +999,101 @@ t_containers_that_are_not_read_are_refused_by_name() {
     refused 1 "unknown format 'nonsense'" "$fx" -q --format nonsense x.gz m
 }
 
+# Each FILE:WORD is refused by name, in one line with a way out, as image, as a piece of one and by --info; --format raw shows its bytes.
+foreign() {
+    local i f
+    for i in "$@"; do
+        f=${i%%:*}
+        refused 1 "is an\? [^:]*${i#*:}.*which this version does not read: .*; --format raw shows its bytes" "$fx" -q "$f" m
+        refused 1 "${i#*:}" "$fx" -q --info "$f"
+        "$fx" -q --format raw "$f" m; cmp "$f" m; "$fx" --umount m
+    done
+}
+
+t_archives_and_compressed_files_are_refused_by_name() {
+    random truth 40; echo '<Envelope/>' >x.ovf; cp truth x.vmdk; cp truth Ref; mkdir e; echo x >e/ova.xml
+    tar -cf x.ova x.ovf x.vmdk; tar -cf x.tar truth; tar --format=v7 -cf v7.tar truth; tar --format=posix -cf pax.tar truth
+    tar --format=gnu --numeric-owner --mtime=@99999999999 -cf gnu.tar truth; tar -C e -cf x.xva ova.xml
+    bzip2 -k truth; : | bzip2 >empty.bz2; gzip -k truth; xz -k truth; xz --format=lzma -k truth; zstd -q truth
+    lz4 -q truth truth.lz4; lz4 -q -l truth legacy.lz4; lz4 -q -B4 -BX --content-size truth b.lz4
+    { printf '\x50\x2a\x4d\x18\x04\0\0\0abcd'; cat truth.zst; } >p.zst
+    ar q x.ar truth 2>/dev/null
+    foreign x.ova:OVA x.tar:tar v7.tar:tar pax.tar:tar gnu.tar:tar x.xva:XVA truth.bz2:bzip2 empty.bz2:bzip2 truth.gz:gzip truth.xz:xz \
+        truth.lzma:lzma truth.zst:zstd p.zst:zstd truth.lz4:lz4 legacy.lz4:lz4 b.lz4:lz4 x.ar:ar
+    py '
+import struct, zipfile
+t = open("truth", "rb").read()
+def w(name, head): open(name, "wb").write(head + t)
+w("newc", b"070701" + b"%08X" * 13 % tuple(range(13)) + b"x\0"); w("odc", b"070707" + b"0" * 70 + b"x\0")
+w("rar4", b"Rar!\x1a\x07\0"); w("rar5", b"Rar!\x1a\x07\1\0"); w("7z", b"7z\xbc\xaf\x27\x1c\0\4")
+w("lzo", b"\x89LZO\0\r\n\x1a\n\x10\x40"); w("lz", b"LZIP\1\x0c"); w("lrz", b"LRZI\0\6")
+w("cab", b"MSCF\0\0\0\0"); w("salted", b"Salted__"); w("age", b"age-encryption.org/v1\n-> X25519 x\n")
+zipfile.ZipFile("zip", "w").writestr("x", t)'
+    foreign newc:cpio odc:cpio rar4:rar rar5:rar 7z:7z lzo:lzop lz:lzip lrz:lrzip cab:cabinet salted:openssl age:age zip:zip
+}
+
+t_images_of_programs_that_are_not_read_are_refused_by_name() {
+    random truth 40
+    py '
+import struct
+t = open("truth", "rb").read()
+def w(name, head, tail=b""): open(name, "wb").write(head + t + tail)
+w("pc2", (b"partclone-image\0" + b"0.3.20".ljust(14, b"\0") + b"0002" + struct.pack("<H", 0xc0de)).ljust(110, b"\0"))
+w("pc1", b"partclone-image" + b"EXTFS".ljust(15, b"\0") + b"0001\0\0"); w("ntfsclone", b"\0ntfsclone-image\x0a\1" + bytes(38))
+w("partimage", b"PaRtImAgE-VoLuMe"); w("fsa", b"FsA0" + bytes(40) + b"FsArCh_002\0")
+for n, e, magic in (("dumple", "<", 60012), ("dumpbe", ">", 60012), ("dump2", "<", 0x19540119)):
+    h = list(struct.unpack(e + "256I", t[:1024])); h[6] = magic; h[7] = 0; h[7] = (84446 - sum(h)) % 2**32
+    w(n, struct.pack(e + "256I", *h))
+w("wim", b"MSWIM\0\0\0"); w("wimpipe", b"WLPWM\0\0\0"); w("gho", b"\xfe\xef\1\0"); w("tib", b"\xce\x24\xb9\xa2\x20\0\0\0"); w("tib2", b"\xb4\x6e\x68\x44")
+w("vma", b"VMA\0\0\0\0\1"); w("umlcow", b"OOOM\0\0\0\2"); w("umlcow1", b"MOOO\1\0\0\0"); w("bochs", b"Bochs Virtual HD Image\0"); w("cloop", b"#!/bin/sh\n#V2.0 Format\n")
+w("e01", b"EVF\t\r\n\xff\0\1\1\0\0\0"); w("l01", b"LVF\t\r\n\xff\0"); w("ex01", b"EVF2\r\n\x81\0"); w("lx01", b"LEF2\r\n\x81\0"); w("aff", b"AFF10\r\n\0"); w("ad1", b"ADSEGMENTEDFILE\0")
+w("adcrypt", b"ADCRYPT\0"); w("sparseimage", b"sprs\0\0\0\3"); w("asif", b"shdw\0\0\0\1"); w("dmgenc", b"encrcdsa"); w("dmgenc1", b"", b"cdsaencr"); w("dmg", b"", b"koly\0\0\0\4".ljust(512, b"\0"))
+w("simg", b"\x3a\xff\x26\xed\1\0\0\0"); w("qcow1", b"QFI\xfb\0\0\0\1"); w("vmss", b"\xd2\xbe\xd2\xbe"); w("sav", b"\x7fVirtualBox SavedState V2.0\n"); w("qevm", b"QEVM\0\0\0\3")
+w("nvram", b"MRVN\1\0\0\0"); w("save", b"LibvirtQemudSave")'
+    foreign pc2:partclone pc1:partclone ntfsclone:ntfsclone partimage:partimage fsa:FSArchiver dumple:dump dumpbe:dump dump2:dump wim:WIM wimpipe:WIM \
+        gho:Ghost tib:Acronis tib2:Acronis vma:VMA umlcow:COW umlcow1:COW bochs:Bochs cloop:cloop e01:E01 l01:L01 ex01:Ex01 lx01:Lx01 aff:AFF ad1:AD1 \
+        adcrypt:FTK sparseimage:'Apple sparse' asif:ASIF dmgenc:'encrypted Apple' dmgenc1:'encrypted Apple' dmg:UDIF simg:Android qcow1:'qcow image' \
+        vmss:VMware sav:VirtualBox qevm:QEMU nvram:nvram save:libvirt
+}
+
+t_descriptions_of_machines_and_maps_are_refused_by_name() {
+    printf '.encoding = "UTF-8"\nconfig.version = "8"\nscsi0:0.fileName = "x.vmdk"\n' >a.vmx
+    printf '#!/usr/bin/vmware\nconfig.version = "8"\nvirtualHW.version = "16"\n' >b.vmx
+    printf '.encoding = "UTF-8"\nsnapshot.lastUID = "1"\n' >a.vmsd; printf '.encoding = "UTF-8"\n' >b.vmsd; printf '<?xml version="1.0"?>\n<Foundry>\n</Foundry>\n' >a.vmxf
+    printf '<?xml version="1.0"?>\n<!--\n** DO NOT EDIT THIS FILE.\n-->\n<VirtualBox xmlns="http://www.virtualbox.org/" version="1.16-linux">\n</VirtualBox>\n' >a.vbox
+    printf '<?xml version="1.0"?>\n<Envelope ovf:version="1.0" xmlns="http://schemas.dmtf.org/ovf/envelope/1"></Envelope>\n' >a.ovf
+    printf '\357\273\277<?xml version="1.0"?>\r\n<ovf:Envelope xmlns:ovf="http://schemas.dmtf.org/ovf/envelope/1"/>\r\n' >b.ovf
+    printf '<domain type="kvm">\n<name>x</name></domain>\n' >a.xml; printf '<?xml version="1.0"?>\n<ParallelsVirtualMachine schemaVersion="1.0"/>\n' >config.pvs
+    printf '<?xml version="1.0"?>\n<other/>\n' >b.xml; printf '<?xml version="1.0"?><configuration/>' | iconv -t UTF-16LE | { printf '\xff\xfe'; cat; } >c.xml
+    foreign a.vmx:vmx b.vmx:vmx a.vmsd:vmsd b.vmsd:VMware a.vmxf:vmxf a.vbox:vbox a.ovf:OVF b.ovf:OVF a.xml:libvirt config.pvs:Parallels b.xml:XML c.xml:XML
+    truncate -s 1M img; ddrescue -q img copy a.map; printf '0x0 +\n0x0 0x100 +\n' >b.map
+    random x 4; for i in $(seq 2000); do printf '%s 512 +\n' $((i * 512)); done | { printf '# comment\n 0 ? 1 # more\n'; cat; } >c.map
+    foreign a.map:ddrescue b.map:ddrescue c.map:ddrescue
+    "$fx" -q --error-map e.map --format raw x m; cat m >/dev/null; "$fx" --umount m; foreign e.map:ddrescue
+    mkdir -p s.sparsebundle/bands c; touch s.sparsebundle/Info.plist c/clonezilla-img
+    refused 1 'is an Apple sparse bundle' "$fx" -q s.sparsebundle m; refused 1 'Clonezilla' "$fx" -q c m
+}
+
+t_a_raw_disk_may_begin_with_anything() {
+    random truth 60
+    py '
+t = open("truth", "rb").read()
+text = b"<?xml version=\"1.0\"?>\n<VirtualBox/>\n<domain type=\"kvm\">\nconfig.version = \"8\"\n"
+heads = [b"BZh9" + t[:8], b"\x04\x22\x4d\x18\0\0\0", b"\x02\x21\x4c\x18\0\0\0\0", b"\x02\x21\x4c\x18\xff\xff\xff\xff", b"LZIP\1\xff", b"\x5d\0\0" + t[:20], b"\x50\x2a\x4d\x18\4\0\0\0abcdabcd",
+         b"\x1f\x8b\x08\xff", b"070701 is no archive", b"\x78\x9c" + t[:20], text + bytes(2000), text.ljust(512), b"# Mapfile. Created by hand\n0x0 +\n0 1 +\n\0", b"# Rescue Logfile. Created by\0",
+         b"Rar!", b"!<arch>", b"VMA\0", b"FsA0", b"sprs", b"shdw", b"OOOM", b"MSWIM", b"\xfe\xef\2", b"\0ntfsclone", b"partclone", b"AFF1", b"EVF", b".encoding = \"UTF-8\"\n\0"]
+ustar = bytearray(t[:512]); ustar[257:265] = b"ustar\00000"; ustar[148:156] = b"012345\0 "; heads.append(bytes(ustar))
+dump = bytearray(t[:1024]); dump[24:28] = b"\x6c\xea\0\0"; heads.append(bytes(dump))
+for i, h in enumerate(heads): open("disk%d" % i, "wb").write(h + t[len(h):])
+open("text", "wb").write((text * 3000).ljust(17 << 20))'
+    local f n=0
+    for f in disk* text; do
+        "$fx" -q "$f" m || fail "$f is refused: $(head -c 30 $f | tr -d '\0')"
+        cmp "$f" m; "$fx" --umount m; n=$((n + 1))
+    done
+    same "$n" 31
+}
+
 t_raw_is_taken_with_a_note() {
     random img 16
     "$fx" img m 2>err; "$fx" --umount m; same "$(cat err)" "fuseexp: img: no known format, taken as raw (--format raw says so)"
