@@ -3871,9 +3871,16 @@ static void qcow2_find_holes(struct image *im)
  * data too, and what new tables were filled with. Clusters that nobody refers to any more are given back only when
  * that is durable, and when every request that might still use them is over (pool_grace_over()).
  *
- * A cluster that is ours alone (COPIED) is overwritten in place by the image core, without any lock. Everything else
- * comes here: under writer.lock a place is taken and the range marked busy; the data is written without the lock;
- * then, under it again, the L2 entries are changed.
+ * Who may write a range of host bytes, and until when. A cell is a cluster, or a subcluster where there are such:
+ *   - A cell that is ours alone (COPIED, and allocated) is written in place by the image core, without any lock, by
+ *     any request that looked it up, until that request is over. So nothing may be copied into it any more: a copy
+ *     could undo what a request has written since the copy was read.
+ *   - A cell that is not comes here. Under writer.lock a place is taken and its clusters are marked busy; data and
+ *     copies are written without the lock; then, under it again, the L2 entries are changed, and the cell is ours.
+ *     While a cluster is busy, only the request that marked it writes to its cells that are not ours yet.
+ * So one piece of a write consists of cells of one kind. Example: subclusters of 64 KiB, the second is allocated. A
+ * write of [32 KiB, 68 KiB) copies [0, 32 KiB) and writes up to 64 KiB; the last 4 KiB are a piece of their own,
+ * written in place. As one piece it would copy [68 KiB, 128 KiB), over what others are writing there in place.
  * ******************************************************************************************************** */
 
 enum {
@@ -4381,7 +4388,8 @@ static int qcow2_store_entry(struct image *im, uint64_t at, uint64_t entry, uint
 
 /* Where a piece of a write goes. */
 struct qcow2_plan {
-    uint64_t guest, n;              /* its first cluster, how many; 0: it is ours already */
+    uint64_t guest, n;              /* its first cluster, how many; 0: its first cell is ours already */
+    uint64_t end;                   /* where the piece ends at the latest: no cell before this is ours */
     uint64_t host;                  /* in q->data */
     uint64_t at;                    /* of the first cluster's L2 entry */
     uint64_t old, old_bitmap;       /* what that says until now */
@@ -4405,6 +4413,23 @@ static uint64_t qcow2_cells(const struct qcow2 *q, uint64_t guest, uint64_t from
         if (from < guest + cell && to > guest && guest < end)
             mask |= 1ull << i;
     return mask;
+}
+
+/*
+ * In a cluster that is ours: up to where [offset, end) has only cells that are not allocated. At offset: the first one
+ * is, and is written in place.
+ */
+static uint64_t qcow2_missing_cells(const struct qcow2 *q, uint64_t entry, uint64_t bitmap, uint64_t offset,
+                                    uint64_t end)
+{
+    uint64_t size = qcow2_cluster(q), cell = size / QCOW2_SUBCLUSTERS, at = offset;
+
+    end = util_min(end, (offset & ~(size - 1)) + size);
+    if (!q->subclusters)
+        return entry & 1 ? end : offset;
+    while (at < end && !(bitmap >> (at & (size - 1)) / cell & 1))
+        at = util_min(end, (at & ~(cell - 1)) + cell);
+    return at;
 }
 
 static bool qcow2_is_busy(const struct qcow2_writer *w, uint64_t first, uint64_t n)
@@ -4488,9 +4513,9 @@ static int qcow2_plan_locked(struct image *im, uint64_t len, uint64_t offset, st
     if (ret)
         return ret;
     if ((p->old & QCOW2_COPIED) && !(p->old & QCOW2_COMPRESSED) && qcow2_allocated(q, p->old)) {
-        uint64_t touched = qcow2_cells(q, p->guest, offset, offset + len);
         p->host = p->old & QCOW2_OFFSET;
-        p->n = q->subclusters ? (p->old_bitmap & touched) != touched : p->old & 1;
+        p->end = qcow2_missing_cells(q, p->old, p->old_bitmap, offset, offset + len);
+        p->n = p->end > offset;
         return 0;
     }
     if (!qcow2_is_empty(q, p->old, p->old_bitmap))
@@ -4499,7 +4524,9 @@ static int qcow2_plan_locked(struct image *im, uint64_t len, uint64_t offset, st
         if (qcow2_read_entry(im, q, p->at + n * q->entry_size, &entry, &bitmap) || !qcow2_is_empty(q, entry, bitmap) ||
             qcow2_is_busy(q->w, (offset >> q->cluster_bits) + n, 1))
             break;
-    return qcow2_place_locked(im, p, n);
+    ret = qcow2_place_locked(im, p, n);
+    p->end = p->guest + p->n * size;
+    return ret;
 }
 
 /* What the guest sees at [at, at + len) until now; zeros past its end. */
@@ -4633,7 +4660,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
     if (ret || !p.n)
         return ret;
 
-    len = util_min(len, p.guest + p.n * qcow2_cluster(q) - offset);
+    len = util_min(len, p.end - offset);
     ret = qcow2_write_data(im, &p, buf, len, offset);
     pthread_mutex_lock(&w->lock);
     r = ret ? ret : qcow2_link_locked(im, &p, len, offset);

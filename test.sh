@@ -1595,6 +1595,140 @@ t_qcow2_writes_over_backing_files_snapshots_and_compression() {
     done
 }
 
+# owners: threads own alternate pieces of the whole disk and write, punch and read them; every thread compares its own pieces
+# with a model, which holds what was acknowledged. All work in the same few clusters at a time, so that they meet there.
+#   ./owners FILE MODEL PIECE ROUNDS SEED FLAGS       pieces of PIECE bytes, "0": of random sizes. FLAGS: p punches, s syncs,
+#   k: every piece is written once, MODEL first, until FILE fails (its server is killed)
+make_owners() {
+    cat >owners.c <<'C'
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+enum { THREADS = 4, WINDOW = 32, MAX = 131072 };
+static int fd, model; static unsigned long piece, n_pieces, rounds, seed; static const char *flags;
+static unsigned long *start;        /* of each piece; [n_pieces]: the end */
+static pthread_barrier_t bar; static _Atomic int wrong, dead;
+static unsigned long rnd(unsigned long *x) { *x ^= *x << 13; *x ^= *x >> 7; *x ^= *x << 17; return *x; }
+static void look(unsigned long i) {
+    static _Thread_local unsigned char a[MAX], b[MAX]; unsigned long len = start[i + 1] - start[i];
+    if (pread(model, b, len, start[i]) != (ssize_t)len || pread(fd, a, len, start[i]) != (ssize_t)len || memcmp(a, b, len)) {
+        if (!wrong++) fprintf(stderr, "piece at %lu, %lu bytes: not what its owner wrote\n", start[i], len);
+    }
+}
+static void change(unsigned long i, unsigned long *x) {
+    static _Thread_local unsigned long b[MAX / 8]; unsigned long len = start[i + 1] - start[i], k = rnd(x) % 100;
+    int kill = !!strchr(flags, 'k'), punch = k < 10 && strchr(flags, 'p');
+    for (unsigned long j = 0; j < len / 8; j++) b[j] = punch ? 0 : rnd(x);
+    if (kill && pwrite(model, b, len, start[i]) != (ssize_t)len) abort();
+    if (punch ? fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start[i], len) : pwrite(fd, b, len, start[i]) != (ssize_t)len) {
+        if (kill) { dead = 1; return; }
+        perror("write"); exit(2);
+    }
+    if (!kill && pwrite(model, b, len, start[i]) != (ssize_t)len) abort();
+    if (k > 96 && strchr(flags, 's') && fsync(fd) && !kill) { perror("fsync"); exit(2); }
+}
+static void *owner(void *arg) {
+    unsigned long t = (unsigned long)arg, x = seed * 1000 + t + 1, y = seed + 77, first = n_pieces / WINDOW, i;
+    for (unsigned long r = 0; r < rounds && !dead; r++) {       /* y is the same for all: they meet in one window */
+        unsigned long w = strchr(flags, 'k') ? r : rnd(&y) % first;
+        if (w >= first) break;
+        for (unsigned long j = 0; j < WINDOW / THREADS && !dead; j++) {
+            i = w * WINDOW + (j * 5 + r) % (WINDOW / THREADS) * THREADS + t;
+            change(i, &x);
+            if (rnd(&x) % 8 == 0 && !strchr(flags, 'k')) look(i);
+        }
+        if (rnd(&y) % 4 == 0 && !strchr(flags, 'k')) pthread_barrier_wait(&bar);
+    }
+    if (!strchr(flags, 'k')) for (i = t; i < n_pieces; i += THREADS) look(i);
+    return NULL;
+}
+int main(int c, char **v) {
+    pthread_t th[THREADS]; unsigned long size, at = 0;
+    (void)c; fd = open(v[1], O_RDWR); model = open(v[2], O_RDWR); piece = strtoul(v[3], 0, 0); rounds = strtoul(v[4], 0, 0);
+    seed = strtoul(v[5], 0, 0); flags = v[6]; size = lseek(model, 0, SEEK_END);
+    if (fd < 0 || model < 0 || lseek(fd, 0, SEEK_END) != (off_t)size) { perror("open"); return 2; }
+    start = calloc(size / 512 + 2, 8); seed += 1;
+    for (unsigned long x = seed * 7919; at < size; at += piece ? piece : (1 + rnd(&x) % (x & 1 ? 3 : 120)) * 512) start[n_pieces++] = at;
+    start[n_pieces] = size; pthread_barrier_init(&bar, NULL, THREADS);
+    for (unsigned long t = 0; t < THREADS; t++) pthread_create(&th[t], NULL, owner, (void *)t);
+    for (int t = 0; t < THREADS; t++) { pthread_join(th[t], NULL); }
+    return wrong != 0;
+}
+C
+    gcc -O2 -w -pthread owners.c -o owners
+}
+
+# owned IMAGE PIECE ROUNDS SEED FLAGS OPTION...: then the export, qemu-img check and qemu-img convert agree with the model
+owned() {
+    qemu-img convert -O raw "$1" model
+    "$fx" -q -w "${@:6}" "$1" m
+    ./owners m model "$2" "$3" "$4" "$5" || fail "owners of $2 bytes, seed $4: $1 ${made:-}"
+    cmp m model; "$fx" --umount m
+    qemu-img check -q "$1"
+    qemu-img convert -O raw "$1" out; cmp out model || fail "$1 ${made:-}"
+}
+
+t_qcow2_owners_of_alternate_pieces_lose_nothing() {
+    local n=0 made size
+    make_owners
+    for made in extended_l2=on,cluster_size=2M extended_l2=on,cluster_size=64k extended_l2=on,cluster_size=16k cluster_size=2M cluster_size=64k \
+        cluster_size=512 cluster_size=64k,lazy_refcounts=on cluster_size=4k,compat=0.10 extended_l2=on,cluster_size=128k,data_file=ext.raw \
+        data_file=ext.raw,data_file_raw=on preallocation=metadata extended_l2=on,preallocation=metadata; do
+        n=$((n + 1)); rm -f img ext.raw
+        case $made in *l2=on,cluster_size=2M) size=64M ;; *) size=8M ;; esac
+        qemu-img create -q -f qcow2 -o $made img $size; scribble img $n
+        owned img $((n % 2 ? 0 : 36864)) 40 $n ps
+    done
+    made="cells that are half a piece"; qemu-img create -q -f qcow2 -o extended_l2=on,cluster_size=2M img 64M; owned img 98304 60 1 s
+    made="pieces of a sector"; qemu-img create -q -f qcow2 -o extended_l2=on,cluster_size=512k img 8M; owned img 512 200 1 s
+    made="pieces of 64 KiB"; qemu-img create -q -f qcow2 -o extended_l2=on,cluster_size=1M img 32M; owned img 65536 40 1 s
+}
+
+t_qcow2_owners_over_backing_snapshots_and_compression_lose_nothing() {
+    local n=0 made size
+    make_owners
+    random base 3000
+    for i in $(seq 300); do head -c $((i * 131)) "$top"/fuseexp.c; done | head -c 6M >text; truncate -s 12M text
+    for made in extended_l2=on,cluster_size=2M extended_l2=on,cluster_size=64k cluster_size=64k cluster_size=2M; do
+        n=$((n + 1)); rm -f img
+        qemu-img create -q -f qcow2 -o $made -b base -F raw img 16M; scribble img $n; owned img 0 40 $n ps
+        qemu-img snapshot -c s img; qemu-img convert -O raw img snap; owned img 20480 40 $n s
+        qemu-img convert -l snapshot.name=s -O raw img out; cmp out snap
+        rm -f img; qemu-img convert -c -f raw -O qcow2 -o $made text img; owned img 0 40 $n ps
+    done
+    made=overlay; rm -f o.qcow2; cp base model; "$fx" -q --format raw --overlay o.qcow2 base m
+    ./owners m model 0 40 1 ps; cmp m model; "$fx" --umount m; qemu-img check -q o.qcow2
+}
+
+# Every sector of a piece is what it was at the last sync, or what its owner was about to write.
+t_qcow2_owners_that_are_killed_keep_what_was_there() {
+    local n=0 o server
+    make_owners
+    random base 1000
+    for o in extended_l2=on,cluster_size=2M extended_l2=on,cluster_size=64k cluster_size=64k cluster_size=512 extended_l2=on,cluster_size=16k; do
+        n=$((n + 1)); rm -f img
+        qemu-img create -q -f qcow2 -o $o -b base -F raw img 8M; scribble img $n; [ $((n % 2)) = 0 ] || qemu-img snapshot -c s img
+        qemu-img convert -O raw img was; cp was will
+        "$fx" -q -w img m; server=$(server_of)
+        ./owners m will 20480 1000 $n ks & local load=$!
+        until ! cmp -s was will; do :; done
+        kill -9 "$server"
+        wait $load || true; gone
+        qemu-img check -q img >check.log 2>&1 || [ $? = 3 ] || { cat check.log; fail "$o"; }
+        "$fx" -q img m
+        py '
+a, b, got = (open(f, "rb").read() for f in ("was", "will", "m"))
+assert len(got) == len(a) and a != b
+for i in range(0, len(a), 512):
+    assert got[i:i + 512] in (a[i:i + 512], b[i:i + 512]), (sys.argv[1], i)' $o
+        "$fx" --umount m
+    done
+}
+
 t_qcow2_written_by_threads_has_no_races() {
     local o
     writer=$build/fuseexp-tsan
