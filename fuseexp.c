@@ -10901,6 +10901,7 @@ struct server {
     struct timespec started;
     _Atomic uint32_t mode, uid, gid;
     struct worker *workers;
+    struct counters *counters;      /* one for each worker, in memory that the supervisor sees as well */
     unsigned n_workers, n_running;  /* n_running of them wait for requests, the others replace who sleeps */
 };
 
@@ -10911,6 +10912,12 @@ struct reference {
     bool front_will_do;             /* a short reply says where the error is */
 };
 
+struct counters {                   /* written by one worker alone, read by the supervisor */
+    _Atomic uint64_t reads, read_bytes, writes, write_bytes, errors;
+    _Atomic uint64_t passthrough;   /* of the first worker: the kernel serves the file */
+    char apart[16];                 /* a cache line each */
+};
+
 /* One thread, its own descriptor (or the session's, where it could not be cloned) and its own buffer. */
 struct worker {
     struct server *srv;
@@ -10919,7 +10926,7 @@ struct worker {
     int pipe[2];          /* for replies by reference; -1 if there is none */
     struct reference ref; /* of the reply in hand; length 0: its data is in buf */
     uint8_t *buf;         /* LOOP_BUF; requests at FX_REQUEST_AT, the data of replies at FX_HEAD_ROOM */
-    _Atomic uint64_t reads, read_bytes, writes, write_bytes, errors; /* written by this worker alone */
+    struct counters *count;
 };
 
 struct request {
@@ -11262,8 +11269,8 @@ static int fop_read(struct worker *w, struct request *rq)
     } else {
         ret = fop_copy(w, &ref, rq->out, &rq->out_len);
     }
-    fop_count(&w->reads, 1);
-    fop_count(&w->read_bytes, rq->out_len);
+    fop_count(&w->count->reads, 1);
+    fop_count(&w->count->read_bytes, rq->out_len);
     return ret;
 }
 
@@ -11297,8 +11304,8 @@ static int fop_write(struct worker *w, struct request *rq)
     /* O_SYNC contains O_DSYNC. Through a cached handle the kernel sends an FSYNC of its own. */
     if (done && (in->flags & O_DSYNC) && (srv->direct_io || in->fh == FOP_FH_DIRECT) && img_sync(srv->im, false))
         return -EIO;
-    fop_count(&w->writes, 1);
-    fop_count(&w->write_bytes, done);
+    fop_count(&w->count->writes, 1);
+    fop_count(&w->count->write_bytes, done);
     if (ret && !done)
         return ret;
     memset(out, 0, sizeof(*out));
@@ -11531,7 +11538,7 @@ static size_t fop_finish(struct worker *w, uint64_t unique, int ret, size_t out_
     struct fuse_out_header *reply = fop_reply(w);
 
     if (ret == -EIO)
-        fop_count(&w->errors, 1);
+        fop_count(&w->count->errors, 1);
     *reply = (struct fuse_out_header){ .len = (uint32_t)(sizeof(*reply) + (ret ? 0 : out_len)),
                                        .error = ret,
                                        .unique = unique };
@@ -11586,32 +11593,23 @@ static size_t fop_fetch(struct worker *w)
 
 enum { LOOP_BUF = FX_HEAD_ROOM + FX_MAX_IO };
 
-/* USR1 arrives at the first worker, whose read(2) it interrupts. */
-static volatile sig_atomic_t loop_counters_wanted;
-
-static void loop_on_usr1(int sig)
-{
-    (void)sig;
-    loop_counters_wanted = 1;
-}
-
-static void loop_print_counters(const struct server *srv)
+/* For USR1, which the supervisor answers: no worker has to be woken from its read(2). */
+static void loop_print_counters(const struct counters *counters, unsigned n, const char *name)
 {
     uint64_t sum[5] = { 0 };
 
-    for (unsigned i = 0; i < srv->n_workers; i++) {
-        const struct worker *w = &srv->workers[i];
-        sum[0] += atomic_load_explicit(&w->reads, memory_order_relaxed);
-        sum[1] += atomic_load_explicit(&w->read_bytes, memory_order_relaxed);
-        sum[2] += atomic_load_explicit(&w->writes, memory_order_relaxed);
-        sum[3] += atomic_load_explicit(&w->write_bytes, memory_order_relaxed);
-        sum[4] += atomic_load_explicit(&w->errors, memory_order_relaxed);
+    for (unsigned i = 0; i < n; i++) {
+        const struct counters *c = &counters[i];
+        sum[0] += atomic_load_explicit(&c->reads, memory_order_relaxed);
+        sum[1] += atomic_load_explicit(&c->read_bytes, memory_order_relaxed);
+        sum[2] += atomic_load_explicit(&c->writes, memory_order_relaxed);
+        sum[3] += atomic_load_explicit(&c->write_bytes, memory_order_relaxed);
+        sum[4] += atomic_load_explicit(&c->errors, memory_order_relaxed);
     }
     msg_say(MSG_ERROR,
             "%s: %" PRIu64 " reads (%" PRIu64 " bytes), %" PRIu64 " writes (%" PRIu64 " bytes), %" PRIu64
             " errors, %u threads%s",
-            srv->im->name, sum[0], sum[1], sum[2], sum[3], sum[4], srv->n_workers,
-            srv->backing_id > 0 ? ", passthrough" : "");
+            name, sum[0], sum[1], sum[2], sum[3], sum[4], n, counters[0].passthrough ? ", passthrough" : "");
 }
 
 /*
@@ -11639,12 +11637,10 @@ static bool loop_send(struct worker *w, size_t len)
     return write(w->fd, fop_reply(w), len) >= 0;
 }
 
-static void loop_look_for_usr1(struct worker *w)
+/* ECONNABORTED: the connection went while a request was being fetched. */
+static bool loop_unmounted(int error)
 {
-    if (w == w->srv->workers && loop_counters_wanted) {
-        loop_counters_wanted = 0;
-        loop_print_counters(w->srv);
-    }
+    return error == ENODEV || error == ECONNABORTED;
 }
 
 /* 0: another request may follow, 1: unmounted, < 0: broken. */
@@ -11654,12 +11650,11 @@ static int loop_once(struct worker *w)
     size_t len;
     bool sent;
 
-    loop_look_for_usr1(w);          /* it may have come while we were at work */
     n = read(w->fd, fop_request(w), FX_REQUEST_MAX);
     if (n < 0) {
         if (errno == EINTR || errno == EAGAIN || errno == ENOENT)   /* ENOENT: the request was taken back */
             return 0;
-        return errno == ENODEV ? 1 : msg_err(-errno, "reading from /dev/fuse: %s", strerror(errno));
+        return loop_unmounted(errno) ? 1 : msg_err(-errno, "reading from /dev/fuse: %s", strerror(errno));
     }
     w->ref.length = 0;
     pool_enter();
@@ -11670,17 +11665,16 @@ static int loop_once(struct worker *w)
         return 0;
     if (errno == ENOENT || errno == EINTR)                          /* whoever asked has gone */
         return 0;
-    return errno == ENODEV ? 1 : msg_err(-errno, "writing to /dev/fuse: %s", strerror(errno));
+    return loop_unmounted(errno) ? 1 : msg_err(-errno, "writing to /dev/fuse: %s", strerror(errno));
 }
 
-/* The first worker never parks: it is the one that USR1 wakes. */
 static void *loop_worker(void *arg)
 {
     struct worker *w = arg;
     int ret;
 
     do {
-        if (pool_crowded() && w != w->srv->workers) {
+        if (pool_crowded()) {
             madvise(w->buf, LOOP_BUF, MADV_DONTNEED);
             pool_park();
         }
@@ -11711,11 +11705,18 @@ static int loop_prepare(struct server *srv, unsigned n, int session_fd)
     int fd, shared = -1;
 
     srv->workers = util_fault("workers") ? NULL : calloc(n, sizeof(*srv->workers));
-    if (!srv->workers)
+    srv->counters = !srv->workers || util_fault("counters")
+                        ? MAP_FAILED
+                        : mmap(NULL, n * sizeof(*srv->counters), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+                               -1, 0);
+    if (srv->counters == MAP_FAILED) {
+        srv->counters = NULL;
         return msg_err(-ENOMEM, "out of memory for %u workers", n);
+    }
     for (; srv->n_workers < n; srv->n_workers++) {
         struct worker *w = &srv->workers[srv->n_workers];
         w->srv = srv;
+        w->count = &srv->counters[srv->n_workers];
         w->fd = w->pipe[0] = w->pipe[1] = -1;
         w->buf = MAP_FAILED;
         if (!util_fault("worker buffer"))
@@ -11820,6 +11821,7 @@ static void loop_pass_through(struct server *srv, int fd)
     struct fx_backing_map map = { .fd = srv->im->files[0].fd };
     int id = util_fault("passthrough") ? -1 : util_ioctl(fd, FX_IOC_BACKING_OPEN, &map);
 
+    srv->counters->passthrough = id > 0;
     if (id > 0)
         srv->backing_id = id;
     else
@@ -11831,14 +11833,10 @@ static int loop_run(struct server *srv)
 {
     unsigned started = 1;
     bool broken = false;
-    sigset_t usr1;
     void *result;
     int ret;
 
     pool_start(srv->n_running, srv->n_workers);
-    sigemptyset(&usr1);
-    sigaddset(&usr1, SIGUSR1);
-    pthread_sigmask(SIG_BLOCK, &usr1, NULL);
     for (; started < srv->n_workers; started++) {
         struct worker *w = &srv->workers[started];
         ret = util_fault("thread") ? EAGAIN : pthread_create(&w->thread, NULL, loop_worker, w);
@@ -11849,7 +11847,6 @@ static int loop_run(struct server *srv)
         }
     }
     pool_reduce(srv->n_workers - started);
-    pthread_sigmask(SIG_UNBLOCK, &usr1, NULL);
     broken = loop_worker(&srv->workers[0]) != NULL;
     for (unsigned i = 1; i < started; i++)
         if (pthread_join(srv->workers[i].thread, &result) != 0 || result)
@@ -11944,6 +11941,9 @@ static int box_seccomp(void)
         SYS_exit,       SYS_exit_group, SYS_clock_gettime,   SYS_gettid,         SYS_getpid,
         SYS_tgkill,     SYS_tkill,      SYS_set_robust_list, SYS_sched_yield,    SYS_restart_syscall,
         SYS_newfstatat, SYS_writev,
+#ifdef __SANITIZE_ADDRESS__
+        SYS_sched_getaffinity, SYS_sigaltstack,
+#endif
 #ifdef SYS_rseq
         SYS_rseq,
 #endif
@@ -12116,12 +12116,8 @@ static bool mnt_parse_line(char *line, struct mount_entry *entry)
     return true;
 }
 
-/*
- * What tells this mount from all others there ever were: minors, and mountinfo's ids, are given to the next
- * mount as soon as they are free. The number of the mount that is to be seen at the path; 0 before Linux 6.8,
- * which has none. Asks the kernel's cache alone, so that no server, alive or dead, is waited for.
- */
-static uint64_t mnt_identity(const char *path)
+/* The unique id of the mount that is seen at path; 0: the kernel knows none. */
+static uint64_t mnt_ask_identity(const char *path)
 {
     union { uint8_t raw[256]; uint32_t mask; } stx;
     uint64_t id = 0;
@@ -12131,6 +12127,20 @@ static uint64_t mnt_identity(const char *path)
                 FX_STATX_MNT_ID_UNIQUE, stx.raw) == 0 && (stx.mask & FX_STATX_MNT_ID_UNIQUE))
         memcpy(&id, stx.raw + FX_STATX_OFF_MNT_ID, sizeof(id));
     return id;
+}
+
+/*
+ * Unique mount id (Linux 6.8): minors, and mountinfo's ids, are given to the next mount as soon as they are free.
+ * Such a kernel answers from its cache alone, so that no server is waited for. An older one might ask the server,
+ * even ours before it has answered INIT, so it is found out with another path what the kernel is.
+ */
+static uint64_t mnt_identity(const char *path)
+{
+    static int known = -1;
+
+    if (known < 0)
+        known = mnt_ask_identity("/proc/self/mountinfo") != 0;
+    return known ? mnt_ask_identity(path) : 0;
 }
 
 /*
@@ -12646,6 +12656,7 @@ struct options {
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
         no_backing, force_parent, ignore_log, strict, lazy, verbose, quiet, json, repair, read_only;
     bool mount_helper; /* called by mount(8) */
+    struct sigaction old_xfsz;      /* for the command: we ignore it, so that a limit is an error that we report */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid;
     uint32_t sandbox, allow_other, action, on_error;
@@ -12662,7 +12673,8 @@ struct run {
     struct mountpoint mp;
     char source[PATH_MAX];          /* the image, as the mount table shows it */
     char pidfile[PATH_MAX];         /* absolute */
-    sigset_t old_mask;
+    sigset_t old_mask;              /* with these, the command gets its signals as we were given them */
+    struct sigaction old_pipe, old_chld;
     struct rlimit old_files;        /* the command gets them back */
     int shell_fd;                   /* to the process that the user started; -1 in the foreground */
     int sig_fd, ctl_fd, ready_fd, log_fd;
@@ -12703,12 +12715,21 @@ static void run_accept_waiters(struct run *r)
             r->waiters[kept++] = r->waiters[i];
     }
     r->n_waiters = kept;
-    while (r->ctl_fd >= 0 && (fd = accept4(r->ctl_fd, NULL, NULL, SOCK_CLOEXEC)) >= 0) {
+    if (r->ctl_fd < 0)
+        return;
+    while ((fd = accept4(r->ctl_fd, NULL, NULL, SOCK_CLOEXEC)) >= 0) {
         if (r->n_waiters < MAX_WAITERS)
             r->waiters[r->n_waiters++] = fd;
         else
             close(fd);
     }
+    if (fd < 0 && errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
+        util_close(&r->ctl_fd);     /* whoever waits there would keep poll(2) busy */
+}
+
+static unsigned run_threads(const struct options *o)
+{
+    return o->single_thread ? 1 : o->threads ? o->threads : DEFAULT_THREADS;
 }
 
 static void run_reap(pid_t *pid, int *status)
@@ -12726,8 +12747,8 @@ static void run_on_signal(struct run *r, const struct signalfd_siginfo *si)
         run_reap(&r->command, &r->command_status);
         break;
     case SIGUSR1:
-        if (r->server > 0)
-            kill(r->server, SIGUSR1);
+        if (r->srv.counters)
+            loop_print_counters(r->srv.counters, run_threads(r->o), r->o->images[0]);
         break;
     default:
         if (r->command > 0 && si->ssi_code <= 0)
@@ -12764,11 +12785,17 @@ static void run_poll(struct run *r, int timeout)
         run_on_signal(r, &si);
 }
 
+static void run_dispose(int sig, void (*handler)(int), struct sigaction *old)
+{
+    struct sigaction act = { .sa_handler = handler };
+
+    sigaction(sig, &act, old);
+}
+
 static int run_take_signals(struct run *r)
 {
     static const int taken[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCHLD, SIGUSR1 };
-    static const int deaf[] = { SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF,
-                                SIGXFSZ }; /* would kill us for nothing */
+    static const int deaf[] = { SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF };     /* would kill us for nothing */
     sigset_t set;
 
     sigemptyset(&set);
@@ -12781,8 +12808,8 @@ static int run_take_signals(struct run *r)
     for (size_t i = 0; i < ARRAY_LEN(deaf); i++)
         sigaddset(&set, deaf[i]);
     sigprocmask(SIG_BLOCK, &set, NULL);
-    signal(SIGPIPE, SIG_IGN);
-    signal(SIGCHLD, SIG_DFL);       /* an ignored SIGCHLD, inherited, would lose us the exit statuses */
+    run_dispose(SIGPIPE, SIG_IGN, &r->old_pipe);
+    run_dispose(SIGCHLD, SIG_DFL, &r->old_chld);    /* ignored, as inherited, it would lose us the exit statuses */
     return 0;
 }
 
@@ -12816,8 +12843,10 @@ static void run_name_control(struct run *r)
     len = snprintf(addr.sun_path + 1, sizeof(addr.sun_path) - 1, "%s%d", prefix, (int)getpid());
     if (bind(r->ctl_fd, (struct sockaddr *)&addr,
              (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)len)) < 0 ||
-        listen(r->ctl_fd, MAX_WAITERS) < 0)
+        util_fault_op("listen") || listen(r->ctl_fd, MAX_WAITERS) < 0) {
         msg_say(MSG_INFO, "control socket: %s", strerror(errno));
+        util_close(&r->ctl_fd);     /* poll(2) would return at once, again and again */
+    }
 }
 
 /* Tells everyone who waits for the end how it ended. The sockets close by themselves, when this process is gone. */
@@ -13008,11 +13037,8 @@ static int run_mount(struct run *r)
 static int run_server(struct run *r, int ready_fd)
 {
     /* The supervisor unmounts, and that ends us. */
-    static const int ignored[] = { SIGINT,  SIGTERM,   SIGHUP,  SIGQUIT, SIGUSR2,
-                                   SIGALRM, SIGVTALRM, SIGPROF, SIGXFSZ };
-    struct sigaction usr1 = {
-        .sa_handler = loop_on_usr1
-    }; /* without SA_RESTART: it must interrupt read(2) */
+    static const int ignored[] = { SIGINT,  SIGTERM, SIGHUP,    SIGQUIT, SIGUSR1,
+                                   SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF };
     bool pass = run_may_pass_through(r);
     int fd = r->mp.session_fd, ret;
 
@@ -13021,7 +13047,6 @@ static int run_server(struct run *r, int ready_fd)
     signal(SIGCHLD, SIG_DFL);
     (void)setsid();                 /* away from the terminal's signals, and from Ctrl-Z */
     (void)!chdir("/");
-    sigaction(SIGUSR1, &usr1, NULL);
     sigprocmask(SIG_SETMASK, &r->old_mask, NULL);
     util_close(&r->sig_fd);
     util_close(&r->shell_fd);
@@ -13197,7 +13222,9 @@ static int run_start_command(struct run *r)
     if (pid < 0)
         return msg_err(-errno, "fork: %s", strerror(errno));
     if (pid == 0) {
-        signal(SIGPIPE, SIG_DFL);
+        sigaction(SIGPIPE, &r->old_pipe, NULL);
+        sigaction(SIGCHLD, &r->old_chld, NULL);
+        sigaction(SIGXFSZ, &r->o->old_xfsz, NULL);
         (void)setrlimit(RLIMIT_NOFILE, &r->old_files);
         sigprocmask(SIG_SETMASK, &r->old_mask, NULL);
         execvp(r->o->command[0], r->o->command);
@@ -13330,11 +13357,6 @@ static int run_status(const struct run *r)
                                                         : WEXITSTATUS(r->command_status);
 }
 
-static unsigned run_threads(const struct options *o)
-{
-    return o->single_thread ? 1 : o->threads ? o->threads : DEFAULT_THREADS;
-}
-
 /* Serves until unmounted. shell_fd: who waits for readiness, or -1. Returns the exit status. */
 static int run_export(const struct options *o, int shell_fd)
 {
@@ -13397,6 +13419,8 @@ out_server:
     util_close(&r->ready_fd);
 out_workers:
     loop_release(&r->srv, r->mp.session_fd);
+    if (r->srv.counters)
+        munmap(r->srv.counters, run_threads(o) * sizeof(*r->srv.counters));
 out_mount:
     run_release_mount(r);
 out_mountpoint:
@@ -13413,8 +13437,7 @@ out_control:
 out_signals:
     util_close(&r->sig_fd);
     util_close(&r->shell_fd);
-    sigprocmask(SIG_SETMASK, &r->old_mask, NULL);
-    free(r);
+    free(r);                        /* signals stay blocked: one that waits must not become the exit status */
 out:
     return status;
 }
@@ -13866,7 +13889,8 @@ static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
                           .growable = writable,
                           .resizable = writable,
                           .mode = 0600 };
-    struct worker w = { .srv = &srv, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
+    struct counters count = { .reads = 0 };
+    struct worker w = { .srv = &srv, .count = &count, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
     struct part_wanted want = { .offset = 0 };
     struct image_options opt = { .format = "raw" };
     int ret = img_open(&im, &path, 1, &opt);
@@ -14350,7 +14374,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
     if (ret)
         return ret;
     n = (o->mount_helper ? argc : end) - optind;
-    if (end < argc && n == 0 && o->action < ACT_UMOUNT) {
+    if (end < argc && n == 0 && o->action <= ACT_UMOUNT) {
         /* "fuseexp -r -- IMAGE MOUNTPOINT [-- COMMAND]" */
         memmove(&argv[end], &argv[end + 1], (size_t)(argc - end) * sizeof(*argv));
         for (argc--; end < argc && strcmp(argv[end], "--") != 0;)
@@ -14420,15 +14444,35 @@ static int main_export(const struct options *o)
     return run_export(o, shell_fd);
 }
 
+/*
+ * How a usage error ends, by the words alone: with --check 2 means corruptions, and COMMAND may return 2 as well.
+ * "--" begins COMMAND, unless there are but options before it.
+ */
+static int main_usage_status(int argc, char **argv)
+{
+    static const char check[] = "--check";
+    bool looks = false, words = false;
+
+    for (int i = 1; i < argc; i++) {
+        size_t len = strlen(argv[i]);
+        looks |= len > strlen("--c") && len < sizeof(check) && strncmp(check, argv[i], len) == 0;
+        if (strcmp(argv[i], "--") == 0 && words)
+            return looks ? EXIT_FAILED : argv[i + 1] ? EXIT_CMD_NOT_STARTED : EXIT_USAGE;
+        words |= *argv[i] != '-' || strcmp(argv[i], "--") == 0;
+    }
+    return looks ? EXIT_FAILED : EXIT_USAGE;
+}
+
 int main(int argc, char **argv)
 {
     struct options o = { .cache_size = 64 << 20, .mode = OPT_UNSET, .uid = OPT_UNSET, .gid = OPT_UNSET };
-    int status = EXIT_USAGE;
+    int status = main_usage_status(argc, argv);
+
+    main_open_stdio();
 #ifdef FUSEEXP_FAULTS
     int fds = main_count_fds();
 #endif
-
-    main_open_stdio();
+    run_dispose(SIGXFSZ, SIG_IGN, &o.old_xfsz);
     util_note_inherited();
     if (!cmd_self_test(argc, argv, &status) && opt_parse(&o, argc, argv) == 0) {
         msg_verbosity = o.debug ? MSG_DEBUG : o.verbose ? MSG_INFO : o.quiet ? MSG_ERROR : MSG_NOTE;

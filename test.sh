@@ -4887,6 +4887,33 @@ t_other_signals_and_limits_do_not_kill() {
     kill "$(supervisor_of)"; gone
 }
 
+t_file_size_limit_is_an_error_and_no_signal() {
+    truncate -s 10M img; local opt
+    qemu-img create -q -f qcow2 leak 1G
+    printf '\0\1' | dd of=leak bs=1 seek=$((0x20000 + 2 * 20)) conv=notrunc status=none; truncate -s 2M leak; expect 3 "$fx" -q --check leak
+    for opt in --temporary --overlay=o '--error-map=e --overlay=o'; do
+        for n in 0 1 8 100; do
+            expect 125 bash -c "ulimit -c 0 -f $n; \"\$@\"; exit \$?" sh "$fx" -q --format raw $opt img m -- touch ran
+            expect 1 bash -c "ulimit -c 0 -f $n; \"\$@\"; exit \$?" sh "$fx" -q --format raw $opt img m
+            gone; same "$(ls)" "$(printf 'err\nimg\nleak')"
+        done
+    done
+    expect 1 bash -c 'ulimit -c 0 -f 1; "$@"; exit $?' sh "$fx" -q --check --repair leak
+    # The command has the signals that it would have without us.
+    local plain; plain=$(grep Sig /proc/self/status | grep -v SigQ)
+    same "$("$fx" -q --format raw img m -- grep Sig /proc/self/status | grep -v SigQ)" "$plain"
+    plain=$(sh -c 'trap "" PIPE XFSZ HUP; exec grep Sig /proc/self/status' | grep -v SigQ)
+    same "$(sh -c 'trap "" PIPE XFSZ HUP; exec "$@"' sh "$fx" -q --format raw img m -- grep Sig /proc/self/status | grep -v SigQ)" "$plain"
+    expect 153 "$fx" -q --format raw img m -- bash -c 'ulimit -c 0 -f 1; exec head -c 9000 /dev/zero >f'
+}
+
+t_signals_that_nobody_handles_do_not_become_the_status() {
+    random img 16; local sig
+    for sig in USR2 ALRM VTALRM PROF; do
+        expect 7 "$fx" -q --format raw img m -- sh -c "kill -$sig \$PPID; exit 7"
+    done
+}
+
 t_server_is_out_of_the_callers_way() {
     random img 16; mkdir cwd
     exec 8>lock
@@ -4909,6 +4936,56 @@ t_usr1_prints_counters() {
     kill -USR1 $pid
     wait_for grep -q 'reads (409600 bytes), 0 writes' log
     umount m; wait $pid
+}
+
+t_usr1_is_answered_every_time() {
+    random img 1000
+    "$fx" -q -f --no-passthrough img m 2>log & local pid=$! n
+    wait_for test -s m
+    (while cat m >/dev/null 2>&1 && [ ! -e stop ]; do :; done) & local reader=$!
+    for n in $(seq 100); do
+        kill -USR1 $pid
+        wait_for sh -c "[ \$(wc -l <log) -ge $n ]"
+    done
+    touch stop; wait $reader
+    umount m; wait $pid
+    same "$(grep -vc ' reads (' log)" 0
+}
+
+t_unmounting_while_others_ask_is_no_failure() {
+    cat >race.c <<'C'
+#include <fcntl.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+int main(int c, char **v) { for (;;) { struct statfs f; statfs(v[1], &f); int fd = open(v[1], O_RDONLY); if (fd >= 0) close(fd); } }
+C
+    gcc -O1 -w race.c -o race; random img 16; : >m; local n pid askers status
+    for n in $(seq 40); do
+        "$fx" -f -q --format raw -w --no-passthrough img m & pid=$!
+        wait_for test -s m
+        askers=; for _ in 1 2 3 4; do ./race m & askers="$askers $!"; done
+        sleep 0.0$((n % 5 + 1))
+        umount m 2>/dev/null || kill -TERM $pid
+        status=0; wait $pid || status=$?
+        kill -9 $askers; wait $askers 2>/dev/null || true
+        same $status 0
+    done
+}
+
+t_control_socket_that_cannot_listen_costs_nothing() {
+    random img 16
+    FUSEEXP_FAIL_OP=listen "$fault" -q img m
+    local pid; pid=$(supervisor_of)
+    for _ in 1 2 3 4 5; do cmp img m; sleep 0.1; done
+    [ "$(awk '{ print $14 + $15 }' "/proc/$pid/stat")" -le 20 ] || fail "the supervisor spins"
+    expect 1 "$fx" --umount m; grep -q 'cannot be waited for' err; gone
+}
+
+t_kernels_without_mount_ids_are_not_asked_about_our_mount() {
+    random img 16
+    strace -f -o trace -e trace=statx -e inject=statx:error=ENOSYS:when=1 "$fx" -q --format raw img m -- true
+    same "$(grep -c '/m"' trace)" 0
+    same "$(grep -c '"/proc/self/mountinfo"' trace)" 1
 }
 
 t_umount_commands_all_work() {
@@ -5295,7 +5372,6 @@ t_bad_input_is_refused_in_one_line() {
     refused 2 'usage' "$fx"
     refused 2 'usage' "$fx" img
     refused 2 'no command after' "$fx" img m --
-    refused 2 'usage' "$fx" img -- ls
     refused 2 'goes with --umount' "$fx" -z img m
     refused 2 'one of auto' "$fx" --sandbox=maybe img m
     refused 2 'not a usable' "$fx" --threads=1000 img m
@@ -5313,6 +5389,23 @@ t_bad_input_is_refused_in_one_line() {
     refused 2 'one MOUNTPOINT' "$fx" --umount
     refused 2 'not expected' "$fx" --formats img
     refused 1 'control?characters: No such file' "$fx" -q "$(printf 'control\ncharacters')" m
+}
+
+t_usage_errors_have_a_status_of_their_own() {
+    random img 16; qemu-img create -q -f qcow2 q 1M; local args
+    for args in '--nonsense img m -- touch ran' '-X img m -- touch ran' '--threads=x img m -- touch ran' 'img -- touch ran' \
+        '--overlay o --temporary img m -- touch ran' '-o offset img m -- touch ran' '-z img m -- --check' '--json -- img m -- touch ran'; do
+        refused 125 . "$fx" $args
+    done
+    for args in --check '--check --nonsense q' '--nonsense --check q' '--chec -X q' '--check --repair -U q' '--check --cache-size=x q' \
+        '--check --offset=1 q' '--check q -- true' '--check --info q' '-q -o offset --check q'; do
+        refused 1 . "$fx" $args
+    done
+    for args in '--nonsense img m' '--nonsense -- img m' '--info' '--map --offset=1 q' '--umount' '--json img m'; do
+        refused 2 . "$fx" $args
+    done
+    expect 0 "$fx" --check q
+    "$fx" -q img m; "$fx" --umount -- m; "$fx" -q -- img m -- cmp img m
 }
 
 t_missing_dev_fuse_and_proc_are_told() {
@@ -5381,9 +5474,9 @@ t_memory_stays_small() {
 
 # ---- sanitizers ------------------------------------------------------------------------------------------------
 
-check_sanitized() {
+check_sanitized() {         # VARIANT SANDBOX
     random img 4096; mkdir d
-    "$1" -q -f --sandbox=off --no-passthrough -w img m 2>log & local pid=$!
+    "$1" -q -f --sandbox=$2 --no-passthrough -w img m 2>log & local pid=$!
     wait_for test -s m
     fio --name=v --filename="$PWD/m" --size=16M --rw=randrw --bsrange=512-256k --blockalign=512 --ioengine=libaio --iodepth=16 \
         --numjobs=4 --runtime=4 --time_based --output=fio.log || { cat fio.log; false; }
@@ -5392,11 +5485,11 @@ check_sanitized() {
     umount m
     wait $pid || { cat log; false; }
     mbr_image
-    "$1" -q --sandbox=off img d -- sh -c 'cat d/* >/dev/null; ls -la d; stat -f d' >/dev/null 2>>log
+    "$1" -q --sandbox=$2 img d -- sh -c 'cat d/* >/dev/null; ls -la d; stat -f d' >/dev/null 2>>log
     ! grep -q 'Sanitizer\|runtime error' log || { cat log; false; }
 }
-t_address_sanitizer_finds_nothing_under_load() { check_sanitized "$build/fuseexp-asan"; }
-t_thread_sanitizer_finds_nothing_under_load() { check_sanitized "$build/fuseexp-tsan"; }
+t_address_sanitizer_finds_nothing_under_load() { check_sanitized "$build/fuseexp-asan" require; }
+t_thread_sanitizer_finds_nothing_under_load() { check_sanitized "$build/fuseexp-tsan" off; }
 
 t_malformed_requests_are_survived() {
     random img 16
