@@ -2624,6 +2624,7 @@ struct qcow2 {
     uint64_t backing_hash;          /* see QCOW2_EXT_BASE_SIZE */
     bool subclusters, v2;
     bool preallocated;              /* see qcow2_find_holes() */
+    bool shared;                    /* the active tables share clusters, see qcow2_reclaim_cluster_locked() */
     enum codec codec;
     struct file *data;              /* where clusters lie: the image itself or the external data file */
     struct qcow2_writer *w;         /* NULL: only read */
@@ -3256,6 +3257,17 @@ enum {
     QCOW2_MAX_REFCOUNT_TABLE = 8 << 20,
     QCOW2_SUSPECTS = 100            /* clusters whose users are named */
 };
+/* What a cluster is used for. A table is repaired only if its clusters are used as that table and as nothing else. */
+enum {
+    QCOW2_USE_DATA = 1,
+    QCOW2_USE_L2 = 2,               /* by any number of L1 entries */
+    QCOW2_USE_OTHER = 4,            /* the header or a table that has one user: L1, refcounts, snapshots, bitmaps */
+    QCOW2_USE_MIXED = 8,            /* several of these, or twice the last */
+    QCOW2_USE_ACTIVE = 16,          /* the active tables refer to it, by an entry that may be COPIED ... */
+    QCOW2_USE_COMPRESSED = 32,      /* ... or by one that never is */
+    QCOW2_USE_OVERFLOW = 64,        /* it has more users than a refcount can hold */
+    QCOW2_USE_SEEN = 128            /* an L2 table that was repaired */
+};
 #define QCOW2_REFCOUNT_BLOCK 0xfffffffffffffe00u
 #define QCOW2_L1_RESERVED 0x7f000000000001ffu
 #define QCOW2_L2_RESERVED 0x3f000000000001feu
@@ -3284,22 +3296,66 @@ struct qcow2_check {
     struct qcow2_ref *refs;
     size_t n_refs;
     uint64_t walked, to_walk;       /* L2 tables, for the progress */
-    bool unreadable;                /* some table is, so nothing may be mended by these counts */
+    uint8_t *uses;                  /* QCOW2_USE_* of every cluster, as many as counts */
+    uint64_t flags_set;             /* COPIED flags that were set right */
+    uint64_t mendable;              /* corruptions that are wrong refcounts or COPIED flags */
+    bool mixed;                     /* some cluster is a table and something else */
+    bool shared;                    /* the active tables refer to some cluster more than once */
+    bool beyond;                    /* some entry refers past the end of the file: the file must not grow */
+    bool unreadable;                /* some table is: what it refers to was not counted, so nothing may be freed */
     bool in_header;                 /* an L1 entry of flags alone: QEMU counts what the header would refer to */
-    uint64_t suspect[QCOW2_SUSPECTS];       /* host clusters with more users than their refcount, ascending */
+    uint64_t suspect[QCOW2_SUSPECTS];       /* host clusters with more users than their refcount, or unlike ones */
     size_t n_suspects;
 };
 
 /* Eight bytes of a table; past the end of the file there are zeros, as in the rest of its last cluster. */
-static bool qcow2_check_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
+static bool qcow2_check_refcounts_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
 {
     *value = 0;
     if (offset >= k->f->size || cache_be64(k->f, offset, value) == 0)
         return true;
-    k->unreadable = true;
     if (k->c->errors++ == 0)
         msg_err(0, "%s: the table at %" PRIu64 " cannot be read", k->im->name, offset);
     return false;
+}
+
+/* Likewise, of a table whose entries are references that are counted. */
+static bool qcow2_check_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
+{
+    bool good = qcow2_check_refcounts_word(k, offset, value);
+
+    k->unreadable |= !good;
+    return good;
+}
+
+/* An entry (of `size` bytes) at `offset` cannot be read: how many more are lost with it? The cache reads slices. */
+static uint64_t qcow2_check_skip(uint64_t offset, uint32_t size)
+{
+    return (CACHE_SLICE - offset % CACHE_SLICE) / size - 1;
+}
+
+static void qcow2_note_use(struct qcow2_check *k, uint64_t cluster, uint8_t use)
+{
+    uint8_t kinds = k->uses[cluster] & (QCOW2_USE_DATA | QCOW2_USE_L2 | QCOW2_USE_OTHER);
+
+    if (kinds & (use == QCOW2_USE_OTHER ? 0xff : ~use)) {
+        use |= QCOW2_USE_MIXED;
+        k->mixed = true;
+    }
+    k->uses[cluster] |= use;
+}
+
+/* The active tables refer to a range that was counted. Two such references, one of which may be COPIED, share it. */
+static void qcow2_note_active(struct qcow2_check *k, uint64_t offset, uint64_t length, uint8_t use)
+{
+    uint8_t others = QCOW2_USE_ACTIVE | (use & QCOW2_USE_ACTIVE ? QCOW2_USE_COMPRESSED : 0);
+
+    for (uint64_t i = offset >> k->q->cluster_bits; i <= (offset + length - 1) >> k->q->cluster_bits; i++) {
+        if (i >= k->n_clusters)
+            return;
+        k->shared |= k->uses[i] & others;
+        k->uses[i] |= use;
+    }
 }
 
 static uint64_t qcow2_counted(const struct qcow2_check *k, uint64_t cluster)
@@ -3319,6 +3375,8 @@ static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_
         ((uint16_t *)k->counts)[cluster] = (uint16_t)(now + room);
     else
         ((uint32_t *)k->counts)[cluster] = (uint32_t)(now + room);
+    if (times > room)
+        k->uses[cluster] |= QCOW2_USE_OVERFLOW;
     if (times > room && k->q->refcount_order == 6)
         k->c->errors += times - room;       /* cannot be counted: this is no finding */
     else if (times > room)
@@ -3330,7 +3388,7 @@ static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_
 }
 
 /* Counts `times` uses of a range; what, guest: for the message. Its last cluster may be only begun in the file. */
-static void qcow2_count_for(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times,
+static void qcow2_count_for(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times, uint8_t use,
                             const char *what, uint64_t guest)
 {
     uint64_t cluster = 1u << k->q->cluster_bits;
@@ -3339,19 +3397,22 @@ static void qcow2_count_for(struct qcow2_check *k, uint64_t offset, uint64_t len
     if (!length)
         return;
     if (offset > (uint64_t)INT64_MAX || length > (uint64_t)INT64_MAX || offset + length >= k->length + cluster) {
+        k->beyond = true;
         if (guest != UINT64_MAX)
             snprintf(name, sizeof(name), "guest 0x%" PRIx64 ", ", guest);
         out_finding(k->c, k->im->name, false, times, "%s%s: 0x%" PRIx64 " bytes at host 0x%" PRIx64
                     " reach past the end of the file", name, what, length, offset);
         return;
     }
-    for (uint64_t i = offset / cluster; i <= (offset + length - 1) / cluster; i++)
+    for (uint64_t i = offset / cluster; i <= (offset + length - 1) / cluster; i++) {
         qcow2_count_cluster(k, i, times);
+        qcow2_note_use(k, i, use);
+    }
 }
 
-static void qcow2_count(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times, const char *what)
+static void qcow2_count(struct qcow2_check *k, uint64_t offset, uint64_t length, const char *what)
 {
-    qcow2_count_for(k, offset, length, times, what, UINT64_MAX);
+    qcow2_count_for(k, offset, length, 1, QCOW2_USE_OTHER, what, UINT64_MAX);
 }
 
 /* Where the refcount block for a cluster lies; 0: there is none, so all its refcounts are 0. */
@@ -3364,7 +3425,7 @@ static int qcow2_block_of(struct qcow2_check *k, uint64_t cluster, uint64_t *blo
         return 0;
     if (index + 1 != k->block_number) {
         k->block_number = 0;
-        if (!qcow2_check_word(k, k->table_offset + index * 8, &k->block))
+        if (!qcow2_check_refcounts_word(k, k->table_offset + index * 8, &k->block))
             return -EIO;
         k->block &= QCOW2_REFCOUNT_BLOCK;
         k->block_number = index + 1;
@@ -3382,7 +3443,7 @@ static int qcow2_stored_in(struct qcow2_check *k, uint64_t block, uint64_t clust
     *refcount = 0;
     if (!block)
         return 0;
-    if (!qcow2_check_word(k, block + at / 64 * 8, &word))
+    if (!qcow2_check_refcounts_word(k, block + at / 64 * 8, &word))
         return -EIO;
     if (order < 3)
         *refcount = word >> (56 - at % 64 / 8 * 8 + at % 8) & ((1u << bits) - 1);
@@ -3409,10 +3470,12 @@ static void qcow2_check_copied(struct qcow2_check *k, uint64_t host, bool copied
     if (!(is_data && (k->q->incompatible & QCOW2_DATA_FILE)) &&
         qcow2_stored(k, host >> k->q->cluster_bits, &refcount))
         return;                     /* said elsewhere */
-    if ((refcount == 1) != copied)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": the %s is %s, but its refcount is %" PRIu64, guest, host, is_data ? "cluster" : "L2 table",
-                    copied ? "marked as used once" : "not marked as used once", refcount);
+    if ((refcount == 1) == copied)
+        return;
+    k->mendable += times;
+    out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                ": the %s is %s, but its refcount is %" PRIu64, guest, host, is_data ? "cluster" : "L2 table",
+                copied ? "marked as used once" : "not marked as used once", refcount);
 }
 
 /* What is wrong with an entry of an L2 table by itself, or NULL. Compressed: bit 62. */
@@ -3448,7 +3511,9 @@ static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64
                     misplaced ? "in an image with an external data file" : "has subclusters");
         return;
     }
-    qcow2_count_for(k, host, sectors * 512 - host % 512, times, "compressed", guest);
+    qcow2_count_for(k, host, sectors * 512 - host % 512, times, QCOW2_USE_DATA, "compressed", guest);
+    if (active)
+        qcow2_note_active(k, host, sectors * 512 - host % 512, QCOW2_USE_COMPRESSED);
     k->c->allocated += active;
     k->c->compressed += active;
     k->c->fragmented += active;     /* by nature */
@@ -3456,7 +3521,7 @@ static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64
 
 /*
  * A cluster that ends past the end of the file is no fault (QEMU does not count it), unless some of what is read
- * of it is missing.
+ * of it is missing. times 0: of a snapshot, which is not reported.
  */
 static void qcow2_check_whole(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t times)
 {
@@ -3470,7 +3535,10 @@ static void qcow2_check_whole(struct qcow2_check *k, uint64_t entry, uint64_t bi
             last = bitmap >> i & 1 ? i + 1 : last;
         need = util_min(need, last << (q->cluster_bits - 5));
     }
-    if (need && (entry & QCOW2_OFFSET) + need > q->data->size)
+    if (!need || (entry & QCOW2_OFFSET) + need <= q->data->size)
+        return;
+    k->beyond |= !(q->incompatible & QCOW2_DATA_FILE);
+    if (times)
         out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
                     ": %s ends before the cluster does", guest, entry & QCOW2_OFFSET, util_basename(q->data->path));
 }
@@ -3504,9 +3572,13 @@ static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t
         if (!k->in_header)
             qcow2_check_copied(k, host, entry & QCOW2_COPIED, true, guest, active);
     }
-    if (!(q->incompatible & QCOW2_DATA_FILE))
-        qcow2_count_for(k, host, cluster, times, "its cluster", guest);
-    if (active && ((q->incompatible & QCOW2_DATA_FILE) || host < k->f->size))
+    if (!(q->incompatible & QCOW2_DATA_FILE)) {
+        qcow2_count_for(k, host, cluster, times, QCOW2_USE_DATA, "its cluster", guest);
+        k->shared |= active > 1;
+        if (active)
+            qcow2_note_active(k, host, cluster, QCOW2_USE_ACTIVE);
+    }
+    if ((q->incompatible & QCOW2_DATA_FILE) ? active : host < k->f->size)
         qcow2_check_whole(k, entry, bitmap, guest, active);
 }
 
@@ -3539,10 +3611,15 @@ static void qcow2_check_l2(struct qcow2_check *k, const struct qcow2_ref *refs, 
     for (size_t i = 0; i < n; i++)
         active += refs[i].table == 0;
     for (uint64_t i = 0; i < 1ull << q->l2_bits; i++, guest += 1ull << q->cluster_bits) {
-        uint64_t at = refs->l2 + i * q->entry_size;
-        if (at >= k->f->size || !qcow2_check_word(k, at, &entry) ||
-            (q->subclusters && !qcow2_check_word(k, at + 8, &bitmap)))
+        uint64_t at = refs->l2 + i * q->entry_size, skip;
+        if (at >= k->f->size)
             break;
+        if (!qcow2_check_word(k, at, &entry) || (q->subclusters && !qcow2_check_word(k, at + 8, &bitmap))) {
+            skip = qcow2_check_skip(at, q->entry_size);
+            i += skip;
+            guest += skip << q->cluster_bits;
+            continue;
+        }
         if (!entry && !bitmap)
             continue;
         if (naming)
@@ -3589,10 +3666,13 @@ static void qcow2_check_l1_entry(struct qcow2_check *k, uint64_t entry, uint32_t
     if (l2 % cluster)
         out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
                     ": its L1 entry is not aligned", guest, l2);
-    qcow2_count_for(k, l2, cluster, 1, "its L2 table", guest);
+    qcow2_count_for(k, l2, cluster, 1, QCOW2_USE_L2, "its L2 table", guest);
+    k->beyond |= cluster > k->f->size || l2 > k->f->size - cluster;
     if (l2 < k->f->size && cluster > k->f->size - l2)
         out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
                     ": the file ends before its L2 table does", guest, l2);
+    if (table == 0 && l2)
+        qcow2_note_active(k, l2, cluster, QCOW2_USE_ACTIVE);
     if (table == 0 && l2)
         qcow2_check_copied(k, l2, entry & QCOW2_COPIED, false, guest, 1);
 }
@@ -3603,10 +3683,12 @@ static void qcow2_count_l1(struct qcow2_check *k, uint64_t offset, uint64_t entr
     uint64_t entry;
 
     if (!naming)
-        qcow2_count(k, offset, entries * 8, 1, table ? "a snapshot's L1 table" : "the L1 table");
+        qcow2_count(k, offset, entries * 8, table ? "a snapshot's L1 table" : "the L1 table");
     for (uint64_t i = 0; i < entries && offset + i * 8 < k->f->size; i++) {
-        if (!qcow2_check_word(k, offset + i * 8, &entry))
-            return;
+        if (!qcow2_check_word(k, offset + i * 8, &entry)) {
+            i += qcow2_check_skip(offset + i * 8, 8);
+            continue;
+        }
         if (!entry)
             continue;
         if (!naming)
@@ -3632,6 +3714,7 @@ static void qcow2_check_tables(struct qcow2_check *k, bool naming)
         out_finding(k->c, k->im->name, false, 1, "snapshots in an image with an external data file");
     for (uint32_t i = 1; i <= q->n_snapshots; i++, at = sn.next) {
         if (i > QCOW2_MAX_SNAPSHOTS || sum > k->length || qcow2_read_snapshot(k->im, q, at, &sn)) {
+            k->unreadable = true;
             if (!naming)
                 out_finding(k->c, k->im->name, false, 1, "the snapshot table is damaged from entry %u on; what only "
                             "these snapshots use seems leaked", i);
@@ -3644,14 +3727,15 @@ static void qcow2_check_tables(struct qcow2_check *k, bool naming)
         if (!q->v2 && sn.extra_len < 16 && !naming)
             out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its entry lacks the size of the disk", sn.name);
         sum += bad ? 0 : sn.l1_entries * 8;
+        k->unreadable |= bad || sum > k->length;
         if (!bad && sum <= k->length)
             qcow2_count_l1(k, sn.l1_offset, sn.l1_entries, i, naming);
     }
     qcow2_check_refs(k, naming);
     if (q->crypt_size && !naming)
-        qcow2_count(k, q->crypt_offset, q->crypt_size, 1, "the encryption header");
+        qcow2_count(k, q->crypt_offset, q->crypt_size, "the encryption header");
     if (q->n_snapshots && !naming)
-        qcow2_count(k, q->snapshots_offset, at - q->snapshots_offset, 1, "the snapshot table");
+        qcow2_count(k, q->snapshots_offset, at - q->snapshots_offset, "the snapshot table");
 }
 
 /* The bitmap's table and the clusters that it points to. */
@@ -3659,7 +3743,7 @@ static void qcow2_check_bitmap(struct qcow2_check *k, const struct qcow2_bitmap 
 {
     uint64_t entry, host, cluster = 1u << k->q->cluster_bits;
 
-    qcow2_count(k, b->table_offset, (uint64_t)b->table_entries * 8, 1, "a bitmap's table");
+    qcow2_count(k, b->table_offset, (uint64_t)b->table_entries * 8, "a bitmap's table");
     if (b->table_offset % cluster) {
         out_finding(k->c, k->im->name, false, 1, "bitmap '%s': its table at 0x%" PRIx64 " is not aligned", b->name,
                     b->table_offset);
@@ -3673,7 +3757,7 @@ static void qcow2_check_bitmap(struct qcow2_check *k, const struct qcow2_bitmap 
             out_finding(k->c, k->im->name, false, 1, "bitmap '%s': entry 0x%" PRIx64 " of its table is damaged",
                         b->name, entry);
         else if (host)
-            qcow2_count(k, host, cluster, 1, "a bitmap");
+            qcow2_count(k, host, cluster, "a bitmap");
     }
 }
 
@@ -3685,14 +3769,16 @@ static void qcow2_check_bitmaps(struct qcow2_check *k)
 
     if (!q->n_bitmaps)
         return;
-    qcow2_count(k, q->bitmaps_offset, q->bitmaps_size, 1, "the bitmap directory");
+    qcow2_count(k, q->bitmaps_offset, q->bitmaps_size, "the bitmap directory");
     for (uint32_t i = 0; i < q->n_bitmaps; i++, at = b.next) {
         if (i == QCOW2_MAX_BITMAPS || qcow2_read_bitmap(k->im, q, at, &b)) {
+            k->unreadable = true;
             out_finding(k->c, k->im->name, false, 1, "the bitmap directory is damaged");
             return;
         }
         sum += (uint64_t)b.table_entries * 8;
         if (sum > k->length) {
+            k->unreadable = true;
             out_finding(k->c, k->im->name, false, 1, "the tables of the bitmaps overlap");
             return;
         }
@@ -3705,10 +3791,12 @@ static void qcow2_check_blocks(struct qcow2_check *k)
 {
     uint64_t entry, cluster = 1u << k->q->cluster_bits;
 
-    qcow2_count(k, k->table_offset, k->table_entries * 8, 1, "the refcount table");
+    qcow2_count(k, k->table_offset, k->table_entries * 8, "the refcount table");
     for (uint64_t i = 0; i < k->table_entries; i++) {
-        if (!qcow2_check_word(k, k->table_offset + i * 8, &entry))
-            return;
+        if (!qcow2_check_refcounts_word(k, k->table_offset + i * 8, &entry)) {
+            i += qcow2_check_skip(k->table_offset + i * 8, 8);
+            continue;
+        }
         if (!entry)
             continue;
         if (entry % cluster) {
@@ -3719,6 +3807,7 @@ static void qcow2_check_blocks(struct qcow2_check *k)
                         " lies past the end of the file", i, entry);
         } else {
             qcow2_count_cluster(k, entry / cluster, 1);
+            qcow2_note_use(k, entry / cluster, QCOW2_USE_OTHER);
             if (qcow2_counted(k, entry / cluster) != 1)
                 out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
                             " is used for something else, too", i, entry);
@@ -3733,11 +3822,21 @@ static void qcow2_report_run(struct qcow2_check *k, uint64_t end, uint64_t n, ui
 
     if (stored == counted || !n)
         return;
+    k->mendable += stored < counted ? n : 0;
     out_finding(k->c, k->im->name, stored > counted, n, "host 0x%" PRIx64 ", %" PRIu64 " cluster%s: refcount %" PRIu64
                 ", but used %" PRIu64 " time%s", first << k->q->cluster_bits, n, n == 1 ? "" : "s", stored, counted,
                 counted == 1 ? "" : "s");
     for (; stored < counted && first < end && k->n_suspects < QCOW2_SUSPECTS; first++)
         k->suspect[k->n_suspects++] = first;
+}
+
+/* A cluster whose refcount is right, but of which one user or the other is wrong. (QEMU does not look for that.) */
+static void qcow2_report_mixed(struct qcow2_check *k, uint64_t cluster)
+{
+    out_finding(k->c, k->im->name, false, 1, "host 0x%" PRIx64 " is used as %s and as something else",
+                cluster << k->q->cluster_bits, k->uses[cluster] & QCOW2_USE_L2 ? "an L2 table" : "a table");
+    if (k->n_suspects < QCOW2_SUSPECTS)
+        k->suspect[k->n_suspects++] = cluster;
 }
 
 static void qcow2_compare_counts(struct qcow2_check *k)
@@ -3758,6 +3857,8 @@ static void qcow2_compare_counts(struct qcow2_check *k)
         } else if (stored || counted) {
             last = i;
         }
+        if ((k->uses[i] & (QCOW2_USE_MIXED | QCOW2_USE_OVERFLOW)) == QCOW2_USE_MIXED && stored == counted)
+            qcow2_report_mixed(k, i);
         if (stored != run_stored || counted != run_counted) {
             qcow2_report_run(k, i, run, run_stored, run_counted);
             run = 0;
@@ -3803,7 +3904,7 @@ static int qcow2_check_begin(struct qcow2_check *k)
 
 static void qcow2_check_all(struct qcow2_check *k)
 {
-    qcow2_count(k, 0, 1u << k->q->cluster_bits, 1, "the header");
+    qcow2_count(k, 0, 1u << k->q->cluster_bits, "the header");
     qcow2_check_tables(k, false);
     qcow2_check_bitmaps(k);
     qcow2_check_blocks(k);
@@ -3817,18 +3918,21 @@ static int qcow2_count_all(struct image *im, struct check *c, int (*then)(struct
 {
     struct qcow2_check k = { .im = im, .q = im->state, .c = c, .f = &im->files[0] };
     int ret = qcow2_check_begin(&k);
-    uint64_t bytes = (k.n_clusters + 1) * k.width;
+    uint64_t bytes = (k.n_clusters + 1) * (k.width + 1);
 
     if (ret)
         return ret;
     k.counts = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     k.refs = malloc(QCOW2_REFS * sizeof(*k.refs));
-    if (k.counts == MAP_FAILED || !k.refs)
+    if (k.counts == MAP_FAILED || !k.refs) {
         ret = msg_err(-ENOMEM, "%s: out of memory", im->name);
-    else
+    } else {
+        k.uses = (uint8_t *)k.counts + (k.n_clusters + 1) * k.width;
         qcow2_check_all(&k);
+        ((struct qcow2 *)im->state)->shared = k.shared;
+    }
     if (!ret && then)
-        ret = k.unreadable ? -EIO : then(&k);
+        ret = then(&k);
     if (k.counts != MAP_FAILED)
         munmap(k.counts, bytes);
     free(k.refs);
@@ -4197,6 +4301,9 @@ static int qcow2_reclaim_cluster_locked(struct image *im, uint64_t cluster, uint
 
     if (ret || refcount == 0)
         return ret;                 /* 0: a corruption that --check will find; nothing is taken away here */
+    /* The other user may be an entry of the active tables, which would have to become COPIED now: a leak instead. */
+    if (refcount == 2 && q->shared)
+        return 0;
     if (refcount == 1 && cluster * size != *to) {
         qcow2_punch(im, *from, *to);
         *from = cluster * size;
@@ -4762,7 +4869,8 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
 /* -- opening for writing, changing the size -- */
 
 /* Damaged refcounts would give away clusters that are in use. So they are counted before anything is written. */
-static int qcow2_repair(struct image *im, struct check *c);
+static int qcow2_mend_dirty(struct qcow2_check *k);
+static int qcow2_repair_by(struct image *im, struct check *c, int (*mend)(struct qcow2_check *k));
 
 static int qcow2_count_before_writing(struct image *im, bool *sound)
 {
@@ -4771,15 +4879,8 @@ static int qcow2_count_before_writing(struct image *im, bool *sound)
     int ret = 0;
 
     *sound = !(q->incompatible & QCOW2_CORRUPT);
-    if (*sound && (q->incompatible & QCOW2_DIRTY)) {
-        msg_say(MSG_NOTE, "%s: was not closed properly: its refcounts are rebuilt before anything is written",
-                im->name);
-        ret = qcow2_repair(im, &c);
-        memset(&c, 0, sizeof(c));
-        c.corruption_lines = c.leak_lines = OUT_FINDINGS;
-    }
-    if (!ret && *sound)
-        ret = qcow2_check(im, &c);
+    if (*sound)
+        ret = q->incompatible & QCOW2_DIRTY ? qcow2_repair_by(im, &c, qcow2_mend_dirty) : qcow2_check(im, &c);
     c.corruptions += ret == -EINVAL;        /* the header's fields make no sense: it has said which */
     ret = ret == -EINVAL ? 0 : ret;
     if (ret || (c.errors && !c.corruptions))        /* a disk that cannot be read is not a corrupt image */
@@ -4834,8 +4935,6 @@ static int qcow2_start_writer(struct image *im)
     w->table_offset = util_be64(h + 48);
     w->table_entries = (uint64_t)util_be32(h + 56) << q->cluster_bits >> 3;
     w->top = (im->files[0].size + qcow2_cluster(q) - 1) & ~(qcow2_cluster(q) - 1);
-    if (!ret && !im->files[0].is_blk)       /* QEMU leaves the last cluster as short as it was written */
-        ret = file_grow(&im->files[0], w->top);
     if (!ret && (w->table_offset % qcow2_cluster(q) || !w->table_entries || w->table_offset >= im->files[0].size))
         ret = ext_refuse(im, "the place of the refcount table", w->table_offset);
     return ret;
@@ -4870,6 +4969,11 @@ static int qcow2_begin_writing(struct image *im)
         im->writable = false;
     } else if (!ret) {
         ret = qcow2_start_writer(im);
+        if (!ret && q->shared)
+            msg_say(MSG_NOTE, "%s: parts of its disk share clusters; they part where they are written, which leaks "
+                    "clusters (--check --repair gives them back)", im->name);
+        if (!ret && !im->files[0].is_blk)   /* QEMU leaves the last cluster as short as it was written */
+            ret = file_grow(&im->files[0], q->w->top);
         if (!ret)
             ret = qcow2_set_features(im, q->incompatible, q->autoclear & QCOW2_RAW_DATA);
     }
@@ -5005,32 +5109,68 @@ static int qcow2_resize(struct image *im, uint64_t size)
 
 /* -- repairing -- */
 
-/* Whose COPIED does not say what its refcount is. */
-static int qcow2_mend_copied(struct image *im, uint64_t at, uint64_t entry, uint64_t bitmap, bool has_bitmap)
+/*
+ * COPIED of one entry, where it does not say what the refcount is. Left alone where the refcount itself could not be
+ * put right; and never set while there are references that could not be read.
+ */
+static int qcow2_mend_copied(struct qcow2_check *k, uint64_t at, uint64_t entry, uint64_t bitmap, bool has_bitmap)
 {
-    const struct qcow2 *q = im->state;
-    uint64_t refcount = 1, words[2], host = entry & QCOW2_OFFSET;
+    struct image *im = k->im;
+    const struct qcow2 *q = k->q;
+    uint64_t refcount, words[2], host = entry & QCOW2_OFFSET, cluster = host >> q->cluster_bits;
 
-    if (!host || (host % qcow2_cluster(q)) || (has_bitmap && (q->incompatible & QCOW2_DATA_FILE)) ||
-        qcow2_get_refcount(im, host >> q->cluster_bits, &refcount) || (refcount == 1) == !!(entry & QCOW2_COPIED))
+    if (!host || host % qcow2_cluster(q) || cluster >= k->n_clusters ||
+        (has_bitmap && (q->incompatible & QCOW2_DATA_FILE)) ||
+        qcow2_get_refcount(im, cluster, &refcount) || (refcount == 1) == !!(entry & QCOW2_COPIED) ||
+        refcount < qcow2_counted(k, cluster) || (k->uses[cluster] & QCOW2_USE_OVERFLOW) ||
+        (refcount == 1 && k->unreadable))
         return 0;
     words[0] = htobe64(entry ^ QCOW2_COPIED);
     words[1] = htobe64(bitmap);
+    k->flags_set++;
     return cache_store(&im->files[0], at, words, has_bitmap && q->subclusters ? 2 : 1, CACHE_MAPPING);
 }
 
-static int qcow2_mend_l2(struct image *im, uint64_t l2)
+/*
+ * Is it a table? Nothing else refers to it, but an entry that leads to it may be wrong, and what lies there may be
+ * what the guest has written. In such data most numbers that are not 0 make no sense as entries.
+ */
+static bool qcow2_is_l2(struct qcow2_check *k, uint64_t l2)
 {
-    const struct qcow2 *q = im->state;
-    uint64_t entry, bitmap;
+    const struct qcow2 *q = k->q;
+    uint64_t entry, bitmap, good = 0, bad = 0;
+    struct extent ext;
+
+    for (uint64_t i = 0; i < 1ull << q->l2_bits; i++) {
+        if (qcow2_read_entry(k->im, q, l2 + i * q->entry_size, &entry, &bitmap)) {
+            i += qcow2_check_skip(l2 + i * q->entry_size, q->entry_size);
+            continue;
+        }
+        if (!entry && !bitmap)
+            continue;
+        qcow2_map_entry(k->im, q, entry, bitmap, 0, qcow2_cluster(q), &ext);
+        bad += ext.kind == EXT_BAD;
+        good += ext.kind != EXT_BAD;
+    }
+    return good >= bad;
+}
+
+static int qcow2_mend_l2(struct qcow2_check *k, uint64_t l2)
+{
+    struct image *im = k->im;
+    const struct qcow2 *q = k->q;
+    uint64_t entry, bitmap, at;
     int ret = 0;
 
     for (uint64_t i = 0; i < 1ull << q->l2_bits && !ret; i++) {
-        ret = qcow2_read_entry(im, q, l2 + i * q->entry_size, &entry, &bitmap);
-        if (!ret && (entry & QCOW2_COMPRESSED) && (entry & QCOW2_COPIED)) {
-            ret = qcow2_store_entry(im, l2 + i * q->entry_size, entry & ~QCOW2_COPIED, bitmap);
-        } else if (!ret && !(entry & QCOW2_COMPRESSED)) {
-            ret = qcow2_mend_copied(im, l2 + i * q->entry_size, entry, bitmap, true);
+        at = l2 + i * q->entry_size;
+        if (qcow2_read_entry(im, q, at, &entry, &bitmap)) {
+            i += qcow2_check_skip(at, q->entry_size);
+        } else if ((entry & QCOW2_COMPRESSED) && (entry & QCOW2_COPIED)) {
+            k->flags_set++;
+            ret = qcow2_store_entry(im, at, entry & ~QCOW2_COPIED, bitmap);
+        } else if (!(entry & QCOW2_COMPRESSED)) {
+            ret = qcow2_mend_copied(k, at, entry, bitmap, true);
         }
         if (!ret && cache.n_dirty > QCOW2_MAX_DIRTY)
             ret = qcow2_commit_locked(im);
@@ -5038,50 +5178,75 @@ static int qcow2_mend_l2(struct image *im, uint64_t l2)
     return ret;
 }
 
-static int qcow2_mend_flags(struct image *im, uint8_t *seen)
+/* Is every cluster of [offset, offset + length) used for this and for nothing else? */
+static bool qcow2_is_used_as(const struct qcow2_check *k, uint64_t offset, uint64_t length, uint8_t use)
 {
-    const struct qcow2 *q = im->state;
+    const uint8_t kinds = QCOW2_USE_DATA | QCOW2_USE_L2 | QCOW2_USE_OTHER | QCOW2_USE_MIXED;
+
+    for (uint64_t i = offset >> k->q->cluster_bits; i << k->q->cluster_bits < offset + length; i++)
+        if (i >= k->n_clusters || (k->uses[i] & kinds) != use)
+            return false;
+    return true;
+}
+
+static int qcow2_mend_flags(struct qcow2_check *k)
+{
+    struct image *im = k->im;
+    const struct qcow2 *q = k->q;
+    bool l1_is_ours = qcow2_is_used_as(k, k->l1_offset, k->l1_entries * 8, QCOW2_USE_OTHER);
     uint64_t entry, l2;
     int ret = 0;
 
-    for (uint64_t i = 0; i < q->l1_entries && !ret; i++) {
-        ret = cache_be64(&im->files[0], q->l1_offset + i * 8, &entry);
-        l2 = entry & QCOW2_OFFSET;
-        if (ret || !l2 || l2 % qcow2_cluster(q) || l2 >= im->files[0].size || qcow2_cluster(q) > im->files[0].size - l2)
+    for (uint64_t i = 0; i < k->l1_entries && !ret; i++) {
+        if (cache_be64(&im->files[0], k->l1_offset + i * 8, &entry)) {
+            i += qcow2_check_skip(k->l1_offset + i * 8, 8);
             continue;
-        ret = qcow2_mend_copied(im, q->l1_offset + i * 8, entry, 0, false);
-        if (!ret && !(seen[l2 >> q->cluster_bits >> 3] & 1 << (l2 >> q->cluster_bits & 7)))
-            ret = qcow2_mend_l2(im, l2);
-        seen[l2 >> q->cluster_bits >> 3] |= (uint8_t)(1 << (l2 >> q->cluster_bits & 7));
+        }
+        l2 = entry & QCOW2_OFFSET;
+        if (!l2 || l2 % qcow2_cluster(q) || (entry & QCOW2_L1_RESERVED) || l2 >= im->files[0].size ||
+            qcow2_cluster(q) > im->files[0].size - l2)
+            continue;
+        if (l1_is_ours)
+            ret = qcow2_mend_copied(k, k->l1_offset + i * 8, entry, 0, false);
+        if (ret || (k->uses[l2 >> q->cluster_bits] & QCOW2_USE_SEEN))
+            continue;
+        k->uses[l2 >> q->cluster_bits] |= QCOW2_USE_SEEN;       /* each is walked once */
+        if (qcow2_is_used_as(k, l2, qcow2_cluster(q), QCOW2_USE_L2) && qcow2_is_l2(k, l2))
+            ret = qcow2_mend_l2(k, l2);
     }
     return ret;
 }
 
 /*
- * Refcounts as they were counted: in place where there are blocks. Where one is missing or cannot be used, a whole
- * new table with all its blocks goes behind the file's end, and the header says so.
+ * Refcounts as they were counted, where there are blocks that are nothing else. -ESTALE: not everywhere. Nothing is
+ * freed while there are references that could not be read.
  */
 static int qcow2_mend_in_place(struct qcow2_check *k, uint64_t *changed)
 {
     struct image *im = k->im;
-    uint64_t stored, block;
+    uint64_t stored, counted, block, per = qcow2_per_block(k->q);
+    bool stale = false;
     int ret = 0;
 
     for (uint64_t i = 0; i < k->n_clusters && !ret; i++) {
+        counted = qcow2_counted(k, i);
         ret = qcow2_find_block(im, i, &block);
-        if (ret || (!block && qcow2_counted(k, i)) || (block && qcow2_counted(k, block >> k->q->cluster_bits) != 1))
-            return -ESTALE;
-        if (!block)
+        if (!ret && !block && !counted)
             continue;
-        ret = qcow2_get_refcount(im, i, &stored);
-        if (ret || stored == qcow2_counted(k, i))
+        if (ret || !block || !qcow2_is_used_as(k, block, 1, QCOW2_USE_OTHER) || qcow2_get_refcount(im, i, &stored)) {
+            stale = true;
+            i += block || ret ? per - 1 - i % per : 0;  /* all of this block: reading it again would be slow */
+            ret = 0;
             continue;
-        ret = qcow2_set_refcount(im, i, qcow2_counted(k, i));
+        }
+        if (stored == counted || (k->unreadable && stored > counted))
+            continue;
+        ret = qcow2_set_refcount(im, i, counted);
         ++*changed;
         if (!ret && cache.n_dirty > QCOW2_MAX_DIRTY)
             ret = qcow2_commit_locked(im);
     }
-    return ret;
+    return ret ? ret : stale ? -ESTALE : 0;
 }
 
 static int qcow2_write_block(struct qcow2_check *k, uint64_t number, uint64_t at, uint64_t end)
@@ -5105,6 +5270,7 @@ static int qcow2_write_block(struct qcow2_check *k, uint64_t number, uint64_t at
     return ret;
 }
 
+/* A whole new refcount table with all its blocks behind the file's end, and the header says so. */
 static int qcow2_rebuild(struct qcow2_check *k)
 {
     const struct qcow2 *q = k->q;
@@ -5144,14 +5310,32 @@ static int qcow2_rebuild(struct qcow2_check *k)
     return ret;
 }
 
-/* With im opened for it, and nobody else. k->counts: how often every cluster is used. 1: all refcounts are new. */
+/* Refcounts that are where they cannot be put right. *rebuilt: all are new now. */
+static int qcow2_mend_blocks(struct qcow2_check *k, bool *rebuilt)
+{
+    struct image *im = k->im;
+    int ret;
+
+    if (k->unreadable || k->beyond) {
+        msg_say(MSG_NOTE, "%s: refcount blocks are damaged, and no new ones are made: %s", im->name, k->unreadable
+                ? "some tables cannot be read, so what is in use is not known"
+                : "some entries refer past the end of the file, where these would lie");
+        return 0;
+    }
+    ret = qcow2_rebuild(k);
+    *rebuilt = !ret;
+    if (!ret)
+        msg_say(MSG_NOTE, "%s: all refcounts were rebuilt", im->name);
+    return ret;
+}
+
+/* With im opened for it, and nobody else. k: what was counted. 1: something has changed, so it is counted again. */
 static int qcow2_mend(struct qcow2_check *k)
 {
     struct image *im = k->im;
     struct qcow2 *q = im->state;
-    bool rebuilt = false;
     uint64_t changed = 0;
-    uint8_t *seen;
+    bool rebuilt = false;
     int ret = qcow2_start_writer(im);
 
     if (!q->w || !q->w->waiting.range)
@@ -5162,36 +5346,59 @@ static int qcow2_mend(struct qcow2_check *k)
     }
     if (!ret)
         ret = qcow2_mend_in_place(k, &changed);
-    if (!ret)
-        ret = qcow2_commit_locked(im);
-    if (ret == -ESTALE) {
-        cache_thaw(true);
-        ret = qcow2_rebuild(k);
-        rebuilt = true;
-        if (!ret)
-            msg_say(MSG_NOTE, "%s: all refcounts were rebuilt", im->name);
-    } else if (!ret && changed) {
-        msg_say(MSG_NOTE, "%s: %" PRIu64 " refcounts were set right", im->name, changed);
+    if (!ret || ret == -ESTALE) {
+        int r = qcow2_commit_locked(im);
+        ret = r ? r : ret;
     }
-    seen = calloc(1, (im->files[0].size >> q->cluster_bits >> 3) + 1);    /* tables: each is walked once */
+    if (ret == -ESTALE)
+        ret = qcow2_mend_blocks(k, &rebuilt);
+    if (!ret && changed && !rebuilt)
+        msg_say(MSG_NOTE, "%s: %" PRIu64 " refcounts were set right", im->name, changed);
     if (!ret)
-        ret = seen ? qcow2_mend_flags(im, seen) : -ENOMEM;
-    free(seen);
+        ret = qcow2_mend_flags(k);
     if (!ret)
         ret = qcow2_commit_locked(im);
-    if (!ret)
-        ret = qcow2_set_features(im, q->incompatible & ~(uint64_t)(QCOW2_DIRTY | QCOW2_CORRUPT), q->autoclear);
     qcow2_stop_writer(q);
-    return ret ? ret : rebuilt;
+    return ret ? ret : changed || rebuilt || k->flags_set;
 }
 
-/* What the old refcount table and its blocks took is free after a rebuild: that shows when all is counted again. */
+/* The automatic repair: refcounts that are out of date are no damage. Anything else is left to the user. */
+static int qcow2_mend_dirty(struct qcow2_check *k)
+{
+    if (!k->c->corruptions && !k->c->leaks)
+        return 0;
+    if (k->c->errors || k->mixed || k->c->corruptions != k->mendable) {
+        msg_say(MSG_NOTE, "%s: was not closed properly, and more is wrong than refcounts: it is left as it is",
+                k->im->name);
+        return 0;
+    }
+    msg_say(MSG_NOTE, "%s: was not closed properly: its refcounts are rebuilt before anything is written",
+            k->im->name);
+    return qcow2_mend(k);
+}
+
+/*
+ * Counts and mends until there is nothing (more) to mend: after a rebuild the old table and its blocks are free.
+ * c: what is left.
+ */
+static int qcow2_repair_by(struct image *im, struct check *c, int (*mend)(struct qcow2_check *k))
+{
+    struct qcow2 *q = im->state;
+    const struct check none = *c;
+    int ret = 1;
+
+    for (unsigned round = 0; ret > 0; round++) {
+        *c = none;
+        ret = qcow2_count_all(im, c, round < 4 ? mend : NULL);
+    }
+    if (!ret && !c->corruptions && !c->errors)
+        ret = qcow2_set_features(im, q->incompatible & ~(uint64_t)(QCOW2_DIRTY | QCOW2_CORRUPT), q->autoclear);
+    return ret;
+}
+
 static int qcow2_repair(struct image *im, struct check *c)
 {
-    struct check again = *c;
-    int ret = qcow2_count_all(im, c, qcow2_mend);
-
-    return ret <= 0 ? ret : qcow2_count_all(im, &again, qcow2_mend);
+    return qcow2_repair_by(im, c, qcow2_mend);
 }
 
 /* -- making overlays -- */
@@ -13763,24 +13970,18 @@ static void cmd_check_lines(const struct image *im, const struct check *c, uint6
     printf("its last used cluster ends at %" PRIu64 "\n", c->image_end);
 }
 
-/* The exit statuses are qemu-img's. */
-/*
- * Looks, mends what can be mended, and looks again: what is left is what counts. c: left; the rest was mended.
- */
+/* Mends what can be mended. c: what was found; then what is left, which is what counts. */
 static int cmd_repair(struct image *im, struct check *c, uint64_t *corruptions, uint64_t *leaks)
 {
-    struct check found = *c, quiet = { .corruption_lines = OUT_FINDINGS, .leak_lines = OUT_FINDINGS };
+    const struct check found = *c;
     int ret;
 
     if (!im->format->repair)
         return -EOPNOTSUPP;
-    if (!found.corruptions && !found.leaks && !im->dirty)
-        return 0;
-    *c = quiet;
-    ret = im->format->repair(im, &quiet);
+    *c = (struct check){ .corruption_lines = OUT_FINDINGS, .leak_lines = OUT_FINDINGS };
+    ret = im->format->repair(im, c);
     if (ret)
         return msg_err(ret, "%s: cannot be repaired: %s", im->name, strerror(-ret));
-    ret = img_check(im, c);
     *corruptions = found.corruptions > c->corruptions ? found.corruptions - c->corruptions : 0;
     *leaks = found.leaks > c->leaks ? found.leaks - c->leaks : 0;
     c->corruption_lines = found.corruption_lines;
@@ -13788,6 +13989,7 @@ static int cmd_repair(struct image *im, struct check *c, uint64_t *corruptions, 
     return ret;
 }
 
+/* The exit statuses are qemu-img's. */
 static int cmd_check(struct image *im, bool json)
 {
     struct check c = { .corruptions = 0 };

@@ -154,7 +154,7 @@ struct check {
  *   snapshots  writes the internal snapshots as list "snapshots" into the open object, if there are any; may be NULL.
  *   check   NULL: the core walks map() and finds what is bad or used twice. Else counts into *c what is wrong;
  *           < 0: could not be done.
- *   repair  sets right what check finds; never touches data. NULL: cannot.
+ *   repair  sets right what check finds; never touches data. *c is what is left. NULL: cannot.
  *   close   frees im->state; may be NULL.
  */
 struct image_format {

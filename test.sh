@@ -2138,6 +2138,140 @@ t_repair_frees_leaks_and_rebuilds_refcounts() {
     qemu-img check -q img; qemu-io -c 'read -P 3 1M 2M' img | grep -q '2 MiB'
 }
 
+# Whatever an entry of a table wrongly leads to: repairing, and opening for writing, leave what the disk shows as it is.
+t_repair_keeps_what_the_guest_has_written() {
+    local o
+    qemu-img create -q -f qcow2 -o cluster_size=4k g0 32M; qemu-img create -q -f qcow2 -o cluster_size=512,refcount_bits=1 g1 1M
+    qemu-img create -q -f qcow2 -o extended_l2=on,cluster_size=16k,refcount_bits=64 g2 64M
+    qemu-img create -q -f qcow2 -o cluster_size=64k,lazy_refcounts=on g3 2G
+    qemu-img bitmap --add g0 b; qemu-img bitmap --add g3 b
+    for o in 0 1 2 3; do
+        [ $o = 1 ] || qemu-io -c "write -c -P 5 128k $(qemu-img info --output=json g$o | jq '."cluster-size"')" g$o >io.log
+        scribble g$o $o
+        [ $o = 1 ] || qemu-img snapshot -c s g$o
+        qemu-io -c 'write -P 1 512k 100k' -c 'write -P 7 800k 100k' g$o >io.log
+    done
+    py '
+import struct, subprocess
+M = 0xfffffffffffe00
+def run(*a): return subprocess.run(a, capture_output=True, timeout=60)
+def disk(image):
+    run(fx, "-q", "-U", image, "m")
+    f, parts = os.open("m", os.O_RDONLY | os.O_DIRECT), []
+    b = mmap.mmap(-1, 16384)
+    for at in range(0, min(os.fstat(f).st_size, 4 << 20), 16384):
+        try: parts.append(os.preadv(f, [b], at) and b[:])
+        except OSError: parts.append(None)
+    os.close(f); run(fx, "--umount", "m")
+    return parts
+fx, n, rnd = sys.argv[1], 0, random.Random(6)
+for i in range(4):
+    good = open("g%d" % i, "rb").read()
+    be = lambda at: struct.unpack(">Q", good[at:at + 8])[0]
+    bits = struct.unpack(">I", good[20:24])[0]; cs = 1 << bits; es = 16 if i == 2 else 8
+    l1 = be(40); l1n = struct.unpack(">I", good[36:40])[0]; l2 = be(l1) & M
+    entries = [be(l2 + es * j) for j in range(cs // es)]
+    data = [e & M for e in entries if e & M and not e >> 62 & 1]
+    packed = [(e & (1 << 62 - (bits - 8)) - 1) & -cs for e in entries if e >> 62 & 1]
+    targets = data[:1] + data[-1:] + packed[:1] + [l1, be(48), be(be(48)), be(64), be(64) and be(be(64)), be(64) and be(be(be(64))) & M, l2]
+    for target in filter(None, dict.fromkeys(targets)):
+        for place in (l1 + 8 * (l1n - 1), l2 + es * 3, l1):
+            d = bytearray(good); d[place:place + 8] = struct.pack(">Q", target | rnd.getrandbits(1) << 63)
+            for dirty in (0, 1):
+                n += 1
+                if (n + int(sys.argv[2])) % 4: continue
+                d[79] = d[79] & 0xfc | dirty
+                open("img", "wb").write(d)
+                before = disk("img")
+                if dirty: run(fx, "-q", "-w", "img", "m", "--", "true"); r = 0
+                else: r = run(fx, "--check", "--repair", "img").returncode
+                after = disk("img")
+                assert all(a == b for a, b in zip(before, after) if a is not None), (i, hex(target), hex(place), dirty, r)
+                q, ours = run("qemu-img", "check", "-f", "qcow2", "img").returncode, run(fx, "--check", "img").returncode
+                assert ours in (0, 2, 3) and (dirty or r == ours) and (q in (0, 3) or ours == 2), (i, hex(target), hex(place), dirty, r, ours, q)
+                if not dirty and target in data and place != l2 + es * 3: assert ours == 2, (i, hex(target), hex(place))
+' "$fx" 0
+}
+
+t_repair_goes_on_past_what_it_cannot_read() {
+    local l1 l2 data block at
+    qemu-img create -q -f qcow2 -o cluster_size=64k good 2G; qemu-io -c 'write -P 3 0 60M' -c 'write -P 4 1G 4M' good >io.log
+    read -r l1 l2 data block < <(table_of good)
+    # A leak, a refcount that is too low, flags that are wrong; and a sector of the first L2 table is bad.
+    poke dirty $((l2 + 8)) "00$(od -An -tx1 -j$((l2 + 9)) -N7 good | tr -d ' ')" $((block + 2 * 300)) 0000 $((block + 2 * 3000)) 0001
+    truncate -s 256M dirty; cp dirty img
+    FUSEEXP_BAD_SECTORS=$((l2 + 5000)),512 expect 1 "$fault" --check --repair --sandbox=off img >said
+    grep -q 'cannot be read' err
+    same "$(od -An -tu2 --endian=big -j$((block + 2 * 300)) -N2 img)" "$(printf ' %5d' 1)"       # raised
+    same "$(od -An -tu2 --endian=big -j$((block + 2 * 3000)) -N2 img)" "$(printf ' %5d' 1)"      # nothing is freed
+    expect 0 "$fx" -q --check --repair img >said; qemu-img check -q img
+    # The refcounts themselves cannot be read: new ones.
+    cp dirty img
+    FUSEEXP_BAD_SECTORS=$block,512 expect 0 "$fault" -q --check --repair --sandbox=off img >said
+    qemu-img check -q img; qemu-io -c 'read -P 3 0 60M' -c 'read -P 4 1G 4M' img >io.log; not grep -q failed io.log
+    # What was cut off does not become zeros, nor tables: the file does not grow.
+    cp good img; truncate -s -3000 img; cp img before
+    at=$(od -An -tu8 --endian=big -j48 -N8 img); printf '\0\0\0\0\0\0\2\0' | dd of=img bs=1 seek=$((at)) conv=notrunc status=none
+    expect 1 "$fx" --check --repair img >said
+    same "$(stat -c %s img)" "$(stat -c %s before)"; same "$("$fx" --map --json img | jq 'map(select(.error)) | length')" 1
+}
+
+# Clusters and tables that the active tables refer to more than once, with refcounts that say so, are a sound image.
+t_qcow2_shared_clusters_part_when_they_are_written() {
+    local o
+    for o in cluster_size=512 cluster_size=4k,refcount_bits=4 extended_l2=on,cluster_size=16k,refcount_bits=64; do
+        py '
+import struct, subprocess
+M, fx, o = 0xfffffffffffe00, sys.argv[1], sys.argv[2]
+def run(*a): return subprocess.run(a, capture_output=True, timeout=60)
+def ok(*a): r = run(*a); assert r.returncode == 0, (o, what, a, r); return r
+es = 16 if "extended" in o else 8
+for what in ("l2", "data", "packed", "snapshot"):
+    if os.path.exists("img"): os.unlink("img")
+    cs = {"512": 512, "4k": 4096, "8k": 8192, "16k": 16384}[o.split("cluster_size=")[1].split(",")[0]]
+    table = cs // es * cs
+    what = what; ok("qemu-img", "create", "-q", "-f", "qcow2", "-o", o, "img", str(4 * table))
+    ok("qemu-io", "-c", "write -P 17 0 %d" % (3 * cs), "-c", "write -c -P 18 %d %d" % (8 * cs, cs), "-c", "write -c -P 19 %d %d" % (9 * cs, cs),
+        "-c", "write -P 20 %d %d" % (table, 2 * cs), "img")
+    if what == "snapshot": ok("qemu-img", "snapshot", "-c", "s", "img")
+    d = bytearray(open("img", "rb").read())
+    be = lambda at: struct.unpack(">Q", d[at:at + 8])[0]
+    l1 = be(40); l2 = be(l1) & M
+    if what in ("l2", "snapshot"): d[l1 + 8:l1 + 16] = d[l1:l1 + 8]
+    elif what == "data": d[l2 + 5 * es:l2 + 6 * es] = d[l2 + es:l2 + 2 * es]
+    else: d[l2 + 5 * es:l2 + 6 * es] = d[l2 + 8 * es:l2 + 9 * es]
+    open("img", "wb").write(d)
+    ok(fx, "-q", "--check", "--repair", "img"); ok("qemu-img", "check", "-q", "img"); ok("qemu-img", "convert", "-O", "raw", "img", "model")
+    if what == "snapshot": ok("qemu-img", "convert", "-l", "snapshot.name=s", "-O", "raw", "img", "old")
+    for round in range(2):
+        r = run(fx, "-w", "--growable", "img", "m"); assert r.returncode == 0 and b"share clusters" in r.stderr + (b"share clusters" if round or what == "packed" else b""), (o, what, r)
+        a, b = os.open("m", os.O_RDWR), os.open("model", os.O_RDWR); rnd = random.Random(round)
+        fd = ctypes.CDLL(None, use_errno=True)
+        for i in range(25):
+            at, n = rnd.choice([0, table]) + rnd.randrange(10 * cs), rnd.choice([1, 512, cs, 3 * cs])
+            if rnd.random() < .7: x = rnd.randbytes(n); os.pwrite(a, x, at); os.pwrite(b, x, at)
+            elif rnd.random() < .8:
+                at = at // cs * cs
+                for f in (a, b): fd.fallocate(f, 3, ctypes.c_long(at), ctypes.c_long(n))
+            else: os.fsync(a)
+        if round == 1:
+            for n in (table + cs, 6 * table): os.ftruncate(a, n); os.ftruncate(b, n)
+        os.close(a); os.close(b)
+        ok("cmp", "m", "model"); ok(fx, "--umount", "m")
+        assert run(fx, "--check", "img").returncode in (0, 3), (o, what, round, run(fx, "--check", "img"))
+        assert run("qemu-img", "check", "img").returncode in (0, 3), (o, what, round, run("qemu-img", "check", "img"))
+        r = run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", "img", "model"); assert r.returncode == 0, (o, what, r)
+    if what == "snapshot": ok("qemu-img", "convert", "-l", "snapshot.name=s", "-O", "raw", "img", "new"); ok("cmp", "-n", str(4 * table), "old", "new")
+    ok(fx, "-q", "--check", "--repair", "img"); ok("qemu-img", "check", "-q", "img")
+' "$fx" "$o"
+    done
+    # One bit cannot count two users: such an image is corrupt, and served read-only.
+    qemu-img create -q -f qcow2 -o cluster_size=512,refcount_bits=1 img 128k; qemu-io -c 'write -P 17 0 32k' img >io.log
+    py 'd = bytearray(open("img", "rb").read()); l = int.from_bytes(d[40:48], "big"); d[l + 8:l + 16] = d[l:l + 8]; open("img", "wb").write(d)'
+    cp img before; expect 2 "$fx" -q --check --repair img >said
+    "$fx" -w img m 2>err; grep -q 'served read-only' err; same "$(stat -c %a m)" 400; "$fx" --umount m; cmp -i 80 img before
+}
+
 # ---- what cannot be read ---------------------------------------------------------------------------------------
 
 # l2_of IMAGE: where its first L2 table lies
