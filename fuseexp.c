@@ -2380,9 +2380,9 @@ static size_t raw_suffix(const char *path, bool *digits, unsigned *number)
     const char *dot = strrchr(util_basename(path), '.');
     size_t len = dot ? strlen(dot + 1) : 0;
 
-    if (len < 2 || len > 5)
+    *digits = len && strspn(dot + 1, "0123456789") == len;
+    if (len < (*digits ? 1 : 2) || len > (*digits ? 9 : 5))
         return 0;
-    *digits = strspn(dot + 1, "0123456789") == len;
     *number = 0;
     for (const char *p = dot + 1; *p; p++) {
         if (!*digits && (*p < 'a' || *p > 'z'))
@@ -2408,7 +2408,7 @@ static bool raw_part(const char *first, unsigned i, char name[PATH_MAX])
     bool digits;
     size_t len = raw_suffix(first, &digits, &number);
 
-    return len && number <= (digits ? 1 : 0) && raw_name(first, len, digits, number + i, name);
+    return len > 1 && number <= (digits ? 1 : 0) && raw_name(first, len, digits, number + i, name);
 }
 
 enum { RAW_GAP = 64 };              /* so many numbers may be missing between two parts of a set */
@@ -2424,7 +2424,7 @@ static int raw_check_first(const struct image *im)
     bool digits;
     size_t len = raw_suffix(im->name, &digits, &number);
 
-    if (!len || !number)
+    if (len < 2 || !number)
         return 0;
     gap = digits || strrchr(im->name, '.')[1] == 'a' ? RAW_GAP : 1;
     for (unsigned i = 1; i <= gap && i <= number; i++)
@@ -2441,12 +2441,15 @@ static int raw_check_first(const struct image *im)
 static bool raw_same_set(const char *a, const char *b, unsigned *of_a, unsigned *of_b)
 {
     bool digits_a, digits_b;
-    size_t len = raw_suffix(a, &digits_a, of_a);
+    size_t len_a = raw_suffix(a, &digits_a, of_a), len_b = raw_suffix(b, &digits_b, of_b), stem;
 
+    if (!len_a || !len_b || digits_a != digits_b)
+        return false;
     a = util_basename(a);
     b = util_basename(b);
-    return len && raw_suffix(b, &digits_b, of_b) == len && digits_a == digits_b && strlen(a) == strlen(b) &&
-           strncmp(a, b, strlen(a) - len) == 0;
+    stem = strlen(a) - len_a;
+    return strlen(b) - len_b == stem && strncmp(a, b, stem) == 0 &&
+           (len_a == len_b || (digits_a && a[stem] != '0' && b[stem] != '0'));
 }
 
 /* A list of numbered parts that has a gap, is in another order or ends too early would show a broken disk. */
@@ -9593,6 +9596,25 @@ static const struct {
     { "an XML file in UTF-16", IMG_NAME_DISK, NULL, NULL, 0, 12, false, "\xff\xfe<\0?\0x\0m\0l\0" },
 };
 
+/* The name of the piece after this one. False: it is not called like a piece. */
+static bool img_next_piece(const char *path, char next[PATH_MAX])
+{
+    const char *base = util_basename(path);
+    int stem = (int)strlen(path), digits = 0, letters = 0;
+
+    while (digits < 9 && path + stem - digits > base && isdigit((unsigned char)path[stem - digits - 1]))
+        digits++;
+    while (path + stem - letters > base && path[stem - letters - 1] == 'a')
+        letters++;
+    if (digits)
+        return snprintf(next, PATH_MAX, "%.*s%0*lu", stem - digits, path, digits,
+                        strtoul(path + stem - digits, NULL, 10) + 1) < PATH_MAX;
+    if (letters > 1)
+        return snprintf(next, PATH_MAX, "%.*sb", stem - 1, path) < PATH_MAX;
+    return stem > 4 && strcasecmp(path + stem - 4, ".vhd") == 0 &&
+           snprintf(next, PATH_MAX, "%.*s%c01", stem - 3, path, path[stem - 3]) < PATH_MAX;
+}
+
 /* Is it the foreign container number i? */
 static bool img_is_foreign(const struct probe *p, size_t i)
 {
@@ -9609,10 +9631,14 @@ static bool img_is_foreign(const struct probe *p, size_t i)
 /* Refuses what is told to be a container that is not read. */
 static int img_check_foreign(const struct image *im, const struct probe *p)
 {
+    char next[PATH_MAX];
+    bool piece = img_next_piece(im->name, next) && access(next, F_OK) == 0;
+
     for (size_t i = 0; i < ARRAY_LEN(img_foreign); i++)
         if (img_is_foreign(p, i))
-            return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read: %s; --format raw shows its "
-                           "bytes", im->name, img_foreign[i].name, img_foreign[i].way_out);
+            return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read: %s%s; --format raw shows "
+                           "its bytes", im->name, img_foreign[i].name, img_foreign[i].way_out,
+                           piece ? ", when its pieces are joined" : "");
     return 0;
 }
 
@@ -9624,6 +9650,22 @@ static const struct image_format *img_format_named(const char *name)
     return NULL;
 }
 
+/* The format that is most certain; raw, if nothing else is. */
+static const struct image_format *img_most_certain(const struct probe *p)
+{
+    const struct image_format *format = NULL;
+    int best = 0, score;
+
+    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++) {
+        score = img_formats[i]->probe(p);
+        if (score > best) {
+            best = score;
+            format = img_formats[i];
+        }
+    }
+    return format;
+}
+
 /* Sets im->format: the one named, or the most certain. Raw by default is said aloud: it is an assumption. */
 static int img_probe(struct image *im, const char *wanted)
 {
@@ -9632,7 +9674,6 @@ static int img_probe(struct image *im, const char *wanted)
     struct probe p = { head, tail, util_min(first->size, sizeof(head)), util_min(last->size, sizeof(tail)),
                        first->size };
     uint64_t done;
-    int best = 0, score;
 
     if (wanted)
         im->format = img_format_named(wanted);
@@ -9644,13 +9685,7 @@ static int img_probe(struct image *im, const char *wanted)
         file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
         return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it",
                        im->name);
-    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++) {
-        score = img_formats[i]->probe(&p);
-        if (score > best) {
-            best = score;
-            im->format = img_formats[i];
-        }
-    }
+    im->format = img_most_certain(&p);
     if (im->format != &raw_format)
         return 0;
     if (img_check_foreign(im, &p))
@@ -9734,6 +9769,87 @@ static int img_find_parts(struct image *im)
     return 0;
 }
 
+/*
+ * -- pieces --
+ *
+ * A container that was cut into pieces (.001, .aa, disk.vmdk.000000000, .vhd and .v01) must be joined first. Its first
+ * piece alone seems to be truncated, and all together would be taken for the extents of one disk.
+ */
+
+#define IMG_JOIN "join them: fuseexp --format raw PIECE... JOINED shows them as one file, and then fuseexp JOINED " \
+                 "MOUNTPOINT its disk; --no-parts takes %s"
+
+/* Is there a next piece? It is no longer than the first, and no image by itself, as numbered snapshots are. */
+static bool img_has_next_piece(const struct image *im, char next[PATH_MAX])
+{
+    uint8_t head[IMG_PROBE_HEAD];
+    struct probe p = { head, head, 0, 0, 0 };
+    struct stat st = { 0 };
+    ssize_t n = -1;
+    int fd;
+
+    if (!img_next_piece(im->name, next) || (fd = open(next, O_RDONLY | O_CLOEXEC | O_NONBLOCK)) < 0)
+        return false;
+    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
+        n = pread(fd, head, sizeof(head), 0);
+    util_close(&fd);
+    p.head_len = n > 0 ? (size_t)n : 0;
+    p.size = (uint64_t)st.st_size;
+    return n > 0 && p.size <= im->files[0].size && img_most_certain(&p) == &raw_format;
+}
+
+/* Is each of several files an image of its format, as the extents of a VMDK are? */
+static bool img_is_each(const struct image *im)
+{
+    uint8_t head[IMG_PROBE_HEAD];
+    uint64_t done;
+
+    for (unsigned i = 0; i < im->n_files; i++) {
+        struct probe p = { head, head, util_min(im->files[i].size, sizeof(head)), 0, im->files[i].size };
+        if (file_pread(&im->files[i], head, p.head_len, 0, &done) || img_most_certain(&p) != im->format)
+            return false;
+    }
+    return true;
+}
+
+/* The parts of a split image were found by name: only now its end is known. A fixed VHD has nothing but a footer. */
+static int img_check_end(const struct image *im)
+{
+    uint8_t tail[IMG_PROBE_TAIL];
+    struct file *last = &im->files[im->n_files - 1];
+    struct probe p = { tail, tail, 0, util_min(last->size, sizeof(tail)), last->size };
+    const struct image_format *format;
+    uint64_t done;
+
+    if (file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
+        return 0;                   /* read errors of the disk are told where they are read */
+    format = img_most_certain(&p);
+    if (format == &raw_format)
+        return img_check_foreign(im, &p);
+    return msg_err(-EINVAL, "%s: the pieces of a %s image; " IMG_JOIN, im->name, format->name, "the first alone");
+}
+
+static int img_check_pieces(const struct image *im)
+{
+    bool raw = im->format == &raw_format, several = im->n_files > 1;
+    size_t len = strlen(im->name);
+    char next[PATH_MAX];
+
+    if (several && !raw && !img_is_each(im))
+        return msg_err(-EINVAL, "%s: this and the files after it are not each a %s image; if they are the pieces of "
+                       "one, " IMG_JOIN, im->name, im->format->name, "the list as it is");
+    if (several)
+        return raw && im->found_parts && !im->opt->format ? img_check_end(im) : 0;
+    if (im->files[0].is_blk)
+        return 0;
+    if (raw && (im->opt->format || len < 4 || strcasecmp(im->name + len - 4, ".vhd") != 0))
+        return 0;                   /* the head of a disk: the parts of split images were looked for */
+    if (!img_has_next_piece(im, next))
+        return 0;
+    return msg_err(-EINVAL, "%s: looks like the first piece of a %s image, since %s is there; " IMG_JOIN, im->name,
+                   raw ? "vpc" : im->format->name, util_basename(next), "it alone");
+}
+
 static void img_close_one(struct image *im)
 {
     if (im->format && im->format->close)
@@ -9778,8 +9894,6 @@ static int img_finish(struct image *im)
     if (im->writable && !im->format->writable)
         return msg_err(-EROFS, "%s: %s images are not written in place; --overlay and --temporary take the changes",
                        im->name, im->format->name);
-    if (im->opt->parts && im->depth == 0)
-        ret = img_find_parts(im);
     /* Locked before it is read: the header that counts is the one that nobody changes any more. */
     for (; im->opt->lock && locked < im->n_files && !ret; locked++)
         ret = file_lock(&im->files[locked]);
@@ -9823,6 +9937,10 @@ static int img_open(struct image *im, char *const *paths, unsigned n_paths, cons
         ret = img_add_file(im, paths[i]);
     if (!ret)
         ret = img_probe(im, opt->format);
+    if (!ret && opt->parts)
+        ret = img_find_parts(im);
+    if (!ret && opt->parts)
+        ret = img_check_pieces(im);
     if (!ret)
         ret = img_finish(im);
     if (!ret)
