@@ -110,6 +110,7 @@ enum msg_level { MSG_ERROR, MSG_NOTE, MSG_INFO, MSG_DEBUG };
 
 static enum msg_level msg_verbosity = MSG_NOTE;
 static int msg_kmsg = -1;           /* then: the kernel's log, where nothing listens at /dev/log */
+static unsigned msg_hushed;         /* while files are tried that may well be the wrong ones: nothing is said */
 static bool msg_to_syslog;          /* a supervisor in the background has no stderr any more */
 
 __attribute__((format(printf, 1, 0))) static void msg_put(const char *fmt, va_list ap)
@@ -119,6 +120,8 @@ __attribute__((format(printf, 1, 0))) static void msg_put(const char *fmt, va_li
     int n = vsnprintf(line + head, sizeof(line) - head - 1, fmt, ap);
     size_t len = n < 0 ? head : head + (size_t)n;
 
+    if (msg_hushed)
+        return;
     if (len > sizeof(line) - 2)
         len = sizeof(line) - 2;
     for (size_t i = head; i < len; i++)
@@ -170,6 +173,8 @@ __attribute__((format(printf, 2, 3))) static int msg_serving(int ret, const char
     va_list ap;
     unsigned n;
 
+    if (msg_hushed)
+        return ret;
     clock_gettime(CLOCK_MONOTONIC, &now);
     if (atomic_exchange(&second, (long)now.tv_sec) != (long)now.tv_sec) {
         n = atomic_exchange(&lines, 0);
@@ -276,12 +281,49 @@ static bool util_is_null_id(const uint8_t id[16])
     return memcmp(id, null, sizeof(null)) == 0;
 }
 
+/* The fields of a GUID as they are printed, from the order in which Windows stores them, and back. */
+static void util_swap_guid(const uint8_t from[16], uint8_t to[16])
+{
+    static const uint8_t order[16] = { 3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
+
+    for (size_t i = 0; i < 16; i++)
+        to[i] = from[order[i]];
+}
+
+/* 32 hexadecimal digits, whatever braces and dashes are around them. */
+static bool util_parse_guid(const char *text, uint8_t guid[16])
+{
+    static const char digits[] = "0123456789abcdef";
+    unsigned n = 0;
+    const char *d;
+
+    memset(guid, 0, 16);
+    for (; *text; text++) {
+        if (strchr("{}-", *text))
+            continue;
+        d = strchr(digits, tolower((unsigned char)*text));
+        if (!d || n == 32)
+            return false;
+        guid[n / 2] = (uint8_t)(guid[n / 2] << 4 | (uint8_t)(d - digits));
+        n++;
+    }
+    return n == 32;
+}
+
 /* hex: 2 * len + 1 bytes. */
 static void util_hex(const uint8_t *bytes, size_t len, char *hex)
 {
     *hex = 0;
     for (size_t i = 0; i < len; i++)
         snprintf(hex + 2 * i, 3, "%02x", bytes[i]);
+}
+
+static void util_uuid_text(const uint8_t uuid[16], char text[37])
+{
+    char hex[33];
+
+    util_hex(uuid, 16, hex);
+    snprintf(text, 37, "%.8s-%.4s-%.4s-%.4s-%.12s", hex, hex + 8, hex + 12, hex + 16, hex + 20);
 }
 
 /* musl declares the request as int, glibc as unsigned long; the kernel looks at 32 bits. */
@@ -321,32 +363,25 @@ static size_t util_utf8_char(uint32_t c, char out[4])
     return n;
 }
 
-/*
- * The last component of a path, usually a Windows one, in len bytes of UTF-16 (up to a zero), as UTF-8. False:
- * there is none, or it does not fit, or it is no name of a file.
- */
-static bool util_utf16_basename(const uint8_t *path, size_t len, bool big, char *name, size_t room)
+/* len bytes of UTF-16 (up to a zero) as UTF-8. False: it does not fit. */
+static bool util_utf16_text(const uint8_t *from, size_t len, bool big, char *text, size_t room)
 {
     size_t n = 0, used, bytes;
     char utf8[4];
     uint32_t c;
 
     for (size_t at = 0; at + 2 <= len; at += used) {
-        c = util_utf16_char(path + at, len - at, big, &used);
+        c = util_utf16_char(from + at, len - at, big, &used);
         if (!c)
             break;
-        if (c == '/' || c == '\\') {
-            n = 0;
-            continue;
-        }
         bytes = util_utf8_char(c, utf8);
         if (n + bytes >= room)
             return false;
-        memcpy(name + n, utf8, bytes);
+        memcpy(text + n, utf8, bytes);
         n += bytes;
     }
-    name[n] = 0;
-    return n && strcmp(name, ".") != 0 && strcmp(name, "..") != 0;
+    text[n] = 0;
+    return true;
 }
 
 /* Like strcpy, but never past room. False: it did not fit. */
@@ -446,12 +481,16 @@ static bool util_fault(const char *what)
 {
     static int step, fail_at = -1;
     const char *env = getenv("FUSEEXP_FAIL_AT");
+    unsigned hushed;
 
     if (fail_at < 0)
         fail_at = env ? atoi(env) : 0;
     if (fail_at == 0 || ++step != fail_at)
         return false;
+    hushed = msg_hushed;
+    msg_hushed = 0;
     msg_say(MSG_ERROR, "FAULT %d: %s", step, what);
+    msg_hushed = hushed;
     errno = EIO;
     return true;
 }
@@ -1213,6 +1252,14 @@ static int file_check_loops(const struct file *f)
         msg_say(MSG_NOTE, "%s: the loop device /dev/%s %s: what changes meanwhile may be seen in part, or not at all",
                 f->path, loop.name, why);
     return 0;
+}
+
+/* Closes a file that was only looked at, and gives its id back: nothing read of it is in the cache. */
+static void file_forget(struct file *f)
+{
+    if (f->fd >= 0 && f->id + 1 == file_ids)
+        file_ids--;
+    file_close(f);
 }
 
 static int file_lock_byte(struct file *f, int byte, int op, short type)
@@ -2288,7 +2335,8 @@ static void cache_prefetch(const struct extent *ext)
 /* ******************************************************************************************************** *
  * 8. Extents
  *
- * What drivers have in common: extents that are bad, holes, and neighbours that become one.
+ * What drivers have in common: extents that are bad, holes, neighbours that become one, and what they say about
+ * parents.
  * ******************************************************************************************************** */
 
 /* What a header says cannot be: the image is not opened. */
@@ -2356,6 +2404,55 @@ static int ext_merge(struct image *im, uint64_t offset, uint64_t length, bool ex
         ext->length += next.length;
     }
     return 0;
+}
+
+/* Sets one value of an identity; the null UUID stands for none. */
+static void ext_set_id(struct identity *id, enum identity_kind kind, const uint8_t value[16])
+{
+    id->known[kind] = !util_is_null_id(value);
+    memcpy(id->value[kind], value, 16);
+}
+
+/* The image has a parent of this format, which is known by im->parent_id; ext_add_hint() adds its names. */
+static void ext_set_parent(struct image *im, const char *format)
+{
+    im->has_hints = true;
+    util_copy(im->backing_name, sizeof(im->backing_name), "unnamed");
+    util_copy(im->backing_format, sizeof(im->backing_format), format);
+}
+
+/* A name of the parent, as recorded; often a path of Windows. What cannot be the name of a file is left out. */
+static int ext_add_hint(struct image *im, const char *name)
+{
+    char *hint;
+    const char *last;
+
+    if (im->n_hints == MAX_PARENT_NAMES || !*name)
+        return 0;
+    hint = util_fault("hint") ? NULL : strdup(name);
+    if (!hint)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    for (char *p = hint; *p; p++)
+        *p = *p == '\\' ? '/' : *p;
+    last = util_basename(hint);
+    if (!*last || strcmp(last, ".") == 0 || strcmp(last, "..") == 0) {
+        free(hint);
+        return 0;
+    }
+    if (!im->n_hints)
+        util_copy(im->backing_name, sizeof(im->backing_name), name);
+    im->hints[im->n_hints++] = hint;
+    return 0;
+}
+
+/* VirtualBox names snapshots by their UUIDs: {UUID}.EXTENSION */
+static int ext_add_uuid_hint(struct image *im, const char *extension)
+{
+    char uuid[37], name[64];
+
+    util_uuid_text(im->parent_id.value[ID_IMAGE], uuid);
+    snprintf(name, sizeof(name), "{%s}.%s", uuid, extension);
+    return ext_add_hint(im, name);
 }
 
 /* ******************************************************************************************************** *
@@ -5480,7 +5577,7 @@ static const struct image_format qcow2_format = {
  *
  * A map entry is the number of a block in the file, or says "not here" (what the parent has, zeros if there is
  * none) or "zeros". Dynamic and fixed images differ in nothing but that. A differencing image knows its parent by
- * UUID only: the user names the file, or it lies beside the image under VirtualBox's own name for it, {UUID}.vdi.
+ * UUID only. VirtualBox calls the files of snapshots {UUID}.vdi, but not that of the disk itself.
  * ******************************************************************************************************** */
 
 enum {
@@ -5514,12 +5611,22 @@ struct vdi {
     uint32_t version, type, block_size, extra, blocks;
     uint64_t map, data, disk_size;
     bool differencing;
-    uint8_t modified[16], parent_modified[16];  /* UUIDs that change with every use of an image */
 };
 
 static int vdi_probe(const struct probe *p)
 {
     return p->head_len >= VDI_OFF_VERSION + 4 && util_le32(p->head + VDI_OFF_SIGNATURE) == VDI_SIGNATURE ? 100 : 0;
+}
+
+/* The UUIDs, from h on: its own, of its last change, the parent's and, except in 0.2, of the parent's last change. */
+static void vdi_parse_uuids(struct image *im, const uint8_t *h, unsigned n)
+{
+    uint8_t uuid[16];
+
+    for (unsigned i = 0; i < n; i++) {
+        util_swap_guid(h + (size_t)16 * i, uuid);
+        ext_set_id(i < 2 ? &im->id : &im->parent_id, i % 2 ? ID_STATE : ID_IMAGE, uuid);
+    }
 }
 
 static void vdi_parse_v0(struct image *im, struct vdi *v, const uint8_t *h)
@@ -5530,9 +5637,7 @@ static void vdi_parse_v0(struct image *im, struct vdi *v, const uint8_t *h)
     v->blocks = util_le32(h + VDI_OFF_V0_SIZES + 12);
     v->map = VDI_HEADER_V0;
     v->data = v->map + 4ull * v->blocks;
-    memcpy(im->id, h + VDI_OFF_V0_UUIDS, 16);
-    memcpy(v->modified, h + VDI_OFF_V0_UUIDS + 16, 16);
-    memcpy(im->parent_id, h + VDI_OFF_V0_UUIDS + 32, 16);
+    vdi_parse_uuids(im, h + VDI_OFF_V0_UUIDS, 3);
 }
 
 static void vdi_parse_v1(struct image *im, struct vdi *v, const uint8_t *h)
@@ -5544,17 +5649,14 @@ static void vdi_parse_v1(struct image *im, struct vdi *v, const uint8_t *h)
     v->block_size = util_le32(h + VDI_OFF_SIZES + 8);
     v->extra = util_le32(h + VDI_OFF_SIZES + 12);
     v->blocks = util_le32(h + VDI_OFF_SIZES + 16);
-    memcpy(im->id, h + VDI_OFF_UUIDS, 16);
-    memcpy(v->modified, h + VDI_OFF_UUIDS + 16, 16);
-    memcpy(im->parent_id, h + VDI_OFF_UUIDS + 32, 16);
-    memcpy(v->parent_modified, h + VDI_OFF_UUIDS + 48, 16);
+    vdi_parse_uuids(im, h + VDI_OFF_UUIDS, 4);
 }
 
 static int vdi_check_header(struct image *im, const struct vdi *v)
 {
     uint64_t file_size = im->files[0].size;
 
-    if ((v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF) && !util_is_null_id(im->parent_id))
+    if ((v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF) && im->parent_id.known[ID_IMAGE])
         return ext_refuse(im, "the image type", v->type);
     if (v->block_size < VDI_MIN_BLOCK || v->block_size > VDI_MAX_BLOCK || (v->block_size & (v->block_size - 1)))
         return ext_refuse(im, "the block size", v->block_size);
@@ -5571,9 +5673,9 @@ static int vdi_check_header(struct image *im, const struct vdi *v)
         return ext_refuse(im, "the place of the data, inside the block map", v->data);
     if (v->disk_size > (uint64_t)v->blocks * v->block_size)
         return ext_refuse(im, "the disk size, larger than all blocks together", v->disk_size);
-    if (!v->differencing && !util_is_null_id(im->parent_id))
+    if (!v->differencing && im->parent_id.known[ID_IMAGE])
         return ext_refuse(im, "a parent, in an image that is not a differencing one, of type", v->type);
-    if (v->differencing && util_is_null_id(im->parent_id) && !im->opt->force_parent)
+    if (v->differencing && !im->parent_id.known[ID_IMAGE] && !im->opt->force_parent)
         return ext_refuse(im, "no parent's UUID, in a differencing image of type", v->type);
     return 0;
 }
@@ -5603,57 +5705,18 @@ static int vdi_read_header(struct image *im, struct vdi *v)
     return vdi_check_header(im, v);
 }
 
-/* As VirtualBox writes it: the first three fields are little-endian numbers. */
-static void vdi_uuid_text(const uint8_t u[16], char text[37])
+static int vdi_identify(struct image *im)
 {
-    snprintf(text, 37, "%08" PRIx32 "-%04x-%04x-%02x%02x-%02x%02x%02x%02x%02x%02x", util_le32(u), util_le16(u + 4),
-             util_le16(u + 6), u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
+    struct vdi v = { 0 };
+
+    return vdi_read_header(im, &v);
 }
 
-/* The parent's file is not named in the image: the user does it, or VirtualBox's way to name snapshots. */
-static int vdi_find_parent(struct image *im)
+/* The parent's file is not named in the image. */
+static int vdi_set_parent(struct image *im)
 {
-    const char *user = im->depth == 0 ? im->opt->backing : NULL, *path = im->files[0].path;
-    int folder = (int)(util_basename(path) - path);
-    char uuid[37], beside[PATH_MAX];
-
-    util_copy(im->backing_format, sizeof(im->backing_format), "vdi");
-    im->has_parent_id = true;
-    vdi_uuid_text(im->parent_id, uuid);
-    snprintf(im->backing_name, sizeof(im->backing_name), "{%s}.vdi", uuid);
-    if (user) {
-        util_copy(im->backing_name, sizeof(im->backing_name), user);
-        return 0;
-    }
-    if (im->opt->no_backing || ((size_t)snprintf(beside, sizeof(beside), "%.*s%s", folder, path, im->backing_name) <
-                                    sizeof(beside) && access(beside, F_OK) == 0))
-        return 0;
-    if (im->depth)
-        return msg_err(-ENOENT, "%s: is a differencing image too; its parent %s is looked for beside it, as %s",
-                       im->name, uuid, im->backing_name);
-    return msg_err(-ENOENT, "%s: is a differencing image, and does not say where its parent %s is; --backing FILE does",
-                   im->name, uuid);
-}
-
-/* The right parent, but used by itself since its child was made: the child's blocks no longer fit it. */
-static int vdi_check_child(const struct image *im, const struct vdi *v)
-{
-    const struct image *child = im->child;
-    const struct vdi *c;
-    char want[37], got[37];
-
-    if (!child || child->format != im->format || memcmp(child->parent_id, im->id, sizeof(im->id)) != 0)
-        return 0;                   /* the image core compares these */
-    c = child->state;
-    if (util_is_null_id(c->parent_modified) || memcmp(c->parent_modified, v->modified, sizeof(v->modified)) == 0)
-        return 0;
-    vdi_uuid_text(c->parent_modified, want);
-    vdi_uuid_text(v->modified, got);
-    if (!im->opt->force_parent)
-        return msg_err(-EINVAL, "%s: was changed after %s was made from it: its modification UUID is %s instead of "
-                       "%s; --force-parent takes it all the same", im->name, child->name, got, want);
-    msg_say(MSG_NOTE, "%s: was changed after %s was made from it", im->name, child->name);
-    return 0;
+    ext_set_parent(im, "vdi");
+    return im->parent_id.known[ID_IMAGE] ? ext_add_uuid_hint(im, "vdi") : 0;
 }
 
 /*
@@ -5699,10 +5762,8 @@ static int vdi_open(struct image *im)
     if (im->n_files > 1)
         return msg_err(-EINVAL, "%s: a VDI image is one file", im->name);
     ret = vdi_read_header(im, v);
-    if (!ret)
-        ret = vdi_check_child(im, v);
     if (!ret && v->differencing)
-        ret = vdi_find_parent(im);
+        ret = vdi_set_parent(im);
     if (!ret)
         ret = vdi_find_shared(im, v);
     im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
@@ -5768,6 +5829,7 @@ static const struct image_format vdi_format = {
     .describe = "VirtualBox images: dynamic, fixed, differencing",
     .writes = "overlay",
     .probe = vdi_probe,
+    .identify = vdi_identify,
     .open = vdi_open,
     .map = vdi_map,
     .close = vdi_close,
@@ -6062,26 +6124,6 @@ static int prl_xml_bad(const struct image *im, const char *what, const char *val
     return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": %s ('%.60s')", im->name, what, value);
 }
 
-/* 32 hexadecimal digits, whatever braces and dashes are around them. */
-static bool prl_guid(const char *text, uint8_t guid[16])
-{
-    static const char digits[] = "0123456789abcdef";
-    unsigned n = 0;
-    const char *d;
-
-    memset(guid, 0, 16);
-    for (; *text; text++) {
-        if (strchr("{}-", *text))
-            continue;
-        d = strchr(digits, tolower((unsigned char)*text));
-        if (!d || n == 32)
-            return false;
-        guid[n / 2] = (uint8_t)(guid[n / 2] << 4 | (uint8_t)(d - digits));
-        n++;
-    }
-    return n == 32;
-}
-
 /* Replaces the five entities that XML has by itself, in place. False: there are others. */
 static bool prl_xml_unescape(char *text)
 {
@@ -6116,7 +6158,7 @@ static int prl_xml_number(const struct image *im, const char *text, uint64_t *va
 
 static int prl_xml_guid(const struct image *im, const char *text, uint8_t guid[16])
 {
-    return prl_guid(text, guid) ? 0 : prl_xml_bad(im, "a GUID", text);
+    return util_parse_guid(text, guid) ? 0 : prl_xml_bad(im, "a GUID", text);
 }
 
 static int prl_xml_image_value(const struct image *im, struct prl_image *i, const char *field, char *text)
@@ -6147,7 +6189,7 @@ static int prl_xml_parameter(struct image *im, struct prl_xml *x, const char *fi
     if (strcmp(field, "Padding") == 0 && strcmp(text, "0") != 0)
         return msg_err(-EOPNOTSUPP, "%s: disks with padding are not supported ('%.60s')", im->name, text);
     snprintf(how, sizeof(how), "by %.60s", text);
-    if (strcmp(field, "Encryption/Engine") == 0 && *text && !(prl_guid(text, guid) && util_is_null_id(guid)))
+    if (strcmp(field, "Encryption/Engine") == 0 && *text && !(util_parse_guid(text, guid) && util_is_null_id(guid)))
         return ext_encrypted(im, how, "Parallels Desktop");
     return 0;
 }
@@ -6315,7 +6357,7 @@ static int prl_find_top(const struct image *im, const struct prl_xml *x, uint8_t
     const char *wanted = im->depth == 0 ? im->opt->snapshot : NULL;
 
     if (wanted)
-        return prl_guid(wanted, guid) && prl_find_shot(x, guid) >= 0
+        return util_parse_guid(wanted, guid) && prl_find_shot(x, guid) >= 0
                    ? 0 : msg_err(-ENOENT, "%s: has no snapshot '%s' (it has %u)", im->name, wanted, x->n_shots);
     if (x->has_top || prl_find_shot(x, current) >= 0)
         memcpy(guid, x->has_top ? x->top : current, 16);
@@ -6835,7 +6877,7 @@ static int vhd_check_footer(struct image *im, struct vhd *v, const uint8_t *foot
         return msg_err(-EOPNOTSUPP, "%s: VHD of unknown version 0x%08x", im->name, version);
     if (v->type < VHD_FIXED || v->type > VHD_DIFFERENCING)
         return ext_refuse(im, "the kind of disk", v->type);
-    memcpy(im->id, footer + VHD_OFF_ID, sizeof(im->id));
+    ext_set_id(&im->id, ID_IMAGE, footer + VHD_OFF_ID);
     memcpy(v->creator, footer + VHD_OFF_CREATOR, 4);
     return 0;
 }
@@ -6896,39 +6938,71 @@ static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
     return 0;
 }
 
-/* One parent locator, if it is a path in UTF-16 (W2ru: relative to the child, W2ku: absolute). */
-static bool vhd_read_locator(struct image *im, const uint8_t *locator)
+/* "file://HOST/PATH", in place: the path with its %XX decoded; relative to the child where the host is ".". */
+static bool vhd_file_url(char *url)
+{
+    char *to = url, *from = url + 7, pair[3] = "";
+
+    if (strncasecmp(url, "file://", 7) != 0)
+        return false;
+    if (strncmp(from, "./", 2) == 0 || strncmp(from, "../", 3) == 0)
+        from += from[1] == '/' ? 2 : 0;
+    else
+        from += strcspn(from, "/");
+    for (; *from; to++) {
+        bool coded = from[0] == '%' && isxdigit((unsigned char)from[1]) && isxdigit((unsigned char)from[2]);
+        if (coded)
+            memcpy(pair, from + 1, 2);
+        *to = coded ? (char)strtoul(pair, NULL, 16) : *from;
+        from += coded ? 3 : 1;
+    }
+    *to = 0;
+    return true;
+}
+
+/* One parent locator. What cannot be read is left out: there are other names, and the parent is known by its UUID. */
+static int vhd_read_locator(struct image *im, const uint8_t *locator)
 {
     uint8_t path[VHD_LOCATOR_MAX];
+    char name[2 * VHD_LOCATOR_MAX];
     struct file *f = &im->files[0];
     uint32_t len = util_be32(locator + 8);
     uint64_t at = util_be64(locator + 16), done;
 
-    return len <= sizeof(path) && at <= f->size && len <= f->size - at && !file_pread(f, path, len, at, &done) &&
-           util_utf16_basename(path, len, false, im->backing_name, sizeof(im->backing_name));
+    if (len > sizeof(path) || at > f->size || len > f->size - at || file_pread(f, path, len, at, &done))
+        return 0;
+    /* W2ru and W2ku are in UTF-16; the older Wi2r and Wi2k may be. */
+    if (locator[1] == '2' || (locator[0] == 'W' && len >= 2 && !path[1]))
+        return util_utf16_text(path, len, false, name, sizeof(name)) ? ext_add_hint(im, name) : 0;
+    snprintf(name, sizeof(name), "%.*s", (int)len, (const char *)path);
+    return locator[0] == 'W' || vhd_file_url(name) ? ext_add_hint(im, name) : 0;
 }
 
-/* The parent is looked for beside the child, so of its path only the last component matters. */
+/* The locators in the order of the specification, then the name in the header. */
 static int vhd_read_parent(struct image *im, const uint8_t *h)
 {
-    static const char *const codes[] = { "W2ru", "W2ku" };
-    bool found = false;
+    static const char *const codes[] = { "W2ru", "W2ku", "MacX", "Wi2r", "Wi2k" };
+    char name[1024];
+    int ret = 0;
 
+    ext_set_id(&im->parent_id, ID_IMAGE, h + VHD_HEAD_PARENT_ID);
+    ext_set_parent(im, im->parent_id.known[ID_IMAGE] ? "vpc" : "");
     for (size_t kind = 0; kind < ARRAY_LEN(codes); kind++)
-        for (size_t i = 0; i < 8 && !found; i++)
-            found = memcmp(h + VHD_HEAD_LOCATORS + 24 * i, codes[kind], 4) == 0 &&
-                    vhd_read_locator(im, h + VHD_HEAD_LOCATORS + 24 * i);
-    if (!found)
-        found = util_utf16_basename(h + VHD_HEAD_PARENT_NAME, 512, true, im->backing_name,
-                                    sizeof(im->backing_name));
-    if (!found && !im->opt->no_backing && (im->depth || !im->opt->backing))
-        return msg_err(-EINVAL, "%s: does not name its parent; --backing FILE does", im->name);
-    if (!found)
-        util_copy(im->backing_name, sizeof(im->backing_name), "parent");
-    util_copy(im->backing_format, sizeof(im->backing_format), "vpc");
-    memcpy(im->parent_id, h + VHD_HEAD_PARENT_ID, sizeof(im->parent_id));
-    im->has_parent_id = true;
-    return 0;
+        for (size_t i = 0; i < 8 && !ret; i++)
+            if (memcmp(h + VHD_HEAD_LOCATORS + 24 * i, codes[kind], 4) == 0)
+                ret = vhd_read_locator(im, h + VHD_HEAD_LOCATORS + 24 * i);
+    if (!ret && util_utf16_text(h + VHD_HEAD_PARENT_NAME, 512, true, name, sizeof(name)))
+        ret = ext_add_hint(im, name);
+    return ret;
+}
+
+static int vhd_identify(struct image *im)
+{
+    struct vhd v = { 0 };
+    uint8_t footer[VHD_FOOTER] = { 0 };
+    int ret = vhd_read_footer(im, &v, footer);
+
+    return ret ? ret : vhd_check_footer(im, &v, footer);
 }
 
 static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *footer)
@@ -6950,7 +7024,11 @@ static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *foot
     ret = vhd_set_size(im, v, footer, reach);
     if (!ret && im->size > reach)
         ret = ext_refuse(im, "too few table entries for its size", v->entries);
-    return ret || v->type == VHD_DYNAMIC ? ret : vhd_read_parent(im, header);
+    if (ret || (v->type == VHD_DYNAMIC && util_is_null_id(header + VHD_HEAD_PARENT_ID)))
+        return ret;
+    if (v->type == VHD_DYNAMIC)     /* zeros for what the parent has would be the worse mistake */
+        msg_say(MSG_NOTE, "%s: says that it is dynamic, but has a parent's UUID: read as differencing", im->name);
+    return vhd_read_parent(im, header);
 }
 
 static int vhd_open(struct image *im)
@@ -6982,7 +7060,7 @@ static void vhd_close(struct image *im)
 
 static int vhd_hole(const struct image *im, struct extent *ext, uint64_t length)
 {
-    *ext = (struct extent){ .kind = *im->backing_name ? EXT_BACKING : EXT_ZERO, .length = length };
+    *ext = (struct extent){ .kind = ext_hole(im), .length = length };
     return 0;
 }
 
@@ -7067,9 +7145,9 @@ static void vhd_info(struct image *im, struct out *out)
 {
     static const char *const kinds[] = { "fixed", "dynamic", "differencing" };
     const struct vhd *v = im->state;
-    char id[2 * sizeof(im->id) + 1];
+    char id[33];
 
-    util_hex(im->id, sizeof(im->id), id);
+    util_hex(im->id.value[ID_IMAGE], 16, id);
     out_text(out, "subformat", kinds[v->type - VHD_FIXED]);
     out_text(out, "creator", v->creator);
     out_text(out, "size-by", v->by_geometry ? "geometry" : "current size");
@@ -7081,6 +7159,7 @@ static const struct image_format vhd_format = {
     .describe = "VHD images of Virtual PC, Hyper-V, Azure: fixed, dynamic, differencing",
     .writes = "overlay",
     .probe = vhd_probe,
+    .identify = vhd_identify,
     .open = vhd_open,
     .map = vhd_map,
     .info = vhd_info,
@@ -7174,23 +7253,14 @@ static int vhdx_probe(const struct probe *p)
     return p->head_len >= 8 && memcmp(p->head, "vhdxfile", 8) == 0 ? 100 : 0;
 }
 
-static uint32_t vhdx_guid_order(size_t i)
-{
-    static const uint8_t order[16] = { 3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
-
-    return order[i];
-}
-
 static int vhdx_unknown(const struct image *im, const char *what, const uint8_t *guid)
 {
-    uint8_t b[16];
-    char hex[33];
+    uint8_t uuid[16];
+    char text[37];
 
-    for (size_t i = 0; i < 16; i++)
-        b[i] = guid[vhdx_guid_order(i)];
-    util_hex(b, 16, hex);
-    return msg_err(-EOPNOTSUPP, "%s: needs an unknown VHDX %s {%.8s-%.4s-%.4s-%.4s-%.12s}", im->name, what, hex,
-                   hex + 8, hex + 12, hex + 16, hex + 20);
+    util_swap_guid(guid, uuid);
+    util_uuid_text(uuid, text);
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown VHDX %s {%s}", im->name, what, text);
 }
 
 /* CRC-32C (Castagnoli), bit by bit reversed; begins with ~0 and is inverted at the end. */
@@ -7218,18 +7288,12 @@ static bool vhdx_is_good(const uint8_t *bytes, size_t len, const char *signature
            ~vhdx_crc(vhdx_crc(vhdx_crc(~0u, bytes, 4), zeros, 4), bytes + 8, len - 8) == util_le32(bytes + 4);
 }
 
-static bool vhdx_is_zero(const uint8_t *guid)
-{
-    static const uint8_t zero[16];
-
-    return memcmp(guid, zero, 16) == 0;
-}
-
 /* Two headers: the good one with the higher sequence number is the current one. room: 64 KiB */
 static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
 {
     struct file *f = &im->files[0];
     const uint8_t *h = NULL;
+    uint8_t uuid[16];
     uint64_t done;
 
     for (uint64_t i = 0; i < 2; i++) {
@@ -7252,10 +7316,11 @@ static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
     v->version = util_le16(h + 66);
     if (v->version != 1)
         return msg_err(-EOPNOTSUPP, "%s: VHDX of unknown version %u", im->name, v->version);
-    memcpy(im->id, h + 32, sizeof(im->id));             /* changes with the data: what children remember */
+    util_swap_guid(h + 32, uuid);
+    ext_set_id(&im->id, ID_IMAGE, uuid);                /* changes with the data: what children remember */
     memcpy(v->log_guid, h + 48, sizeof(v->log_guid));
     v->log = (struct vhdx_range){ .offset = util_le64(h + 72), .length = util_le32(h + 68) };
-    im->dirty = !vhdx_is_zero(v->log_guid);
+    im->dirty = !util_is_null_id(v->log_guid);
     return 0;
 }
 
@@ -7648,7 +7713,7 @@ static int vhdx_read_items(struct image *im, struct vhdx *v)
         ret = vhdx_read_item(im, v, VHDX_SECTOR, sector, sizeof(sector));
     if (ret)
         return ret;
-    v->has_parent = util_le32(parameters + 4) & VHDX_HAS_PARENT;
+    v->has_parent = util_le32(parameters + 4) & VHDX_HAS_PARENT || v->item[VHDX_LOCATOR].length;
     ret = vhdx_check_sizes(im, v, util_le32(parameters), util_le64(size), util_le32(sector));
     return ret ? ret : vhdx_check_bat(im, v);
 }
@@ -7665,27 +7730,6 @@ static bool vhdx_key_is(const uint8_t *key, size_t len, const char *name)
         if (util_le16(key + 2 * i) != (unsigned char)name[i])
             return false;
     return true;
-}
-
-/* "{83ed0ec3-24c8-49a6-a959-5e4bf1288bfb}" in UTF-16. */
-static bool vhdx_parse_guid(const uint8_t *text, size_t len, uint8_t guid[16])
-{
-    char hex[33], pair[3] = "";
-    size_t n = 0;
-
-    for (size_t i = 0; i + 2 <= len; i += 2) {
-        uint32_t c = util_le16(text + i);
-        if (c == '{' || c == '}' || c == '-')
-            continue;
-        if (n == 32 || c > 0x7f || !isxdigit((int)c))
-            return false;
-        hex[n++] = (char)c;
-    }
-    for (size_t i = 0; i < 16 && n == 32; i++) {
-        memcpy(pair, hex + 2 * i, 2);
-        guid[vhdx_guid_order(i)] = (uint8_t)strtoul(pair, NULL, 16);
-    }
-    return n == 32;
 }
 
 /* Key and value of entry i of the locator. False: they do not lie in it. */
@@ -7707,30 +7751,33 @@ static bool vhdx_locator_value(const uint8_t *locator, uint64_t len, const char 
     return false;
 }
 
+/* The value of a key as text. */
+static bool vhdx_locator_text(const uint8_t *locator, uint64_t len, const char *key, char *text, size_t room)
+{
+    const uint8_t *value;
+    size_t n;
+
+    return vhdx_locator_value(locator, len, key, &value, &n) && util_utf16_text(value, n, false, text, room);
+}
+
 static int vhdx_parse_locator(struct image *im, const uint8_t *locator, uint64_t len)
 {
     static const char *const paths[] = { "relative_path", "volume_path", "absolute_win32_path" };
-    const uint8_t *value;
-    bool found = false;
-    size_t n;
+    char text[3072];
+    uint8_t uuid[16];
+    int ret = 0;
 
     if (memcmp(locator, vhdx_guid_locator, 16) != 0)
         return vhdx_unknown(im, "parent locator", locator);
-    for (size_t i = 0; i < ARRAY_LEN(paths) && !found; i++)
-        found = vhdx_locator_value(locator, len, paths[i], &value, &n) &&
-                util_utf16_basename(value, n, false, im->backing_name, sizeof(im->backing_name));
-    if (!found && !im->opt->no_backing && (im->depth || !im->opt->backing))
-        return msg_err(-EINVAL, "%s: does not name its parent; --backing FILE does", im->name);
-    if (!found)
-        util_copy(im->backing_name, sizeof(im->backing_name), "parent");
-    util_copy(im->backing_format, sizeof(im->backing_format), "vhdx");
-    im->has_parent_id = vhdx_locator_value(locator, len, "parent_linkage", &value, &n) &&
-                        vhdx_parse_guid(value, n, im->parent_id);
-    im->has_other_parent_id = vhdx_locator_value(locator, len, "parent_linkage2", &value, &n) &&
-                              vhdx_parse_guid(value, n, im->other_parent_id) && !vhdx_is_zero(im->other_parent_id);
-    if (!im->has_parent_id && !im->opt->force_parent)
-        return msg_err(-EINVAL, "%s: does not record its parent's identity; --force-parent takes any", im->name);
-    return 0;
+    ext_set_parent(im, "vhdx");
+    if (vhdx_locator_text(locator, len, "parent_linkage", text, sizeof(text)) && util_parse_guid(text, uuid))
+        ext_set_id(&im->parent_id, ID_IMAGE, uuid);
+    im->has_other_parent = vhdx_locator_text(locator, len, "parent_linkage2", text, sizeof(text)) &&
+                           util_parse_guid(text, im->other_parent) && !util_is_null_id(im->other_parent);
+    for (size_t i = 0; i < ARRAY_LEN(paths) && !ret; i++)
+        if (vhdx_locator_text(locator, len, paths[i], text, sizeof(text)))
+            ret = ext_add_hint(im, text);
+    return ret;
 }
 
 static int vhdx_read_parent(struct image *im, const struct vhdx *v, uint8_t *room)
@@ -7744,6 +7791,16 @@ static int vhdx_read_parent(struct image *im, const struct vhdx *v, uint8_t *roo
         return ext_refuse(im, "the length of the parent locator", len);
     ret = vhdx_read_item(im, v, VHDX_LOCATOR, room, len);
     return ret ? ret : vhdx_parse_locator(im, room, len);
+}
+
+static int vhdx_identify(struct image *im)
+{
+    struct vhdx v = { 0 };
+    uint8_t *room = malloc(VHDX_TABLE);
+    int ret = room ? vhdx_read_headers(im, &v, room) : -ENOMEM;
+
+    free(room);
+    return ret;
 }
 
 static int vhdx_open(struct image *im)
@@ -7889,9 +7946,9 @@ static int vhdx_map(struct image *im, uint64_t offset, uint64_t length, bool exa
 static void vhdx_info(struct image *im, struct out *out)
 {
     const struct vhdx *v = im->state;
-    char id[2 * sizeof(im->id) + 1];
+    char id[33];
 
-    util_hex(im->id, sizeof(im->id), id);
+    util_hex(im->id.value[ID_IMAGE], 16, id);
     out_text(out, "subformat", v->has_parent ? "differencing" : "fixed or dynamic");
     out_number(out, "sector-size", 1u << v->sector_bits);
     out_text(out, "data-write-id", id);
@@ -7904,6 +7961,7 @@ static const struct image_format vhdx_format = {
     .describe = "VHDX images of Hyper-V: fixed, dynamic, differencing; the log is replayed in memory",
     .writes = "overlay",
     .probe = vhdx_probe,
+    .identify = vhdx_identify,
     .open = vhdx_open,
     .map = vhdx_map,
     .info = vhdx_info,
@@ -8254,34 +8312,29 @@ static int vmdk_parse(struct image *im, struct vmdk *v)
     return ret;
 }
 
-/* The first four bytes of an identity are the CID, as it is printed. */
-static void vmdk_set_id(uint8_t id[16], uint32_t cid)
+static void vmdk_cid_id(struct identity *id, uint32_t cid)
 {
+    id->known[ID_CID] = true;
     for (int i = 0; i < 4; i++)
-        id[i] = (uint8_t)(cid >> (24 - 8 * i));
+        id->value[ID_CID][i] = (uint8_t)(cid >> (24 - 8 * i));
+}
+
+static void vmdk_set_id(struct image *im, const struct vmdk *v)
+{
+    if (!v->no_cid)
+        vmdk_cid_id(&im->id, v->cid);
 }
 
 static int vmdk_set_parent(struct image *im, const struct vmdk *v)
 {
-    const char *name = v->hint;
+    bool cid = v->parent_cid != VMDK_NO_PARENT && v->parent_cid && !v->odd_parent_cid;
 
-    vmdk_set_id(im->id, v->cid);
-    im->id[sizeof(im->id) - 1] = v->no_cid;
-    if ((v->parent_cid == VMDK_NO_PARENT || !v->parent_cid || v->odd_parent_cid) && !*v->hint)
+    vmdk_set_id(im, v);
+    if (!cid && !*v->hint)
         return 0;
-    for (const char *p = name; *p; p++)
-        if (*p == '/' || *p == '\\')
-            name = p + 1;
-    if (!*name && !im->opt->no_backing && !(im->depth == 0 && im->opt->backing))
-        return msg_err(-EINVAL, "%s: does not name its parent (CID %08x); --backing FILE does", im->name,
-                       v->parent_cid);
-    if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0 ||
-        !util_copy(im->backing_name, sizeof(im->backing_name), *name ? name : "unnamed"))
-        return vmdk_bad_line(im, "the name of its parent", v->hint);
-    util_copy(im->backing_format, sizeof(im->backing_format), "vmdk");
-    vmdk_set_id(im->parent_id, v->parent_cid);
-    im->has_parent_id = true;
-    return 0;
+    ext_set_parent(im, "vmdk");
+    vmdk_cid_id(&im->parent_id, v->parent_cid);
+    return ext_add_hint(im, v->hint);
 }
 
 /* -- sparse extents -- */
@@ -8846,31 +8899,57 @@ static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head)
     return ret;
 }
 
-static int vmdk_open(struct image *im)
+static void vmdk_free(struct vmdk *v)
 {
-    struct vmdk *v = im->state = util_fault("vmdk") ? NULL : calloc(1, sizeof(*v));
+    if (v) {
+        free(v->extents);
+        free(v->text);
+    }
+    free(v);
+}
+
+/* Reads and parses the descriptor, if there is one. */
+static int vmdk_read_text(struct image *im, struct vmdk *v)
+{
     uint8_t head[2 * VMDK_SECTOR] = { 0 };
     uint64_t done, len = util_min(im->files[0].size, sizeof(head));
-    int ret;
+    int ret = file_pread(&im->files[0], head, len, 0, &done);
 
-    if (!v)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
     v->parent_cid = VMDK_NO_PARENT;
     v->create_type = v->hint = "";
-    ret = file_pread(&im->files[0], head, len, 0, &done);
     if (ret)
         return ret;
     if (vmdk_kind_of(head, len) == VMDK_BAD && !vmdk_is_descriptor(head, len))
         return msg_err(-EINVAL, "%s: is not a VMDK image", im->name);
     if (vmdk_kind_of(head, len) == VMDK_COWD || vmdk_kind_of(head, len) == VMDK_SESPARSE)
-        return vmdk_open_alone(im, v);
+        return 0;
     ret = vmdk_load_text(im, v, head);
+    if (!ret && v->text && im->n_files > 1)
+        ret = msg_err(-EINVAL, "%s: has a descriptor, which names the files of the disk; give it alone", im->name);
+    return ret || !v->text ? ret : vmdk_parse(im, v);
+}
+
+static int vmdk_identify(struct image *im)
+{
+    struct vmdk *v = calloc(1, sizeof(*v));
+    int ret = v ? vmdk_read_text(im, v) : -ENOMEM;
+
+    if (!ret && v->text)
+        vmdk_set_id(im, v);
+    vmdk_free(v);
+    return ret;
+}
+
+static int vmdk_open(struct image *im)
+{
+    struct vmdk *v = im->state = util_fault("vmdk") ? NULL : calloc(1, sizeof(*v));
+    int ret;
+
+    if (!v)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = vmdk_read_text(im, v);
     if (!ret && !v->text)
         return vmdk_open_alone(im, v);
-    if (!ret && im->n_files > 1)
-        ret = msg_err(-EINVAL, "%s: has a descriptor, which names the files of the disk; give it alone", im->name);
-    if (!ret)
-        ret = vmdk_parse(im, v);
     if (!ret)
         ret = vmdk_set_parent(im, v);
     if (!ret && v->embedded)
@@ -8885,13 +8964,7 @@ static int vmdk_probe(const struct probe *p)
 
 static void vmdk_close(struct image *im)
 {
-    struct vmdk *v = im->state;
-
-    if (v) {
-        free(v->extents);
-        free(v->text);
-    }
-    free(v);
+    vmdk_free(im->state);
 }
 
 /* -- mapping -- */
@@ -9175,6 +9248,7 @@ static const struct image_format vmdk_format = {
     .describe = "VMware images: hosted, stream-optimized, COWD and seSparse extents, flat ones, split, with parents",
     .writes = "overlay",
     .probe = vmdk_probe,
+    .identify = vmdk_identify,
     .open = vmdk_open,
     .map = vmdk_map,
     .info = vmdk_info,
@@ -9856,6 +9930,8 @@ static void img_close_one(struct image *im)
         im->format->close(im);
     for (unsigned i = 0; i < im->n_files; i++)
         file_close(&im->files[i]);
+    for (unsigned i = 0; i < im->n_hints; i++)
+        free(im->hints[i]);
     if (im->files)
         pthread_mutex_destroy(&im->size_lock);
     free(im->files);
@@ -9920,7 +9996,7 @@ static int img_check_options(const struct image *im)
     if (im->format != &qcow2_format && (opt->data_file || (opt->snapshot && im->format != &prl_format)))
         return msg_err(-EINVAL, "%s: is %s, so --%s is of no use", im->name, im->format->name,
                        opt->data_file ? "data-file" : "snapshot");
-    if ((opt->backing || opt->backing_format) && !*im->backing_name)
+    if ((opt->n_backing || opt->backing_format) && !*im->backing_name)
         return msg_err(-EINVAL, "%s: has no backing file, so --backing is of no use", im->name);
     return 0;
 }
@@ -9975,15 +10051,16 @@ static bool img_is_allowed(const struct image_options *opt, const char *path)
 static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
                           const char *option)
 {
-    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash, another[64] = "", or[64] = "";
+    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash, another[96] = "", or[64] = "";
     bool writable = im->writable && f >= im->files && f < im->files + MAX_PARTS;    /* of its own, no backing file */
     int ret;
 
-    if (option && im->depth == 0) {
+    if (option && (im->depth == 0 || im->has_hints)) {
         snprintf(another, sizeof(another), "; %s FILE names another", option);
         snprintf(or, sizeof(or), "%s FILE or ", option);
-    } else if (option) {                    /* it would name that of the image on top, and leave this one out */
-        snprintf(another, sizeof(another), "; %s is for the image on top only", option);
+    } else if (option) {                    /* one alone would name that of the image on top, and leave this one out */
+        snprintf(another, sizeof(another), "; %s is for the image on top%s", option,
+                 strcmp(option, "--backing") == 0 ? ", a second one for the one below" : " only");
     }
     if (strncmp(name, "file:", 5) == 0 && strncmp(name, "file://", 7) != 0)
         name += 5;
@@ -10038,38 +10115,119 @@ static int img_check_backing_size(const struct image *im, const struct image *ba
     return 0;
 }
 
-/* A differencing disk over another parent than its own would be a wrong disk that looks right. */
-static int img_check_identity(const struct image *im, const struct image *base)
-{
-    char want[2 * sizeof(im->id) + 1], got[2 * sizeof(im->id) + 1];
+/*
+ * -- parents --
+ *
+ * Where a child records its parent's identity, the parent is the first of these that has it, read as the child's
+ * format:
+ *   1. a file that --backing names
+ *   2. the names recorded, in the order of the format's specification: as a path below the child's folder (or below
+ *      --allow-external), then the last component beside the child, then in the folder of --allow-external
+ *   3. the one file in the child's folder; two would be a guess
+ * A name alone proves nothing, so that what is found there is opened only if its identity fits. If nothing fits, what
+ * was nearest is opened all the same, to say what is wrong with it, or because of --force-parent. Where no identity is
+ * recorded (qcow2, QED) the name decides; the next --backing stands for it.
+ */
 
-    if (!im->has_parent_id || memcmp(im->parent_id, base->id, sizeof(im->id)) == 0 ||
-        (im->has_other_parent_id && memcmp(im->other_parent_id, base->id, sizeof(im->id)) == 0))
-        return 0;
-    util_hex(im->parent_id, sizeof(im->id), want);
-    util_hex(base->id, sizeof(im->id), got);
-    if (!im->opt->force_parent)
-        return msg_err(-EINVAL, "%s: is not the parent of %s, or was changed since: its identity is %s instead of "
-                       "%s; --force-parent takes it all the same", base->name, im->name, got, want);
-    msg_say(MSG_NOTE, "%s: taken for the parent of %s, whose identity is %s instead of %s", base->name, im->name,
-            got, want);
+static bool img_knows_parent(const struct image *im)
+{
+    const bool *known = im->parent_id.known;
+
+    return known[ID_IMAGE] || known[ID_CID] || known[ID_STATE];
+}
+
+/* The first value in which `id` is not the identity of im's parent; ID_KINDS: it is. */
+static enum identity_kind img_mismatch(const struct image *im, const struct identity *id)
+{
+    const struct identity *want = &im->parent_id;
+
+    for (unsigned k = 0; k < ID_KINDS; k++) {
+        bool good = id->known[k] && memcmp(id->value[k], want->value[k], 16) == 0;
+        if (k == ID_IMAGE && im->has_other_parent)
+            good |= id->known[k] && memcmp(id->value[k], im->other_parent, 16) == 0;
+        if (want->known[k] && !good)
+            return k;
+    }
+    return ID_KINDS;
+}
+
+static const char *img_id_text(const struct identity *id, enum identity_kind kind, char text[37])
+{
+    if (!id->known[kind])
+        util_copy(text, 37, "none");
+    else if (kind == ID_CID)
+        util_hex(id->value[kind], 4, text);
+    else
+        util_uuid_text(id->value[kind], text);
+    return text;
+}
+
+/* The value that tells most about im's parent. */
+static const char *img_parent_text(const struct image *im, char text[37])
+{
+    return img_id_text(&im->parent_id, im->parent_id.known[ID_IMAGE] ? ID_IMAGE : ID_CID, text);
+}
+
+/* The identity of a file, taken for this format. Silent; the file stays open. */
+static int img_identify(const struct image *child, const struct image_format *format, struct file *f,
+                        struct identity *id)
+{
+    struct image im = { .format = format, .opt = child->opt, .files = f, .n_files = 1, .name = f->path };
+    int ret = -EMEDIUMTYPE;
+
+    msg_hushed++;
+    if (format->identify)
+        ret = format->identify(&im);
+    msg_hushed--;
+    *id = im.id;
+    return ret;
+}
+
+static bool img_is_file(const struct image *im, const struct stat *st)
+{
+    return im->files[0].st.st_dev == st->st_dev && im->files[0].st.st_ino == st->st_ino;
+}
+
+/* Is f, which was just opened, the parent? Else it is closed. -ELOOP: it is in the chain; -ESTALE: another image. */
+static int img_try_file(const struct image *im, const struct image_format *format, struct file *f)
+{
+    struct identity id;
+    int ret = 0;
+
+    for (const struct image *c = im; c && !ret; c = c->child)
+        ret = img_is_file(c, &f->st) ? -ELOOP : 0;
+    if (!ret)
+        ret = img_identify(im, format, f, &id);
+    if (!ret && img_mismatch(im, &id) != ID_KINDS)
+        ret = -ESTALE;
+    if (ret)
+        file_forget(f);
+    return ret;
+}
+
+/* The first --backing that is not in the chain that ends with im, counted from 1; 0: there is none. */
+static unsigned img_next_given(const struct image *im, unsigned after)
+{
+    const struct image *c;
+
+    for (unsigned i = after + 1; i <= im->opt->n_backing; i++) {
+        for (c = im; c && c->given != i; c = c->child)
+            continue;
+        if (!c)
+            return i;
+    }
     return 0;
 }
 
-/*
- * The format of a backing file is never guessed: a guest that writes a header into its raw disk would choose
- * files.
- */
-static int img_open_one_backing(struct image *im, struct image *base, const char *user_file)
+/* Sets the format of im's backing file; given: the user named the file. It is never guessed: see section 4. */
+static int img_set_backing_format(const struct image *im, struct image *base, bool given)
 {
-    bool user = im->opt->backing_format && (!*im->backing_format || (im->depth == 0 && user_file));
+    bool user = im->opt->backing_format && (!*im->backing_format || (im->depth == 0 && given));
     const char *format = user ? im->opt->backing_format : im->backing_format;
-    int ret = img_begin(base, im->backing_name);
 
-    if (ret)
-        return ret;
-    base->n_files = 1;
-    base->files[0].fd = -1;
+    if (!*format && im->has_hints)
+        return msg_err(-EINVAL, "%s: records no identity of its parent '%s', as for a raw one; --backing-format raw "
+                       "reads it as that", im->name, im->backing_name);
     if (!*format)
         return msg_err(-EINVAL,
                        "%s: does not say which format its backing file '%s' has; --backing-format NAME does",
@@ -10080,8 +10238,255 @@ static int img_open_one_backing(struct image *im, struct image *base, const char
         return msg_err(-EMEDIUMTYPE,
                        "%s: its backing file '%s' is of format %s, which this version does not read",
                        im->name, im->backing_name, format);
-    ret = user_file ? file_open(&base->files[0], user_file, false)
-                    : img_open_named(im, &base->files[0], im->backing_name, "backing file", "--backing");
+    return 0;
+}
+
+static int img_take_given(const struct image *im, struct image *base, unsigned given)
+{
+    int ret = img_set_backing_format(im, base, true);
+
+    base->given = given;
+    return ret ? ret : file_open(&base->files[0], im->opt->backing[given - 1], false);
+}
+
+/* The --backing whose identity fits. */
+static int img_try_given(const struct image *im, struct image *base)
+{
+    struct file *f = &base->files[0];
+    int ret = -ENOENT;
+
+    for (unsigned i = img_next_given(im, 0); i; i = img_next_given(im, i)) {
+        msg_hushed++;
+        ret = img_take_given(im, base, i);
+        msg_hushed--;
+        if (ret)
+            file_forget(f);
+        else
+            ret = img_try_file(im, base->format, f);
+        if (!ret)
+            return 0;
+        base->given = 0;
+    }
+    return ret;
+}
+
+enum img_hint_way { IMG_HINT_PATH, IMG_HINT_BESIDE, IMG_HINT_ALLOWED, IMG_HINT_WAYS };
+
+/* A path to try for a recorded name. False: this way there is none. */
+static bool img_hint_path(const struct image *im, const char *hint, enum img_hint_way way, char path[PATH_MAX])
+{
+    const char *last = util_basename(hint);
+    bool windows = (isalpha((unsigned char)hint[0]) && hint[1] == ':') || strncmp(hint, "//", 2) == 0;
+
+    if (way == IMG_HINT_PATH)
+        return last != hint && !windows && util_copy(path, PATH_MAX, hint);
+    if (way == IMG_HINT_BESIDE)
+        return util_copy(path, PATH_MAX, last);
+    return im->opt->allow_external && realpath(im->opt->allow_external, path) && strlen(path) + strlen(last) < 1023 &&
+           util_copy(path + strlen(path), 1024, "/") && util_copy(path + strlen(path), 1024, last);
+}
+
+/*
+ * Opens what one of the recorded names leads to, if its identity fits. near: else a name that leads to another image,
+ * or to one that may not be opened.
+ */
+static int img_try_hints(struct image *im, struct image *base, char near[PATH_MAX])
+{
+    enum { MISSING, FORBIDDEN, OPENED } rank, best = MISSING;
+    struct file *f = &base->files[0];
+    char path[PATH_MAX], full[2 * PATH_MAX];
+    int ret = -ENOENT, folder = (int)(util_basename(im->files[0].path) - im->files[0].path);
+
+    for (unsigned i = 0; i < im->n_hints * IMG_HINT_WAYS; i++) {
+        if (!img_hint_path(im, im->hints[i / IMG_HINT_WAYS], i % IMG_HINT_WAYS, path))
+            continue;
+        msg_hushed++;
+        ret = img_open_named(im, f, path, "parent", NULL);
+        msg_hushed--;
+        snprintf(full, sizeof(full), "%.*s%s", *path == '/' ? 0 : folder, im->files[0].path, path);
+        rank = !ret ? OPENED : ret != -ENOENT && access(full, F_OK) == 0 ? FORBIDDEN : MISSING;
+        if (ret)
+            file_forget(f);
+        else
+            ret = img_try_file(im, base->format, f);
+        if (!ret && strcmp(util_basename(f->path), util_basename(path)) != 0)
+            msg_say(MSG_NOTE, "%s: its parent '%s' is called '%s' here", im->name, path, util_basename(f->path));
+        if (!ret || ret == -ENOMEM)
+            return ret;
+        if (rank > best) {
+            best = rank;
+            util_copy(near, PATH_MAX, path);
+        }
+    }
+    return ret;
+}
+
+static bool img_could_be(const struct image_format *format, struct file *f)
+{
+    uint8_t head[IMG_PROBE_HEAD], tail[IMG_PROBE_TAIL];
+    struct probe p = { head, tail, util_min(f->size, sizeof(head)), util_min(f->size, sizeof(tail)), f->size };
+    uint64_t done;
+
+    return file_pread(f, head, p.head_len, 0, &done) == 0 &&
+           file_pread(f, tail, p.tail_len, f->size - p.tail_len, &done) == 0 && format->probe(&p);
+}
+
+/* One file of the child's folder; f: what was found so far. Links are followed only as far as the folder reaches. */
+static int img_try_neighbour(const struct image *im, const struct image_format *format, const char *folder,
+                             const char *name, struct file *f)
+{
+    struct file other = { .fd = -1 };
+    char shown[PATH_MAX], uuid[37];
+    const char *path = im->files[0].path;
+    int ret = -ENAMETOOLONG;
+
+    if ((size_t)snprintf(shown, sizeof(shown), "%.*s%s", (int)(util_basename(path) - path), path, name) <
+        sizeof(shown))
+        ret = file_open_beneath(&other, folder, name, shown, false);
+    if (!ret && !img_could_be(format, &other))
+        ret = -EMEDIUMTYPE;
+    if (ret)
+        file_forget(&other);
+    else
+        ret = img_try_file(im, format, &other);
+    if (ret)
+        return ret == -ENOMEM ? ret : 0;
+    if (f->fd < 0) {
+        *f = other;
+        return 0;
+    }
+    if (other.st.st_dev != f->st.st_dev || other.st.st_ino != f->st.st_ino) {
+        msg_hushed--;
+        ret = msg_err(-ENOTUNIQ, "%s: its parent may be '%s' or '%s', which have the same identity %s; --backing FILE "
+                      "says which", im->name, f->path, other.path, img_parent_text(im, uuid));
+        msg_hushed++;
+    }
+    file_forget(&other);
+    return ret;
+}
+
+/* The file beside im that is its parent by its identity, if there is just one. */
+static int img_search_folder(const struct image *im, struct image *base)
+{
+    struct file *f = &base->files[0];
+    const char *path = im->files[0].path;
+    char folder[PATH_MAX];
+    struct dirent *e;
+    unsigned n = 0;
+    DIR *dir;
+    int ret = 0;
+
+    if (im->files[0].is_blk)
+        return -ENOENT;
+    snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(path) - path), path);
+    dir = util_fault("folder") ? NULL : opendir(*folder ? folder : ".");
+    msg_hushed++;
+    while (dir && !ret && (e = readdir(dir))) {
+        if (e->d_type != DT_REG && e->d_type != DT_LNK && e->d_type != DT_UNKNOWN)
+            continue;
+        ret = n++ < MAX_NEIGHBOURS ? img_try_neighbour(im, base->format, *folder ? folder : ".", e->d_name, f)
+                                   : -E2BIG;
+    }
+    msg_hushed--;
+    if (dir)
+        closedir(dir);
+    if (ret == -E2BIG)
+        msg_err(ret, "%s: its parent is not where it says, and there are more than %d files beside it, too many to "
+                "look at; --backing FILE names it", im->name, MAX_NEIGHBOURS);
+    if (!ret && f->fd < 0)
+        ret = -ENOENT;
+    if (!ret)
+        msg_say(MSG_NOTE, "%s: its parent, recorded as '%s', is %s by its identity", im->name, im->backing_name,
+                f->path);
+    return ret;
+}
+
+static bool img_is_further_down(const struct image *im, const char *path);
+
+/* Opens the file of im's backing image, and sets its format. */
+static int img_find_parent(struct image *im, struct image *base)
+{
+    const struct image_options *opt = im->opt;
+    bool known = img_knows_parent(im);
+    unsigned next = img_next_given(im, 0);
+    char near[PATH_MAX] = "", uuid[37];
+    int ret;
+
+    if (known && img_try_given(im, base) == 0)
+        return 0;
+    if (next && (!known || opt->force_parent) && !img_is_further_down(im, opt->backing[next - 1]))
+        return img_take_given(im, base, next);
+    ret = img_set_backing_format(im, base, false);
+    if (ret)
+        return ret;
+    if (!im->has_hints)
+        return img_open_named(im, &base->files[0], im->backing_name, "backing file", "--backing");
+    if (!known && *im->backing_format && !opt->force_parent)
+        return msg_err(-EINVAL, "%s: does not record its parent's identity; --force-parent takes any", im->name);
+    ret = img_try_hints(im, base, near);
+    if (ret && ret != -ENOMEM && known)
+        ret = img_search_folder(im, base);
+    if (!ret || ret == -ENOTUNIQ || ret == -E2BIG)
+        return ret;
+    if (ret == -ENOMEM)
+        return msg_err(ret, "%s: out of memory", im->name);
+    if (next)                       /* its identity is wrong: img_check_identity() says so */
+        return img_take_given(im, base, next);
+    if (*near)
+        return img_open_named(im, &base->files[0], near, "backing file", "--backing");
+    if (!im->n_hints)
+        return msg_err(-ENOENT, "%s: does not name its parent, and no file beside it has the identity %s; --backing "
+                       "FILE names it", im->name, img_parent_text(im, uuid));
+    return msg_err(-ENOENT, "%s: cannot open its backing file '%s': %s, and no file beside it has the identity %s; "
+                   "--backing FILE names it", im->name, im->backing_name, strerror(ENOENT), img_parent_text(im, uuid));
+}
+
+/*
+ * A file that is not the parent. It may be, changed, if its name is the only one recorded, or if it is the right one in
+ * another state; then --force-parent is offered. Else it could as well be an ancestor further down.
+ */
+static int img_say_mismatch(const struct image *im, const char *name, const struct identity *id, bool offer)
+{
+    enum identity_kind kind = img_mismatch(im, id);
+    char want[37], got[37];
+
+    for (unsigned i = 0; i < im->n_hints && kind != ID_STATE; i++)
+        offer &= strcasecmp(util_basename(im->hints[i]), util_basename(name)) == 0;
+    offer &= kind == ID_STATE || im->n_hints;
+    img_id_text(&im->parent_id, kind, want);
+    img_id_text(id, kind, got);
+    return kind == ID_STATE
+               ? msg_err(-EINVAL, "%s: was changed after %s was made from it: its modification UUID is %s instead of "
+                         "%s%s", name, im->name, got, want, offer ? "; --force-parent takes it all the same" : "")
+               : msg_err(-EINVAL, "%s: is not the parent of %s%s: its identity is %s instead of %s%s", name, im->name,
+                         offer ? ", or was changed since" : "", got, want,
+                         offer ? "; --force-parent takes it all the same" : "");
+}
+
+/* A differencing disk over another parent than its own would be a wrong disk that looks right. */
+static int img_check_identity(const struct image *im, const struct image *base)
+{
+    enum identity_kind kind = img_mismatch(im, &base->id);
+    char want[37], got[37];
+
+    if (kind == ID_KINDS)
+        return 0;
+    if (!im->opt->force_parent)
+        return img_say_mismatch(im, base->name, &base->id, true);
+    msg_say(MSG_NOTE, "%s: taken for the parent of %s, whose identity is %s instead of %s", base->name, im->name,
+            img_id_text(&base->id, kind, got), img_id_text(&im->parent_id, kind, want));
+    return 0;
+}
+
+static int img_open_one_backing(struct image *im, struct image *base)
+{
+    int ret = img_begin(base, im->backing_name);
+
+    if (ret)
+        return ret;
+    base->n_files = 1;
+    base->files[0].fd = -1;
+    ret = img_find_parent(im, base);
     if (ret)
         return ret;
     base->name = base->files[0].path;
@@ -10093,9 +10498,80 @@ static int img_open_one_backing(struct image *im, struct image *base, const char
     return ret ? ret : img_check_backing_size(im, base);
 }
 
+static struct image *img_add_backing(struct image *im)
+{
+    struct image *base = util_fault("backing image") ? NULL : calloc(1, sizeof(*base));
+
+    im->backing = base;
+    if (!base)
+        return NULL;
+    base->opt = im->opt;
+    base->depth = im->depth + 1;
+    base->child = im;
+    return base;
+}
+
+/*
+ * Is this file an image of the chain below the parent of im, as the images record it? Taken for the parent it would
+ * leave out those between. Silent; only where a --backing is about to be taken that nothing proves right.
+ */
+static bool img_is_further_down(const struct image *im, const char *path)
+{
+    struct image_options recorded = *im->opt;
+    struct image top = *im, *cur = &top, *base;
+    bool found = false;
+    struct stat st;
+    int ret = stat(path, &st) < 0 ? -errno : 0;
+
+    recorded.n_backing = 0;
+    recorded.force_parent = false;
+    top.opt = &recorded;
+    top.backing = NULL;
+    msg_hushed++;
+    while (!ret && !found && *cur->backing_name && (base = img_add_backing(cur))) {
+        ret = img_open_one_backing(cur, base);
+        found = !ret && cur != &top && img_is_file(base, &st);
+        cur = base;
+    }
+    msg_hushed--;
+    if (top.backing)
+        img_close(top.backing);
+    free(top.backing);
+    return found;
+}
+
+/* Once the chain that ends with im is open: a --backing that is not in it was meant for something. */
+static int img_check_given(const struct image *im)
+{
+    unsigned next = img_next_given(im, 0);
+    const struct image *best = NULL;
+    struct file f = { .fd = -1 };
+    struct identity id, best_id = { 0 };
+    const char *path;
+    int ret;
+
+    if (!next)
+        return 0;
+    path = im->opt->backing[next - 1];
+    msg_hushed++;
+    ret = file_open(&f, path, false);
+    for (const struct image *c = im->child; c && !ret; c = c->child)
+        if (!(best && img_mismatch(best, &best_id) == ID_STATE) && img_identify(c, c->format, &f, &id) == 0 &&
+            img_mismatch(c, &id) != ID_KINDS) {
+            best = c;
+            best_id = id;
+        }
+    file_forget(&f);
+    msg_hushed--;
+    if (best)
+        return img_say_mismatch(best, path, &best_id, false);
+    while (im->child)
+        im = im->child;
+    return msg_err(-EINVAL, "%s: is no image of the chain of %s, so --backing is of no use", path, im->name);
+}
+
 static int img_open_backing(struct image *im)
 {
-    const char *user_file;
     struct image *base;
     int ret = 0;
 
@@ -10107,16 +10583,12 @@ static int img_open_backing(struct image *im)
                     im->backing_name);
             return 0;
         }
-        user_file = im->depth == 0 ? im->opt->backing : NULL;
-        im->backing = base = util_fault("backing image") ? NULL : calloc(1, sizeof(*base));
+        base = img_add_backing(im);
         if (!base)
             return msg_err(-ENOMEM, "%s: out of memory", im->name);
-        base->opt = im->opt;
-        base->depth = im->depth + 1;
-        base->child = im;
-        ret = img_open_one_backing(im, base, user_file);
+        ret = img_open_one_backing(im, base);
     }
-    return ret;
+    return ret ? ret : img_check_given(im);
 }
 
 /*
@@ -10136,7 +10608,8 @@ static void img_overlay_format(const struct image *base, char word[32])
     bool parts = base->n_files > 1 && base->format == &raw_format;
 
     util_hash(&hash, opt->snapshot);
-    util_hash(&hash, opt->backing);
+    for (unsigned i = 0; i < (opt->n_backing ? opt->n_backing : 1); i++)
+        util_hash(&hash, i < opt->n_backing ? opt->backing[i] : NULL);
     util_hash(&hash, opt->backing_format);
     util_hash(&hash, opt->data_file);
     for (unsigned i = 0; parts && i < base->n_files; i++) {
@@ -10144,7 +10617,7 @@ static void img_overlay_format(const struct image *base, char word[32])
         util_hash(&hash, util_basename(base->files[i].path));
         util_hash(&hash, size);
     }
-    if (parts || opt->snapshot || opt->backing || opt->data_file)
+    if (parts || opt->snapshot || opt->n_backing || opt->data_file)
         snprintf(word, 32, "%s:%016" PRIx64, parts ? "split-raw" : opt->snapshot ? "snapshot" : "backing", hash);
     else
         util_copy(word, 32, base->format->name);
@@ -12976,8 +13449,9 @@ enum opt_action { ACT_EXPORT, ACT_INFO, ACT_MAP, ACT_CHECK, ACT_UMOUNT, ACT_FORM
 
 struct options {
     char **images, **command, *mountpoint, *format, *pidfile, *extra;
-    char *snapshot, *backing, *backing_format, *data_file, *allow_external, *error_map, *overlay, *temporary;
-    unsigned n_images;
+    char *snapshot, *backing_format, *data_file, *allow_external, *error_map, *overlay, *temporary;
+    char *backing[MAX_GIVEN];
+    unsigned n_images, n_backing;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
         no_backing, force_parent, ignore_log, strict, lazy, verbose, quiet, json, repair, read_only;
     bool mount_helper; /* called by mount(8) */
@@ -13200,6 +13674,7 @@ static struct image_options run_image_options(const struct options *o)
         .format = o->format,
         .snapshot = o->snapshot,
         .backing = o->backing,
+        .n_backing = o->n_backing,
         .backing_format = o->backing_format,
         .data_file = o->data_file,
         .allow_external = o->allow_external,
@@ -14322,6 +14797,7 @@ static bool cmd_self_test(int argc, char **argv, int *status)
 enum opt_kind {
     OPT_SET,
     OPT_TEXT,
+    OPT_FILES,                      /* may be repeated */
     OPT_SIZE,
     OPT_COUNT,
     OPT_ID,
@@ -14355,8 +14831,8 @@ static const struct opt {
     { 'q', "quiet", NULL, OPT_SET, OPT_AT(quiet), 0, "errors only" },
     { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
     { 0, "snapshot", "ID|NAME", OPT_TEXT, OPT_AT(snapshot), 0, "show this internal snapshot" },
-    { 0, "backing", "FILE", OPT_TEXT, OPT_AT(backing), 0,
-      "the backing file, instead of what the image says" },
+    { 0, "backing", "FILE", OPT_FILES, OPT_AT(backing), 0,
+      "the backing file, instead of what the image says (several: of the chain)" },
     { 0, "backing-format", "NAME", OPT_TEXT, OPT_AT(backing_format), 0, "and its format" },
     { 0, "data-file", "FILE", OPT_TEXT, OPT_AT(data_file), 0, "the external data file" },
     { 0, "allow-external", "DIR", OPT_TEXT, OPT_AT(allow_external), 0,
@@ -14489,6 +14965,11 @@ static int opt_apply(struct options *o, const struct opt *opt, char *value)
         return 0;
     case OPT_TEXT:
         *(const char **)at = value ? value : "";
+        return 0;
+    case OPT_FILES:
+        if (o->n_backing == MAX_GIVEN)
+            return msg_err(-E2BIG, "--%s: more than %d files", opt->name, MAX_GIVEN);
+        ((char **)at)[o->n_backing++] = value;
         return 0;
     case OPT_SIZE:
         if (!util_parse_size(value, &number) || (number == 0 && opt->value))

@@ -25,6 +25,9 @@
 #define MAX_FILES 4096              /* of all images of a chain together: 12 bits of the cache's tags */
 #define MAX_CLUSTER (2u << 20)      /* bytes that one compressed cluster decodes to */
 #define MAX_CHAIN 200               /* images of one backing chain */
+#define MAX_GIVEN 64                /* --backing */
+#define MAX_NEIGHBOURS 4096         /* files of a folder that are looked at to find a parent by its identity */
+#define MAX_PARENT_NAMES 16         /* recorded names of one parent: VHD has eight and one more */
 #define MAX_VIEWS 256               /* files shown in a directory mount: the disk and its partitions */
 #define MAX_LOGICAL 251             /* records followed in one extended partition: Linux counts to partition 255 */
 #define MAX_GPT_ENTRIES 1024        /* more than any tool writes (128 is usual): bounds the table's allocation */
@@ -78,11 +81,27 @@ enum {
 
 struct image;
 
+/*
+ * What tells an image from others, as children record it of their parent. A parent must agree in every value that its
+ * child knows.
+ *   ID_IMAGE   which image: stays when its data changes (but for VHDX, whose GUID changes with every use)
+ *   ID_CID     VMDK's content ID: 4 bytes, changes with the data
+ *   ID_STATE   changes with the data: VirtualBox's modification UUID
+ */
+enum identity_kind { ID_IMAGE, ID_CID, ID_STATE, ID_KINDS };
+
+struct identity {
+    bool known[ID_KINDS];
+    uint8_t value[ID_KINDS][16];    /* UUIDs in the order in which they are printed */
+};
+
 /* What the user said about images; the same for all of a chain unless it says "top". */
 struct image_options {
     const char *format;             /* of the top image; NULL: probed */
     const char *snapshot;           /* top: id or name */
-    const char *backing, *backing_format;   /* top: instead of what it says */
+    char *const *backing;           /* files of the chain: each where its identity fits, or instead of what top says */
+    unsigned n_backing;
+    const char *backing_format;     /* of the top's, and of those whose format no image says */
     const char *data_file;          /* top */
     const struct image *overlay_of; /* the image is an overlay: whose, or it is refused */
     const char *allow_external;     /* a folder that names in images may lead to */
@@ -140,6 +159,8 @@ struct check {
  *   probe   0..100, no I/O; the highest wins, 0 is "not mine".
  *   part    NULL: one file. Else writes the name of part i (0 is the first) of a set whose first file is `first`;
  *           false when `first` does not look like the first of a set, or there is no such name any more.
+ *   identify  sets im->id from the headers of im->files[0], and nothing else; cheap, opens no other file. NULL: no
+ *           child of this format knows its parent by identity.
  *   open    im->files are open; sets im->size. Reports its own errors. May leave a half-built im: close() copes.
  *   map     describes [offset, offset + length) from its start; offset < im->size, length >= 1. With `exact`
  *           allocation is told apart (holes of a sparse file; zeros with and without room of their own), which may
@@ -162,6 +183,7 @@ struct image_format {
     bool writable;                  /* in place */
     int (*probe)(const struct probe *p);
     bool (*part)(const char *first, unsigned i, char name[PATH_MAX]);
+    int (*identify)(struct image *im);
     int (*open)(struct image *im);
     int (*map)(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
     int (*write)(struct image *im, const uint8_t *buf, uint64_t len, uint64_t offset, uint64_t *done);
@@ -192,13 +214,20 @@ struct image {
     uint32_t cluster_size;          /* likewise: what is allocated at once; 0: no such thing */
     bool dirty;                     /* likewise: says of itself that it was not closed properly */
     bool encrypted;                 /* likewise: opened for its tables alone, map() describes what cannot be read */
-    uint8_t id[16], parent_id[16];  /* likewise: its identity, and the one that its backing file must have ... */
-    bool has_parent_id;             /* ... if this says so */
-    uint8_t other_parent_id[16];    /* likewise: or this one */
-    bool has_other_parent_id;
+    /*
+     * Likewise, where the backing file is known by its identity, not by its name: the names recorded for it are hints,
+     * tried in this order ("/" between components, UTF-8; owned). Any file beside the image with that identity will do.
+     */
+    bool has_hints;
+    unsigned n_hints;
+    char *hints[MAX_PARENT_NAMES];
+    struct identity id, parent_id;  /* likewise: its own; what its parent must have */
+    bool has_other_parent;          /* likewise: as ID_IMAGE this one will do, too */
+    uint8_t other_parent[16];
     uint32_t sector_size;           /* likewise: the disk's logical sectors; 0: the image does not say */
     unsigned depth;                 /* 0: the image that the user named */
     struct image *child;            /* whose backing file this is */
+    unsigned given;                 /* it is the n-th --backing; 0: no */
     const char *name;               /* the first file's path */
     _Atomic uint64_t size;          /* changes only under size_lock */
     _Atomic bool failed;            /* a write, a flush or a resize went wrong: the exit status will say so */

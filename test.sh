@@ -1375,10 +1375,12 @@ t_nothing_outside_the_images_folder_is_opened() {
 t_qcow2_backing_files_in_the_middle_are_not_named_by_backing() {
     random base 100; qemu-img convert -f raw -O qcow2 base base.qcow2; qemu-img create -q -u -f qcow2 -b file:base.qcow2 -F qcow2 mid 400k
     qemu-io -c 'write -P 7 64k 64k' mid >/dev/null; qemu-img create -q -f qcow2 -b mid -F qcow2 top; qemu-img convert -O raw top truth
-    check_same top
+    cp truth top.truth; check_same top
     qemu-img create -q -u -f qcow2 -b base -F file over 400k; cp base truth; check_same over     # a protocol, as old tools record it
     mv base.qcow2 away
-    refused 1 "cannot open its backing file 'base.qcow2': No such file or directory; --backing is for the image on top only" "$fx" -q top m
+    refused 1 "cannot open its backing file 'base.qcow2': No such file or directory; --backing is for the image on top, a second one" "$fx" -q top m
+    mv top.truth truth; check_same top --backing mid --backing away
+    refused 1 'base: is no image of the chain of top, so --backing is of no use' "$fx" -q --backing mid --backing away --backing base top m
     refused 1 '; --backing FILE names another' "$fx" -q mid m
 }
 
@@ -2518,24 +2520,27 @@ open("base.raw", "wb").write(raw(base)[:60 * bs])
 open("truth1", "wb").write(raw(mid, base)); open("truth2", "wb").write(raw(top, mid, base))
 open("holes", "wb").write(bytes(x is None for x in mid))
 '
-    refused 1 'does not say where its parent 01010101-0101-0101-0101-010101010101 is; --backing FILE does' "$fx" -q mid.vdi m
     cp truth1 truth
-    check_same mid.vdi --backing base.vdi
+    check_same mid.vdi
+    mkdir a; mv base.vdi a
+    refused 1 "cannot open its backing file '{01010101.*and no file beside it has the identity 01010101-0101-0101-0101-010101010101; --backing FILE names it" "$fx" -q mid.vdi m
+    check_same mid.vdi --backing a/base.vdi
     expect 1 "$fx" -q --backing stranger.vdi mid.vdi m; grep -q 'is not the parent of mid.vdi' err
     expect 1 "$fx" -q --backing used.vdi mid.vdi m; grep -q 'was changed after mid.vdi was made' err
     check_same mid.vdi --backing stranger.vdi --force-parent
     check_same mid.vdi --backing used.vdi --force-parent
     expect 1 "$fx" -q --backing mid.vdi mid.vdi m; grep -q 'own backing file' err
-    # As VirtualBox keeps its snapshots: {UUID}.vdi beside each other; the base is elsewhere, and a link will do.
+    # As VirtualBox keeps its snapshots: {UUID}.vdi beside each other; the base has any name.
     cp truth2 truth
-    expect 1 "$fx" -q s/top.vdi m; grep -q 'looked for beside it, as {11111111-1111-1111-1111-111111111111}.vdi' err
+    check_same s/top.vdi
+    "$fx" s/top.vdi m 2>err; "$fx" --umount m; grep -q 'its parent, recorded as .*1111}.vdi.*, is s/base by its identity' err
     mv s/base 's/{11111111-1111-1111-1111-111111111111}.vdi'
     check_same s/top.vdi
     # The parent may be of another format, if the user says so; then nothing can be verified.
     cp truth1 truth
     expect 1 "$fx" -q --backing base.raw --backing-format raw mid.vdi m
     check_same mid.vdi --backing base.raw --backing-format raw --force-parent
-    expect 1 "$fx" -q --backing base.vdi orphan.vdi m; grep -q "no parent's UUID.*type (0x4)" err
+    expect 1 "$fx" -q --backing a/base.vdi orphan.vdi m; grep -q "no parent's UUID.*type (0x4)" err
     expect 1 "$fx" -q odd.vdi m; grep -q "is not a differencing one, of type (0x1)" err
     # Without the parent, what is in it is bad and the rest is there.
     "$fx" -q --no-backing mid.vdi m
@@ -3673,13 +3678,15 @@ child("unnamed"); child("dots", name="a\\.."); child("folder", name="a\\sub"); c
 child("itself", name="itself", parent=c); child("long", locators=[(b"W2ru", "x" * 3000)]); child("wide", locators=[(b"W2ku", "\u65e5" * 600)])
 '
     local i
-    for i in header relative absolute slashes terminated; do check_same $i; done
-    for i in unnamed dots folderish long wide; do refused 1 'does not name its parent; --backing' "$fx" -q $i m; done
+    for i in header relative absolute slashes terminated unnamed dots folderish long wide folder mismatch; do check_same $i; done
+    mkdir alone; mv itself alone; refused 1 'is its own backing file' "$fx" -q alone/itself m
+    mv ./*parent.vhd sub/parent
+    for i in unnamed dots folderish; do
+        refused 1 'does not name its parent, and no file beside it has the identity 01010101-.*; --backing' "$fx" -q $i m
+    done
     expect 1 "$fx" -q folder m; grep -q "cannot open its backing file 'sub'" err
-    refused 1 'is its own backing file' "$fx" -q itself m
     refused 1 'other: is not the parent of mismatch.*02020202.* instead of 01010101.*--force-parent' "$fx" -q mismatch m
     check_same mismatch --force-parent
-    mv ./*parent.vhd sub/parent
     expect 1 "$fx" -q header m; grep -q 'cannot open its backing file.*No such file.*--backing' err
     check_same header --backing sub/parent; check_same unnamed --backing sub/parent
     refused 1 'is not the parent' "$fx" -q --backing other header m
@@ -4040,15 +4047,17 @@ at = d.index(G("b04aefb7-d19e-4a81-b789-25b8e9445913"))
 open("outside", "wb").write(d[:at + 20] + b"\xff" * 12 * 4 + d[at + 20 + 48:])
 '
     local i
-    for i in relative volume absolute upper linkage2; do check_same $i; done
-    refused 1 'does not name its parent; --backing' "$fx" -q unnamed m; check_same unnamed --backing 'the parent'
+    for i in relative volume absolute upper linkage2 unnamed mismatch itself; do check_same $i; done
     for i in unlinked garbled; do refused 1 'does not record its parent.s identity; --force-parent' "$fx" -q $i m; check_same $i --force-parent; done
-    refused 1 'other: is not the parent of mismatch.*--force-parent' "$fx" -q mismatch m; check_same mismatch --force-parent
     refused 1 'zero: is not the parent of null2' "$fx" -q null2 m
-    refused 1 'is its own backing file' "$fx" -q itself m
     refused 1 'unknown VHDX parent locator {00000000-0000-0000-0000-000000000000}' "$fx" -q foreign m
-    refused 1 'does not name its parent' "$fx" -q outside m
-    mv 'the parent' sub/moved; expect 1 "$fx" -q relative m; grep -q "cannot open its backing file 'the parent': No such" err
+    refused 1 'does not record its parent' "$fx" -q outside m
+    mv 'the parent' sub/moved
+    refused 1 'does not name its parent, and no file beside it has the identity 03020100-0504-0706-0809-0a0b0c0d0e0f; --backing' "$fx" -q unnamed m
+    check_same unnamed --backing sub/moved
+    refused 1 'other: is not the parent of mismatch.*--force-parent' "$fx" -q mismatch m; check_same mismatch --force-parent
+    refused 1 'is its own backing file' "$fx" -q itself m
+    expect 1 "$fx" -q relative m; grep -q "cannot open its backing file '.*the parent': No such" err
     check_same relative --backing sub/moved
     "$fx" -q --no-backing relative m; not head -c 1 m 2>err; "$fx" --umount m
 }
@@ -4490,17 +4499,17 @@ open("hint.vmdk", "wb").write(e + d[len(e):])' "$hint"
     # Changed since: QEMU changes the CID at the first write.
     qemu-img convert -O raw mid.vmdk truth
     sed -i 's/^CID=.*/CID=0badcafe/' base.vmdk
-    refused 1 'is not the parent of mid.vmdk.*0badcafe000' "$fx" -q mid.vmdk m
+    refused 1 'is not the parent of mid.vmdk.*0badcafe instead of' "$fx" -q mid.vmdk m
     check_same mid.vmdk --force-parent
     "$fx" -q --no-backing mid.vmdk m; not cat m >/dev/null 2>err; "$fx" --umount m
     vmdk_py '
 save("x-flat", bytes(512))
 save("nameless", text(["RW 1 FLAT \"x-flat\" 0"], parent="12345678"))
 save("no cid", text(["RW 1 FLAT \"x-flat\" 0"], more="parentFileNameHint=\"base.vmdk\""))
-save("loop", text(["RW 1 FLAT \"x-flat\" 0"], parent="11223344", more="parentFileNameHint=\"loop\""))'
-    refused 1 'does not name its parent (CID 12345678); --backing' "$fx" -q nameless m
+os.mkdir("own"); save("own/x-flat", bytes(512)); save("own/loop", text(["RW 1 FLAT \"x-flat\" 0"], parent="11223344", more="parentFileNameHint=\"loop\""))'
+    refused 1 'does not name its parent, and no file beside it has the identity 12345678; --backing' "$fx" -q nameless m
     refused 1 'is not the parent' "$fx" -q 'no cid' m
-    refused 1 'is its own backing file' "$fx" -q loop m
+    refused 1 'is its own backing file' "$fx" -q own/loop m
 }
 
 t_vmdk_descriptors_are_read_as_they_come() {
