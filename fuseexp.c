@@ -77,6 +77,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -90,6 +91,7 @@
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#include <sys/xattr.h>
 #include <syslog.h>
 #include <time.h>
 #include <unistd.h>
@@ -10640,65 +10642,174 @@ static int img_overlay_backing(const struct image *base, const char *overlay, ch
     return strlen(name) <= 1023 ? 0 : msg_err(-ENAMETOOLONG, "%s: too long a path to be recorded", name);
 }
 
-/* A file without a name, in a folder; `near` may be a file of that folder. */
-static int img_unnamed_file(const char *folder)
+/* Errors of a file system that cannot do this; others (no space, no right) are what they are. */
+static bool img_cannot(int ret)
 {
-    char name[PATH_MAX];
+    return ret == -EOPNOTSUPP || ret == -EINVAL || ret == -EISDIR || ret == -EPERM || ret == -ENOSYS ||
+           ret == -EMLINK || ret == -EXDEV || ret == -ENOENT;
+}
+
+static int img_open_unnamed(const char *folder)
+{
     int fd = util_fault("temporary file") ? -1 : open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 
-    if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL))
-        return fd < 0 ? -errno : fd;
+    return fd < 0 ? -errno : fd;
+}
+
+/* A file that is gone when it is closed; FAT and NFS have to give it a name for a moment. */
+static int img_open_temporary(const char *folder)
+{
+    char name[PATH_MAX];
+    int fd = img_open_unnamed(folder);
+
+    if (fd >= 0 || !img_cannot(fd))
+        return fd;
     if ((size_t)snprintf(name, sizeof(name), "%s/.fuseexp-XXXXXX", folder) >= sizeof(name))
         return -ENAMETOOLONG;
     fd = mkostemp(name, O_CLOEXEC);
     if (fd < 0)
         return -errno;
-    unlink(name);
+    if (unlink(name) == 0)
+        return fd;
+    close(fd);
+    return -EIO;
+}
+
+/*
+ * Makes the file `name`, locked. One that a killed start has left is removed: nobody holds its lock. Whoever
+ * removes it keeps that lock until the new file is locked, so that a third start does not remove the new one.
+ */
+static int img_open_working(const char *name)
+{
+    struct stat held, seen;
+    int old = -1, fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+
+    if (fd < 0 && errno == EEXIST) {
+        old = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+        if (old >= 0 && flock(old, LOCK_EX | LOCK_NB) == 0 && fstat(old, &held) == 0 && S_ISREG(held.st_mode) &&
+            lstat(name, &seen) == 0 && held.st_dev == seen.st_dev && held.st_ino == seen.st_ino && unlink(name) == 0)
+            fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+        else
+            errno = EBUSY;
+    }
+    if (fd < 0)
+        fd = -errno;
+    else
+        (void)flock(fd, LOCK_EX | LOCK_NB);
+    util_close(&old);
     return fd;
 }
 
-/* Makes the file appear when it is complete: nobody meets half an overlay. */
-static int img_link_overlay(int fd, const char *path, const char *folder)
+/* The last way to give a name to a file: claims it with an empty file, and replaces that. */
+static int img_rename_over_own(const char *working, const char *path)
 {
-    char proc[40];
+    struct stat mine, seen;
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600), ret;
 
-    snprintf(proc, sizeof(proc), "/proc/self/fd/%d", fd);
-    if (linkat(AT_FDCWD, proc, AT_FDCWD, path, AT_SYMLINK_FOLLOW) < 0)
+    if (fd < 0)
         return -errno;
-    fd = open(*folder ? folder : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd >= 0 && fsync(fd) < 0)
-        msg_say(MSG_NOTE, "%s: its folder cannot be flushed: %s", path, strerror(errno));
-    util_close(&fd);
-    return 0;
+    ret = fstat(fd, &mine) < 0 ? -errno : 0;
+    close(fd);
+    if (!ret && (lstat(path, &seen) < 0 || seen.st_dev != mine.st_dev || seen.st_ino != mine.st_ino || seen.st_size))
+        return -EEXIST;             /* another program's by now */
+    if (!ret && rename(working, path) == 0)
+        return 0;
+    ret = ret ? ret : -errno;
+    unlink(path);
+    return ret;
 }
 
-static int img_make_overlay(struct image *im, const struct image *base, const char *path, bool temporary)
+/* Gives a finished file its name, if there is no such file. working: its name so far; NULL: it has none. */
+static int img_publish(int fd, const char *working, const char *path)
 {
-    char backing[PATH_MAX], folder[PATH_MAX], format[32];
-    bool named = false;
-    int fd, ret = img_overlay_backing(base, path, backing);
+    char proc[40];
+    int ret;
 
-    img_overlay_format(base, format);
-    if (ret)
-        return ret;
-    snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(path) - path), path);
-    fd = img_unnamed_file(*folder ? folder : ".");
-    if (fd < 0)
-        return msg_err(fd, "%s: cannot make %s: %s", path, temporary ? "a file there" : "the overlay", strerror(-fd));
+    if (!working) {
+        snprintf(proc, sizeof(proc), "/proc/self/fd/%d", fd);
+        return linkat(AT_FDCWD, proc, AT_FDCWD, path, AT_SYMLINK_FOLLOW) < 0 ? -errno : 0;
+    }
+    ret = syscall(SYS_renameat2, AT_FDCWD, working, AT_FDCWD, path, RENAME_NOREPLACE) < 0 ? -errno : 0;
+    if (ret && img_cannot(ret)) {   /* NFS, and FAT before Linux 4.9 */
+        ret = link(working, path) < 0 ? -errno : 0;
+        if (!ret)
+            unlink(working);
+        else if (img_cannot(ret))
+            ret = img_rename_over_own(working, path);
+    }
+    return ret;
+}
+
+/* Writes the overlay into fd, which belongs to im from here on. */
+static int img_fill_overlay(struct image *im, const struct image *base, const char *path, int fd)
+{
+    char backing[PATH_MAX], format[32];
+    int ret;
+
     im->n_files = 1;
     ret = file_adopt(&im->files[0], path, fd, true);
     if (!ret)
-        ret = qcow2_create(&im->files[0], base->size, backing, format);
-    if (!ret && !temporary) {
-        ret = img_link_overlay(fd, path, folder);
-        if (ret == -EXDEV || ret == -EPERM || ret == -ENOENT || ret == -EOPNOTSUPP)
-            ret = msg_err(ret, "%s: this file system cannot give a name to a finished file: %s; qemu-img create makes "
-                          "an overlay", path, strerror(-ret));
-        else if (ret)
+        ret = img_overlay_backing(base, path, backing);
+    img_overlay_format(base, format);
+    return ret ? ret : qcow2_create(&im->files[0], base->size, backing, format);
+}
+
+/*
+ * Where a file without a name cannot be had, or cannot be given one: writes under a name that is always the same, so
+ * that the next start removes what a killed one has left.
+ */
+static int img_make_named_overlay(struct image *im, const struct image *base, const char *path)
+{
+    char working[PATH_MAX];
+    int fd, ret;
+
+    if ((size_t)snprintf(working, sizeof(working), "%.*s.%s.new", (int)(util_basename(path) - path), path,
+                         util_basename(path)) >= sizeof(working))
+        return msg_err(-ENAMETOOLONG, "%s: path too long", path);
+    fd = img_open_working(working);
+    if (fd < 0)
+        return msg_err(fd, "%s: cannot make the overlay: %s: %s", path, working, strerror(-fd));
+    ret = img_fill_overlay(im, base, path, fd);
+    if (!ret) {
+        ret = img_publish(fd, working, path);
+        if (ret)
             msg_err(ret, "%s: %s", path, strerror(-ret));
-        named = !ret;
     }
-    im->made = named;
+    if (ret)
+        unlink(working);
+    (void)flock(fd, LOCK_UN);       /* QEMU's locks are not flock's, but on NFS they are */
+    return ret;
+}
+
+/* path: its name; with `temporary`, the one it would have. It appears when it is complete. */
+static int img_make_overlay(struct image *im, const struct image *base, const char *path, bool temporary)
+{
+    char folder[PATH_MAX];
+    int fd, ret, dir;
+
+    snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(path) - path), path);
+    if (!*folder)
+        util_copy(folder, sizeof(folder), ".");
+    fd = temporary ? img_open_temporary(folder) : img_open_unnamed(folder);
+    if (fd < 0 && (temporary || !img_cannot(fd) || fd == -ENOENT))
+        return msg_err(fd, "%s: cannot make %s: %s", path, temporary ? "a file there" : "the overlay", strerror(-fd));
+    ret = fd < 0 ? fd : img_fill_overlay(im, base, path, fd);
+    if (fd >= 0 && (ret || temporary))
+        return ret;
+    if (fd >= 0)
+        ret = img_publish(fd, NULL, path);
+    if (ret && !img_cannot(ret))
+        return msg_err(ret, "%s: %s", path, strerror(-ret));
+    if (ret) {
+        if (fd >= 0)
+            file_close(&im->files[0]);
+        ret = img_make_named_overlay(im, base, path);
+    }
+    im->made = !ret;
+    dir = ret ? -1 : open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (dir >= 0 && fsync(dir) < 0)
+        msg_say(MSG_NOTE, "%s: its folder cannot be flushed: %s", path, strerror(errno));
+    util_close(&dir);
     return ret;
 }
 
@@ -13136,6 +13247,24 @@ static int mnt_check_file(const char *path, const struct stat *st, char *const *
     return 0;
 }
 
+/* A file that we make has this attribute, so that the next one removes what a killed one has left. */
+#define MNT_MARK "user.fuseexp.mountpoint"
+
+/* Is it a file that mnt_create() made, and nobody has put anything into it? */
+static bool mnt_is_marked(const char *path, struct stat *st)
+{
+    return lstat(path, st) == 0 && S_ISREG(st->st_mode) && st->st_size == 0 && st->st_nlink == 1 &&
+           lgetxattr(path, MNT_MARK, NULL, 0) >= 0;
+}
+
+/* Makes it ours to remove in the end. */
+static void mnt_own(struct mountpoint *mp, const struct stat *st)
+{
+    mp->created = true;
+    mp->dev = st->st_dev;
+    mp->ino = st->st_ino;
+}
+
 /* Before anything is opened or made: can the path be MOUNTPOINT? Makes nothing. */
 static int mnt_check(struct mountpoint *mp, char *const *images, unsigned n)
 {
@@ -13152,7 +13281,11 @@ static int mnt_check(struct mountpoint *mp, char *const *images, unsigned n)
     if (!mp->is_dir && !S_ISREG(st.st_mode))
         return msg_err(-ENOTDIR, "%s: neither a regular file nor a folder, so nothing can be mounted there",
                        mp->path);
-    return mp->is_dir ? 0 : mnt_check_file(mp->path, &st, images, n);
+    if (!mp->is_dir && mnt_check_file(mp->path, &st, images, n))
+        return -EEXIST;
+    if (mnt_is_marked(mp->path, &st))
+        mnt_own(mp, &st);
+    return 0;
 }
 
 /* Makes the mountpoint if there was none. One that has appeared since is another file of ours, or a stranger's. */
@@ -13168,11 +13301,9 @@ static int mnt_create(struct mountpoint *mp)
              : open(mp->path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
         return msg_err(-errno, "%s: cannot be created: %s", mp->path, strerror(errno));
-    mp->created = true;
-    if (fstat(fd, &st) == 0) {
-        mp->dev = st.st_dev;
-        mp->ino = st.st_ino;
-    }
+    if (fstat(fd, &st) == 0)
+        mnt_own(mp, &st);
+    (void)fsetxattr(fd, MNT_MARK, "", 0, 0);    /* not every file system can; there it would stay after a kill */
     close(fd);
     return 0;
 }
@@ -13191,6 +13322,19 @@ static void mnt_remove(struct mountpoint *mp)
     if (lstat(mp->path, &st) == 0 && st.st_dev == mp->dev && st.st_ino == mp->ino && st.st_size == 0)
         unlink(mp->path);
     mp->created = false;
+}
+
+/* After an unmount: the same, if the process that made it was killed. */
+static void mnt_remove_orphan(const char *path)
+{
+    struct mountpoint *mp = calloc(1, sizeof(*mp));
+    struct stat st;
+
+    if (mp && util_copy(mp->path, sizeof(mp->path), path) && mnt_is_marked(path, &st)) {
+        mnt_own(mp, &st);
+        mnt_remove(mp);
+    }
+    free(mp);
 }
 
 /* Runs fusermount3, keeping what it says. comm_fd: where it hands over /dev/fuse, or -1. */
@@ -13461,11 +13605,18 @@ struct options {
     uint32_t sandbox, allow_other, action, on_error;
 };
 
+struct run_made {
+    char path[PATH_MAX];            /* absolute, since we leave the folder; "": nothing was made */
+    dev_t dev;
+    ino_t ino;
+};
+
 struct run {
     const struct options *o;
     struct image_options image_options, overlay_options;
     struct image im;
     char overlay_path[PATH_MAX];
+    struct run_made made_overlay, made_error_map;   /* removed if the start fails */
     struct view views[MAX_VIEWS];
     unsigned n_views;
     struct server srv;
@@ -13479,7 +13630,7 @@ struct run {
     int sig_fd, ctl_fd, ready_fd, log_fd;
     pid_t server, command;          /* 0: not running (any more) */
     int server_status, command_status;
-    bool ready, not_ready, made_error_map, made_overlay;
+    bool ready, not_ready, started; /* started: ready, and everyone who waits has been told */
     int waiters[MAX_WAITERS];       /* connected to ctl_fd */
     unsigned n_waiters;
     unsigned stop_signals;          /* INT, TERM, HUP so far */
@@ -13698,6 +13849,27 @@ static void run_temporary_path(const struct options *o, char path[PATH_MAX])
     snprintf(path, PATH_MAX, "%s/(temporary overlay)", folder);
 }
 
+static void run_note_made(struct run_made *made, const char *path)
+{
+    struct stat st;
+
+    if (!realpath(path, made->path) || stat(made->path, &st) < 0) {
+        *made->path = 0;
+        return;
+    }
+    made->dev = st.st_dev;
+    made->ino = st.st_ino;
+}
+
+/* Only the file that we made, not one that has come in its place. */
+static void run_remove_made(const struct run_made *made)
+{
+    struct stat st;
+
+    if (*made->path && lstat(made->path, &st) == 0 && st.st_dev == made->dev && st.st_ino == made->ino)
+        unlink(made->path);
+}
+
 static int run_open_overlay(struct run *r)
 {
     const struct options *o = r->o;
@@ -13745,7 +13917,8 @@ static int run_open_image(struct run *r)
     if (!ret)
         ret = o->overlay || o->temporary ? run_open_overlay(r)
                                          : img_open(&r->im, o->images, o->n_images, &r->image_options);
-    r->made_overlay = r->im.made;
+    if (r->im.made)
+        run_note_made(&r->made_overlay, r->overlay_path);
     if (ret)
         return ret;
     want.all = r->mp.is_dir && !o->partition;
@@ -13758,16 +13931,9 @@ static int run_start_error_map(struct run *r)
 {
     int ret = r->o->error_map ? bad_start(r->o->error_map, r->views[0].start, r->views[0].size) : 0;
 
-    r->made_error_map = r->o->error_map && !ret;
+    if (r->o->error_map && !ret)
+        run_note_made(&r->made_error_map, r->o->error_map);
     return ret;
-}
-
-/* A map that was never needed is not left behind. (Before readiness relative names still hold.) */
-static void run_drop_error_map(const struct run *r)
-{
-    if (r->made_error_map && !r->ready)
-        unlink(r->o->error_map);
-    bad_stop();
 }
 
 static void run_setup_server(struct run *r)
@@ -14209,6 +14375,7 @@ static int run_export(const struct options *o, int shell_fd)
         goto out_server;
     if (run_start_command(r) || run_announce(r))
         goto out_pidfile;
+    r->started = true;
     run_supervise(r);
     status = run_status(r);
 
@@ -14226,10 +14393,12 @@ out_mount:
 out_mountpoint:
     mnt_remove(&r->mp);
 out_error_map:
-    run_drop_error_map(r);
+    if (!r->started)
+        run_remove_made(&r->made_error_map);
+    bad_stop();
 out_image:
-    if (r->made_overlay && !r->ready)
-        unlink(r->overlay_path);
+    if (!r->started)
+        run_remove_made(&r->made_overlay);
     img_close(&r->im);
     cache_stop();
 out_control:
@@ -14291,6 +14460,7 @@ static int cmd_wait_for_servers(const char *path, struct pollfd *fds, size_t n)
             ;
         if (read(fds[i].fd, &byte, 1) != 1) {
             msg_err(0, "%s: its supervisor was killed, so nobody knows how it ended", path);
+            mnt_remove_orphan(path);
             status = EXIT_FAILED;
         } else if (byte != EXIT_OK) {
             msg_err(0, "%s: unmounted, but it reported failure %d (see syslog or dmesg)", path, byte);
@@ -14341,7 +14511,7 @@ static int cmd_umount(const struct options *o)
             "%s: unmounted, but its server cannot be waited for (it is not in this network namespace)",
             o->mountpoint);
     else if (!o->lazy)
-        return cmd_wait_for_servers(o->mountpoint, fds, n);
+        return cmd_wait_for_servers(path, fds, n);
     while (n)
         close(fds[--n].fd);
     return ret ? EXIT_FAILED : EXIT_OK;

@@ -2093,17 +2093,114 @@ t_overlay_takes_the_changes_and_qemu_knows_it() {
 }
 
 t_overlay_of_a_failed_start_is_not_left_behind() {
-    random base 100; mkdir full; touch full/file
+    random base 100; mkdir full dir run; touch full/file; ln -s nowhere/x link; local n fault_at p
     refused 1 'in use\|directory\|cannot' "$fx" -q --format raw --overlay w.qcow2 base no/such/m
     refused 1 'No such file' "$fx" -q --format raw --overlay no/w.qcow2 base m
-    local n
-    for n in $(seq 1 60); do
-        FUSEEXP_FAIL_AT=$n "$fault" -q --format raw --overlay w.qcow2 base m 2>err && { "$fault" --umount m; rm w.qcow2; break; }
-        [ ! -e w.qcow2 ] || { cat err; fail "step $n"; }
-        gone
+    for p in dir missing/pid link; do
+        refused 1 "$p\|missing" "$fx" -q --format raw --overlay w.qcow2 --error-map e --pidfile $p base m
+        refused 125 "$p\|missing" "$fx" -q --format raw --overlay w.qcow2 --error-map e --pidfile $p base m -- touch ran
     done
-    [ "$n" -gt 20 ] && [ "$n" -lt 60 ] || fail "$n steps"
-    same "$(ls -A)" "$(printf 'base\nerr\nfull')"
+    # Whoever asked for it is gone before it is ready.
+    ("$fx" -q --format raw --overlay w.qcow2 --error-map e base m & p=$!; kill -9 $p) 2>/dev/null || true
+    sleep 0.1; wait_for sh -c '! [ -e m ]' || true; "$fx" --umount m 2>/dev/null || true; gone; rm -f w.qcow2 e
+    for args in 'm' '-f m -- true'; do
+        for n in $(seq 1 120); do
+            local status=0
+            (cd run; FUSEEXP_FAIL_AT=$n timeout 20 "$fault" -q -s --format raw --overlay w.qcow2 --error-map e --pidfile pid ../base $args 2>../err) || status=$?
+            grep -q 'FAULT [0-9]' err || break
+            if [ $status = 0 ] && [ "$args" = m ]; then "$fx" --umount run/m; fi
+            gone
+            if [ $status = 0 ]; then rm run/w.qcow2 run/e; fi
+            [ -z "$(ls -A run)" ] || { cat err; fail "step $n leaves $(ls -A run)"; }
+        done
+        [ "$n" -gt 20 ] && [ "$n" -lt 120 ] || fail "$n steps"
+        [ "$args" != m ] || "$fx" --umount run/m
+        gone; rm -f run/*
+    done
+    # An overlay that was there stays, and so does one that has been served.
+    "$fx" -q --format raw --overlay w.qcow2 base m -- false || same $? 1
+    refused 1 . "$fx" -q --format raw --overlay w.qcow2 --pidfile dir base m
+    [ -s w.qcow2 ]
+}
+
+# A file system without O_TMPFILE and hard links, and (with "old") without RENAME_NOREPLACE, by a seccomp filter: exec in it.
+fat_like() {
+    cat >fat.py <<'P'
+import ctypes, errno, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+nr = {"x86_64": (265, 86, 257, 316), "aarch64": (37, None, 56, 276)}[os.uname().machine]
+st = lambda code, k, t=0, f=0: struct.pack("=HBBI", code, t, f, k)
+ret = lambda e: st(6, 0x50000 | e)
+prog = [st(0x20, 0)]
+for n in nr[:2]:
+    if n is not None: prog += [st(0x15, n, 0, 1), ret(errno.EPERM)]
+prog += [st(0x15, nr[2], 0, 4), st(0x20, 32), st(0x45, 0o20000000, 0, 1), ret(errno.EOPNOTSUPP), st(0x06, 0x7fff0000)]
+if "old" in sys.argv[1]: prog += [st(0x15, nr[3], 0, 1), ret(errno.EINVAL)]
+prog += [st(6, 0x7fff0000)]
+if "link" in sys.argv[1]: prog = [st(0x20, 0)] + prog[-3:] if "old" in sys.argv[1] else prog
+if os.uname().machine == "x86_64":      # open(2)
+    prog = prog[:1] + [st(0x15, 2, 0, 4), st(0x20, 24), st(0x45, 0o20000000, 0, 1), ret(errno.EOPNOTSUPP), st(0x06, 0x7fff0000)] + prog[1:]
+code = b"".join(prog)
+buf = ctypes.create_string_buffer(code)
+fprog = struct.pack("@HP", len(prog), ctypes.addressof(buf))
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.c_char_p(fprog)): sys.exit(77)
+os.execv(sys.argv[2], sys.argv[2:])
+P
+    python3 fat.py "$@"
+}
+
+t_overlay_is_made_where_files_cannot_be_linked() {
+    random base 1000; echo foreign >p; mkdir w; local kind n
+    : >x; if fat_like new /bin/ln x y 2>err; then skip 'no filter'; fi
+    for kind in new old old,link; do
+        expect 0 fat_like $kind "$fx" -q --format raw --overlay w/o base m -- sh -c 'printf changed | dd of=m conv=notrunc,fsync status=none'
+        same "$(ls -A w)" o
+        qemu-img check -q w/o
+        "$fx" -q --format raw --overlay w/o base m -- head -c 7 m >out; same "$(cat out)" changed
+        expect 1 fat_like $kind "$fx" -q --format raw --overlay p base m; same "$(cat p)" foreign
+        rm w/o
+        # left by one that was killed; and one that is being made
+        echo rubbish >w/.o.new
+        expect 0 fat_like $kind "$fx" -q --format raw --overlay w/o base m -- true; same "$(ls -A w)" o; rm w/o
+        : >w/.o.new; expect 1 flock w/.o.new python3 fat.py $kind "$fx" -q --format raw --overlay w/o base m
+        grep -q 'cannot make the overlay: w/.o.new: .*busy' err; same "$(ls -A w)" .o.new; rm w/.o.new
+        for n in sync write; do
+            [ $kind = new ] || break
+            expect 1 env FUSEEXP_FAIL_OP=$n python3 fat.py $kind "$fault" -q --format raw --overlay w/o base m
+            same "$(ls -A w)" ""
+        done
+        expect 0 fat_like $kind "$fx" -q --format raw --temporary=w base m -- sh -c '[ -z "$(ls -A w)" ] && printf x | dd of=m conv=notrunc,fsync status=none'
+        same "$(ls -A w)" ""
+    done
+    for i in 1 2 3 4 5 6; do python3 fat.py old "$fx" -q --format raw --overlay w/o base m$i -- true 2>/dev/null & done; wait
+    same "$(ls -A w)" o; qemu-img check -q w/o
+}
+
+t_overlay_works_on_fat() {
+    truncate -s 64M fat; mkfs.vfat fat >/dev/null; mkdir mnt; mount -o loop fat mnt 2>err || skip 'no vfat'
+    random mnt/base 1000; cp mnt/base before
+    "$fx" -q --format raw --overlay mnt/o mnt/base m -- sh -c 'printf changed | dd of=m conv=notrunc,fsync status=none'
+    same "$(cd mnt && echo *)" 'base o'
+    "$fx" -q --format raw --temporary=mnt mnt/base m -- sh -c 'printf x | dd of=m conv=notrunc,fsync status=none'
+    "$fx" -q --format raw --overlay mnt/o mnt/base mnt/m -- head -c 7 mnt/m >out; same "$(cat out)" changed
+    cmp mnt/base before; qemu-img check -q mnt/o; same "$(cd mnt && echo *)" 'base o'
+    umount mnt
+}
+
+t_mountpoint_that_a_killed_one_made_goes_with_the_next() {
+    random img 16
+    py 'open("x", "w"); os.setxattr("x", "user.test", b"")' 2>/dev/null || skip 'no attributes'
+    unshare -p -f --kill-child sh -c "'$fx' -q img m; cmp img m"
+    wait_for sh -c "! cat m"; [ -e m ]
+    "$fx" -q img m; cmp img m; "$fx" --umount m; [ ! -e m ]
+    "$fx" -q img m; local sup; sup=$(supervisor_of); kill -STOP "$sup"; kill -9 "$(server_of)" "$sup"; wait_for sh -c "! cat m"
+    umount m; [ -e m ]; refused 1 . "$fx" -q missing m
+    "$fx" -q img m -- true; [ ! -e m ]
+    "$fx" -q img m; kill -9 "$(supervisor_of)"; expect 1 "$fx" --umount m; gone; [ ! -e m ]
+    # what is not ours, or not empty any more, stays
+    "$fx" -q img m; sup=$(supervisor_of); kill -STOP "$sup"; kill -9 "$(server_of)" "$sup"; wait_for sh -c "! cat m"; umount m
+    echo content >m; expect 1 "$fx" -q img m; same "$(cat m)" content
+    : >n; "$fx" -q img n -- true; [ -e n ]
 }
 
 t_temporary_overlay_is_gone_in_the_end() {
