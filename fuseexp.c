@@ -437,6 +437,15 @@ static void util_close(int *fd)
     *fd = -1;
 }
 
+/* Nanoseconds of the monotonic clock. */
+static uint64_t util_clock(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
 /* Does a signal wait that asks us to stop? (They are blocked, and read from a descriptor later.) */
 static bool util_interrupted(void)
 {
@@ -1703,6 +1712,7 @@ enum {
     CACHE_SLICE = 4096,
     CACHE_WORDS = CACHE_SLICE / 8,
     CACHE_WAYS = 4,
+    CACHE_NARROW_SETS = 64,         /* 1 MiB */
     CACHE_LOCKS = 64,
     CACHE_BUCKETS = 8192
 };
@@ -1796,6 +1806,23 @@ static void cache_stop(void)
     cache.used = 0;
     cache.table_bytes = 0;
     file_ids = 0;
+}
+
+/*
+ * Tables that are read once, before anybody writes, need not fill the cache: only the first sets are used from here
+ * until cache_widen(). What is left in them then is found again where it lies in its own set, and replaced elsewhere.
+ */
+static uint64_t cache_narrow(void)
+{
+    uint64_t sets = cache.n_sets;
+
+    cache.n_sets = util_min(sets, CACHE_NARROW_SETS);
+    return sets;
+}
+
+static void cache_widen(uint64_t sets)
+{
+    cache.n_sets = sets;
 }
 
 static uint64_t cache_hash(const struct file *f, uint64_t offset)
@@ -2369,6 +2396,43 @@ static int ext_bad(struct extent *ext, uint64_t length, const char *why)
     return 0;
 }
 
+/* Bad because f ends before `end`, which is what the image needs of it. */
+static int ext_past(struct extent *ext, uint64_t length, const char *why, struct file *f, uint64_t end)
+{
+    *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why, .file = f, .offset = end };
+    return 0;
+}
+
+/* Is the time up that a look at the tables may take? */
+static bool ext_time_is_up(struct claims *c)
+{
+    c->stopped |= c->until && util_clock() > c->until;
+    return c->stopped;
+}
+
+/* An entry of a table: claims what it names. `by`: whose it is. */
+typedef void ext_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i,
+                             const uint8_t *entry);
+
+/* Goes through n entries of a table in f at offset. What cannot be read is left out. */
+static void ext_claim_table(struct claims *c, const struct image *im, const void *by, struct file *f, uint64_t offset,
+                            uint64_t n, uint64_t width, ext_claim_entry *each)
+{
+    uint8_t piece[32768];
+    uint64_t done, got;
+
+    for (uint64_t i = 0; i < n && !ext_time_is_up(c); i += got) {
+        got = util_min(n - i, sizeof(piece) / width);
+        if (offset + i * width >= f->size)
+            return;
+        done = util_min(got * width, f->size - offset - i * width);
+        if (file_pread(f, piece, done, offset + i * width, &done))
+            done = 0;
+        for (uint64_t k = 0; k < done / width; k++)
+            each(c, im, by, i + k, piece + k * width);
+    }
+}
+
 /* Unallocated: what the backing file has, or zeros if there is none. */
 static enum extent_kind ext_hole(const struct image *im)
 {
@@ -2698,6 +2762,7 @@ enum {
     QCOW2_BITMAP_IN_USE = 1,
     QCOW2_BITMAP_AUTO = 2,
     QCOW2_MAX_L1 = 32 << 20,
+    QCOW2_MAX_REFCOUNT_TABLE = 8 << 20,
     QCOW2_MAX_NAME = 1023,
     QCOW2_MAX_SNAPSHOTS = 65536,
     QCOW2_LOOK_AHEAD = 128, /* entries looked at for one extent: below us they may all be looked up again */
@@ -2717,7 +2782,7 @@ struct qcow2 {
     uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
     uint64_t size, incompatible, compatible, autoclear;
     _Atomic uint64_t l1_offset, l1_entries;                 /* change when the image is made longer */
-    uint64_t refcounts, refcounts_end;                      /* bytes: the refcount table, as it was at open */
+    uint64_t refcounts, refcounts_size;                     /* bytes: the refcount table, as it was at open */
     uint32_t header_length, refcount_order;                 /* log2 of a refcount's bits */
     uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
     uint32_t n_snapshots, n_bitmaps;
@@ -2858,7 +2923,7 @@ static int qcow2_read_header(struct image *im, struct qcow2 *q, const uint8_t *h
     q->autoclear = q->v2 ? 0 : util_be64(h + 88);
     q->refcount_order = q->v2 ? 4 : util_be32(h + 96);
     q->refcounts = util_be64(h + 48);
-    q->refcounts_end = q->refcounts + ((uint64_t)util_be32(h + 56) << (q->cluster_bits & 31));
+    q->refcounts_size = (uint64_t)util_be32(h + 56) << (q->cluster_bits & 31);
     q->crypt = util_be32(h + 32);
     q->n_snapshots = util_be32(h + 60);
     q->snapshots_offset = util_be64(h + 64);
@@ -2899,7 +2964,10 @@ static int qcow2_check_l1(struct image *im, const struct qcow2 *q)
     if (need && (q->l1_offset % (1u << q->cluster_bits) || q->l1_offset > im->files[0].size || !q->l1_offset ||
                  need * 8 > im->files[0].size - q->l1_offset))
         return ext_refuse(im, "the place of the L1 table", q->l1_offset);
-    if (need && q->l1_offset < q->refcounts_end && q->refcounts < q->l1_offset + need * 8)
+    /* One of the two is wrong; a refcount table that cannot be true is not needed, and no witness. */
+    if (need && q->l1_offset < q->refcounts + q->refcounts_size && q->refcounts < q->l1_offset + need * 8 &&
+        q->refcounts % (1u << q->cluster_bits) == 0 && q->refcounts_size <= QCOW2_MAX_REFCOUNT_TABLE &&
+        q->refcounts < im->files[0].size)
         return ext_refuse(im, "the place of the L1 table, in the refcount table", q->l1_offset);
     return 0;
 }
@@ -3081,7 +3149,7 @@ static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_k
     else if (entry & 0x3f000000000001feu)
         ext_bad(ext, length, "its L2 entry has reserved bits set");
     else if (kind == EXT_DATA && ext->offset >= q->data->size)
-        ext_bad(ext, length, "its cluster lies past the end of the file");
+        ext_past(ext, length, "its cluster lies past the end of the file", q->data, ext->offset + length);
     else if (kind == EXT_DATA)
         ext->length = util_min(length, q->data->size - ext->offset);
 }
@@ -3098,7 +3166,8 @@ static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t
         return;
     }
     if (host >= q->data->size) {
-        ext_bad(ext, length, "its compressed cluster lies past the end of the file");
+        ext_past(ext, length, "its compressed cluster lies past the end of the file", q->data,
+                 host / 512 * 512 + sectors * 512 + 1);
         return;
     }
     *ext = (struct extent){
@@ -3201,7 +3270,7 @@ static int qcow2_map(struct image *im, uint64_t offset, uint64_t length, bool ex
         return 0;
     }
     if (l2 >= im->files[0].size || cluster > im->files[0].size - l2)
-        return ext_bad(ext, length, "its L2 table lies past the end of the file");
+        return ext_past(ext, length, "its L2 table lies past the end of the file", &im->files[0], l2 + cluster);
     for (left = length, ext->length = 0; left && n++ < QCOW2_LOOK_AHEAD;
          left -= next.length, offset += next.length) {
         index = offset >> q->cluster_bits & ((1ull << q->l2_bits) - 1);
@@ -3356,7 +3425,6 @@ static void qcow2_info(struct image *im, struct out *out)
 
 enum {
     QCOW2_REFS = 1 << 18,
-    QCOW2_MAX_REFCOUNT_TABLE = 8 << 20,
     QCOW2_SUSPECTS = 100            /* clusters whose users are named */
 };
 /* What a cluster is used for. A table is repaired only if its clusters are used as that table and as nothing else. */
@@ -5721,37 +5789,25 @@ static int vdi_set_parent(struct image *im)
     return im->parent_id.known[ID_IMAGE] ? ext_add_uuid_hint(im, "vdi") : 0;
 }
 
-/*
- * A block of the file that two entries have is shown in one place where it does not belong, and nothing tells which.
- * Looked at once, in up to 4 Mi entries.
- */
-static int vdi_find_shared(const struct image *im, const struct vdi *v)
+static void vdi_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
 {
-    struct file *f = &im->files[0];
-    uint64_t most = f->size / v->block_size + 1, done, shared = 0;
-    uint64_t *used = v->blocks <= 4u << 20 && most <= 8u << 20 ? calloc(most / 64 + 1, 8) : NULL;
-    uint8_t entries[16384];
+    const struct vdi *v = by;
+    uint64_t entry = util_le32(bytes), stored = (uint64_t)v->block_size + v->extra;
 
-    for (uint32_t i = 0; used && i < v->blocks; i += sizeof(entries) / 4) {
-        uint32_t n = (uint32_t)util_min(sizeof(entries) / 4, v->blocks - i);
-        if (file_pread(f, entries, n * 4ull, v->map + i * 4ull, &done))
-            n = (uint32_t)(done / 4);       /* the rest reads as errors */
-        for (uint32_t k = 0; k < n; k++) {
-            uint32_t entry = util_le32(entries + (size_t)4 * k);
-            if (entry >= most || i + k >= v->blocks)
-                continue;
-            shared += used[entry / 64] >> entry % 64 & 1;
-            used[entry / 64] |= 1ull << entry % 64;
-        }
-    }
-    free(used);
-    if (shared && im->opt->strict)
-        return msg_err(-EIO, "%s: damaged (--strict): %" PRIu64 " entries of its block map name a block that another "
-                       "one has", im->name, shared);
-    if (shared)
-        msg_say(MSG_ERROR, "%s: is damaged: %" PRIu64 " entries of its block map name a block that another one has, so "
-                "some of what is shown is in the wrong place (--check says where)", im->name, shared);
-    return 0;
+    if (entry != VDI_ENTRY_NONE && entry != VDI_ENTRY_ZERO)
+        c->claim(c, &im->files[0], v->data + entry * stored,
+                 v->extra + util_min(v->block_size, im->size - i * v->block_size), NULL, i * v->block_size);
+}
+
+static bool vdi_claims(struct image *im, struct claims *c)
+{
+    const struct vdi *v = im->state;
+    uint64_t n = (im->size + v->block_size - 1) / v->block_size;
+
+    c->claim(c, &im->files[0], 0, v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER, "the header", 0);
+    c->claim(c, &im->files[0], v->map, 4ull * v->blocks, "the block map", 0);
+    ext_claim_table(c, im, v, &im->files[0], v->map, n, 4, vdi_claim_entry);
+    return true;
 }
 
 static int vdi_open(struct image *im)
@@ -5766,8 +5822,6 @@ static int vdi_open(struct image *im)
     ret = vdi_read_header(im, v);
     if (!ret && v->differencing)
         ret = vdi_set_parent(im);
-    if (!ret)
-        ret = vdi_find_shared(im, v);
     im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
     im->cluster_size = v->block_size;
     return ret;
@@ -5834,6 +5888,7 @@ static const struct image_format vdi_format = {
     .identify = vdi_identify,
     .open = vdi_open,
     .map = vdi_map,
+    .claims = vdi_claims,
     .close = vdi_close,
 };
 
@@ -5995,8 +6050,6 @@ static void qed_close(struct image *im)
 /* The entry of a table for `index`. NULL: all is well, else why not. */
 static const char *qed_entry(struct file *f, uint64_t table, uint64_t index, uint64_t *entry)
 {
-    if (table >= f->size || index * 8 + 8 > f->size - table)
-        return "its L2 table lies past the end of the file";    /* the L1 table was looked at in the beginning */
     return cache_le64(f, table + index * 8, entry) ? "its tables cannot be read" : NULL;
 }
 
@@ -6007,7 +6060,7 @@ static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, 
     struct file *f = &im->files[0];
     uint64_t table_mask = (1ull << q->table_bits) - 1, cluster_mask = (1ull << q->cluster_bits) - 1;
     uint64_t covers = (table_mask + 1) << q->cluster_bits, in_cluster = offset & cluster_mask, l2 = 0, host = 0;
-    uint64_t table = (table_mask + 1) * 8;
+    uint64_t table = (table_mask + 1) * 8, end = 0;
     const char *why;
 
     (void)exact;
@@ -6015,7 +6068,9 @@ static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, 
     why = qed_entry(f, q->l1, offset >> q->cluster_bits >> q->table_bits, &l2);
     if (!why && l2 && (l2 & cluster_mask || l2 < q->first))
         why = "its L1 entry is damaged";
-    if (!why && l2) {
+    if (!why && l2 && (l2 >= f->size || table > f->size - l2)) {
+        why = "its L2 table lies past the end of the file";
+    } else if (!why && l2) {
         length = util_min(length, cluster_mask + 1 - in_cluster);
         why = qed_entry(f, l2, offset >> q->cluster_bits & table_mask, &host);
     }
@@ -6024,10 +6079,12 @@ static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, 
     else if (!why && host > QED_ENTRY_ZERO &&
              (host + cluster_mask - q->l1 < table + cluster_mask || host + cluster_mask - l2 < table + cluster_mask))
         why = "its cluster lies in the image's own tables";
-    else if (!why && host > QED_ENTRY_ZERO && (host >= f->size || in_cluster >= f->size - host))
+    else if (!why && host > QED_ENTRY_ZERO && (host >= f->size || in_cluster >= f->size - host)) {
+        end = util_min(host, MAX_IMAGE_SIZE) + in_cluster + length;
         why = "its cluster lies past the end of the file";
+    }
     if (why)
-        ext_bad(ext, length, why);
+        ext_past(ext, length, why, end ? f : NULL, end);
     else if (host > QED_ENTRY_ZERO)
         *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_cluster), .file = f,
                                 .offset = host + in_cluster };
@@ -6041,6 +6098,27 @@ static int qed_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     return ext_merge(im, offset, length, exact, ext, qed_map_cluster);
 }
 
+static void qed_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct qed *q = by;
+    uint64_t l2 = util_le64(bytes);
+
+    (void)i;
+    if (l2 && l2 % (1u << q->cluster_bits) == 0 && l2 <= (uint64_t)MAX_IMAGE_SIZE)
+        c->claim(c, &im->files[0], l2, 8ull << q->table_bits, "an L2 table", 0);
+}
+
+static bool qed_claims(struct image *im, struct claims *c)
+{
+    const struct qed *q = im->state;
+    uint64_t covers = q->cluster_bits + q->table_bits, n = q->size ? ((q->size - 1) >> covers) + 1 : 0;
+
+    c->claim(c, &im->files[0], 0, q->first, "the header", 0);
+    c->claim(c, &im->files[0], q->l1, n * 8, "the L1 table", 0);
+    ext_claim_table(c, im, q, &im->files[0], q->l1, n, 8, qed_claim_entry);
+    return false;
+}
+
 static const struct image_format qed_format = {
     .name = "qed",
     .describe = "QEMU's older format: backing chains",
@@ -6048,6 +6126,7 @@ static const struct image_format qed_format = {
     .probe = qed_probe,
     .open = qed_open,
     .map = qed_map,
+    .claims = qed_claims,
     .close = qed_close,
 };
 
@@ -6714,6 +6793,35 @@ static int prl_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     return ext_merge(im, offset, length, exact, ext, prl_map_range);
 }
 
+static void prl_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct prl_layer *l = by;
+    uint32_t entry = util_le32(bytes);
+
+    (void)im;
+    if (entry)
+        c->claim(c, l->file, (uint64_t)entry * l->unit, util_min(l->cluster, l->size - i * l->cluster), NULL,
+                 i * l->cluster);
+}
+
+static bool prl_claims(struct image *im, struct claims *c)
+{
+    const struct prl *p = im->state;
+    const struct prl_layer *l = p->layers;
+
+    for (unsigned i = 0; i < p->n_storages; i++)
+        for (unsigned k = 0; k < p->n_layers; k++, l++) {
+            if (l->plain) {
+                c->claim(c, l->file, 0, p->end[i] - (i ? p->end[i - 1] : 0), NULL, i ? p->end[i - 1] : 0);
+                continue;
+            }
+            uint64_t n = (l->size + l->cluster - 1) / l->cluster;
+            c->claim(c, l->file, 0, PRL_HEADER + 4 * n, "the header and the BAT", 0);
+            ext_claim_table(c, im, l, l->file, PRL_HEADER, n, 4, prl_claim_entry);
+        }
+    return true;
+}
+
 static const struct image_format prl_format = {
     .name = "parallels",
     .describe = "Parallels images, and folders of them (.hdd) with storages and snapshots",
@@ -6721,6 +6829,7 @@ static const struct image_format prl_format = {
     .probe = prl_probe,
     .open = prl_open,
     .map = prl_map,
+    .claims = prl_claims,
     .close = prl_close,
 };
 
@@ -7143,6 +7252,36 @@ static int vhd_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     return 0;
 }
 
+static void vhd_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct vhd *v = by;
+    uint64_t start = (uint64_t)util_be32(bytes) * VHD_SECTOR, block = 1ull << v->block_bits;
+
+    if (util_be32(bytes) == VHD_NO_BLOCK)
+        return;
+    c->claim(c, &im->files[0], start, v->bitmap_size, "the bitmap of a block", 0);
+    c->claim(c, &im->files[0], start + v->bitmap_size, util_min(block, im->size - i * block), NULL, i * block);
+}
+
+static bool vhd_claims(struct image *im, struct claims *c)
+{
+    const struct vhd *v = im->state;
+    struct file *f = &im->files[0];
+
+    if (v->end < f->size)
+        c->claim(c, f, v->end, f->size - v->end, "the footer", 0);
+    if (v->type == VHD_FIXED) {
+        c->claim(c, f, 0, im->size, NULL, 0);
+        return true;
+    }
+    c->claim(c, f, 0, VHD_FOOTER, "the copy of the footer", 0);
+    c->claim(c, f, v->header, VHD_HEADER, "the dynamic header", 0);
+    c->claim(c, f, v->table, (uint64_t)v->entries * 4, "the block table", 0);
+    ext_claim_table(c, im, v, f, v->table, (im->size + (1ull << v->block_bits) - 1) >> v->block_bits, 4,
+                    vhd_claim_entry);
+    return true;
+}
+
 static void vhd_info(struct image *im, struct out *out)
 {
     static const char *const kinds[] = { "fixed", "dynamic", "differencing" };
@@ -7164,6 +7303,7 @@ static const struct image_format vhd_format = {
     .identify = vhd_identify,
     .open = vhd_open,
     .map = vhd_map,
+    .claims = vhd_claims,
     .info = vhd_info,
     .close = vhd_close,
 };
@@ -7247,6 +7387,7 @@ struct vhdx {
     uint32_t version, log_version;
     uint8_t log_guid[16];
     struct vhdx_range log, metadata, bat, item[VHDX_ITEMS];
+    uint64_t flushed;               /* the log's last word on how long the file was; 0: there was none */
     bool has_parent;
 };
 
@@ -7527,10 +7668,8 @@ static int vhdx_log_apply(struct vhdx_log *log, const struct vhdx_entry *head)
         return vhdx_log_bad(log->im, "it was changed meanwhile");
     msg_say(MSG_NOTE, "%s: was not closed properly: its log (%u entries, %u pages) is replayed in memory; the file is "
             "not changed", log->im->name, n, f->n_patches);
-    if (flushed > f->size)
-        msg_say(MSG_NOTE, "%s: is truncated: it was %" PRIu64 " bytes long, not %" PRIu64, log->im->name, flushed,
-                f->size);
-    else if (last > f->size)
+    ((struct vhdx *)log->im->state)->flushed = flushed;
+    if (last > f->size && flushed <= f->size)
         file_extend(f, last);       /* with zeros, as whoever replays the log on disk does */
     return 0;
 }
@@ -7688,15 +7827,21 @@ static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, ui
     return 0;
 }
 
+/* Entries that the block table must have. */
+static uint64_t vhdx_bat_entries(const struct image *im, const struct vhdx *v)
+{
+    uint64_t blocks = (im->size + (1ull << v->block_bits) - 1) >> v->block_bits;
+
+    if (blocks && v->has_parent)
+        return (((blocks - 1) >> v->chunk_bits) + 1) * ((1ull << v->chunk_bits) + 1);
+    return blocks ? blocks + ((blocks - 1) >> v->chunk_bits) : 0;
+}
+
 /* The block table must be whole, and large enough for the size. */
 static int vhdx_check_bat(struct image *im, const struct vhdx *v)
 {
-    uint64_t blocks = (im->size + (1ull << v->block_bits) - 1) >> v->block_bits, entries = 0;
+    uint64_t entries = vhdx_bat_entries(im, v);
 
-    if (blocks && v->has_parent)
-        entries = (((blocks - 1) >> v->chunk_bits) + 1) * ((1ull << v->chunk_bits) + 1);
-    else if (blocks)
-        entries = blocks + ((blocks - 1) >> v->chunk_bits);
     if (entries * 8 > v->bat.length)
         return ext_refuse(im, "the block table is too small for the size", v->bat.length);
     if (v->bat.offset > im->files[0].size || entries * 8 > im->files[0].size - v->bat.offset)
@@ -7945,6 +8090,35 @@ static int vhdx_map(struct image *im, uint64_t offset, uint64_t length, bool exa
     return 0;
 }
 
+static void vhdx_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct vhdx *v = by;
+    uint64_t entry = util_le64(bytes), chunk = (1ull << v->chunk_bits) + 1, host = entry & -(uint64_t)VHDX_MIB;
+    uint64_t start = (i - i / chunk) << v->block_bits, state = entry & 7;
+
+    if (entry & VHDX_ENTRY_RESERVED || host > (uint64_t)MAX_IMAGE_SIZE)
+        return;
+    if (i % chunk == chunk - 1 && state == VHDX_PRESENT)
+        c->claim(c, &im->files[0], host, VHDX_MIB, "a sector bitmap block", 0);
+    else if (i % chunk != chunk - 1 && start < im->size && (state == VHDX_PRESENT || state == VHDX_PARTIAL))
+        c->claim(c, &im->files[0], host, util_min(1ull << v->block_bits, im->size - start), NULL, start);
+}
+
+static bool vhdx_claims(struct image *im, struct claims *c)
+{
+    const struct vhdx *v = im->state;
+    struct file *f = &im->files[0];
+
+    c->claim(c, f, 0, VHDX_MIB, "the header", 0);
+    if (v->log.offset >= VHDX_MIB && v->log.offset <= f->size)
+        c->claim(c, f, v->log.offset, v->log.length, "the log", 0);
+    c->claim(c, f, v->metadata.offset, v->metadata.length, "the metadata", 0);
+    c->claim(c, f, v->bat.offset, v->bat.length, "the block table", 0);
+    c->claim(c, f, v->flushed, 0, NULL, 0);
+    ext_claim_table(c, im, v, f, v->bat.offset, vhdx_bat_entries(im, v), 8, vhdx_claim_entry);
+    return true;
+}
+
 static void vhdx_info(struct image *im, struct out *out)
 {
     const struct vhdx *v = im->state;
@@ -7966,6 +8140,7 @@ static const struct image_format vhdx_format = {
     .identify = vhdx_identify,
     .open = vhdx_open,
     .map = vhdx_map,
+    .claims = vhdx_claims,
     .info = vhdx_info,
     .close = vhdx_close,
 };
@@ -8753,9 +8928,6 @@ static int vmdk_open_extent(struct image *im, struct vmdk *v, struct vmdk_extent
         if (!ret || v->n_extents == 1 || ret == -ENOMEM || !e->size)     /* without a line nobody knows its length */
             return ret;
         vmdk_give_up(e, "in a damaged extent");
-    } else if (e->offset + e->size > e->file->size) {
-        msg_say(MSG_NOTE, "%s: ends at %" PRIu64 " instead of %" PRIu64 ": what is missing reads as errors",
-                e->file->path, e->file->size, e->offset + e->size);
     }
     return 0;
 }
@@ -8976,6 +9148,7 @@ struct vmdk_grain {
     enum extent_kind kind;
     uint64_t place;
     const char *why;
+    uint64_t end;                   /* EXT_BAD: not 0 where the file would have to reach so far */
 };
 
 static struct vmdk_grain vmdk_bad_grain(const char *why)
@@ -9011,7 +9184,8 @@ static struct vmdk_grain vmdk_read_entry(const struct vmdk_extent *e, uint64_t e
             g.place + (e->compressed ? VMDK_SECTOR : 1ull << e->grain_bits) > e->directory[i])
             return vmdk_bad_grain("its grain table entry points into a grain directory");
     if (g.place >= e->file->size)
-        return vmdk_bad_grain("its grain lies past the end of the file");
+        return (struct vmdk_grain){ .kind = EXT_BAD, .why = "its grain lies past the end of the file",
+                                    .end = g.place + (e->compressed ? VMDK_SECTOR : 1ull << e->grain_bits) };
     return g;
 }
 
@@ -9059,6 +9233,14 @@ static struct vmdk_grain vmdk_find_grain(const struct vmdk_extent *e, const uint
     return vmdk_is_wiped(e, place[1]) ? a : vmdk_bad_grain("its two grain tables contradict each other");
 }
 
+/* Where the table lies (bytes) that a directory's entry names; 0: none. */
+static uint64_t vmdk_table_place(const struct vmdk_extent *e, uint64_t entry)
+{
+    if (e->kind != VMDK_SESPARSE || !entry)
+        return entry * VMDK_SECTOR;
+    return entry >> 32 == 0x10000000 ? e->tables + (entry & 0xffffffff) * VMDK_SE_TABLE : UINT64_MAX;
+}
+
 /*
  * The tables (bytes, in the file) that both directories have for entry `index`: table[1] only besides
  * table[0]; none: 0. Else says what is wrong.
@@ -9079,9 +9261,7 @@ static const char *vmdk_find_tables(const struct vmdk_extent *e, uint64_t index,
         }
         if (!entry)
             continue;
-        place = entry * VMDK_SECTOR;
-        if (e->kind == VMDK_SESPARSE)
-            place = entry >> 32 == 0x10000000 ? e->tables + (entry & 0xffffffff) * VMDK_SE_TABLE : UINT64_MAX;
+        place = vmdk_table_place(e, entry);
         if (place < VMDK_SECTOR || place > e->file->size || size > e->file->size - place)
             why = "its grain directory entry is damaged";
         else
@@ -9109,7 +9289,7 @@ static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t place, uin
     else if (!coded || coded > 2 * grain)
         ext_bad(ext, length, "the length in its grain marker is damaged");
     else if (place > e->file->size || coded > e->file->size - place)
-        ext_bad(ext, length, "its compressed grain lies past the end of the file");
+        ext_past(ext, length, "its compressed grain lies past the end of the file", e->file, place + coded);
     else
         *ext = (struct extent){
             .kind = EXT_COMPRESSED, .length = length, .file = e->file, .offset = place, .codec = CODEC_ZLIB,
@@ -9123,7 +9303,7 @@ static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, 
                            uint64_t offset, uint64_t length, struct extent *ext)
 {
     if (g->kind == EXT_BAD) {
-        ext_bad(ext, length, g->why);
+        ext_past(ext, length, g->why, g->end ? e->file : NULL, g->end);
     } else if (g->kind != EXT_DATA) {
         *ext = (struct extent){ .kind = *im->backing_name ? g->kind : EXT_ZERO, .length = length,
                                 .zeroed = g->kind == EXT_ZERO };
@@ -9132,7 +9312,7 @@ static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, 
     } else {
         uint64_t place = g->place + (offset & ((1ull << e->grain_bits) - 1));
         if (place >= e->file->size)
-            ext_bad(ext, length, "its grain lies past the end of the file");
+            ext_past(ext, length, "its grain lies past the end of the file", e->file, place + length);
         else
             *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place),
                                     .file = e->file, .offset = place };
@@ -9219,6 +9399,42 @@ static int vmdk_map(struct image *im, uint64_t offset, uint64_t length, bool exa
     return 0;
 }
 
+static void vmdk_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct vmdk_extent *e = by;
+    uint64_t table = vmdk_table_place(e, e->entry_size == 8 ? util_le64(bytes) : util_le32(bytes));
+
+    (void)im;
+    (void)i;
+    if (table && table < (uint64_t)MAX_IMAGE_SIZE)
+        c->claim(c, e->file, table, vmdk_table_size(e), "a grain table", 0);
+}
+
+/* All data too, where the extents are flat. */
+static bool vmdk_claims(struct image *im, struct claims *c)
+{
+    const struct vmdk *v = im->state;
+    bool all = true;
+
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        if (e->kind == VMDK_FLAT)   /* may be named twice, and overlap, because the descriptor says so */
+            c->claim(c, e->file, e->offset + e->size, 0, NULL, 0);
+        if (e->kind < VMDK_HOSTED)
+            continue;
+        all = false;
+        c->claim(c, e->file, 0, e->header_sectors * VMDK_SECTOR, "the header", 0);
+        for (unsigned k = 0; k < 2; k++) {
+            uint64_t n = vmdk_directory_entries(e);
+            if (!e->directory[k])
+                continue;
+            c->claim(c, e->file, e->directory[k], n * e->entry_size, "a grain directory", 0);
+            ext_claim_table(c, im, e, e->file, e->directory[k], n, e->entry_size, vmdk_claim_entry);
+        }
+    }
+    return all;
+}
+
 static void vmdk_info(struct image *im, struct out *out)
 {
     const struct vmdk *v = im->state;
@@ -9253,6 +9469,7 @@ static const struct image_format vmdk_format = {
     .identify = vmdk_identify,
     .open = vmdk_open,
     .map = vmdk_map,
+    .claims = vmdk_claims,
     .info = vmdk_info,
     .close = vmdk_close,
 };
@@ -9989,6 +10206,183 @@ static int img_finish(struct image *im)
 static int img_open_backing(struct image *im);
 
 /*
+ * -- the look at an image that was just opened --
+ *
+ * What its tables use is held against the lengths of its files, and against itself, for as long as a user does not
+ * notice. A file that was cut off is told now, not by the first program that meets the end; a table or a block that
+ * lies in another one means that some of the disk is wrong, and no read would ever tell. --check looks at everything.
+ */
+
+enum {
+    IMG_LOOK_MS = 100,              /* for a whole chain */
+    IMG_STRIPES = 1 << 10,          /* of the disk, looked at in an order that has something of each part early */
+    IMG_MAX_RANGES = 1 << 19,       /* after merging: 12 MiB, given back at once */
+};
+#define IMG_STRIPE_MIN (1ull << 20)
+#define IMG_LOOK_FAR (1ull << 30)   /* nothing lies further behind the file's end than this and the disk's size */
+
+static unsigned img_look_ms = IMG_LOOK_MS;
+
+struct img_range {
+    const struct file *file;
+    uint64_t start, end;
+};
+
+struct img_look {
+    struct claims claims;           /* first: claim() gets its address */
+    struct image *im;
+    uint64_t *needed;               /* [n_files]: bytes that it should have */
+    struct img_range *ranges;
+    size_t n, room;
+};
+
+static bool img_look_make_room(struct img_look *l)
+{
+    size_t room = l->room ? 2 * l->room : 1024;
+    struct img_range *more = room <= IMG_MAX_RANGES ? realloc(l->ranges, room * sizeof(*more)) : NULL;
+
+    l->claims.stopped |= !more;
+    if (!more)
+        return false;
+    l->ranges = more;
+    l->room = room;
+    return true;
+}
+
+/* A range that is far behind the end is a damaged entry, and reads as an error. */
+static void img_look_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
+                           uint64_t guest)
+{
+    struct img_look *l = (struct img_look *)c;
+    uint64_t end = offset + length, *needed = &l->needed[f - l->im->files];
+    struct img_range *last = l->n ? &l->ranges[l->n - 1] : NULL;
+
+    (void)what;
+    (void)guest;
+    if (end < offset || end > (uint64_t)MAX_IMAGE_SIZE || end > f->size + l->im->size + IMG_LOOK_FAR)
+        return;
+    *needed = end > *needed ? end : *needed;
+    end = util_min(end, f->size);
+    if (!length || offset >= end || !l->im->format->claims)
+        return;
+    if (last && last->file == f && last->end == offset)
+        last->end = end;
+    else if (l->n < l->room || img_look_make_room(l))
+        l->ranges[l->n++] = (struct img_range){ f, offset, end };
+}
+
+/* A number of IMG_STRIPES bit by bit reversed: 0, then the half, then the quarters ... */
+static uint64_t img_stripe(unsigned i)
+{
+    uint64_t reversed = 0;
+
+    for (unsigned bit = 1; bit < IMG_STRIPES; bit <<= 1, i >>= 1)
+        reversed = reversed << 1 | (i & 1);
+    return reversed;
+}
+
+/* The data, where no flat table says it. From the end on, as that is what was written last. */
+static void img_look_at_map(struct img_look *l)
+{
+    uint64_t size = l->im->size, stripe = (size / IMG_STRIPES + IMG_STRIPE_MIN) & -IMG_STRIPE_MIN, start, end;
+    struct extent ext;
+
+    for (unsigned i = 0; i < IMG_STRIPES; i++) {
+        start = (IMG_STRIPES - 1 - img_stripe(i)) * stripe;
+        end = start < size ? start + util_min(stripe, size - start) : start;
+        for (; start < end && !ext_time_is_up(&l->claims); start += ext.length) {
+            ext = (struct extent){ .kind = EXT_BAD };
+            if (l->im->format->map(l->im, start, end - start, false, &ext))
+                return;
+            if (ext.kind == EXT_DATA)
+                img_look_claim(&l->claims, ext.file, ext.offset, ext.length, NULL, 0);
+            else if (ext.kind == EXT_BAD && ext.file)
+                img_look_claim(&l->claims, ext.file, ext.offset, 0, NULL, 0);
+        }
+    }
+}
+
+static int img_compare_ranges(const void *a, const void *b)
+{
+    const struct img_range *x = a, *y = b;
+
+    if (x->file != y->file)
+        return x->file < y->file ? -1 : 1;
+    return x->start < y->start ? -1 : x->start > y->start;
+}
+
+/* Bytes that are claimed more than once. */
+static uint64_t img_look_twice(struct img_look *l)
+{
+    uint64_t twice = 0, reached = 0;
+
+    if (l->n)
+        qsort(l->ranges, l->n, sizeof(*l->ranges), img_compare_ranges);
+    for (size_t i = 0; i < l->n; i++) {
+        const struct img_range *r = &l->ranges[i];
+        if (i && r->file != r[-1].file)
+            reached = 0;
+        if (r->start < reached)
+            twice += util_min(r->end, reached) - r->start;
+        reached = r->end > reached ? r->end : reached;
+    }
+    return twice;
+}
+
+static int img_look_tell(struct img_look *l)
+{
+    const struct image *im = l->im;
+    uint64_t twice = img_look_twice(l);
+
+    for (unsigned i = 0; i < im->n_files; i++)
+        if (l->needed[i] > im->files[i].size)
+            msg_say(MSG_NOTE, "%s: is shorter than its tables say: %s%" PRIu64 " bytes are missing at its end, behind %"
+                    PRIu64 "; what was there reads as errors", im->files[i].path, l->claims.stopped ? "at least " : "",
+                    l->needed[i] - im->files[i].size, (uint64_t)im->files[i].size);
+    if (!twice)
+        return 0;
+    if (im->opt->strict)
+        return msg_err(-EIO, "%s: damaged (--strict): %" PRIu64 " bytes of its file are used twice", im->name, twice);
+    msg_say(MSG_ERROR, "%s: is damaged: %" PRIu64 " bytes of its file are used twice, as two parts of the disk or as "
+            "tables too, so some of what is shown is wrong (--check says where)", im->name, twice);
+    return 0;
+}
+
+/* One image, until the clock says `until`. */
+static int img_look(struct image *im, uint64_t until)
+{
+    struct img_look l = { .claims = { .claim = img_look_claim, .until = until }, .im = im };
+    uint64_t sets;
+    int ret;
+
+    if (im->format == &raw_format || im->size == 0)
+        return 0;
+    l.needed = util_fault("look") ? NULL : calloc(im->n_files, sizeof(*l.needed));
+    if (!l.needed)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    sets = im->writable ? 0 : cache_narrow();
+    if (!im->format->claims || !im->format->claims(im, &l.claims))
+        img_look_at_map(&l);
+    if (sets)
+        cache_widen(sets);
+    ret = img_look_tell(&l);
+    free(l.ranges);
+    free(l.needed);
+    return ret;
+}
+
+/* All images of a chain. One that somebody else may be writing to is longer by now than it was. */
+static int img_look_at_chain(struct image *im)
+{
+    uint64_t until = util_clock() + img_look_ms * 1000000ull;
+    int ret = 0;
+
+    for (; im && im->opt->lock && !ret; im = im->backing)
+        ret = img_look(im, until);
+    return ret;
+}
+
+/*
  * An option that has no meaning for this image was meant for another one: better no disk than the wrong one.
  */
 static int img_check_options(const struct image *im)
@@ -10023,7 +10417,9 @@ static int img_open(struct image *im, char *const *paths, unsigned n_paths, cons
         ret = img_finish(im);
     if (!ret)
         ret = img_check_options(im);
-    return ret ? ret : img_open_backing(im);
+    if (!ret)
+        ret = img_open_backing(im);
+    return ret ? ret : img_look_at_chain(im);
 }
 
 /* Names that are no plain file name of this host, or could be meant as something else. */
@@ -10851,9 +11247,10 @@ static int img_open_overlay(struct image *im, struct image *base, const char *pa
         ret = img_finish(im);       /* which checks whose overlay it is, before anything in it is changed */
     if (ret)
         return ret;
+    ret = img_look_at_chain(im);    /* of itself: its base was looked at */
     im->backing = base;
     base->child = im;
-    return 0;
+    return ret;
 }
 
 /*
@@ -11267,10 +11664,13 @@ static uint64_t img_blocks(const struct image *im)
  * -- what --check does for formats that have no check of their own --
  *
  * What cannot be read, and what is used twice. The second is looked for with a bit for every sector of every
- * file, for plain data only: compressed clusters may share a sector, and their length is a bound.
+ * file: first for the metadata that the driver claims, then for data. Of a compressed cluster, whose length is a bound,
+ * only the sector in which it begins.
  */
 
 struct img_check {
+    struct claims claims;           /* first: claim() gets its address */
+    bool all_claimed;               /* the data, too: not marked when map() says it */
     struct image *im;
     struct check *c;
     uint64_t unit;                  /* what is counted in: clusters */
@@ -11292,17 +11692,18 @@ static bool img_check_bitmap(struct img_check *k, unsigned file)
     return k->used[file];
 }
 
-/* Marks the sectors that lie wholly in the extent, as far as the file goes. How many bytes were marked before? */
-static uint64_t img_check_mark(struct img_check *k, const struct extent *ext)
+/* Marks sectors from `at` up to `end`, as far as the file goes. How many bytes were marked before? */
+static uint64_t img_check_mark(struct img_check *k, const struct file *f, uint64_t at, uint64_t end)
 {
-    unsigned file = (unsigned)(ext->file - k->im->files);
-    uint64_t end = util_min(ext->offset + ext->length, ext->file->size) / 512, twice = 0, all = ~0ull;
+    unsigned file = (unsigned)(f - k->im->files);
+    uint64_t twice = 0, all = ~0ull;
 
     if (!img_check_bitmap(k, file)) {
         k->c->errors++;
         return 0;
     }
-    for (uint64_t at = (ext->offset + 511) / 512, n; at < end; at += n) {
+    end = util_min(end, (f->size + 511) / 512);
+    for (uint64_t n; at < end; at += n) {
         uint64_t *word = &k->used[file][at / 64], mask;
         n = util_min(64 - at % 64, end - at);
         mask = all >> (64 - n) << at % 64;
@@ -11310,6 +11711,34 @@ static uint64_t img_check_mark(struct img_check *k, const struct extent *ext)
         *word |= mask;
     }
     return twice * 512;
+}
+
+static void img_check_twice(struct img_check *k, uint64_t twice, const struct file *f, uint64_t offset, uint64_t length,
+                            const char *what, uint64_t guest)
+{
+    uint64_t clusters = (twice + k->unit - 1) / k->unit;
+
+    if (twice && what)
+        out_finding(k->c, k->im->name, false, clusters, "%s, 0x%" PRIx64 " bytes: %s at 0x%" PRIx64 " is used for "
+                    "something else, too", what, length, util_basename(f->path), offset);
+    else if (twice)
+        out_finding(k->c, k->im->name, false, clusters, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: %s at 0x%" PRIx64
+                    " is used for something else, too", guest, length, util_basename(f->path), offset);
+}
+
+/* Metadata takes all of its last sector; of data only whole sectors are marked. */
+static void img_check_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
+                            uint64_t guest)
+{
+    struct img_check *k = (struct img_check *)c;
+    uint64_t twice;
+
+    if (!length || offset >= f->size)
+        return;
+    length = util_min(length, f->size - offset);
+    twice = what ? img_check_mark(k, f, offset / 512, (offset + length + 511) / 512)
+                 : img_check_mark(k, f, (offset + 511) / 512, (offset + length) / 512);
+    img_check_twice(k, twice, f, offset, length, what, guest);
 }
 
 static void img_check_extent(struct img_check *k, uint64_t at, const struct extent *ext)
@@ -11330,17 +11759,19 @@ static void img_check_extent(struct img_check *k, uint64_t at, const struct exte
     k->after_offset = ext->offset + (ext->kind == EXT_DATA ? ext->length : ext->coded_length);
     if (ext->file == &k->im->files[0] && k->after_offset > k->c->image_end)
         k->c->image_end = util_min(k->after_offset, ext->file->size);
-    twice = ext->kind == EXT_DATA ? img_check_mark(k, ext) : 0;
-    if (twice)
-        out_finding(k->c, k->im->name, false, (twice + k->unit - 1) / k->unit, "guest 0x%" PRIx64 ", 0x%" PRIx64
-                    " bytes: %s at 0x%" PRIx64 " is used for something else, too", at, ext->length,
-                    util_basename(ext->file->path), ext->offset);
+    if (k->all_claimed)
+        return;
+    twice = ext->kind == EXT_DATA ? img_check_mark(k, ext->file, (ext->offset + 511) / 512,
+                                                   (ext->offset + ext->length) / 512)
+                                  : img_check_mark(k, ext->file, ext->offset / 512, ext->offset / 512 + 1);
+    img_check_twice(k, twice, ext->file, ext->offset, ext->length, NULL, at);
 }
 
 /* Counts what is wrong with the top image. -EOPNOTSUPP: nothing in the format can be. */
 static int img_check(struct image *im, struct check *c)
 {
-    struct img_check k = { .im = im, .c = c, .unit = im->cluster_size ? im->cluster_size : 65536 };
+    struct img_check k = { .claims = { .claim = img_check_claim }, .im = im, .c = c,
+                           .unit = im->cluster_size ? im->cluster_size : 65536 };
     uint64_t size = im->size;
     struct extent ext;
     int ret = 0;
@@ -11352,6 +11783,7 @@ static int img_check(struct image *im, struct check *c)
     k.used = calloc(im->n_files, sizeof(*k.used));
     if (!k.used)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    k.all_claimed = im->format->claims && im->format->claims(im, &k.claims);
     for (uint64_t at = 0; at < size; at += ext.length) {
         ext = (struct extent){ .kind = EXT_BAD };
         ret = im->format->map(im, at, size - at, false, &ext);
@@ -14914,10 +15346,11 @@ static unsigned cmd_count_wrong(struct image *im, const char *truth)
 static int cmd_fuzz_image(char *format, unsigned n, char *path, const char *truth, uint64_t from, uint64_t to,
                           unsigned most)
 {
-    struct image_options opt = { .format = format, .parts = true, .no_backing = true };
+    struct image_options opt = { .format = format, .parts = true, .no_backing = true, .lock = true };
     int fd = open(path, O_RDWR | O_CLOEXEC), ret = fd < 0 ? -errno : 0;
     uint8_t good, bad_byte;
 
+    img_look_ms = 2;
     srand(n);
     for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
         struct image im = { 0 };

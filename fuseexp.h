@@ -129,7 +129,7 @@ struct extent {
     uint32_t coded_length;          /* EXT_COMPRESSED: at most; what follows the last frame is ignored */
     uint32_t decoded_length, skip;  /* EXT_COMPRESSED: exactly; at most MAX_CLUSTER */
     enum codec codec;               /* EXT_COMPRESSED */
-    const char *why;                /* EXT_BAD: static text */
+    const char *why;                /* EXT_BAD: static text; with `file`: because that ends before `offset` */
     bool zeroed;                    /* EXT_ZERO: the image says zeros, not just nothing */
     bool owned;                     /* EXT_DATA: may be overwritten where it lies */
     bool in_hole;                   /* EXT_ZERO: the image says data, but where its file has a hole */
@@ -155,6 +155,17 @@ struct check {
 };
 
 /*
+ * Who wants to know which bytes of its files an image uses: --check, and the look at every image that is opened.
+ * claim() gets a range of f; `what` says which metadata it is, or is NULL for data, of the disk at `guest`. A range may
+ * reach past the end of f, and one of no length says that f should reach so far.
+ */
+struct claims {
+    void (*claim)(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what, uint64_t guest);
+    uint64_t until;                 /* util_clock(): no more of the tables is read then; 0: all is */
+    bool stopped;                   /* something was left out because of that */
+};
+
+/*
  * The driver contract. A driver parses and maps; the core loops, clamps, zero-fills, reports and locks.
  *   probe   0..100, no I/O; the highest wins, 0 is "not mine".
  *   part    NULL: one file. Else writes the name of part i (0 is the first) of a set whose first file is `first`;
@@ -173,8 +184,11 @@ struct check {
  *   resize  NULL: the format cannot change its size.
  *   info    writes what only this format has into the open object; may be NULL.
  *   snapshots  writes the internal snapshots as list "snapshots" into the open object, if there are any; may be NULL.
- *   check   NULL: the core walks map() and finds what is bad or used twice. Else counts into *c what is wrong;
- *           < 0: could not be done.
+ *   claims  claims the metadata of the image's files; true if also all data, where one flat table says that (it is read
+ *           past the cache). Else the core walks map() for the data. What cannot be read is left out. NULL: there is
+ *           no metadata, or check() knows better.
+ *   check   NULL: the core walks map() and finds what is bad, or used twice (as data, or in claims). Else counts into
+ *           *c what is wrong; < 0: could not be done.
  *   repair  sets right what check finds; never touches data. *c is what is left. NULL: cannot.
  *   close   frees im->state; may be NULL.
  */
@@ -192,6 +206,7 @@ struct image_format {
     int (*resize)(struct image *im, uint64_t size);
     void (*info)(struct image *im, struct out *out);
     int (*snapshots)(struct image *im, struct out *out);
+    bool (*claims)(struct image *im, struct claims *c);
     int (*check)(struct image *im, struct check *c);
     int (*repair)(struct image *im, struct check *c);
     void (*close)(struct image *im);

@@ -2507,6 +2507,92 @@ t_strict_refuses_damaged_tables() {
     refused 1 'strict.*p1 reaches past the end' "$fx" -q --format raw --strict --partition 1 disk m
 }
 
+# ---- the look at what was opened -------------------------------------------------------------------------------
+
+# Every format tells at start that it was cut off, and by how much; whole images do not.
+t_short_images_are_told_at_start() {
+    random part 256; truncate -s 2M part; cat part part >raw; random part 512; cat part >>raw
+    local o n cut
+    for o in qcow2 qcow2,cluster_size=4k qcow2,extended_l2=on vmdk vmdk,subformat=streamOptimized vmdk,subformat=monolithicFlat \
+        vmdk,subformat=twoGbMaxExtentSparse vpc vpc,subformat=fixed vhdx,block_size=1M vhdx,subformat=fixed,block_size=1M vdi vdi,static=on qed parallels; do
+        echo "$o" >&2
+        rm -f img*; n=${o%%,*}; cut=img
+        case $o in *,*) qemu-img convert -f raw -O $n -o "${o#*,}" raw img ;; *) qemu-img convert -f raw -O $n raw img ;; esac
+        case $o in *Flat) cut='img-flat' ;; *Sparse) cut='img-s001' ;; esac
+        [ -e $cut ] || cut=$(ls $cut*)
+        "$fx" --no-passthrough img m 2>err || { cat err; false; }
+        [ ! -s err ] || { cat err; false; }
+        cmp m raw || [ $n = vpc ]; "$fx" --umount m
+        for n in 700 1500000; do
+            cp $cut whole; truncate -s -$n $cut
+            [ "$o" != vpc,subformat=fixed ] || { truncate -s -512 $cut; tail -c 512 whole >>$cut; }     # which is nothing without its footer
+            "$fx" --no-passthrough img m 2>err || { cat err; false; }
+            grep "^fuseexp: $cut: is shorter than its tables say: [0-9]* bytes are missing" err >told || { cat err; false; }
+            n=$(($(sed 's/.*say: //; s/ bytes.*//' told) - n))              # a footer may be among what is missing
+            [ $n -ge -65536 ] && [ $n -le 4096 ] || fail "$n more than are missing"
+            cmp -n 1000000 m raw; not cmp m raw 2>err
+            "$fx" --umount m; cp whole $cut
+        done
+    done
+}
+
+# Large ones are looked at for a tenth of a second, from their end; an absurd entry is no cut.
+t_large_images_are_looked_at_for_a_moment() {
+    qemu-img create -q -f qcow2 img 8T; qemu-io -c 'write -P 7 8100G 1M' -c 'write -P 8 8191G 1M' img >/dev/null; truncate -s -500k img
+    "$fx" img m 2>err; grep -q 'bytes are missing' err; "$fx" --umount m
+    qemu-img create -q -f qcow2 good 1M; qemu-io -c 'write -P 7 0 1M' good >/dev/null
+    poke bad $(($(l2_of good) + 16)) 8000800000000000
+    "$fx" bad m 2>err; same "$(wc -c <err)" 0; "$fx" --umount m
+    # What another program is writing to has grown since.
+    truncate -s -500k good; "$fx" -U good m 2>err; same "$(wc -c <err)" 0; "$fx" --umount m
+}
+
+# Data in the metadata, data in other data, tables in tables: --check calls them corruptions, and the start says so.
+check_twice() {     # IMAGE [OPTION...]
+    expect 2 "$fx" --check "$@"; grep -q 'for something else, too' err
+    "$fx" -q "$@" m 2>err; grep -q "bytes of its file are used twice" err; "$fx" --umount m
+    expect 1 "$fx" -q --strict "$@" m
+}
+check_once() { expect 0 "$fx" --check "$@"; "$fx" -q "$@" m 2>err; [ ! -s err ] || { cat err; false; }; "$fx" --umount m; }
+
+t_what_is_used_twice_is_told() {
+    vhd_py '
+data = os.urandom(8 << 20); size = 8 << 20; ones = [1] * 4096
+build("once", 3, size, 2 << 20, [ones] * 4, data)
+d = bytearray(open("once", "rb").read())
+def bat(name, *e): b = bytearray(d); b[1536:1536 + 4 * len(e)] = struct.pack(">%dI" % len(e), *e); open(name, "wb").write(b)
+bat("bitmap", 4, 4 + 4096, 4 + 2 * 4097, 4 + 3 * 4097); bat("block", 4, 5 + 4097, 4 + 2 * 4097, 4 + 3 * 4097); bat("same", 4, 4, 4 + 2 * 4097, 4 + 3 * 4097)
+bat("footer", 4, 4 + 4097, 4 + 2 * 4097, 5 + 3 * 4097)'
+    check_once once; for i in bitmap block same; do check_twice $i; done
+    expect 2 "$fx" --check footer
+    vhdx_py 'P = bytes([1] * 16); build("p", 4 * MIB, MIB, [6] * 4, bytes(4 * MIB), ident=P)
+bat = build("once", 4 * MIB, MIB, [[i % 2 for i in range(2048)], 6, 6, 6], os.urandom(4 * MIB), keys=[("parent_linkage", "{%s}" % uuid.UUID(bytes_le=P)), ("relative_path", "p")])
+d = open("once", "rb").read(); at = struct.unpack("<Q", d[bat + 4096 * 8:bat + 4096 * 8 + 8])[0]
+for name, what in ("bitmap", at), ("block", struct.unpack("<Q", d[bat + 8:bat + 16])[0]):
+    b = bytearray(d); b[bat + 16:bat + 24] = pack("<Q", what & -MIB | 6); open(name, "wb").write(b)'
+    check_once once; for i in bitmap block; do check_twice $i; done
+    local at
+    for o in qed parallels vdi vmdk; do
+        rm -f good; qemu-img create -q -f $o good 64M; qemu-io -f $o -c 'write -P 1 0 4M' -c 'write -P 2 40M 4M' good >/dev/null; check_once good
+        case $o in
+            qed) at=$(od -An -tu8 -j40 -N8 good); poke bad "$(od -An -tu8 -j$((at)) -N8 good)" "$(od -An -tx1 -j"$(od -An -tu8 -j$((at)) -N8 good)" -N16 good | awk '{ for (i = 9; i <= 16; i++) printf "%s", $i }')"; check_twice bad
+                qemu-img create -q -f qed good 8G; qemu-io -f qed -c 'write -P 1 0 64k' -c 'write -P 2 5G 64k' good >/dev/null; check_once good
+                at=$(od -An -tu8 -j40 -N8 good); poke bad $((at + 16)) "$(od -An -tx1 -j$((at)) -N8 good | tr -d ' ')" ;;
+            parallels) poke bad 68 "$(od -An -tx1 -j64 -N4 good | tr -d ' ')" ;;
+            vdi) at=$(od -An -tu4 -j340 -N4 good); poke bad $((at + 4)) 00000000 $((at + 8)) 01000000 ;;
+            vmdk) # one grain table for two: of both directories
+                at=$(($(od -An -tu8 -j48 -N8 good) * 512)); n=$(($(od -An -tu8 -j56 -N8 good) * 512))
+                poke bad $((at + 4)) "$(od -An -tx1 -j$at -N4 good | tr -d ' ')" $((n + 4)) "$(od -An -tx1 -j$n -N4 good | tr -d ' ')" ;;
+        esac
+        check_twice bad
+    done
+    vmdk_py '
+g = grains(1, 9, 1, 4096); b = cowd(g, 8192); save("once", b); t = struct.unpack("<2I", b[2048:2056])
+c = bytearray(b); table = t[0] * 512; used = [i for i in range(4096) if struct.unpack_from("<I", c, table + 4 * i)[0]]
+struct.pack_into("<I", c, table + 4 * used[0], t[0] + 5); save("bad", c)'
+    expect 0 "$fx" --check once; check_twice bad
+}
+
 # ---- VDI -------------------------------------------------------------------------------------------------------
 
 # A VDI built from VirtualBox's VDICore.h, and what is in it. The layout of version 1.1 (little-endian):
@@ -2709,7 +2795,7 @@ t_vdi_damaged_maps_cost_their_block_only() {
     cmp -n 1048576 -i 1048576:0 m /dev/zero; "$fx" --umount m
     # Two entries for one block: told, and what a lost sector leaves (zeros in a row) is bad, not block 0 again and again.
     cp good bad; poke bad $((map + 4)) 02000000; "$fx" -q bad m 2>log; "$fx" --umount m
-    grep -q 'bad: is damaged: 1 entries of its block map' log; refused 1 'strict.*1 entries' "$fx" -q --strict bad m
+    grep -q 'bad: is damaged: 1048576 bytes of its file are used twice' log; refused 1 'strict.*used twice' "$fx" -q --strict bad m
     poke bad $map 000000000000000000000000; "$fx" -q bad m 2>log
     not dd if=m of=/dev/null bs=4k count=1 2>err; not dd if=m of=/dev/null bs=4k skip=600 count=1 2>err
     cmp -i 3145728 m truth; "$fx" --umount m
@@ -4060,7 +4146,7 @@ lay(0, entry(5, 0, n, n + MIB, (bat, bytes(new))))'
     # What was there once and is no more is not zeros.
     vhdx_dirty 'lay(0, entry(5, 0, n, n, (bat, page)))'
     truncate -s -1M img
-    "$fx" img m 2>err; grep -q 'is truncated' err; cmp -n $((4 << 20)) m truth; not tail -c 1 m 2>err; "$fx" --umount m
+    "$fx" img m 2>err; grep -q 'is shorter than its tables say: 1048576 bytes are missing' err; cmp -n $((4 << 20)) m truth; not tail -c 1 m 2>err; "$fx" --umount m
 }
 
 # Six entries of 64 MiB, nearly all of it zeros: a large log is replayed to its end, or refused.
@@ -4765,7 +4851,7 @@ save("gone", text(["RW 20 FLAT \"f9\" 0"]))'
     head -c 10240 f1 >truth; check_same one
     cat f0 f1 f2 >truth; cp f2 kept; truncate -s %65536 f2; check_same set; truncate -s +64k f2; refused 1 'extents are swapped' "$fx" -q set m; mv kept f2
     truncate -s 12288 f1
-    "$fx" set m 2>err; grep -q 'f1: ends at 12288 instead of 32768' err
+    "$fx" set m 2>err; grep -q 'f1: is shorter than its tables say: 20480 bytes are missing at its end, behind 12288;' err
     cat f0 f1 f2 >truth; cmp -n 45056 m truth; cmp -i 65536:45056 m truth
     not dd if=m of=/dev/null bs=512 skip=88 count=1 2>err; grep -q 'Input/output' err
     "$fx" --umount m
