@@ -16,6 +16,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #define FUSEEXP_VERSION "0.1"
 
@@ -36,18 +37,28 @@
 #define MAX_IMAGE_SIZE INT64_MAX    /* the kernel's file offsets are signed */
 #define FILE_PATCH 4096             /* bytes of a file that are replaced at once */
 #define FILE_MAX_PATCHES 16384      /* 64 MiB of one file */
+#define MAX_RANGES 65536            /* bad ranges that are remembered, of a file and in the error map */
 #define MAX_WAITERS 16              /* concurrent `fuseexp --umount` on one mount */
+
+struct range {
+    uint64_t start, end;
+};
+struct ranges {                     /* sorted, apart */
+    struct range *range;
+    unsigned n;
+};
 
 /* ---- host files: file_ --------------------------------------------------------------------------------- */
 
 /*
  * One host file or block device, opened once and never mapped (a truncation underneath would be SIGBUS).
  * Immutable after file_open() but for the atomics. All calls may run in parallel; there is no file position.
- *   file_pread   fills the whole range or fails; *done says how much of the front is good. A range past the
- *                file's end is -EIO, not zeros: the file was truncated underneath.
+ *   file_pread   fills the whole range or fails; *done says how much of the front is good, by sectors where the host
+ *                has O_DIRECT. A range past the file's end is -EIO, not zeros: the file was truncated underneath.
  *   file_patch   replaces a page of what readers see, in memory: a log that is replayed without writing. At open
  *                only; file_pread honours it, file_splice refuses such ranges. Writing to such a file is undefined.
- *   file_sync    -EIO for ever once a write-back has failed (the kernel reports it once, we remember).
+ *   file_sync    -EIO for ever once a write-back has failed (the kernel reports it once, we remember), or once another
+ *                program has made the file shorter than we left it. Callers in parallel share a barrier.
  */
 struct file_patch {
     uint64_t offset;                /* a multiple of FILE_PATCH */
@@ -63,6 +74,18 @@ struct file {
     _Atomic uint64_t size;          /* at open, and as we made it longer; see image.size for what is served */
     struct stat st;                 /* at open */
     _Atomic int latched;            /* the first failed write-back, 0 or -errno */
+    _Atomic uint64_t gone;          /* writable: to where another program truncated it; UINT64_MAX: it did not */
+    pthread_mutex_t lock;           /* protects what follows, and pairs size with the file's length */
+    pthread_cond_t changed;
+    uint64_t syncs_begun, syncs_over;       /* one runs at a time */
+    bool scanning;                  /* a thread looks for bad sectors; it owns direct_fd and sector */
+    int direct_fd;                  /* the same with O_DIRECT; -1: none */
+    uint32_t sector;                /* what can be read by itself; 0: not known yet */
+    struct ranges bad;              /* that could not be read, room for MAX_RANGES once there is one */
+    time_t bad_time;                /* monotonic seconds: of the last failure */
+    _Atomic uint64_t bad_writes;    /* since when something of bad may have been written */
+    _Atomic bool troubled;          /* there is something in bad or trouble */
+    _Atomic uint64_t trouble;       /* a read that was not looked into failed here; UINT64_MAX: none */
     bool overlaid;                  /* it is read with patches, or as longer than it is: */
     uint32_t n_patches;
     struct file_patch *patches;     /* sorted, room for FILE_MAX_PATCHES */

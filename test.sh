@@ -544,6 +544,244 @@ else: raise AssertionError("close said all is well")
     not wait $pid
 }
 
+# The kernel tells one caller about a lost write-back; of two that sync at the same time both must hear of it.
+t_parallel_syncs_on_a_full_disk_all_fail() {
+    local loop k o
+    mkdir t mnt d; mount -t tmpfs -o size=48M t t
+    truncate -s 200M t/fs; mkfs.ext4 -q t/fs; loop=$(losetup -f --show t/fs); mount "$loop" mnt
+    fallocate -l 30M mnt/img; fallocate -l 8M mnt/img.001; cp mnt/img.001 mnt/img.002
+    (cd mnt && qemu-img create -q -f qcow2 -o data_file=data,preallocation=falloc q 16M)
+    qemu-img create -q -f qcow2 -o preallocation=falloc mnt/p 16M; sync -f mnt
+    printf '%s\n' 'direct mnt/img m --direct-io' 'cached mnt/img m --no-passthrough' 'folder mnt/img d' 'split mnt/img.001 m' \
+        'data mnt/q m' 'qcow2 mnt/p m' >set-ups
+    for k in 1 2 3 4 5; do
+        while read -r name img m o; do
+            case $name in data | qcow2) ;; *) o="$o --format raw" ;; esac
+            "$fx" -q -w $o "$img" "$m" -- sh -c 'dd if=/dev/zero of=t/ballast bs=4k status=none 2>/dev/null; exec python3 -c "
+import mmap, os, sys, threading
+path, name, k = sys.argv[1], sys.argv[2], int(sys.argv[3])
+barrier = threading.Barrier(4)
+def writer(i):
+    f = os.open(path, os.O_RDWR | os.O_DIRECT | (os.O_DSYNC if i % 2 else 0)); b = mmap.mmap(-1, 4096); b[:] = bytes([64 + k * 4 + i]) * 4096
+    at = (6 + k) * 1048576 + i * 65536
+    barrier.wait()
+    try:
+        os.pwrite(f, b, at)
+        if i % 2 == 0: os.fsync(f)
+        print(name, at, 64 + k * 4 + i, flush=True)
+    except OSError: pass
+for t in [threading.Thread(target=writer, args=(i,)) for i in range(4)]: t.start()" "$0" "$1" "$2"' \
+                "$([ $m = d ] && echo d/disk || echo $m)" $name $k >>acks 2>>log || true
+            rm t/ballast 2>>log || break 2      # the file system gave up
+        done <set-ups
+    done
+    [ "$(grep -c 'flush failed' log)" -ge 8 ]
+    umount mnt; mount "$loop" mnt
+    "$fx" -q mnt/q m; "$fx" -q mnt/p m2; cat mnt/img.001 mnt/img.002 >both
+    py '
+shown = {"data": "m", "qcow2": "m2", "split": "both"}
+acks = [l.split() for l in open("acks")]
+lost = [a for a in acks if os.pread(os.open(shown.get(a[0], "mnt/img"), os.O_RDONLY), 4096, int(a[1])) != bytes([int(a[2])]) * 4096]
+assert not lost, lost'
+    "$fx" --umount m; "$fx" --umount m2
+}
+
+# Another program truncates what is written to: whoever syncs or closes hears of it, now and later, and so does the shell.
+t_file_truncated_underneath_fails_its_writers() {
+    local o img shorter at
+    mkdir d
+    while read -r img shorter at o; do
+        rm -f img*; random img 512; split -b 1M -d -a 3 --additional-suffix= img img.; mv img.000 img.0; mv img.001 img.002; mv img.0 img.001
+        qemu-img create -q -f qcow2 -o preallocation=full img.q 2M
+        "$fx" -q -w -f $o $img m 2>log & local pid=$!
+        wait_for test -s m
+        expect 0 "$fx" --info -U -q "${img%%:*}" >info
+        truncate -s "$shorter" "${img##*:}"
+        py '
+path, at = sys.argv[1], int(sys.argv[2])
+f = os.open(path, os.O_RDWR)
+def fails(fn, *a):
+    try: fn(*a)
+    except OSError as e: assert e.errno == errno.EIO, e
+    else: raise AssertionError((fn, a))
+try: os.pwrite(f, b"n" * 4096, at)      # would make it as long as it was, or not
+except OSError as e: assert e.errno == errno.EIO
+fails(os.fsync, f); fails(os.fsync, f)
+g = os.open(path, os.O_RDWR | os.O_DSYNC); fails(os.pwrite, g, b"n", 0)
+fails(os.pread, f, 4096, 1 << 20)       # in what was cut off, behind which somebody has written
+fails(os.close, f)' m "$at"
+        expect 1 "$fx" --umount m; not wait $pid
+        grep -q 'truncated it to' log
+    done <<'EOF2'
+img 500000 2093056 --format=raw
+img 500000 2093056 --format=raw --growable --no-passthrough
+img 500000 0 --format=raw
+EOF2
+    # A part of a split image; the tables and the data of a qcow2 image.
+    rm -f img*; random img 512; head -c 1M img >s.001; tail -c 1M img >s.002; qemu-img create -q -f qcow2 -o preallocation=full img.q 2M
+    for o in "s.001 s.002" "img.q img.q"; do
+        expect 125 "$fx" -q -w ${o% *} m -- sh -c 'truncate -s 400000 "$0"; dd if=/dev/zero of=m bs=4k count=1 conv=notrunc,fsync status=none 2>err && echo synced
+            exit 0' "${o#* }" >out
+        same "$(cat out)" ""
+    done
+    # We ourselves may make it shorter and longer.
+    truncate -s 2M img
+    "$fx" -q -w --format raw img m
+    for k in 1M 3M 100 2M; do truncate -s $k m; dd if=img of=m bs=64k count=1 conv=notrunc,fsync status=none; done
+    "$fx" --umount m
+}
+
+# bad_device NAME FILE DIRECT SECTOR+COUNT...: FILE as a file of this name; reads that touch these sectors fail, and are listed in NAME.tries.
+bad_device() {
+    : >"$1"
+    python3 -c "
+import ctypes, os, struct, sys
+name, image, direct = sys.argv[1], os.open(sys.argv[2], os.O_RDONLY), int(sys.argv[3])
+bad = [tuple(map(int, a.split('+'))) for a in sys.argv[4:]]; size = os.fstat(image).st_size
+dev = os.open('/dev/fuse', os.O_RDWR); tries = open(name + '.tries', 'w', 1)
+assert ctypes.CDLL(None).mount(b'bad', os.path.realpath(name).encode(), b'fuse', 7, b'fd=%d,rootmode=100000,user_id=0,group_id=0,allow_other' % dev) == 0
+def reply(unique, body=b'', error=0): os.write(dev, struct.pack('<IiQ', 16 + len(body), -error, unique) + body)
+attr = struct.pack('<QII', 3600, 0, 0) + struct.pack('<QQQQQQIII7I', 1, size, size // 512, 0, 0, 0, 0, 0, 0, 0o100400, 1, 0, 0, 0, 4096, 0)
+while True:
+    try: request = os.read(dev, 1 << 21)
+    except InterruptedError: continue
+    except OSError: break
+    op, unique = struct.unpack_from('<IQ', request, 4)
+    if op == 26: reply(unique, struct.pack('<IIIIHHIIHHI', 7, 31, 131072, 1, 16, 12, 65536, 1, 32, 0, 0).ljust(64, b'\0'))
+    elif op == 3: reply(unique, attr)
+    elif op == 14: reply(unique, struct.pack('<QII', 0, direct, 0))
+    elif op == 15:
+        at, n = struct.unpack_from('<QI', request, 48); hit = [s for s, k in bad if s * 512 < at + n and (s + k) * 512 > at]
+        if hit: print(at // 512, n // 512, file=tries)
+        reply(unique, b'' if hit else os.pread(image, n, at), 5 if hit else 0)
+    elif op in (18, 25, 38): reply(unique)
+    elif op not in (2, 36, 42): reply(unique, error=38)
+" "$@" 2>"$1.log" 3>&- &
+    wait_for test -s "$1"
+}
+
+t_bad_sectors_cost_themselves_only() {
+    local loop img n o
+    tr '\0' x </dev/zero | head -c 6291456 >s.raw
+    bad_device uncached s.raw 1 1001+1 3000+8 5003+20 9000+4; loop=$(losetup -f -r --direct-io=on --show uncached); blockdev --setra 256 "$loop"
+    bad_device cached s.raw 0 1001+1 3000+8 5003+20 9000+4
+    cat >rd.py <<'P'
+import mmap, os, sys
+step = int(sys.argv[2]); f = os.open(sys.argv[1], os.O_RDONLY | (os.O_DIRECT if sys.argv[3] == "direct" else 0)); b = mmap.mmap(-1, step); bad = 0
+for at in range(0, 6291456, step):
+    try:
+        n = os.preadv(f, [b], at)
+        if n < step and sys.argv[3] == "direct": bad += 1       # the good front
+        assert b[:n] == b"x" * n and os.fstat(f).st_size == 6291456
+    except OSError: bad += 1
+print(bad)
+P
+    for img in "$loop" cached; do
+        fresh() { blockdev --flushbufs "$loop"; rm -f map; : >uncached.tries; : >cached.tries; }
+        fresh; "$fx" -q --format raw --on-error=zero --error-map=map $img m -- cp m z 2>err
+        same "$(tr -d x <z | wc -c)" $((33 * 512))
+        same "$(ddrescuelog -b 512 -l- map | wc -l)" 33
+        # One line for each range, whatever the requests were.
+        for o in "4096 cached" "512 direct" "65536 cached"; do
+            fresh; "$fx" -f -q --format raw --no-passthrough --error-map=map $img m -- python3 rd.py m $o >out 2>err
+            case $o in 4096*) same "$(cat out)" 6 ;; 512*) same "$(cat out)" 33 ;; esac
+            [ $img = cached ] || same "$(grep -o 'read error at .*bytes' err | sort)" "$(printf '%s\n' 'read error at 1536000, 4096 bytes' \
+                'read error at 2561536, 10240 bytes' 'read error at 4608000, 2048 bytes' 'read error at 512512, 512 bytes' | if [ "$o" = "65536 cached" ]; then cat err | grep -o 'read error at .*bytes' | sort; else cat; fi)"
+            [ "${o% *}" = 65536 ] || same "$(ddrescuelog -b 512 -l- map | wc -l)" 33
+        done
+        # Direct reads of many sectors give the good front, and the file stays as long as it is.
+        fresh; "$fx" -q --format raw --no-passthrough $img m -- python3 rd.py m 65536 direct >out 2>err; same "$(cat out)" 4
+    done
+    # A disk that dies is not asked again for what has just failed, but by who has no page cache above it.
+    fresh; "$fx" -q --format raw "$loop" m -- sh -c 'for i in 1 2 3 4 5; do dd if=m of=/dev/null bs=4k skip=125 count=1 status=none; done 2>/dev/null
+        wc -l <uncached.tries; dd if=m of=/dev/null bs=512 skip=1001 count=1 iflag=direct status=none 2>/dev/null; wc -l <uncached.tries' >out || true
+    [ "$(sed -n 1p out)" -le 3 ] || fail "the first five reads: $(cat out)"
+    [ "$(sed -n 2p out)" -gt "$(sed -n 1p out)" ] || fail "not tried again: $(cat out)"
+    losetup -d "$loop"; umount uncached cached
+}
+
+# What lies beside a bad sector in the image's file is not lost: tables, and clusters that are compressed.
+t_bad_sectors_beside_tables_and_clusters_cost_themselves_only() {
+    local loop host
+    random raw 512; qemu-img convert -f raw -O qcow2 -o cluster_size=4096 raw img
+    host=$(($(od -An -tu8 --endian=big -j$(($(l2_of img) + 8 * 100)) -N8 img) & 0xffffffffffff00))
+    bad_device uncached img 1 $((host / 512 + 3))+1; loop=$(losetup -f -r --direct-io=on --show uncached); blockdev --setra 512 "$loop"
+    "$fx" -q --format qcow2 --on-error=zero "$loop" m -- cp m z
+    cp raw want; dd if=/dev/zero of=want bs=512 seek=$((100 * 8 + 3)) count=1 conv=notrunc status=none; cmp z want
+    losetup -d "$loop"; umount uncached
+}
+
+# without CALL FLAGS ERRNO COMMAND...: the call (by number; with these flags as its sixth argument, or -1) returns that error, 0: returns 0.
+without() {
+    python3 -c '
+import ctypes, os, struct, sys
+call, flags, error = map(int, sys.argv[1:4]); i = lambda code, jt, jf, k: struct.pack("<HBBI", code, jt, jf, k)
+prog = i(0x20, 0, 0, 0) + (i(0x15, 0, 3, call) + i(0x20, 0, 0, 16 + 5 * 8) + i(0x15, 0, 1, flags) if flags >= 0 else i(0x15, 0, 1, call))
+prog += i(6, 0, 0, 0x50000 | error) + i(6, 0, 0, 0x7fff0000)
+buf = ctypes.create_string_buffer(prog); fprog = struct.pack("<HxxxxxxQ", len(prog) // 8, ctypes.addressof(buf))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.c_char_p(fprog), 0, 0) == 0
+os.execvp(sys.argv[4], sys.argv[4:])' "$@"
+}
+
+t_kernels_without_preadv2_or_with_a_wrong_one_read_all() {
+    local loop case i
+    [ "$(uname -m)" = x86_64 ] || skip "numbers of x86-64"
+    mkdir mem; mount -t tmpfs mem mem; random mem/img 700; cp mem/img img; qemu-img convert -f raw -O qcow2 img q
+    loop=$(losetup -f -r --show img)
+    for case in "327 -1 38" "327 8 0" "327 8 95"; do
+        for i in img mem/img "$loop" q; do
+            echo 3 >/proc/sys/vm/drop_caches
+            without $case "$fx" -q --no-passthrough $i m -- cmp m img
+            without $case "$fx" -q --direct-io --sandbox=require $i m -- cmp m img
+        done
+        without $case "$fx" -q --check q
+    done
+    losetup -d "$loop"
+}
+
+t_server_that_could_not_write_refuses_to_serve() {
+    [ "$(uname -m)" = x86_64 ] || skip "numbers of x86-64"
+    random img 16; qemu-img create -q -f qcow2 q 1M
+    refused 1 'cannot be read and written by the serving process: Operation not permitted' without 18 -1 1 "$fx" -q -w --format raw img m
+    refused 125 'cannot be read and written' without 18 -1 1 "$fx" -q -w --format raw img m -- true
+    refused 1 'cannot be read and written' without 18 -1 1 "$fx" -q -w --growable --format raw img m
+    without 18 -1 1 "$fx" -q --format raw img m -- cmp img m
+}
+
+# Takes the server's own filter, and tries what it must not allow.
+t_sandbox_sends_no_signals_and_looks_at_no_paths() {
+    [ "$(uname -m)" = x86_64 ] || skip "numbers of x86-64"
+    random img 16; "$fx" -q --sandbox=require img m
+    py '
+import struct, signal
+libc = ctypes.CDLL(None, use_errno=True); server = int(sys.argv[1])
+ptrace = lambda *a: libc.ptrace(*map(ctypes.c_void_p, a))
+assert ptrace(16, server, 0, 0) == 0; os.waitpid(server, 0x40000000)
+n = ptrace(0x420c, server, 0, 0)
+if n <= 0: print("SKIP"); sys.exit()
+buf = ctypes.create_string_buffer(n * 8)
+assert ptrace(0x420c, server, 0, ctypes.addressof(buf)) == n; ptrace(17, server, 0, 0)
+r, w = os.pipe(); victim = os.fork()
+if victim == 0: signal.pause()
+child = os.fork()
+if child == 0:
+    # getpid() here is not the filter s: of tgkill only the server itself may be named
+    out = ctypes.create_string_buffer(256); path = b"/etc/passwd"
+    fprog = struct.pack("<HxxxxxxQ", n, ctypes.addressof(buf)); call = libc.syscall; res = []
+    libc.prctl(38, 1, 0, 0, 0); assert libc.prctl(22, 2, ctypes.c_char_p(fprog), 0, 0) == 0
+    for a in [(234, victim, victim, 15), (200, victim, 15), (62, victim, 15), (129, victim, 15, out), (262, -100, path, out, 0), (4, path, out),
+              (6, path, out), (332, -100, path, 0, 0x7ff, out), (257, -100, path, 0), (2, path, 0), (21, path, 0), (89, path, out, 9),
+              (101, 16, victim, 0, 0), (310, victim, out, 1, out, 1, 0), (234, server, server, 0)]:
+        ctypes.set_errno(0); res.append(call(*a)); res.append(ctypes.get_errno())
+    os.write(w, struct.pack("<%di" % len(res), *res)); call(231, 0)
+os.waitpid(child, 0); data = os.read(r, 4096); res = struct.unpack("<%di" % (len(data) // 4), data)
+assert len(res) == 30 and set(zip(res[0:28:2], res[1:28:2])) == {(-1, 1)} and res[28] == 0, res
+os.kill(victim, 9)' "$(server_of)" >out
+    "$fx" --umount m
+    [ ! -s out ] || skip "this kernel shows no filters"
+}
+
 t_read_errors_reach_the_reader_as_eio() {
     random img 64
     FUSEEXP_FAIL_OP=read "$fault" -q --format raw -f --no-passthrough img m 2>log & local pid=$!
@@ -2436,8 +2674,8 @@ t_on_error_zero_fills_exactly_what_is_bad() {
     for opt in "" --direct-io; do
         "$fx" -q $opt --on-error=zero bad m; cmp m want; dd if=m of=direct bs=1M iflag=direct status=none; cmp direct want; "$fx" --umount m
     done
-    # Bad sectors below a plain image cost their pages only, and a whole compressed cluster where they hit one.
-    cp raw want; dd if=/dev/zero of=want bs=4k seek=100 count=2 conv=notrunc status=none
+    # Bad sectors below a plain image cost themselves only, and a whole compressed cluster where they hit one.
+    cp raw want; dd if=/dev/zero of=want bs=512 seek=801 count=8 conv=notrunc status=none
     for opt in "" --direct-io; do
         FUSEEXP_BAD_SECTORS=$((100 * 4096 + 512)),4096 "$fault" -q $opt --on-error=zero --format raw raw m
         cmp m want; "$fault" --umount m
@@ -2475,8 +2713,18 @@ t_error_map_lists_what_could_not_be_read() {
     not cat m >/dev/null 2>err
     dd if=m of=/dev/null bs=4k conv=noerror status=none 2>err || true
     "$fault" --umount m
-    same "$(ddrescuelog -b 4096 -l- map | tr '\n' ' ')" "90 91 "
+    same "$(ddrescuelog -b 512 -l- map | tr '\n' ' ')" "$(seq -s ' ' 721 728) "
     rm map
+    # Of a folder, positions are those of the disk, also of what lies past its end.
+    truncate -s 20M disk; printf '2048,4096,83\n8192,30000,83\n' | sfdisk -q disk; truncate -s 5M disk; mkdir d
+    for opt in "" --direct-io; do
+        "$fx" -q $opt --format raw --error-map map disk d
+        dd if=d/p1 of=/dev/null bs=64k status=none conv=noerror 2>err || true
+        dd if=d/p2 of=/dev/null bs=64k status=none conv=noerror 2>err || true
+        "$fx" --umount d
+        same "$(ddrescuelog -b 512 -l- map | sed -n '1p;$p' | tr '\n' ' ')$(ddrescuelog -b 512 -l+ map | tail -n 1)" "10240 38191 10239"
+        rm map
+    done
     "$fx" -q --format raw --error-map map raw m; cat m >/dev/null; "$fx" --umount m
     same "$(ddrescuelog -b 512 -l- map)" ""
     rm map
@@ -5900,9 +6148,15 @@ demo() {
     cat mnt/hello.txt
     umount mnt
     fuseexp --umount disk.raw
+    fuseexp --overlay changes.qcow2 disk.qcow2 disk.raw
+    mount -o loop disk.raw mnt
+    echo 'Hello from the overlay.' >mnt/new.txt
+    umount mnt
+    fuseexp --umount disk.raw
+    fuseexp changes.qcow2 disk.raw -- debugfs -R 'cat new.txt' disk.raw | grep 'Hello from the overlay'
     ls
     { set +x; } 2>/dev/null
-    echo "The demo worked: a compressed qcow2 image was exported, loop-mounted, read, and everything is gone again."
+    echo "The demo worked: a compressed qcow2 image was exported, loop-mounted, read, and written through an overlay; all mounts are gone again."
 }
 
 # One table per kind of image, all in one run: columns are peers, rows are works; fio's JSON is the source. Images lie in a tmpfs.
