@@ -4809,11 +4809,50 @@ static int qcow2_clear_cluster(struct image *im, uint64_t cluster)
     uint64_t size = qcow2_cluster(q), offset = cluster * size;
     int ret = qcow2_reserve(im, &im->files[0], offset + size);
 
-    if (!ret && (offset < q->w->top || im->files[0].is_blk))
+    if (ret)
+        return ret;
+    if (offset < q->w->top || im->files[0].is_blk)
         ret = file_write_zeros(&im->files[0], offset, size);
     if (offset + size > q->w->top)
         q->w->top = offset + size;
     return ret ? ret : cache_reload(&im->files[0], offset, size);
+}
+
+/* True: the range reads as zeros now, and takes no room. */
+static bool qcow2_punch(struct image *im, uint64_t from, uint64_t to)
+{
+    return from >= to ||
+           !file_fallocate(&im->files[0], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, from, to - from);
+}
+
+/*
+ * Undoes an allocation that failed. Nothing refers to these clusters, neither in memory nor on disk. Their room goes
+ * back to the host, which is perhaps what was missing, and the next allocation has them: the file does not grow.
+ */
+static void qcow2_undo_take_locked(struct image *im, uint64_t first, uint64_t n)
+{
+    struct qcow2 *q = im->state;
+    uint64_t from = first << q->cluster_bits, to = (first + n) << q->cluster_bits;
+
+    for (uint64_t i = 0; i < n; i++)
+        (void)qcow2_set_refcount(im, first + i, 0);
+    q->w->hint = util_min(q->w->hint, first);
+    if (qcow2_punch(im, from, to) && to == q->w->top)
+        q->w->top = from;
+}
+
+/*
+ * Likewise for tables that have entries in the cache. With commit_lock: a commit would still write these. Not after a
+ * header that names the table may have reached the disk (then nothing is committed any more).
+ */
+static void qcow2_undo_tables_locked(struct image *im, uint64_t first, uint64_t n)
+{
+    uint64_t size = 1ull << ((struct qcow2 *)im->state)->cluster_bits;
+
+    if (atomic_load(&im->files[0].latched))
+        return;
+    qcow2_undo_take_locked(im, first, n);
+    (void)cache_reload(&im->files[0], first * size, n * size);
 }
 
 /* The cluster becomes the refcount block that covers it. */
@@ -4835,15 +4874,17 @@ static void qcow2_free_locked(struct qcow2_writer *w, uint64_t first, uint64_t n
 
 /*
  * One field of the header, in one write: no sector is torn, so it is the old or the new. Right after a commit, so
- * that no change of the header waits in memory.
+ * that no change of the header waits in memory. If it is not known which of both is on disk, no commit may follow.
  */
 static int qcow2_write_header(struct image *im, uint64_t offset, const uint8_t *bytes, uint64_t len)
 {
     uint64_t done;
-    int ret = file_pwrite(&im->files[0], bytes, len, offset, &done);
+    int none = 0, ret = file_pwrite(&im->files[0], bytes, len, offset, &done);
 
     if (!ret)
         ret = cache_reload(&im->files[0], 0, 512);
+    if (ret && ret != -ENOSPC && ret != -EDQUOT && ret != -EFBIG)
+        atomic_compare_exchange_strong(&im->files[0].latched, &none, ret);
     return ret ? ret : file_sync(&im->files[0]);
 }
 
@@ -4890,8 +4931,10 @@ static int qcow2_grow_table(struct image *im)
     }
     if (!ret)
         ret = cache_reload(&im->files[0], (start + blocks) * size, table * size);
-    if (ret)
+    if (ret) {
+        qcow2_undo_tables_locked(im, start, blocks + table);
         return ret;
+    }
     w->table_offset = (start + blocks) * size;
     w->table_entries = table * size / 8;
     for (uint64_t i = 0; i < blocks + table && !ret; i++)
@@ -4905,6 +4948,7 @@ static int qcow2_grow_table(struct image *im)
     if (ret) {
         w->table_offset = old_offset;
         w->table_entries = old;
+        qcow2_undo_tables_locked(im, start, blocks + table);
         return ret;
     }
     qcow2_free_locked(w, old_offset / size, old * 8 / size);
@@ -4931,17 +4975,19 @@ static int qcow2_take_locked(struct image *im, uint64_t want, uint64_t *first, u
             ret = qcow2_get_refcount(im, w->hint, &refcount);
         while (!ret && block && refcount == 0) {
             ret = qcow2_set_refcount(im, w->hint + *got, 1);
+            if (ret)
+                break;
             ++*got;
-            if (ret || *got == want || (w->hint + *got) % per == 0)
+            if (*got == want || (w->hint + *got) % per == 0)
                 break;
             ret = qcow2_get_refcount(im, w->hint + *got, &refcount);
         }
     }
-    if (ret)
+    if (!*got)
         return ret;
     *first = w->hint;
     w->hint += *got;
-    return 0;
+    return 0;                       /* what there is before an error will do */
 }
 
 /* Each of the clusters is referred to once less, as soon as that is durable. */
@@ -4974,12 +5020,6 @@ static void qcow2_free_entry_locked(struct qcow2 *q, uint64_t entry)
     }
 }
 
-static void qcow2_punch(struct image *im, uint64_t from, uint64_t to)
-{
-    if (to > from)                  /* where the host cannot do it, its room is used again by others */
-        (void)file_fallocate(&im->files[0], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, from, to - from);
-}
-
 /* One cluster less is referred to. [*from, *to): the hole that will be punched; it is before the cluster is free. */
 static int qcow2_reclaim_cluster_locked(struct image *im, uint64_t cluster, uint64_t *from, uint64_t *to)
 {
@@ -5008,13 +5048,15 @@ static int qcow2_reclaim_locked(struct image *im)
 {
     struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
     uint64_t from = 0, to = 0;
-    int ret = 0;
+    int ret = 0, r;
 
     if (!w->waiting.n || !pool_grace_over(&w->grace))
         return 0;
-    for (unsigned i = 0; i < w->waiting.n && !ret; i++)
-        for (uint64_t c = 0; c < w->waiting.range[i].n && !ret; c++)
-            ret = qcow2_reclaim_cluster_locked(im, w->waiting.range[i].first + c, &from, &to);
+    for (unsigned i = 0; i < w->waiting.n; i++)
+        for (uint64_t c = 0; c < w->waiting.range[i].n; c++) {
+            r = qcow2_reclaim_cluster_locked(im, w->waiting.range[i].first + c, &from, &to);
+            ret = ret ? ret : r;
+        }
     qcow2_punch(im, from, to);
     w->waiting.n = 0;
     return ret;
@@ -5056,10 +5098,12 @@ static void qcow2_thaw_locked(struct image *im, bool good)
 {
     struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
 
+    struct qcow2_ranges *to = good ? &w->waiting : &w->freed;    /* the tables that dropped them are not in the file */
+
     cache_thaw(good);
-    for (unsigned i = 0; i < w->dropped.n && good; i++) {
-        if (w->waiting.n < QCOW2_MAX_FREED)
-            w->waiting.range[w->waiting.n++] = w->dropped.range[i];
+    for (unsigned i = 0; i < w->dropped.n; i++) {
+        if (to->n < QCOW2_MAX_FREED)
+            to->range[to->n++] = w->dropped.range[i];
         else
             msg_serving(0, "%s: %" PRIu64 " clusters leak, which --check --repair gives back", im->name,
                         w->dropped.range[i].n);
@@ -5082,16 +5126,20 @@ static int qcow2_commit_locked(struct image *im)
 }
 
 /*
- * In the end: gives back what can be, and cuts off what the file was made longer in advance. (A block device stays.)
+ * In the end: gives back what can be, and cuts off what is free at the end of the file. (A block device stays.)
  */
 static int qcow2_end_locked(struct image *im)
 {
     struct qcow2 *q = im->state;
-    uint64_t end = q->w->top;
+    uint64_t end, refcount;
     int ret = qcow2_reclaim_locked(im);
 
     if (!ret)
         ret = qcow2_commit_locked(im);
+    for (end = q->w->top >> q->cluster_bits; !ret && end; end--)
+        if (qcow2_get_refcount(im, end - 1, &refcount) || refcount)
+            break;                  /* the last that is in use */
+    end <<= q->cluster_bits;
     if (!ret && !im->files[0].is_blk && end < im->files[0].size)
         ret = file_truncate(&im->files[0], end);
     return ret;
@@ -5166,7 +5214,9 @@ static int qcow2_own_l2_locked(struct image *im, uint64_t offset, uint64_t *l2)
         ret = cache_reload(&im->files[0], *l2, qcow2_cluster(q));
     if (!ret)
         ret = qcow2_store_be64(im, l1, *l2 | QCOW2_COPIED, CACHE_MAPPING);
-    if (!ret && old)
+    if (ret && first)
+        qcow2_undo_take_locked(im, first, 1);
+    else if (!ret && old)
         qcow2_free_locked(q->w, old >> q->cluster_bits, 1);
     return ret;
 }
@@ -5279,11 +5329,8 @@ static int qcow2_place_locked(struct image *im, struct qcow2_plan *p, uint64_t m
     p->host = first << q->cluster_bits;
     p->fresh = p->host >= w->top && !q->data->is_blk;
     ret = qcow2_reserve(im, q->data, p->host + p->n * qcow2_cluster(q));
-    /* Back at once, as nobody has seen them: w->top does not cover them, so they may be taken for a table next. */
-    for (uint64_t i = 0; ret && i < p->n; i++)
-        (void)qcow2_set_refcount(im, first + i, 0);
     if (ret)
-        w->hint = util_min(w->hint, first);
+        qcow2_undo_take_locked(im, first, p->n);
     else if (p->host + p->n * qcow2_cluster(q) > w->top)
         w->top = p->host + p->n * qcow2_cluster(q);
     return ret;
@@ -5389,13 +5436,15 @@ static int qcow2_write_data(struct image *im, const struct qcow2_plan *p, const 
 }
 
 /* The L2 entries say so. */
-static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint64_t len, uint64_t offset)
+static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint64_t len, uint64_t offset,
+                             uint64_t *linked)
 {
     struct qcow2 *q = im->state;
     uint64_t entry, bitmap, mask;
     int ret = 0;
 
     for (uint64_t i = 0; i < p->n && !ret; i++) {
+        *linked = i;
         ret = qcow2_read_entry(im, q, p->at + i * q->entry_size, &entry, &bitmap);
         mask = qcow2_cells(q, p->guest + i * qcow2_cluster(q), offset, offset + len);
         if (i == 0 && (entry & QCOW2_COMPRESSED))
@@ -5407,6 +5456,7 @@ static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint6
     }
     if (!ret && p->moved)
         qcow2_free_entry_locked(q, p->old);
+    *linked = ret ? *linked : p->n;
     return ret;
 }
 
@@ -5438,9 +5488,9 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
 {
     struct qcow2 *q = im->state;
     struct qcow2_writer *w = q->w;
-    uint64_t first = offset >> q->cluster_bits;
+    uint64_t first = offset >> q->cluster_bits, linked = 0;
     struct qcow2_plan p;
-    int ret = 0, r;
+    int ret = 0;
 
     *done = 0;
     pthread_mutex_lock(&w->lock);
@@ -5458,13 +5508,14 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
     len = util_min(len, p.end - offset);
     ret = qcow2_write_data(im, &p, buf, len, offset);
     pthread_mutex_lock(&w->lock);
-    r = ret ? ret : qcow2_link_locked(im, &p, len, offset);
+    if (!ret)
+        ret = qcow2_link_locked(im, &p, len, offset, &linked);
     if (ret && p.moved && q->data == &im->files[0])
-        qcow2_free_locked(w, p.host >> q->cluster_bits, p.n);
+        qcow2_undo_take_locked(im, (p.host >> q->cluster_bits) + linked, p.n - linked);
     qcow2_end_busy_locked(w, first);
     pthread_mutex_unlock(&w->lock);
-    *done = r ? 0 : len;
-    return r;
+    *done = ret ? 0 : len;
+    return ret;
 }
 
 /* -- zeros -- */
@@ -5669,6 +5720,26 @@ static int qcow2_begin_writing(struct image *im)
 }
 
 /*
+ * The row [start, start + n) was not used in the end. Nor were the blocks behind it, up to `at`, unless the refcount
+ * table names them by now.
+ */
+static void qcow2_undo_row_locked(struct image *im, uint64_t start, uint64_t n, uint64_t at)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t per = qcow2_per_block(q), block;
+    bool named;
+
+    for (uint64_t c = at; c-- > start + n;) {
+        named = false;
+        for (uint64_t i = start / per; i <= (at - 1) / per; i++)
+            named |= !qcow2_find_block(im, i * per, &block) && block == c << q->cluster_bits;
+        if (!named)
+            qcow2_undo_tables_locked(im, c, 1);
+    }
+    qcow2_undo_tables_locked(im, start, n);
+}
+
+/*
  * Free clusters in a row, behind all that is used, with the refcount blocks that they need behind them: for an L1
  * table, which may be longer than what one block covers.
  */
@@ -5688,6 +5759,9 @@ static int qcow2_take_row_locked(struct image *im, uint64_t n, uint64_t *first)
     if ((at - 1) / per >= w->table_entries)
         return -ENOBUFS;            /* before anything was changed */
     ret = qcow2_reserve(im, &im->files[0], at << q->cluster_bits);
+    if (ret)
+        return ret;
+    w->top = at << q->cluster_bits;
     for (uint64_t c = start + n; c < at && !ret; c++)
         ret = qcow2_clear_cluster(im, c);
     /* Counted before they are named: block by block of the row, the new one or the one that is there. */
@@ -5703,8 +5777,8 @@ static int qcow2_take_row_locked(struct image *im, uint64_t n, uint64_t *first)
         if (!ret && !block)
             ret = qcow2_store_be64(im, w->table_offset + i * 8, --next << q->cluster_bits, CACHE_REFCOUNT_TABLE);
     }
-    if (at << q->cluster_bits > w->top)
-        w->top = at << q->cluster_bits;
+    if (ret)
+        qcow2_undo_row_locked(im, start, n, at);
     *first = start;
     return ret;
 }
@@ -5729,8 +5803,9 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
         if (!ret)
             ret = qcow2_take_row_locked(im, n, &first);
     } while (ret == -ENOBUFS);
-    if (!ret)
-        ret = file_write_zeros(&im->files[0], first * size, n * size);
+    if (ret)
+        return ret;
+    ret = file_write_zeros(&im->files[0], first * size, n * size);
     for (uint64_t i = 0; i < old && !ret; i++) {
         ret = cache_word(&im->files[0], old_offset + i * 8, &word);
         if (!ret && word)
@@ -5744,8 +5819,10 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
     qcow2_put_be64(header + 4, first * size);
     if (!ret)
         ret = qcow2_write_header(im, 36, header, sizeof(header));
-    if (ret)
+    if (ret) {
+        qcow2_undo_tables_locked(im, first, n);
         return ret;
+    }
     q->l1_offset = first * size;
     q->l1_entries = entries;
     if (old)

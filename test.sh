@@ -2228,6 +2228,90 @@ t_qcow2_disk_full_is_told_and_leaves_a_whole_image() {
     umount small
 }
 
+# Writes that fail for want of room leave nothing behind: no leaked clusters, no longer file, room for others.
+t_qcow2_refused_writes_leak_nothing() {
+    local o step base
+    mkdir small; mount -t tmpfs -o size=12M none small; qemu-img create -q -f qcow2 base 256M; qemu-io -c 'write -P 9 0 256M' base >io.log
+    for o in cluster_size=512 cluster_size=4k,refcount_bits=1 cluster_size=64k,refcount_bits=64 cluster_size=2M,refcount_bits=8 \
+        extended_l2=on,cluster_size=64k "cluster_size=64k -b $PWD/base -F qcow2"; do
+        qemu-img create -q -f qcow2 -o $o small/img 256M
+        "$fx" -q -w --growable --allow-external "$PWD" small/img m 2>log
+        py '
+f = os.open("m", os.O_RDWR | os.O_DIRECT); b = mmap.mmap(-1, 1 << 18); b[:] = os.urandom(1 << 18); refused = grown = 0; step = 65536
+for p in range(0, 256 << 20, 32 << 20): os.pwritev(f, [memoryview(b)[:4096]], p)
+os.fsync(f)
+g = os.open("small/ballast", os.O_WRONLY | os.O_CREAT)
+def fill():
+    try:
+        while os.write(g, b): pass
+    except OSError: pass
+fill()
+was, rnd = os.stat("small/img").st_size, random.Random(3)
+for i in range(900):
+    try: os.pwritev(f, [memoryview(b)[:rnd.choice([512, 4096, 65536, 1 << 18])]], rnd.randrange((256 << 20) // step - 4) * step)
+    except OSError as e: assert e.errno in (errno.ENOSPC, errno.EIO), e; refused += 1
+    if i % 100 == 50:
+        try: os.fsync(f)
+        except OSError: pass
+    if i % 50 == 20:
+        try: os.ftruncate(f, (1 << 40) + i * step)       # the L1 table moves
+        except OSError: grown += 1
+    if i % 10 == 0: fill()
+assert refused > 200, refused
+now = os.stat("small/img").st_size
+assert now <= was + (32 << 20), (was, now)
+os.unlink("small/ballast"); os.close(g)
+try: os.fsync(f)
+except OSError: pass
+for p in range(8): os.pwritev(f, [memoryview(b)[:4096]], (p * 32 << 20) + 8192)         # and there is room again
+os.fsync(f)'
+        cp --sparse=always m model; expect 1 "$fx" --umount m
+        "$fx" --check --json -q small/img >said || [ $? = 3 ]
+        [ "$(jq '.leaks // 0' said)" -le 8 ] || fail "$o: $(jq .leaks said) leaks"
+        qemu-img check -q small/img >check.log || [ $? = 3 ]
+        qemu-img compare -q -f qcow2 -F raw small/img model
+        [ "$(stat -c %s small/img)" -le $((32 << 20)) ] || fail "$o: $(stat -c %s small/img) bytes"
+        rm -f small/img model
+    done
+}
+
+# The same by a limit on the file's size; and a growth of the tables that fails, again and again.
+t_qcow2_growing_that_fails_leaves_the_file_as_it_was() {
+    local o limit s
+    for o in cluster_size=512,refcount_bits=64 cluster_size=4k cluster_size=64k,refcount_bits=1 cluster_size=2M; do
+        qemu-img create -q -f qcow2 -o $o img 64M
+        "$fx" -q -w --growable img m 2>log; s=$(server_of)
+        dd if=/dev/zero bs=64k count=4 status=none | tr '\0' x | dd of=m conv=notrunc,fsync status=none
+        limit=$(stat -c %s img); prlimit --fsize="$limit":unlimited -p "$s"
+        py '
+f, rnd, b, bad = os.open("m", os.O_RDWR), random.Random(1), b"y" * 262144, 0
+for i in range(300):
+    try:
+        if i % 3: os.pwrite(f, b, rnd.randrange(200) << 18)
+        else: os.ftruncate(f, (1 << 36) + (i << 30))
+    except OSError as e: bad += 1; assert e.errno in (errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EINVAL), e
+    if i % 50 == 49: os.fsync(f)
+assert bad > 40, bad'
+        prlimit --fsize=unlimited:unlimited -p "$s"
+        same "$(stat -c %s img)" "$limit"
+        "$fx" --umount m || [ $? = 1 ]; "$fx" -q --check img >said; qemu-img check -q img; rm img
+    done
+    # Every change of the file fails in turn: where no flush has failed, nothing is leaked (what is in the file may be).
+    qemu-img create -q -f qcow2 -o cluster_size=512,refcount_bits=64 good 1M
+    for n in $(seq 1 11 150); do
+        cp good img
+        FUSEEXP_FAIL_NTH=$n FUSEEXP_FAIL_ERRNO=28 "$fault" -q -w --growable --sandbox=off img m 2>err || { grep -q fuseexp err; continue; }
+        py '
+f = os.open("m", os.O_RDWR)
+def ok(fn, *a):
+    try: fn(*a)
+    except OSError: pass
+for i in range(12): ok(os.pwrite, f, b"x" * 9000, i * 70001); ok(os.ftruncate, f, (4 + i) << 20); i % 5 or ok(os.fsync, f)'
+        "$fault" --umount m 2>err || [ $? = 1 ]
+        qemu-img check -q img >check.log 2>&1 || [ $? = 3 ] || { cat check.log; fail "operation $n"; }
+    done
+}
+
 t_synchronous_writes_are_there_when_they_return() {
     local o flag
     for o in "" --direct-io; do
