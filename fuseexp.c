@@ -2899,6 +2899,13 @@ static void ext_odd(const struct image *im, const char *what, uint64_t value)
     msg_say(MSG_NOTE, "%s: a field is odd, but not needed: %s (0x%" PRIx64 ")", im->name, what, value);
 }
 
+/* A kind of image that is sound for all we know, but not read. */
+static int ext_unsupported(const struct image *im, const char *what, uint64_t value)
+{
+    return msg_err(-EOPNOTSUPP, "%s: a %s image of a kind that is not supported: %s (0x%" PRIx64 ")", im->name,
+                   im->format->name, what, value);
+}
+
 /* The data is encrypted, `how`; `who` can decrypt it. The tables are not: --info and --check read nothing else. */
 static int ext_encrypted(struct image *im, const char *how, const char *who)
 {
@@ -3339,9 +3346,10 @@ static int qcow2_unknown_feature(const struct image *im, uint64_t bits, const ui
         bit++;
     for (uint32_t at = 0; table && at + 48 <= len; at += 48)
         if (table[at] == 0 && table[at + 1] == bit)
-            return msg_err(-EOPNOTSUPP, "%s: needs the unknown qcow2 feature '%.46s' (bit %u)", im->name,
-                           (const char *)table + at + 2, bit);
-    return msg_err(-EOPNOTSUPP, "%s: needs an unknown qcow2 feature (incompatible bit %u)", im->name, bit);
+            return msg_err(-EOPNOTSUPP, "%s: needs the unknown qcow2 feature '%.46s' (bit %u), which is not supported",
+                           im->name, (const char *)table + at + 2, bit);
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown qcow2 feature (incompatible bit %u), which is not supported",
+                   im->name, bit);
 }
 
 enum { QCOW2_AES = 1, QCOW2_LUKS };
@@ -3404,9 +3412,9 @@ static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *
     uint32_t compression = q->header_length > 104 ? h[104] : 0;
 
     if (q->version != 2 && q->version != 3)
-        return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u", im->name, q->version);
+        return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u, which is not supported", im->name, q->version);
     if (q->cluster_bits < 9 || q->cluster_bits > 21)
-        return ext_refuse(im, "the cluster size", q->cluster_bits);
+        return ext_unsupported(im, "the cluster size, as a power of 2", q->cluster_bits);
     if (q->crypt > QCOW2_LUKS)
         return msg_err(-EOPNOTSUPP, "%s: is encrypted by method %u, which is not supported", im->name, q->crypt);
     if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) ||
@@ -3414,7 +3422,9 @@ static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *
         return ext_refuse(im, "the header's length", q->header_length);
     if (q->refcount_order > 6)
         return ext_refuse(im, "the refcount width", q->refcount_order);
-    if ((compression != 0) != !!(q->incompatible & QCOW2_COMPRESSION) || compression > 1)
+    if (compression > 1 && (q->incompatible & QCOW2_COMPRESSION))
+        return ext_unsupported(im, "the compression type", compression);
+    if ((compression != 0) != !!(q->incompatible & QCOW2_COMPRESSION))
         return ext_refuse(im, "the compression type", compression);
     q->codec = compression ? CODEC_ZSTD : CODEC_DEFLATE;
     if (q->crypt && ext_encrypted(im, qcow2_crypt_names[q->crypt], "qemu-img convert"))
@@ -6322,7 +6332,7 @@ static int vdi_check_header(struct image *im, const struct vdi *v)
     uint64_t file_size = im->files[0].size;
 
     if ((v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF) && im->parent_id.known[ID_IMAGE])
-        return ext_refuse(im, "the image type", v->type);
+        return ext_unsupported(im, "the image type", v->type);
     if (v->block_size < VDI_MIN_BLOCK || v->block_size > VDI_MAX_BLOCK || (v->block_size & (v->block_size - 1)))
         return ext_refuse(im, "the block size", v->block_size);
     if (v->extra > v->block_size || (v->extra & (v->extra - 1)))
@@ -6357,8 +6367,8 @@ static int vdi_read_header(struct image *im, struct vdi *v)
         return msg_err(-EINVAL, "%s: is not a VDI image", im->name);
     v->version = util_le32(h + VDI_OFF_VERSION);
     if (v->version != VDI_VERSION_0 && v->version >> 16 != VDI_VERSION_1 >> 16)
-        return msg_err(-EOPNOTSUPP, "%s: VDI of unknown version %u.%u", im->name, v->version >> 16,
-                       v->version & 0xffff);
+        return msg_err(-EOPNOTSUPP, "%s: VDI of unknown version %u.%u, which is not supported", im->name,
+                       v->version >> 16, v->version & 0xffff);
     if (len < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
         return ext_refuse(im, "the file ends in the header", len);
     if (v->version != VDI_VERSION_0 && util_le32(h + VDI_OFF_HEADER_SIZE) < VDI_HEADER_SIZE_MIN)
@@ -6540,7 +6550,7 @@ static int qed_check_features(const struct image *im, uint64_t features)
         return 0;
     while (!(unknown >> bit & 1))
         bit++;
-    return msg_err(-EOPNOTSUPP, "%s: needs an unknown QED feature (bit %u)", im->name, bit);
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown QED feature (bit %u), which is not supported", im->name, bit);
 }
 
 /* As many entries of the L1 table as the size needs must be there; the table ends where it may. */
@@ -6850,7 +6860,9 @@ static int prl_xml_image_value(const struct image *im, struct prl_image *i, cons
     if (strcmp(field, "Type") == 0) {
         i->has_type = true;
         i->plain = strcmp(text, "Plain") == 0;
-        return i->plain || strcmp(text, "Compressed") == 0 ? 0 : prl_xml_bad(im, "unknown type of an image", text);
+        return i->plain || strcmp(text, "Compressed") == 0
+                   ? 0 : msg_err(-EOPNOTSUPP, "%s: unknown type of an image ('%.60s'), which is not supported",
+                                 im->name, text);
     }
     return 0;
 }
@@ -6990,7 +7002,8 @@ static int prl_xml_parse(struct image *im, struct prl_xml *x)
             if (!next)
                 return prl_xml_bad(im, "has no end", tag);
         } else if (tag[1] == '!') {
-            return prl_xml_bad(im, "declarations are not supported", tag);
+            return msg_err(-EOPNOTSUPP, "%s: declarations are not supported in a " PRL_XML_NAME " ('%.60s')", im->name,
+                           tag);
         } else {
             ret = prl_xml_tag(im, x, path, tag, &text, &next);
         }
@@ -7102,7 +7115,7 @@ static int prl_open_layer(struct image *im, struct prl_layer *l)
     if (!ext && memcmp(h, PRL_MAGIC, 16) != 0)
         return msg_err(-EINVAL, "%s: is not a Parallels image", l->file->path);
     if (util_le32(h + PRL_OFF_VERSION) != PRL_VERSION)
-        return msg_err(-EOPNOTSUPP, "%s: Parallels image of unknown version %u", l->file->path,
+        return msg_err(-EOPNOTSUPP, "%s: Parallels image of unknown version %u, which is not supported", l->file->path,
                        util_le32(h + PRL_OFF_VERSION));
     cluster = util_le32(h + PRL_OFF_CLUSTER);
     entries = util_le32(h + PRL_OFF_ENTRIES);
@@ -7580,9 +7593,9 @@ static int vhd_check_footer(struct image *im, struct vhd *v, const uint8_t *foot
 
     v->type = util_be32(footer + VHD_OFF_TYPE);
     if (version >> 16 != 1)
-        return msg_err(-EOPNOTSUPP, "%s: VHD of unknown version 0x%08x", im->name, version);
+        return msg_err(-EOPNOTSUPP, "%s: VHD of unknown version 0x%08x, which is not supported", im->name, version);
     if (v->type < VHD_FIXED || v->type > VHD_DIFFERENCING)
-        return ext_refuse(im, "the kind of disk", v->type);
+        return ext_unsupported(im, "the kind of disk", v->type);
     ext_set_id(&im->id, ID_IMAGE, footer + VHD_OFF_ID);
     memcpy(v->creator, footer + VHD_OFF_CREATOR, 4);
     return 0;
@@ -7622,7 +7635,7 @@ static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
     if (memcmp(h, "cxsparse", 8) != 0)
         return ext_refuse(im, "the place of the dynamic header", v->header);
     if (util_be32(h + VHD_HEAD_VERSION) >> 16 != 1)
-        return ext_refuse(im, "the version of the dynamic header", util_be32(h + VHD_HEAD_VERSION));
+        return ext_unsupported(im, "the version of the dynamic header", util_be32(h + VHD_HEAD_VERSION));
     if (block < VHD_SECTOR || block & (block - 1))
         return ext_refuse(im, "the block size", block);
     v->table = util_be64(h + VHD_HEAD_TABLE);
@@ -7998,7 +8011,7 @@ static int vhdx_unknown(const struct image *im, const char *what, const uint8_t 
 
     util_swap_guid(guid, uuid);
     util_uuid_text(uuid, text);
-    return msg_err(-EOPNOTSUPP, "%s: needs an unknown VHDX %s {%s}", im->name, what, text);
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown VHDX %s {%s}, which is not supported", im->name, what, text);
 }
 
 /* CRC-32C (Castagnoli), bit by bit reversed; begins with ~0 and is inverted at the end. */
@@ -8053,7 +8066,7 @@ static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
     v->log_version = util_le16(h + 64);
     v->version = util_le16(h + 66);
     if (v->version != 1)
-        return msg_err(-EOPNOTSUPP, "%s: VHDX of unknown version %u", im->name, v->version);
+        return msg_err(-EOPNOTSUPP, "%s: VHDX of unknown version %u, which is not supported", im->name, v->version);
     util_swap_guid(h + 32, uuid);
     ext_set_id(&im->id, ID_IMAGE, uuid);                /* changes with the data: what children remember */
     memcpy(v->log_guid, h + 48, sizeof(v->log_guid));
@@ -8953,11 +8966,13 @@ static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
     while (type < ARRAY_LEN(vmdk_types) && strcasecmp(e->type, vmdk_types[type].word) != 0)
         type++;
     if (type == ARRAY_LEN(vmdk_types))
-        return vmdk_bad_line(im, "the type of an extent", shown);
+        return !*e->type ? vmdk_bad_line(im, "the type of an extent", shown)
+                         : msg_err(-EOPNOTSUPP, "%s: the type of an extent, %.40s, is not supported", im->name,
+                                   e->type);
     e->kind = vmdk_types[type].kind;
     if (e->kind == VMDK_BAD)
-        return msg_err(-EOPNOTSUPP, "%s: an extent of type %s: its data are on a device, not in the image", im->name,
-                       e->type);
+        return msg_err(-EOPNOTSUPP, "%s: an extent of type %s: its data are on a device, not in the image, "
+                       "which is not supported", im->name, e->type);
     end = *p == '"' ? strchr(p + 1, '"') : NULL;
     if (end) {
         *end = 0;
@@ -9043,7 +9058,8 @@ static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_
         value++;
     }
     if (strcasecmp(key, "version") == 0 && isdigit((unsigned char)*value) && (*value < '1' || *value > '4' || value[1]))
-        return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s'", im->name, value);
+        return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s', which is not supported",
+                       im->name, value);
     if (strcasecmp(key, "CID") == 0)
         vmdk_set_cid(im, v, value);
     if (strcasecmp(key, "parentCID") == 0 && !vmdk_set_parent_cid(im, v, value))
@@ -9285,7 +9301,8 @@ static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
     version = util_le32(h + VMDK_OFF_VERSION);
     flags = util_le32(h + VMDK_OFF_FLAGS);
     if (version < 1 || version > 3)
-        return msg_err(-EOPNOTSUPP, "%s: a VMDK extent of unknown version %u", e->file->path, version);
+        return msg_err(-EOPNOTSUPP, "%s: a VMDK extent of unknown version %u, which is not supported", e->file->path,
+                       version);
     e->entry_size = 4;
     ret = vmdk_set_geometry(e, util_le64(h + VMDK_OFF_CAPACITY), util_le64(h + VMDK_OFF_GRAIN), VMDK_HOSTED_GRAIN_MIN,
                             util_le32(h + VMDK_OFF_ENTRIES), VMDK_HOSTED_ENTRIES);
@@ -9295,7 +9312,8 @@ static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
     e->compressed = flags & VMDK_FLAG_COMPRESSED;
     e->markers = flags & VMDK_FLAG_MARKERS;
     if (util_le16(h + VMDK_OFF_ALGORITHM) != (e->compressed ? 1 : 0))
-        return vmdk_bad(e->file, "the compression algorithm", util_le16(h + VMDK_OFF_ALGORITHM));
+        return msg_err(-EOPNOTSUPP, "%s: the compression algorithm %u of a VMDK is not supported", e->file->path,
+                       util_le16(h + VMDK_OFF_ALGORITHM));
     if (e->compressed && 1u << e->grain_bits > MAX_CLUSTER)
         return vmdk_bad(e->file, "the size of compressed grains", 1u << e->grain_bits);
     e->unclean = h[VMDK_OFF_UNCLEAN];
@@ -9316,7 +9334,8 @@ static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
     if (ret)
         return ret;
     if (util_le32(h + 4) != 1)
-        return msg_err(-EOPNOTSUPP, "%s: a COWD extent of unknown version %u", e->file->path, util_le32(h + 4));
+        return msg_err(-EOPNOTSUPP, "%s: a COWD extent of unknown version %u, which is not supported", e->file->path,
+                       util_le32(h + 4));
     e->entry_size = 4;
     ret = vmdk_set_geometry(e, util_le32(h + VMDK_COWD_OFF_CAPACITY), util_le32(h + VMDK_COWD_OFF_GRAIN), 1,
                             1 << VMDK_COWD_ENTRIES_BITS, 1 << VMDK_COWD_ENTRIES_BITS);
@@ -9341,11 +9360,11 @@ static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
     if (ret)
         return ret;
     if (util_le64(h + VMDK_SE_OFF_VERSION) != VMDK_SE_VERSION)
-        return msg_err(-EOPNOTSUPP, "%s: a seSparse extent of unknown version 0x%" PRIx64, e->file->path,
-                       util_le64(h + VMDK_SE_OFF_VERSION));
+        return msg_err(-EOPNOTSUPP, "%s: a seSparse extent of unknown version 0x%" PRIx64 ", which is not supported",
+                       e->file->path, util_le64(h + VMDK_SE_OFF_VERSION));
     if (util_le64(h + VMDK_SE_OFF_FLAGS))
-        return msg_err(-EOPNOTSUPP, "%s: needs unknown seSparse features (flags 0x%" PRIx64 ")", e->file->path,
-                       util_le64(h + VMDK_SE_OFF_FLAGS));
+        return msg_err(-EOPNOTSUPP, "%s: needs unknown seSparse features (flags 0x%" PRIx64 "), "
+                       "which are not supported", e->file->path, util_le64(h + VMDK_SE_OFF_FLAGS));
     if (util_le64(h + VMDK_SE_OFF_GRAIN) != 1 << (VMDK_SE_GRAIN_BITS - 9))
         return vmdk_bad(e->file, "the grain size", util_le64(h + VMDK_SE_OFF_GRAIN));
     if (util_le64(h + VMDK_SE_OFF_TABLE) != VMDK_SE_TABLE / VMDK_SECTOR)
@@ -10557,11 +10576,11 @@ static int img_probe(struct image *im, const char *wanted)
     im->format = img_most_certain(&p);
     if (im->format != &raw_format)
         return 0;
-    if (img_check_foreign(im, &p))
-        return -EMEDIUMTYPE;
     if (strcmp(util_basename(first->path), PRL_XML_NAME) == 0)
         return msg_err(-EINVAL, "%s: is damaged or not in UTF-8, so nothing says which image files belong together; "
                        "they can be opened alone", im->name);
+    if (img_check_foreign(im, &p))
+        return -EMEDIUMTYPE;
     if (!first->is_blk)
         msg_say(MSG_NOTE, "%s: no known format, taken as raw (--format raw says so)", im->name);
     return 0;
@@ -10667,18 +10686,23 @@ static bool img_has_next_piece(const struct image *im, char next[PATH_MAX])
     return n > 0 && p.size <= im->files[0].size && img_most_certain(&p) == &raw_format;
 }
 
-/* Is each of several files an image of its format, as the extents of a VMDK are? */
-static bool img_is_each(const struct image *im)
+/*
+ * Are several files the pieces of one? The extents of a VMDK are images of its format, each of them; a descriptor is
+ * shorter than what it describes, but no piece is longer than the first.
+ */
+static bool img_are_pieces(const struct image *im)
 {
     uint8_t head[IMG_PROBE_HEAD];
+    bool each = true;
     uint64_t done;
 
     for (unsigned i = 0; i < im->n_files; i++) {
         struct probe p = { head, head, util_min(im->files[i].size, sizeof(head)), 0, im->files[i].size };
-        if (file_pread(&im->files[i], head, p.head_len, 0, &done) || img_most_certain(&p) != im->format)
+        if (p.size > im->files[0].size)
             return false;
+        each = each && file_pread(&im->files[i], head, p.head_len, 0, &done) == 0 && img_most_certain(&p) == im->format;
     }
-    return true;
+    return !each;
 }
 
 /* The parts of a split image were found by name: only now its end is known. A fixed VHD has nothing but a footer. */
@@ -10704,7 +10728,7 @@ static int img_check_pieces(const struct image *im)
     size_t len = strlen(im->name);
     char next[PATH_MAX];
 
-    if (several && !raw && !img_is_each(im))
+    if (several && !raw && img_are_pieces(im))
         return msg_err(-EINVAL, "%s: this and the files after it are not each a %s image; if they are the pieces of "
                        "one, " IMG_JOIN, im->name, im->format->name, "the list as it is");
     if (several)

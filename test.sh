@@ -1359,6 +1359,28 @@ t_descriptions_of_machines_and_maps_are_refused_by_name() {
     refused 1 'is an Apple sparse bundle' "$fx" -q s.sparsebundle m; refused 1 'Clonezilla' "$fx" -q c m
 }
 
+t_kinds_that_are_not_read_are_not_called_damaged() {
+    local format at hex
+    while read -r format at hex; do
+        rm -f good; qemu-img create -q -f "$format" good 4M; poke bad "$at" "$hex"
+        refused 1 'not supported' "$fx" -q bad m
+    done <<'END'
+qcow2 4 00000004
+qcow2 20 00000017
+qcow2 32 00000003
+qcow2 76 01000000
+vdi 68 02000200
+parallels 16 00000003
+qed 16 00000000000000ff
+vmdk 4 04000000
+END
+    for f in VSANSPARSE VMFSRDM SOMETHING; do
+        printf '# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="x"\nRW 4096 %s "x-1.vmdk"\n' $f >d.vmdk
+        refused 1 "$f.*not supported" "$fx" -q d.vmdk m
+    done
+    "$fx" -q --info d.vmdk 2>err || true; not grep -q 'damaged\|hostile' err
+}
+
 t_a_raw_disk_may_begin_with_anything() {
     random truth 60
     py '
