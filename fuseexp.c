@@ -441,6 +441,25 @@ static bool util_utf16_text(const uint8_t *from, size_t len, bool big, char *tex
     return true;
 }
 
+/*
+ * Memory that is zeros and takes no room before it is written. NULL: there is none, or this machine cannot address so
+ * much: where a size_t has 32 bits, a length that is cut to it would look like success.
+ */
+static void *util_map(uint64_t bytes)
+{
+    void *memory = MAP_FAILED;
+
+    if (bytes <= SIZE_MAX)
+        memory = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+static void util_unmap(void *memory, uint64_t bytes)
+{
+    if (memory)
+        munmap(memory, (size_t)bytes);
+}
+
 /* Like strcpy, but never past room. False: it did not fit. */
 static bool util_copy(char *to, size_t room, const char *from)
 {
@@ -2282,16 +2301,14 @@ static struct {
 
 static int cache_start(uint64_t budget)
 {
-    uint64_t sets = budget / 2 / (CACHE_WAYS * (CACHE_SLICE + sizeof(struct cache_slot))), slots;
+    uint64_t sets, slots;
 
+    budget = util_min(budget, SIZE_MAX / 4);    /* of 32 bits: what such a process may have */
+    sets = budget / 2 / (CACHE_WAYS * (CACHE_SLICE + sizeof(struct cache_slot)));
     sets += sets == 0;
     slots = sets * CACHE_WAYS;
-    cache.slots = util_fault("cache slots") ? NULL : calloc(slots, sizeof(*cache.slots));
-    cache.words = util_fault("cache words") ? MAP_FAILED
-                                            : mmap(NULL, slots * CACHE_SLICE, PROT_READ | PROT_WRITE,
-                                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (cache.words == MAP_FAILED)
-        cache.words = NULL;
+    cache.slots = util_fault("cache slots") ? NULL : calloc((size_t)slots, sizeof(*cache.slots));
+    cache.words = util_fault("cache words") ? NULL : util_map(slots * CACHE_SLICE);
     cache.n_sets = sets;
     cache.budget = budget;
     cache.table_bytes = slots * sizeof(*cache.slots);
@@ -2310,8 +2327,7 @@ static void cache_stop(void)
         }
     cache.n_dirty = 0;
     free(cache.slots);
-    if (cache.words)
-        munmap((void *)cache.words, cache.n_sets * CACHE_WAYS * CACHE_SLICE);
+    util_unmap((void *)cache.words, cache.n_sets * CACHE_WAYS * CACHE_SLICE);
     cache.slots = NULL;
     cache.words = NULL;
     while (cache.oldest) {
@@ -4620,9 +4636,9 @@ static int qcow2_count_all(struct image *im, struct check *c, int (*then)(struct
 
     if (ret)
         return ret;
-    k.counts = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    k.counts = util_map(bytes);
     k.refs = malloc(QCOW2_REFS * sizeof(*k.refs));
-    if (k.counts == MAP_FAILED || !k.refs) {
+    if (!k.counts || !k.refs) {
         ret = msg_err(-ENOMEM, "%s: out of memory", im->name);
     } else {
         k.uses = (uint8_t *)k.counts + (k.n_clusters + 1) * k.width;
@@ -4631,8 +4647,7 @@ static int qcow2_count_all(struct image *im, struct check *c, int (*then)(struct
     }
     if (!ret && then)
         ret = then(&k);
-    if (k.counts != MAP_FAILED)
-        munmap(k.counts, bytes);
+    util_unmap(k.counts, bytes);
     free(k.refs);
     return ret;
 }
@@ -12286,11 +12301,8 @@ static bool img_check_bitmap(struct img_check *k, unsigned file)
 {
     uint64_t bytes = (k->im->files[file].size / 512 / 64 + 1) * 8;
 
-    if (k->used[file])
-        return true;
-    k->used[file] = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (k->used[file] == MAP_FAILED)
-        k->used[file] = NULL;
+    if (!k->used[file])
+        k->used[file] = util_map(bytes);
     return k->used[file];
 }
 
@@ -12398,8 +12410,7 @@ static int img_check(struct image *im, struct check *c)
     c->allocated = (k.allocated + k.unit - 1) / k.unit;
     c->compressed = (k.compressed + k.unit - 1) / k.unit;
     for (unsigned i = 0; i < im->n_files; i++)
-        if (k.used[i])
-            munmap(k.used[i], (im->files[i].size / 512 / 64 + 1) * 8);
+        util_unmap(k.used[i], (im->files[i].size / 512 / 64 + 1) * 8);
     free(k.used);
     return ret ? msg_err(ret, "%s: what lies where could not be found out: %s", im->name, strerror(-ret)) : 0;
 }
