@@ -520,6 +520,12 @@ static uint64_t util_clock(void)
     return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
 }
 
+/* Milliseconds of the same. */
+static int64_t util_now(void)
+{
+    return (int64_t)(util_clock() / 1000000);
+}
+
 /* Does a signal wait that asks us to stop? (They are blocked, and read from a descriptor later.) */
 static bool util_interrupted(void)
 {
@@ -1302,17 +1308,14 @@ struct file_loop {
     ino_t ino;
 };
 
-/* Asks the device where we may, since the path may lead to another file by now. False: it shows nothing. */
-static bool file_ask_loop(const char *name, struct file_loop *loop)
+/* Asks the device where we may, since the path may lead to another file by now. False: nobody can tell. */
+static bool file_ask_loop(struct file_loop *loop)
 {
     struct loop_info64 info;
     char path[64], ro[4];
     struct stat st;
     int fd, ret;
 
-    snprintf(path, sizeof(path), "/sys/block/%.15s/loop/backing_file", name);
-    if (!util_copy(loop->name, sizeof(loop->name), name) || util_read_file(path, loop->path, sizeof(loop->path)) < 0)
-        return false;
     snprintf(path, sizeof(path), "/dev/%s", loop->name);
     fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     ret = fd < 0 ? -1 : util_ioctl(fd, (uint32_t)LOOP_GET_STATUS64, &info);
@@ -1334,14 +1337,18 @@ static bool file_ask_loop(const char *name, struct file_loop *loop)
     return true;
 }
 
-/* The next loop device in use, in a folder opened as /sys/block. */
+/* The name and path of the next loop device in use; dir is /sys/block. */
 static bool file_next_loop(DIR *dir, struct file_loop *loop)
 {
     struct dirent *e;
+    char path[64];
 
-    while (dir && (e = readdir(dir)))
-        if (strncmp(e->d_name, "loop", 4) == 0 && file_ask_loop(e->d_name, loop))
+    while (dir && (e = readdir(dir))) {
+        snprintf(path, sizeof(path), "/sys/block/%.15s/loop/backing_file", e->d_name);
+        if (strncmp(e->d_name, "loop", 4) == 0 && util_copy(loop->name, sizeof(loop->name), e->d_name) &&
+            util_read_file(path, loop->path, sizeof(loop->path)) == 0)
             return true;
+    }
     return false;
 }
 
@@ -1372,7 +1379,7 @@ static int file_check_loops(const struct file *f)
     bool found = false;
 
     while (!found && file_next_loop(dir, &loop))
-        found = !loop.read_only &&
+        found = file_ask_loop(&loop) && !loop.read_only &&
                 (f->is_blk ? loop.rdev == f->st.st_rdev || file_whole_disk(loop.rdev) == f->st.st_rdev ||
                                  (loop.rdev && loop.rdev == file_whole_disk(f->st.st_rdev))
                            : loop.dev == f->st.st_dev && loop.ino == f->st.st_ino);
@@ -12851,6 +12858,7 @@ struct server {
     bool writers_direct;            /* see fop_count_open(); set by the handshake */
     _Atomic int64_t opens;          /* of handles that are cached; below 0: of direct ones */
     int backing_id;                 /* > 0: views[0] is passed through */
+    int end_fd;                     /* the supervisor reads there that the file system is unmounted everywhere */
     uint64_t attr_valid;            /* seconds the kernel may keep attributes */
     struct timespec started;
     _Atomic uint32_t mode, uid, gid;
@@ -13635,6 +13643,7 @@ static void *loop_worker(void *arg)
         }
         ret = loop_once(w);
     } while (ret == 0);
+    (void)!write(w->srv->end_fd, "", 1);
     pool_close();
     return ret < 0 ? arg : NULL;    /* non-NULL: it broke */
 }
@@ -14598,6 +14607,195 @@ static bool mnt_where(const struct mountpoint *mp, struct mount_entry *where)
     return found == 1 && !where->covered;
 }
 
+/* Who uses a mount, for messages: the first few of them. */
+struct mount_users {
+    char text[500];
+    unsigned n;
+};
+
+__attribute__((format(printf, 2, 3))) static void mnt_add_user(struct mount_users *users, const char *fmt, ...)
+{
+    size_t at = strlen(users->text);
+    va_list ap;
+
+    if (users->n++ > 4)
+        return;
+    if (at)
+        at += (size_t)snprintf(users->text + at, sizeof(users->text) - at, ", ");
+    va_start(ap, fmt);
+    if (users->n > 4)
+        util_copy(users->text + at, sizeof(users->text) - at, "and others");
+    else if (vsnprintf(users->text + at, 110, fmt, ap) < 0)
+        users->text[at] = 0;
+    va_end(ap);
+}
+
+static bool mnt_is_below(const char *path, const char *mount)
+{
+    size_t len = strlen(mount);
+
+    return strncmp(path, mount, len) == 0 && (!path[len] || path[len] == '/');
+}
+
+/* What is stacked on a block device, such as a LUKS mapping. sysfs: its folder there. */
+static void mnt_add_holders(struct mount_users *users, const char *sysfs)
+{
+    char path[PATH_MAX], name[128];
+    struct dirent *e;
+    DIR *dir;
+
+    snprintf(path, sizeof(path), "%s/holders", sysfs);
+    dir = opendir(path);
+    while (dir && (e = readdir(dir))) {
+        if (*e->d_name == '.')
+            continue;
+        snprintf(path, sizeof(path), "/sys/block/%s/dm/name", e->d_name);
+        if (util_read_file(path, name, sizeof(name)) == 0)
+            mnt_add_user(users, "/dev/mapper/%s", name);
+        else
+            mnt_add_user(users, "/dev/%s", e->d_name);
+    }
+    if (dir)
+        closedir(dir);
+}
+
+static void mnt_add_loop(struct mount_users *users, const char *name)
+{
+    char path[PATH_MAX];
+    struct dirent *e;
+    DIR *dir;
+
+    mnt_add_user(users, "/dev/%s", name);
+    snprintf(path, sizeof(path), "/sys/block/%s", name);
+    mnt_add_holders(users, path);
+    dir = opendir(path);
+    while (dir && (e = readdir(dir)))
+        if (strncmp(e->d_name, name, strlen(name)) == 0) {      /* a partition */
+            snprintf(path, sizeof(path), "/sys/block/%s/%s", name, e->d_name);
+            mnt_add_holders(users, path);
+        }
+    if (dir)
+        closedir(dir);
+}
+
+/* path: of the mount; NULL: it is detached, so that the loop devices have to be asked. */
+static void mnt_add_loops(struct mount_users *users, const char *path, unsigned minor)
+{
+    struct file_loop loop = { .dev = 0 };
+    DIR *dir = opendir("/sys/block");
+
+    while (file_next_loop(dir, &loop))
+        if (path ? mnt_is_below(loop.path, path) : file_ask_loop(&loop) && loop.dev == makedev(0, minor))
+            mnt_add_loop(users, loop.name);
+    if (dir)
+        closedir(dir);
+}
+
+/* Does the process have something below path open, or as its folder? */
+static bool mnt_is_used_by(const char *process, const char *path)
+{
+    char name[PATH_MAX], to[PATH_MAX];
+    struct dirent *e;
+    bool found;
+    ssize_t n;
+    DIR *dir;
+
+    snprintf(name, sizeof(name), "/proc/%s/cwd", process);
+    n = readlink(name, to, sizeof(to) - 1);
+    to[n < 0 ? 0 : n] = 0;
+    found = mnt_is_below(to, path);
+    snprintf(name, sizeof(name), "/proc/%s/fd", process);
+    dir = opendir(name);
+    while (!found && dir && (e = readdir(dir))) {
+        snprintf(name, sizeof(name), "/proc/%s/fd/%s", process, e->d_name);
+        n = readlink(name, to, sizeof(to) - 1);
+        to[n < 0 ? 0 : n] = 0;
+        found = mnt_is_below(to, path);
+    }
+    if (dir)
+        closedir(dir);
+    return found;
+}
+
+static void mnt_add_processes(struct mount_users *users, const char *path)
+{
+    char name[64], comm[32];
+    struct dirent *e;
+    DIR *dir = opendir("/proc");
+
+    while (dir && (e = readdir(dir))) {
+        if (!isdigit((unsigned char)*e->d_name) || !mnt_is_used_by(e->d_name, path))
+            continue;
+        snprintf(name, sizeof(name), "/proc/%.20s/comm", e->d_name);
+        (void)util_read_file(name, comm, sizeof(comm));
+        mnt_add_user(users, "process %s (%s)", e->d_name, comm);
+    }
+    if (dir)
+        closedir(dir);
+}
+
+/* Where the file system is mounted in one process's namespace. process: "self", or a number. */
+static void mnt_add_places(struct mount_users *users, const char *process, unsigned minor)
+{
+    struct mount_entry *e = malloc(sizeof(*e));
+    char name[64], *line = NULL;
+    size_t size = 0;
+    FILE *table;
+
+    snprintf(name, sizeof(name), "/proc/%.20s/mountinfo", process);
+    table = fopen(name, "re");
+    while (e && table && getline(&line, &size, table) > 0)
+        if (mnt_parse_line(line, e) && e->fuseexp && e->major == 0 && e->minor == minor) {
+            if (isdigit((unsigned char)*process))
+                mnt_add_user(users, "the mount %s of process %s", e->path, process);
+            else
+                mnt_add_user(users, "the mount %s", e->path);
+        }
+    if (table)
+        fclose(table);
+    free(line);
+    free(e);
+}
+
+/* Everywhere: bind mounts, and copies in the namespaces of others, as far as we may look there. */
+static void mnt_add_mounts(struct mount_users *users, unsigned minor)
+{
+    enum { SEEN = 64 };
+    char seen[SEEN][32] = { "" }, name[64];
+    unsigned n_seen = 0, i;
+    struct dirent *e;
+    ssize_t n;
+    DIR *dir = opendir("/proc");
+
+    mnt_add_places(users, "self", minor);
+    n = readlink("/proc/self/ns/mnt", seen[n_seen++], sizeof(seen[0]) - 1);
+    while (n > 0 && dir && n_seen < SEEN && (e = readdir(dir))) {
+        if (!isdigit((unsigned char)*e->d_name))
+            continue;
+        snprintf(name, sizeof(name), "/proc/%.20s/ns/mnt", e->d_name);
+        memset(seen[n_seen], 0, sizeof(seen[0]));
+        if (readlink(name, seen[n_seen], sizeof(seen[0]) - 1) <= 0)
+            continue;
+        for (i = 0; strcmp(seen[i], seen[n_seen]) != 0; i++)
+            ;
+        if (i < n_seen)
+            continue;
+        n_seen++;
+        mnt_add_places(users, e->d_name, minor);
+    }
+    if (dir)
+        closedir(dir);
+}
+
+/* Is the file system still mounted anywhere, even where nobody can see it? */
+static bool mnt_is_alive(unsigned minor)
+{
+    char path[64];
+
+    snprintf(path, sizeof(path), "/sys/class/bdi/0:%u", minor);
+    return access(path, F_OK) == 0;
+}
+
 /*
  * Cuts the connection: every request fails at once. Only while the mount is to be seen: later its number may
  * be another one's. Needs fusectl; the caller has other means as well.
@@ -14653,7 +14851,7 @@ struct options {
     bool mount_helper; /* called by mount(8) */
     struct sigaction old_xfsz;      /* for the command: we ignore it, so that a limit is an error that we report */
     uint64_t offset, size, cache_size;
-    uint32_t partition, sector_size, threads, mode, uid, gid;
+    uint32_t partition, sector_size, threads, mode, uid, gid, timeout;
     uint32_t sandbox, allow_other, action, on_error;
 };
 
@@ -14683,24 +14881,37 @@ struct run {
     pid_t server, command;          /* 0: not running (any more) */
     int server_status, command_status;
     bool ready, not_ready, started; /* started: ready, and everyone who waits has been told */
+    bool ended;                     /* the server is unmounted everywhere, and only has to flush */
+    bool in_use, left;              /* after the command: somebody uses the disk; so the server is left alone */
+    char log_text[4096];            /* from log_fd: a line that is not complete yet */
+    size_t log_len;
     int waiters[MAX_WAITERS];       /* connected to ctl_fd */
     unsigned n_waiters;
     unsigned stop_signals;          /* INT, TERM, HUP so far */
 };
 
-/* Lines of a background server, until ready for the user's eyes, then for syslog. */
+/* Lines of a server that has no stderr of its own: for the user's eyes, or in the background for syslog. */
 static void run_relay_log(struct run *r)
 {
-    char text[4096];
-    ssize_t n = r->log_fd < 0 ? 0 : read(r->log_fd, text, sizeof(text) - 1);
+    size_t room = sizeof(r->log_text) - 1 - r->log_len;
+    ssize_t n = r->log_fd < 0 ? 0 : read(r->log_fd, r->log_text + r->log_len, room);
+    char *line = r->log_text, *end;
 
     if (n == 0)
         util_close(&r->log_fd);
-    if (n <= 0)
-        return;
-    text[n] = 0;
-    for (char *save, *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
+    r->log_len += n > 0 ? (size_t)n : 0;
+    r->log_text[r->log_len] = 0;
+    while (*line) {
+        end = strchr(line, '\n');
+        if (!end && n != 0 && (line != r->log_text || r->log_len < sizeof(r->log_text) - 1))
+            break;                  /* the rest of it follows */
+        if (end)
+            *end = 0;
         msg_err(0, "%s", line + (strncmp(line, "fuseexp: ", 9) == 0 ? 9 : 0));
+        line = end ? end + 1 : line + strlen(line);
+    }
+    r->log_len -= (size_t)(line - r->log_text);
+    memmove(r->log_text, line, r->log_len);
 }
 
 /* Whoever waits for the end is taken in; whoever gave up (the mount was busy) makes room. */
@@ -14778,10 +14989,13 @@ static void run_poll(struct run *r, int timeout)
         run_accept_waiters(r);
     if (fds[2].revents)
         run_relay_log(r);
-    if (fds[1].revents) {
-        r->ready = read(r->ready_fd, &byte, 1) == 1;
-        r->not_ready = !r->ready;
-        util_close(&r->ready_fd);
+    if (fds[1].revents) {           /* a byte when it is ready, another one at the end */
+        bool told = read(r->ready_fd, &byte, 1) == 1;
+        r->ended = r->ready;
+        r->not_ready = !r->ready && !told;
+        r->ready |= told;
+        if (r->ended || !told)
+            util_close(&r->ready_fd);
     }
     if (fds[0].revents && read(r->sig_fd, &si, sizeof(si)) == sizeof(si))
         run_on_signal(r, &si);
@@ -15101,9 +15315,9 @@ static int run_server(struct run *r, int ready_fd)
         ret = run_enter_sandbox(r);
     if (!ret && (util_fault("ready") || write(ready_fd, "", 1) != 1))
         ret = msg_err(-EIO, "cannot tell the supervisor that all is ready");
-    close(ready_fd);
     if (ret)
         return EXIT_FAILED;
+    r->srv.end_fd = ready_fd;
     ret = loop_run(&r->srv);
     file_tell_bad(NULL);
     if (!bad_finish())
@@ -15140,7 +15354,7 @@ static int run_fork_server(struct run *r)
     if (util_fault("ready pipe") || pipe2(ready, O_CLOEXEC) < 0)
         return msg_err(-errno, "pipe: %s", strerror(errno));
     r->ready_fd = ready[0];
-    if (r->shell_fd >= 0 && (util_fault("log pipe") || pipe2(log, O_CLOEXEC) < 0)) {
+    if ((r->shell_fd >= 0 || r->o->command) && (util_fault("log pipe") || pipe2(log, O_CLOEXEC) < 0)) {
         close(ready[1]);
         return msg_err(-errno, "pipe: %s", strerror(errno));
     }
@@ -15231,6 +15445,18 @@ static void run_notify(const char *state)
     util_close(&fd);
 }
 
+/* From the terminal and the folder of whoever started us; messages go to syslog from now on. */
+static void run_enter_background(void)
+{
+    (void)setsid();
+    (void)!chdir("/");
+    if (access("/dev/log", W_OK) < 0)
+        msg_kmsg = open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
+    openlog("fuseexp", LOG_PID, LOG_DAEMON);
+    msg_to_syslog = true;
+    run_null_stdio(STDIN_FILENO, STDERR_FILENO);
+}
+
 /* Everyone who waits may go on. In the background this is where the shell's process returns 0. */
 static int run_announce(struct run *r)
 {
@@ -15238,18 +15464,13 @@ static int run_announce(struct run *r)
         run_notify("READY=1");
         return 0;
     }
-    if (util_fault("announce") || setsid() < 0)
-        return msg_err(-errno, "setsid: %s", strerror(errno));
-    (void)!chdir("/");
+    if (util_fault("announce"))
+        return msg_err(-errno, "%s: cannot be announced: %s", r->mp.path, strerror(errno));
     if (write(r->shell_fd, "", 1) != 1)
         return msg_err(-EPIPE, "%s: whoever asked for it has gone, unmounting", r->mp.path);
     util_close(&r->shell_fd);
     run_notify("READY=1");
-    if (access("/dev/log", W_OK) < 0)
-        msg_kmsg = open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
-    openlog("fuseexp", LOG_PID, LOG_DAEMON);
-    msg_to_syslog = true;
-    run_null_stdio(STDIN_FILENO, STDERR_FILENO);
+    run_enter_background();
     return 0;
 }
 
@@ -15276,17 +15497,34 @@ static int run_start_command(struct run *r)
     return 0;
 }
 
+/* While the mount is still attached, so that its users can be told by their paths. */
+static void run_say_in_use(const struct run *r, const char *path)
+{
+    struct mount_users users = { "", 0 };
+
+    mnt_add_loops(&users, path, r->mp.minor);
+    mnt_add_processes(&users, path);
+    if (r->o->command)
+        msg_err(0, "%s: the command has ended, but the disk is still in use%s%s: detached, and served until its last "
+                "user goes; not all that was written may have reached the image", path, users.n ? " by " : "",
+                users.text);
+    else
+        msg_say(MSG_NOTE, "%s: in use, detached; it ends with its last user%s%s (another signal cuts it off now)", path,
+                users.n ? ": " : "", users.text);
+}
+
 /* Unmounts, waiting up to patience milliseconds for users to leave (udev looks at every new loop device). */
 static bool run_unmount(struct run *r, int patience)
 {
+    int64_t until = util_now() + patience;
     struct mount_entry where;
     int ret = 0;
 
-    for (; r->server > 0 && mnt_where(&r->mp, &where); patience -= 20) {
+    while (r->server > 0 && mnt_where(&r->mp, &where)) {
         ret = mnt_unmount(where.path, 0);
         if (ret == 0)
             return true;
-        if (ret != -EBUSY || patience <= 0)
+        if (ret != -EBUSY || util_now() >= until)
             break;
         run_poll(r, 20);
     }
@@ -15296,9 +15534,9 @@ static bool run_unmount(struct run *r, int patience)
     }
     if (r->server == 0 || !mnt_where(&r->mp, &where))
         return true;
-    if (ret == -EBUSY)
-        msg_say(MSG_NOTE, "%s: in use, detached; it ends with its last user (another signal cuts it off now)",
-                where.path);
+    r->in_use = ret == -EBUSY;
+    if (r->in_use)
+        run_say_in_use(r, where.path);
     ret = mnt_unmount(where.path, MNT_DETACH);
     if (ret)
         msg_err(ret, "%s: cannot unmount: %s", where.path, *mnt_said ? mnt_last_words() : strerror(-ret));
@@ -15310,6 +15548,7 @@ static void run_cut_off(struct run *r)
 {
     mnt_abort(&r->mp);
     kill(r->server, SIGKILL);
+    r->ended = true;
 }
 
 /* The last chance to leave nothing behind, so it takes more than one fork that fails to give up. */
@@ -15340,26 +15579,79 @@ static void run_report_death(const struct run *r)
                 strsignal(sig));
 }
 
+enum { RUN_PATIENCE = 2000 };      /* milliseconds for users of the disk to leave after the command */
+
+/*
+ * The command has ended, and we have tried to unmount. Somebody may still use the disk: a loop device, a mapping, a
+ * process in the background, a mount elsewhere. To wait for him would hang a script, to end the server would lose
+ * what he writes: it is left alone, and ends with its last user.
+ */
+static void run_wait_for_users(struct run *r, int64_t until)
+{
+    struct mount_users users = { "", 0 };
+
+    if (r->ended) {
+        run_poll(r, -1);            /* for its flush */
+    } else if (!r->in_use && util_now() < until) {
+        run_poll(r, 20);
+    } else {
+        r->left = true;
+        if (r->in_use)
+            return;                 /* this has been told */
+        mnt_add_mounts(&users, r->mp.minor);
+        mnt_add_loops(&users, NULL, r->mp.minor);
+        msg_err(0, "%s: the command has ended, but the disk is still in use%s%s: served until its last user goes; not "
+                "all that was written may have reached the image", r->mp.path, users.n ? " by " : "", users.text);
+    }
+}
+
 /* Until the server is gone. Whoever unmounts ends it: we, umount(8), fusermount3, a kernel without memory. */
 static void run_supervise(struct run *r)
 {
     unsigned handled = r->stop_signals;
     bool unmounted = false;
+    int64_t until = 0;
 
-    while (r->server > 0) {
+    while (r->server > 0 && !r->left) {
         bool stop = r->stop_signals > handled, command_ended = r->o->command && r->command == 0;
         handled = r->stop_signals;
-        if (stop && unmounted)
+        if (stop && unmounted) {
             run_cut_off(r);
-        else if (!unmounted && (stop || command_ended))
-            unmounted = run_unmount(r, command_ended ? 2000 : 0);
-        if (r->server > 0 && r->stop_signals == handled)
-            run_poll(r, command_ended && !unmounted ? 1000 : -1);
+        } else if (!unmounted && (stop || command_ended)) {
+            unmounted = run_unmount(r, command_ended ? RUN_PATIENCE : 0);
+            r->in_use |= command_ended && !unmounted;
+            until = util_now() + RUN_PATIENCE;
+        }
+        if (r->server > 0 && r->stop_signals == handled && command_ended)
+            run_wait_for_users(r, until);
+        else if (r->server > 0 && r->stop_signals == handled)
+            run_poll(r, -1);
     }
+    if (r->left)
+        return;
     run_report_death(r);
     run_release_mount(r);
     while (r->command > 0) /* its disk is gone, but its status is still to be told */
         run_poll(r, -1);
+}
+
+/* The server goes on without us; who passes its messages on to syslog stays as long. */
+static void run_leave_server(struct run *r)
+{
+    if (!util_fault("keeper") && fork() == 0) {
+        util_close(&r->sig_fd);
+        util_close(&r->ready_fd);
+        util_close(&r->ctl_fd);
+        while (r->n_waiters)
+            close(r->waiters[--r->n_waiters]);
+        run_enter_background();
+        util_close_inherited();
+        while (r->log_fd >= 0)
+            run_relay_log(r);
+        _exit(EXIT_OK);
+    }
+    util_close(&r->log_fd);
+    r->server = 0;
 }
 
 /*
@@ -15388,7 +15680,7 @@ static void run_stop_server(struct run *r)
 /* The exit status of the whole, once the server (and the command) have ended. */
 static int run_status(const struct run *r)
 {
-    bool good = WIFEXITED(r->server_status) && WEXITSTATUS(r->server_status) == EXIT_OK;
+    bool good = !r->left && WIFEXITED(r->server_status) && WEXITSTATUS(r->server_status) == EXIT_OK;
 
     if (!r->o->command)
         return good ? EXIT_OK : EXIT_FAILED;
@@ -15457,7 +15749,10 @@ static int run_export(const struct options *o, int shell_fd)
 out_pidfile:
     run_remove_pidfile(r);
 out_server:
-    run_stop_server(r);
+    if (r->left)
+        run_leave_server(r);
+    else
+        run_stop_server(r);
     util_close(&r->ready_fd);
 out_workers:
     loop_release(&r->srv, r->mp.session_fd);
@@ -15524,21 +15819,61 @@ static int run_background(int *shell_fd, int *status)
  * 26. One-shot commands
  * ******************************************************************************************************** */
 
-/* Waits until every server of the mount has ended, and its supervisor, too. */
-static int cmd_wait_for_servers(const char *path, struct pollfd *fds, size_t n)
+enum { CMD_TIMEOUT = 5, CMD_SAY_AFTER = 2 };    /* seconds */
+
+/*
+ * Waits for the one byte of a server. As long as it only flushes there is no limit, unless the user has set one; for
+ * users elsewhere (bind mounts, other namespaces) there is. False: the time is up, and the user knows.
+ */
+static bool cmd_wait_for_server(const struct options *o, unsigned minor, struct pollfd *fd, int64_t start)
 {
+    unsigned seconds = o->timeout ? o->timeout : CMD_TIMEOUT;
+    bool said = false, late = false, alive;
+    struct mount_users users;
+    int64_t passed;
+
+    while (poll(fd, 1, late ? 1000 : 100) <= 0) {
+        passed = util_now() - start;
+        late = passed >= seconds * 1000ll;
+        if (!late && (said || passed < CMD_SAY_AFTER * 1000))
+            continue;
+        users = (struct mount_users){ "", 0 };
+        mnt_add_mounts(&users, minor);
+        alive = users.n || mnt_is_alive(minor);
+        if (late && (alive || o->timeout)) {
+            msg_err(0, "%s: unmounted here, but its server has not ended in %u seconds: %s%s; --timeout=N waits longer",
+                    o->mountpoint, seconds,
+                    users.n ? "it still serves " : alive ? "it is still in use" : "it is writing", users.text);
+            return false;
+        }
+        if (!said)
+            msg_say(MSG_NOTE, "%s: unmounted here; waiting, as %s%s", o->mountpoint,
+                    users.n ? "the server still serves " : alive ? "the disk is still in use" : "the server is writing",
+                    users.text);
+        said = true;
+    }
+    return true;
+}
+
+/* Waits until every server of the mount has ended, and its supervisor, too. */
+static int cmd_wait_for_servers(const struct options *o, const struct mount_entry *entry, struct pollfd *fds, size_t n)
+{
+    int64_t start = util_now();
     int status = EXIT_OK;
     char byte, end;
 
     for (size_t i = 0; i < n; i++) {
-        while (poll(&fds[i], 1, -1) < 0 && errno == EINTR)
-            ;
+        if (!cmd_wait_for_server(o, entry->minor, &fds[i], start)) {
+            status = EXIT_FAILED;
+            close(fds[i].fd);
+            continue;
+        }
         if (read(fds[i].fd, &byte, 1) != 1) {
-            msg_err(0, "%s: its supervisor was killed, so nobody knows how it ended", path);
-            mnt_remove_orphan(path);
+            msg_err(0, "%s: its supervisor was killed, so nobody knows how it ended", o->mountpoint);
+            mnt_remove_orphan(entry->path);
             status = EXIT_FAILED;
         } else if (byte != EXIT_OK) {
-            msg_err(0, "%s: unmounted, but it reported failure %d (see syslog or dmesg)", path, byte);
+            msg_err(0, "%s: unmounted, but it reported failure %d (see syslog or dmesg)", o->mountpoint, byte);
             status = EXIT_FAILED;
         }
         while (read(fds[i].fd, &end, 1) < 0 && errno == EINTR)
@@ -15546,6 +15881,22 @@ static int cmd_wait_for_servers(const char *path, struct pollfd *fds, size_t n)
         close(fds[i].fd);
     }
     return status;
+}
+
+static void cmd_say_not_unmounted(const struct options *o, const struct mount_entry *entry, int ret)
+{
+    struct mount_users users = { "", 0 };
+
+    if (ret == -EBUSY) {
+        mnt_add_loops(&users, entry->path, entry->minor);
+        mnt_add_processes(&users, entry->path);
+        msg_err(ret, "%s: in use%s%s (-z detaches it now)", o->mountpoint, users.n ? " by " : "", users.text);
+    } else if (ret == -EPERM && entry->owner != getuid()) {
+        msg_err(ret, "%s: was mounted by the user with number %u, who can unmount it, and so can root", o->mountpoint,
+                (unsigned)entry->owner);
+    } else {
+        msg_err(ret, "%s: %s", o->mountpoint, *mnt_said ? mnt_last_words() : strerror(-ret));
+    }
 }
 
 static int cmd_umount(const struct options *o)
@@ -15575,18 +15926,14 @@ static int cmd_umount(const struct options *o)
         ret = mnt_unmount(path, 0);
     }
     if (ret)
-        msg_err(0, "%s: %s", o->mountpoint,
-                ret == -EBUSY ? "in use (fuser -m names the users, losetup -a the loop devices; "
-                                "-z detaches it now)"
-                : *mnt_said   ? mnt_last_words()
-                              : strerror(-ret));
+        cmd_say_not_unmounted(o, &entry, ret);
     else if (!o->lazy && unseen)
         ret = msg_err(
             -ESRCH,
             "%s: unmounted, but its server cannot be waited for (it is not in this network namespace)",
             o->mountpoint);
     else if (!o->lazy)
-        return cmd_wait_for_servers(path, fds, n);
+        return cmd_wait_for_servers(o, &entry, fds, n);
     while (n)
         close(fds[--n].fd);
     return ret ? EXIT_FAILED : EXIT_OK;
@@ -16121,6 +16468,7 @@ static const struct opt {
     { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT,
       "unmount, and wait until the image is free" },
     { 'z', "lazy", NULL, OPT_SET, OPT_AT(lazy), 0, "with --umount: detach at once, do not wait" },
+    { 0, "timeout", "N", OPT_COUNT, OPT_AT(timeout), 1000000, "with --umount: wait at most so many seconds" },
     { 0, "formats", NULL, OPT_ACTION, OPT_AT(action), ACT_FORMATS, "list what can be read and written" },
     { 'V', "version", NULL, OPT_ACTION, OPT_AT(action), ACT_VERSION, "say which version this is" },
     { 'h', "help", NULL, OPT_ACTION, OPT_AT(action), ACT_HELP, "show this" },
@@ -16146,7 +16494,7 @@ static int opt_usage(const char *text)
 {
     printf("Usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND [ARG...]]\n"
            "       fuseexp --info|--map|--check [--json] [OPTION...] IMAGE...\n"
-           "       fuseexp --umount [-z] MOUNTPOINT\n"
+           "       fuseexp --umount [-z | --timeout=N] MOUNTPOINT\n"
            "       fuseexp --formats | --version | --help\n\n%s"
            "Shows a disk image as one plain raw file (MOUNTPOINT a file, made if missing) or as a folder\n"
            "with the disk and its partitions (MOUNTPOINT a folder). Several IMAGEs are the parts of one, in "
@@ -16393,8 +16741,8 @@ static int opt_check(struct options *o)
         return msg_err(-EINVAL, "--json goes with --info, --map or --check");
     if (looks && opt_check_look(o))
         return -EINVAL;
-    if (o->lazy && o->action != ACT_UMOUNT)
-        return msg_err(-EINVAL, "-z goes with --umount");
+    if ((o->lazy || o->timeout) && o->action != ACT_UMOUNT)
+        return msg_err(-EINVAL, "%s goes with --umount", o->lazy ? "-z" : "--timeout");
     if (o->growable && !o->writable)
         return msg_err(-EINVAL, "--growable goes with -w, --overlay or --temporary");
     if (o->growable && (o->offset || o->size || o->partition))

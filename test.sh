@@ -5799,6 +5799,61 @@ t_killed_server_leaves_no_mount() {
         while read p; do grep -qz ^FXTEST=$PWD\$ /proc/\$p/environ && echo \$p; done)"
 }
 
+t_command_that_leaves_a_user_is_told_and_returns() {
+    random img 256; cp img copy; mkdir d; local dev what
+    # an open file of a process in the background, a loop device that writes, a folder, a mount elsewhere, a lazy unmount
+    expect 125 "$fx" -q --format raw img m -- sh -c 'exec 9<m; sleep 60 & echo $! >pid'
+    grep -q "m: .*still in use by process $(cat pid) (sleep)" err; same "$(wc -l <err)" 1; [ ! -e m ]; kill "$(cat pid)"; gone
+    expect 7 "$fx" -q --format raw img d -- sh -c 'cd d; sleep 60 & echo $! >../pid; exit 7'
+    grep -q "d: .*still in use by process $(cat pid) (sleep)" err; kill "$(cat pid)"; gone
+    # (nobody holds the caller's pipe)
+    "$fx" -q --format raw -w --pidfile p img m -- sh -c 'losetup -f --show m >loop' 2>&1 | cat >err
+    dev=$(cat loop); grep -q "m: .*still in use by $dev: detached" err; [ ! -e m ] && [ ! -e p ]
+    refused 1 'img: in use by another program' "$fx" -q --format raw -w img m2
+    random data 16; dd if=data of="$dev" bs=64k seek=3 conv=notrunc,fsync status=none       # it is served, and written
+    losetup -d "$dev"; gone
+    dd if=data of=copy bs=64k seek=3 conv=notrunc status=none; cmp img copy
+}
+
+t_command_that_leaves_a_mount_is_told_and_returns() {
+    random img 256; mkdir d
+    : >b; expect 125 "$fx" -q --format raw img m -- sh -c 'mount --bind m b'
+    grep -q "m: .*still in use by the mount $PWD/b" err; cmp b img; [ ! -e m ]; umount b; gone
+    expect 125 "$fx" -q --format raw img m -- sh -c 'losetup -f -r --show m >loop; umount -l m'
+    grep -q "m: .*still in use by $(cat loop)" err; losetup -d "$(cat loop)"; gone
+    mkdir over; expect 125 "$fx" -q --format raw img d -- sh -c 'mount --bind over d'
+    grep -q 'd: something is mounted over it' err; umount d; umount d; gone
+    # whoever leaves in time is no reason
+    expect 0 "$fx" -q --format raw img m -- sh -c 'exec 9<m; sleep 0.5 &'; same "$(cat err)" ""
+}
+
+t_mapping_that_a_command_leaves_is_named() {
+    random img 256; command -v dmsetup >/dev/null || skip 'no dmsetup'
+    expect 125 "$fx" -q --format raw img m -- sh -c 'losetup -f -r --show m >loop; dmsetup create fxtest$PPID --readonly --table "0 8 linear $(cat loop) 0" 2>/dev/null && echo fxtest$PPID >name; :'
+    [ -s name ] || { losetup -d "$(cat loop)"; gone; skip 'no device mapper'; }
+    grep -q "$(cat loop), /dev/mapper/$(cat name)" err
+    dmsetup remove "$(cat name)"; losetup -d "$(cat loop)"; gone
+}
+
+t_umount_beside_another_mount_ends() {
+    random img 16; : >b
+    "$fx" -q img m; mount --bind m b
+    expect 1 "$fx" --umount m
+    grep -q "m: unmounted here; waiting, as the server still serves the mount $PWD/b" err
+    grep -q "m: .*not ended in 5 seconds: .*the mount $PWD/b; --timeout=N waits longer" err
+    cmp b img; umount b; gone
+    "$fx" -q img m; mount --bind m b
+    expect 1 "$fx" -q --umount --timeout=1 m; same "$(wc -l <err)" 1; grep -q 'in 1 seconds: .*/b' err
+    umount b; gone
+    "$fx" -q img m; mount --bind m b; (sleep 1; umount b) & expect 0 "$fx" --umount --timeout 600 m; same "$(ours)" ""
+    # in another namespace, by a process of it
+    "$fx" -q img m; unshare -m --propagation private sleep 60 & local pid=$!
+    wait_for grep -q " $PWD/m " /proc/$pid/mountinfo
+    expect 1 "$fx" -q --umount --timeout=1 m; grep -q "the mount $PWD/m of process $pid" err
+    kill $pid; gone
+    refused 2 'goes with --umount' "$fx" --timeout=3 img m2
+}
+
 t_killed_supervisor_leaves_a_server_that_ends_with_the_mount() {
     random img 16
     "$fx" -q img m
