@@ -5088,7 +5088,7 @@ save("other", b"# Disk\nx" + bytes(600))
     done
     sed 's/ffffffff/fff1fxff/' plain.img >cid; refused 1 "parentCID: 'fff1fxff'" "$fx" -q cid m
     sed 's/ffffffff/11223344/; s/^createType/parentFileNameHint="cid"\n&/' plain.img >child; sed 's/^CID=1/CID=x/' plain.img >cid
-    expect 1 "$fx" -q child m; grep -q 'is not the parent' err; check_same child --force-parent
+    expect 1 "$fx" -q --backing cid child m; check_same child --backing cid --force-parent
     "$fx" -q noaccess m
     cmp -n 8192 m first; cmp -n 2560 -i 16384:0 m last
     not dd if=m of=/dev/null bs=512 skip=16 count=1 2>err; grep -q 'Input/output' err
