@@ -7651,7 +7651,7 @@ static bool vhd_overlaps(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
 
 static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
 {
-    uint32_t block = util_be32(h + VHD_HEAD_BLOCK), checksum = util_be32(h + VHD_HEAD_CHECKSUM);
+    uint32_t block = util_be32(h + VHD_HEAD_BLOCK);
     uint64_t bits, size = im->files[0].size;
 
     if (memcmp(h, "cxsparse", 8) != 0)
@@ -7668,8 +7668,6 @@ static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
         return ext_refuse(im, "more table entries than the file holds", v->entries);
     if (vhd_overlaps(v->table, (uint64_t)v->entries * 4, v->header, VHD_HEADER))
         return ext_refuse(im, "the place of the block table, in the dynamic header", v->table);
-    if (checksum != vhd_checksum(h, VHD_HEADER, VHD_HEAD_CHECKSUM))
-        return ext_refuse(im, "the checksum of the dynamic header", checksum);
     v->block_bits = (uint32_t)__builtin_ctz(block);
     bits = block / VHD_SECTOR;
     v->bitmap_size = (uint32_t)((bits / 8 + VHD_SECTOR - 1) / VHD_SECTOR * VHD_SECTOR);
@@ -7746,6 +7744,25 @@ static int vhd_identify(struct image *im)
     return ret ? ret : vhd_check_footer(im, &v, footer);
 }
 
+/*
+ * There is no second copy of the dynamic header. Where its checksum is wrong, what reading needs of it must be
+ * confirmed by something else: the number of blocks and their size by the footer's size, which they hold with nothing
+ * to spare, and the table by where everybody puts it. A parent is known by its identity.
+ */
+static int vhd_check_sum(const struct image *im, const struct vhd *v, const uint8_t *h)
+{
+    uint32_t sum = util_be32(h + VHD_HEAD_CHECKSUM);
+    bool confirmed = v->table == v->header + VHD_HEADER && im->size <= (uint64_t)v->entries << v->block_bits &&
+                     im->size > (uint64_t)(v->entries - 1) << v->block_bits;
+
+    if (sum == vhd_checksum(h, VHD_HEADER, VHD_HEAD_CHECKSUM))
+        return 0;
+    if (!confirmed)
+        return ext_refuse(im, "the checksum of the dynamic header", sum);
+    ext_odd(im, "the checksum of the dynamic header", sum);
+    return 0;
+}
+
 static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *footer)
 {
     uint8_t header[VHD_HEADER];
@@ -7765,6 +7782,8 @@ static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *foot
     ret = vhd_set_size(im, v, footer, reach);
     if (!ret && im->size > reach)
         ret = ext_refuse(im, "too few table entries for its size", v->entries);
+    if (!ret)
+        ret = vhd_check_sum(im, v, header);
     if (ret || (v->type == VHD_DYNAMIC && util_is_null_id(header + VHD_HEAD_PARENT_ID)))
         return ret;
     if (v->type == VHD_DYNAMIC)     /* zeros for what the parent has would be the worse mistake */

@@ -4146,8 +4146,13 @@ h32 00000200 too few table entries'
     vhd_edit f28 77696e20 f48 ffffffffffffffff; refused 1 'the size' "$fx" -q bad m
     vhd_edit f28 77696e20 f48 7fffffffffffffff; refused 1 'too few table entries' "$fx" -q bad m
     vhd_edit f28 77696e20 f48 0000000000000000; refused 1 'is empty' "$fx" -q bad m
-    poke bad $((512 + 100)) 41; refused 1 'checksum of the dynamic header' "$fx" -q bad m
-    vhd_edit f60 00000004; refused 1 'does not name its parent.*--backing' "$fx" -q bad m
+    # A damaged checksum, or a byte that it covers: what is needed must be confirmed by the footer and the usual place.
+    local i
+    for i in '545 02' '546 02' '542 01' '536 01'; do poke bad $i; expect 1 "$fx" -q bad m; done
+    qemu-img convert -f vpc -O raw good truth; for i in $((512 + 100)) 548 700 1500; do poke bad $i 41; check_same bad; done
+    vhd_py 'build("good", 3, 4 << 20, 2 << 20, [None] * 2, bytes(4 << 20))'; poke good.3 540 00000003; mv good.3 good
+    poke bad $((512 + 100)) 41; refused 1 'checksum of the dynamic header' "$fx" -q bad m; qemu-img create -q -f vpc good 64M
+    vhd_edit f60 00000004 h40 01; refused 1 'parent.*--backing' "$fx" -q bad m
 }
 
 t_vhd_damaged_tables_cost_their_range_only() {
