@@ -2922,6 +2922,17 @@ static void ext_odd(const struct image *im, const char *what, uint64_t value)
     msg_say(MSG_NOTE, "%s: a field is odd, but not needed: %s (0x%" PRIx64 ")", im->name, what, value);
 }
 
+/* The same for a table at `offset` of f. If it reaches past the end, the file is rather cut off than hostile. */
+static int ext_refuse_table(const struct image *im, const struct file *f, const char *what, uint64_t offset,
+                            uint64_t length)
+{
+    if (offset <= f->size && length <= f->size - offset)
+        return ext_refuse(im, what, offset);
+    return msg_err(-EINVAL, "%s: cut off or damaged %s image: %s (0x%" PRIx64 "), past the end of the file, which "
+                   "has %" PRIu64 " bytes: a whole copy is needed", f->path, im->format->name, what, offset,
+                   (uint64_t)f->size);
+}
+
 /* A kind of image that is sound for all we know, but not read. */
 static int ext_unsupported(const struct image *im, const char *what, uint64_t value)
 {
@@ -3356,7 +3367,7 @@ static int qcow2_read(struct image *im, uint64_t offset, void *buf, uint64_t len
     uint64_t done;
 
     if (offset > im->files[0].size || len > im->files[0].size - offset)
-        return ext_refuse(im, what, offset);
+        return ext_refuse_table(im, &im->files[0], what, offset, len);
     return file_pread(&im->files[0], buf, len, offset, &done);
 }
 
@@ -3514,7 +3525,7 @@ static int qcow2_check_l1(struct image *im, const struct qcow2 *q)
         return ext_refuse(im, "the size of the L1 table", q->l1_entries);
     if (need && (q->l1_offset % (1u << q->cluster_bits) || q->l1_offset > im->files[0].size || !q->l1_offset ||
                  need * 8 > im->files[0].size - q->l1_offset))
-        return ext_refuse(im, "the place of the L1 table", q->l1_offset);
+        return ext_refuse_table(im, &im->files[0], "the place of the L1 table", q->l1_offset, need * 8);
     /* One of the two is wrong; a refcount table that cannot be true is not needed, and no witness. */
     if (need && q->l1_offset < q->refcounts + q->refcounts_size && q->refcounts < q->l1_offset + need * 8 &&
         q->refcounts % (1u << q->cluster_bits) == 0 && q->refcounts_size <= QCOW2_MAX_REFCOUNT_TABLE &&
@@ -6586,7 +6597,7 @@ static int qed_check_l1(const struct image *im, const struct qed *q)
     if (need > 1ull << q->table_bits)
         return ext_refuse(im, "the size, more than the tables can hold", q->size);
     if (q->l1 < q->first || q->l1 % (1u << q->cluster_bits) || q->l1 > file_size || need * 8 > file_size - q->l1)
-        return ext_refuse(im, "the place of the L1 table", q->l1);
+        return ext_refuse_table(im, &im->files[0], "the place of the L1 table", q->l1, need * 8);
     return 0;
 }
 
@@ -7663,7 +7674,7 @@ static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
     v->table = util_be64(h + VHD_HEAD_TABLE);
     v->entries = util_be32(h + VHD_HEAD_ENTRIES);
     if (v->table % VHD_SECTOR || v->table > size || v->table < VHD_FOOTER)
-        return ext_refuse(im, "the place of the block table", v->table);
+        return ext_refuse_table(im, &im->files[0], "the place of the block table", v->table, VHD_SECTOR);
     if ((uint64_t)v->entries * 4 > size - v->table)
         return ext_refuse(im, "more table entries than the file holds", v->entries);
     if (vhd_overlaps(v->table, (uint64_t)v->entries * 4, v->header, VHD_HEADER))
@@ -7772,7 +7783,7 @@ static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *foot
 
     v->header = util_be64(footer + VHD_OFF_HEADER);
     if (f->size < VHD_HEADER || v->header > f->size - VHD_HEADER)
-        return ext_refuse(im, "the place of the dynamic header", v->header);
+        return ext_refuse_table(im, f, "the place of the dynamic header", v->header, VHD_HEADER);
     ret = file_pread(f, header, VHD_HEADER, v->header, &done);
     if (!ret)
         ret = vhd_check_header(im, v, header);
@@ -8103,6 +8114,8 @@ static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
     if (!h)
         return file_pread(f, room, util_min(8, f->size), 0, &done) || memcmp(room, "vhdxfile", 8) != 0
                    ? msg_err(-EINVAL, "%s: is not a VHDX image", im->name)
+                   : f->size < VHDX_HEADER_AT + 2 * VHDX_TABLE
+                   ? ext_refuse_table(im, f, "the place of its headers", VHDX_HEADER_AT, 2 * VHDX_TABLE)
                    : msg_err(-EINVAL, "%s: damaged VHDX: neither of its headers has a good checksum", im->name);
     v->log_version = util_le16(h + 64);
     v->version = util_le16(h + 66);
@@ -9711,7 +9724,9 @@ static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head)
         if (!at || !len)
             return 0;
         if (at > f->size / VMDK_SECTOR || len > f->size / VMDK_SECTOR - at)
-            return vmdk_bad(f, "the place of the descriptor", at);
+            return at > MAX_IMAGE_SIZE / VMDK_SECTOR || len > MAX_IMAGE_SIZE / VMDK_SECTOR
+                       ? vmdk_bad(f, "the place of the descriptor", at)
+                       : ext_refuse_table(im, f, "the place of the descriptor", at * VMDK_SECTOR, len * VMDK_SECTOR);
         at *= VMDK_SECTOR;
         len *= VMDK_SECTOR;
     }
@@ -10579,6 +10594,25 @@ static const struct image_format *img_format_named(const char *name)
     return NULL;
 }
 
+/* By another name, or in capitals: what may have been meant. */
+static int img_unknown_format(const char *name)
+{
+    static const char *const others[][2] = {
+        { "vhd", "vpc" }, { "img", "raw" }, { "dd", "raw" }, { "iso", "raw" }, { "hdd", "parallels" },
+        { "qcow", "qcow2" },
+    };
+    const char *meant = NULL;
+
+    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++)
+        if (strcasecmp(name, img_formats[i]->name) == 0)
+            meant = img_formats[i]->name;
+    for (size_t i = 0; i < ARRAY_LEN(others); i++)
+        if (strcasecmp(name, others[i][0]) == 0)
+            meant = others[i][1];
+    return msg_err(-EINVAL, "unknown format '%s'%s%s (fuseexp --formats lists them)", name,
+                   meant ? "; here it is called " : "", meant ? meant : "");
+}
+
 /* The format that is most certain; raw, if nothing else is. */
 static const struct image_format *img_most_certain(const struct probe *p)
 {
@@ -10607,7 +10641,7 @@ static int img_probe(struct image *im, const char *wanted)
     if (wanted)
         im->format = img_format_named(wanted);
     if (wanted)
-        return im->format ? 0 : msg_err(-EINVAL, "unknown format '%s' (see fuseexp --formats)", wanted);
+        return im->format ? 0 : img_unknown_format(wanted);
 
     /* A head that cannot be read must not lead to a guess: on a dying disk it may have been any format. */
     if (file_pread(first, head, p.head_len, 0, &done) ||
@@ -10623,7 +10657,7 @@ static int img_probe(struct image *im, const char *wanted)
     if (img_check_foreign(im, &p))
         return -EMEDIUMTYPE;
     if (!first->is_blk)
-        msg_say(MSG_NOTE, "%s: no known format, taken as raw (--format raw says so)", im->name);
+        msg_say(MSG_NOTE, "%s: raw disk image assumed (--format raw silences this)", im->name);
     return 0;
 }
 

@@ -1381,6 +1381,25 @@ END
     "$fx" -q --info d.vmdk 2>err || true; not grep -q 'damaged\|hostile' err
 }
 
+t_files_that_are_cut_off_in_their_tables_are_told_so() {
+    local f
+    random truth 300
+    for f in qcow2 vdi vmdk vpc vhdx qed parallels; do
+        rm -f img; qemu-img convert -f raw -O $f truth img; truncate -s 1030 img
+        expect 1 "$fx" -q --strict img m
+        grep -q 'cut off\|shorter than its tables\|past the end\|1030' err || { cat err >&2; fail "$f: not told"; }
+        not grep -q hostile err
+    done
+}
+
+t_formats_by_another_name_are_told_theirs() {
+    random img 4
+    refused 1 "unknown format 'vhd'; here it is called vpc" "$fx" --format vhd img m
+    refused 1 "unknown format 'VMDK'; here it is called vmdk" "$fx" --format VMDK img m
+    refused 1 "unknown format 'dd'; here it is called raw" "$fx" --format dd img m
+    refused 1 "unknown format 'x' (fuseexp --formats lists them)" "$fx" --format x img m
+}
+
 t_a_raw_disk_may_begin_with_anything() {
     random truth 60
     py '
@@ -1403,7 +1422,7 @@ open("text", "wb").write((text * 3000).ljust(17 << 20))'
 
 t_raw_is_taken_with_a_note() {
     random img 16
-    "$fx" img m 2>err; "$fx" --umount m; same "$(cat err)" "fuseexp: img: no known format, taken as raw (--format raw says so)"
+    "$fx" img m 2>err; "$fx" --umount m; same "$(cat err)" "fuseexp: img: raw disk image assumed (--format raw silences this)"
     "$fx" --format raw img m 2>err; "$fx" --umount m; same "$(cat err)" ""
 }
 
@@ -5539,7 +5558,7 @@ t_ready_when_it_returns_and_gone_when_unmounted() {
 
 t_daemon_lets_go_of_the_callers_pipes() {
     random img 16
-    same "$(timeout 5 "$fx" img m 2>&1)" "fuseexp: img: no known format, taken as raw (--format raw says so)"
+    same "$(timeout 5 "$fx" img m 2>&1)" "fuseexp: img: raw disk image assumed (--format raw silences this)"
     same "$(readlink "/proc/$(supervisor_of)/cwd")" /
     same "$(find "/proc/$(supervisor_of)/fd" -lname "$PWD/*" | wc -l)" 0
     "$fx" --umount m
