@@ -1020,6 +1020,31 @@ static void pool_unblock(void)
         pool.running++;
 }
 
+/*
+ * Until all requests that are in flight now are over, but our own. The caller holds no lock that one of them waits for
+ * while it is inside. Rare (a disk is made shorter), so it looks again every 200 microseconds.
+ */
+static void pool_wait_grace(void)
+{
+    pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t never = PTHREAD_COND_INITIALIZER;
+    struct pool_grace g;
+    struct timespec t;
+
+    pool_begin_grace(&g);
+    pool_block();
+    pthread_mutex_lock(&lock);
+    while (!pool_grace_over(&g)) {
+        clock_gettime(CLOCK_REALTIME, &t);
+        t.tv_nsec += 200000;
+        t.tv_sec += t.tv_nsec / 1000000000;
+        t.tv_nsec %= 1000000000;
+        pthread_cond_timedwait(&never, &lock, &t);
+    }
+    pthread_mutex_unlock(&lock);
+    pool_unblock();
+}
+
 /* Between requests. Not true: nothing to do. */
 static bool pool_crowded(void)
 {
@@ -3260,11 +3285,10 @@ static int raw_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     return 0;
 }
 
-static int raw_resize(struct image *im, uint64_t size)
+static int raw_resize(struct image *im, uint64_t old, uint64_t size)
 {
-    if (im->n_files > 1 || im->files[0].is_blk)
-        return -EOPNOTSUPP;
-    return file_truncate(&im->files[0], size);
+    (void)old;
+    return im->n_files > 1 || im->files[0].is_blk ? -EOPNOTSUPP : file_truncate(&im->files[0], size);
 }
 
 static void raw_close(struct image *im)
@@ -3351,6 +3375,7 @@ struct qcow2 {
     bool subclusters, v2;
     bool preallocated;              /* see qcow2_find_holes() */
     bool shared;                    /* the active tables share clusters, see qcow2_reclaim_cluster_locked() */
+    uint64_t clean;                 /* from the end of the disk to here all reads as zeros; under size_lock */
     enum codec codec;
     struct file *data;              /* where clusters lie: the image itself or the external data file */
     struct qcow2_writer *w;         /* NULL: only read */
@@ -5423,12 +5448,15 @@ static int qcow2_read_old(struct image *im, uint8_t *buf, uint64_t len, uint64_t
     return inside ? img_read(im, buf, inside, at, &done) : 0;
 }
 
+/* Whatever the size says: past the end of the disk may be what a longer disk had there. */
 static bool qcow2_old_is_zero(struct image *im, uint64_t at, uint64_t end)
 {
     struct extent ext;
 
-    for (end = util_min(end, im->size); at < end; at += ext.length)
-        if (img_map(im, at, end - at, false, &ext) || ext.kind != EXT_ZERO)
+    for (; at < end; at += ext.length)
+        if (qcow2_map(im, at, end - at, false, &ext) ||
+            (ext.kind == EXT_BACKING && (!im->backing || img_map(im->backing, at, ext.length, false, &ext))) ||
+            ext.kind != EXT_ZERO)
             return false;
     return true;
 }
@@ -5446,7 +5474,7 @@ static int qcow2_copy_old(struct image *im, const struct qcow2_plan *p, uint64_t
     return ret ? ret : file_pwrite(q->data, qcow2_scratch, to - from, p->host + from - p->guest, &done);
 }
 
-/* The data, and around it what was there before, up to whole cells. */
+/* The data, and around it what was there before, up to whole cells. buf NULL: what was there, in room set aside. */
 static int qcow2_write_data(struct image *im, const struct qcow2_plan *p, const uint8_t *buf, uint64_t len,
                             uint64_t offset)
 {
@@ -5465,6 +5493,10 @@ static int qcow2_write_data(struct image *im, const struct qcow2_plan *p, const 
     for (unsigned i = 0; kept && i < QCOW2_SUBCLUSTERS && !ret; i++)
         if (kept >> i & 1)
             ret = qcow2_copy_old(im, p, p->guest + i * cell, p->guest + (i + 1) * cell);
+    if (!ret && !buf) {
+        ret = qcow2_copy_old(im, p, from, to);
+        return ret ? ret : file_fallocate(q->data, FALLOC_FL_KEEP_SIZE, p->host + from - p->guest, to - from);
+    }
     if (ret)
         return ret;
     if (to - from == cell && (from < offset || to > offset + len) && !(p->fresh && qcow2_old_is_zero(im, from, to))) {
@@ -5634,8 +5666,8 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
     int ret = 0;
 
     *done = util_min(len, left);
-    if (offset + len >= im->size && offset < end)
-        len = end - offset;         /* behind the end of the disk there is nothing to keep */
+    if (offset + len == im->size)   /* who zeroes up to the end holds size_lock: nobody writes behind it */
+        len = end - offset;
     if (offset & (size - 1) || len < size)
         return qcow2_old_is_zero(im, offset, offset + *done) ? 0 : -EOPNOTSUPP;
     len = util_min(len & ~(size - 1), table - (offset & (table - 1)));
@@ -5875,19 +5907,21 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
 
 /*
  * The size goes to the header with the next commit. What a longer backing file has there must not appear; what was
- * cut off must not come back.
+ * cut off must not come back: it reads as zeros on the disk before the size changes. Whole clusters are cleaned, so
+ * that records appended to the last one find it clean. What is new is looked at, too: others may have left data there.
  */
-static int qcow2_resize(struct image *im, uint64_t size)
+static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
 {
     struct qcow2 *q = im->state;
-    uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits, old = im->size, done, to;
-    uint64_t cluster_end = (old + qcow2_cluster(q) - 1) & ~(qcow2_cluster(q) - 1);
-    bool hidden = im->backing && im->backing->size > util_min(old, size);
+    uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits, cluster = qcow2_cluster(q), done;
+    uint64_t from = size < old ? size : old > q->clean ? old : q->clean;
+    uint64_t to = ((old > size ? old : size) + cluster - 1) & ~(cluster - 1);
+    /* Zeros first, then the size. Not when a write past the end has failed: what it left was never on the disk. */
+    bool barrier = from < to && (size < im->size || (size > old && im->backing && im->backing->size > old));
     int ret = 0;
 
     if (!q->w || (q->v2 && q->n_snapshots))
         return -EOPNOTSUPP;         /* snapshots of version 2 do not know their size */
-    size = (size + 511) & ~511ull;  /* QEMU knows whole sectors only, and would cut the rest off */
     if (size > old && ((size - 1) >> covers) + 1 > q->l1_entries) {
         pthread_mutex_lock(&q->w->commit_lock);
         pthread_mutex_lock(&q->w->lock);
@@ -5895,21 +5929,16 @@ static int qcow2_resize(struct image *im, uint64_t size)
         pthread_mutex_unlock(&q->w->lock);
         pthread_mutex_unlock(&q->w->commit_lock);
     }
-    if (!ret && size < old) {
-        ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, old - size, size, &done);
-    } else if (!ret) {
-        to = hidden ? util_min(size, im->backing->size) : old;
-        to = to > cluster_end ? to : cluster_end;
-        im->size = size > to ? size : to;       /* nobody reads there before the size is known */
-        ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, to - old, old, &done);
-        im->size = old;
-    }
-    if (!ret && (hidden || size < old))
+    if (!ret && from < to)
+        ret = img_change(im, NULL, FALLOC_FL_PUNCH_HOLE, to - from, from, &done);
+    if (!ret && barrier)
         ret = qcow2_sync(im, false);
     if (ret)
         return ret;
+    q->clean = q->clean > to ? q->clean : to;
+    size = (size + 511) & ~511ull;  /* QEMU knows whole sectors only, and would cut the rest off */
     pthread_mutex_lock(&q->w->lock);
-    ret = qcow2_store_be64(im, 24, size, CACHE_MAPPING);
+    ret = size == q->size ? 0 : qcow2_store_be64(im, 24, size, CACHE_MAPPING);
     pthread_mutex_unlock(&q->w->lock);
     q->size = ret ? q->size : size;
     return ret;
@@ -10852,6 +10881,7 @@ static int img_begin(struct image *im, const char *name)
     if (!im->files)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     pthread_mutex_init(&im->size_lock, NULL);
+    im->admit = UINT64_MAX;
     return 0;
 }
 
@@ -12183,39 +12213,94 @@ static int img_note_failure(struct image *im, int ret)
     return ret;
 }
 
-static int img_resize_locked(struct image *im, uint64_t size)
+/*
+ * -- the size --
+ *
+ * What readers, the kernel and the file see changes in one step:
+ *   1. size_lock is taken. One change follows the other.
+ *   2. Shorter: `admit` goes down, so that requests for what is cut off wait for size_lock, and those that came in
+ *      before are waited for. Nobody is reading or writing there any more.
+ *   3. The driver changes the image. What is cut off, or new, reads as zeros. If that fails the size stays.
+ *   4. im->size says so.
+ * A write past the end writes its data between 3 and 4, so nobody sees a size without the data; and if that fails, the
+ * size stays as well. Else the next O_APPEND would leave a gap of zeros.
+ *
+ * Who waits for size_lock has looked nothing up yet, and is not waited for in 2: it may be that one who waits.
+ */
+static void img_lock_size(struct image *im)
+{
+    if (pthread_mutex_trylock(&im->size_lock) == 0)
+        return;
+    pool_leave();
+    pool_block();
+    pthread_mutex_lock(&im->size_lock);
+    pool_unblock();
+    pool_enter();
+}
+
+/*
+ * How much of [offset, offset + len) is there, and may be used until the request is over. To be asked before anything
+ * is looked up. `admit` is read first: when it does not tell of a change, the change is over, or waits for us.
+ */
+static uint64_t img_inside(struct image *im, uint64_t offset, uint64_t len)
+{
+    uint64_t end = im->admit;
+
+    end = util_min(end, im->size);
+    if (offset + len > end) {
+        img_lock_size(im);
+        end = im->size;
+        pthread_mutex_unlock(&im->size_lock);
+    }
+    return offset < end ? util_min(len, end - offset) : 0;
+}
+
+static int img_resize_locked(struct image *im, uint64_t old, uint64_t size)
 {
     int ret;
 
-    if (size == im->size)
+    if (size == old)
         return 0;
     if (size > (uint64_t)MAX_IMAGE_SIZE)
         return -EFBIG;
-    ret = im->format->resize ? im->format->resize(im, size) : -EOPNOTSUPP;
-    if (!ret)
-        im->size = size;
-    else if (ret != -EOPNOTSUPP)
+    ret = im->format->resize ? im->format->resize(im, old, size) : -EOPNOTSUPP;
+    if (ret && ret != -EOPNOTSUPP)
         msg_serving(ret, "%s: cannot change its size to %" PRIu64 ": %s", im->name, size, strerror(-ret));
     return ret == -EIO ? img_note_failure(im, ret) : ret;
 }
 
-/* Sets the size; with grow_only it never shrinks: another writer may have gone further. */
-static int img_resize(struct image *im, uint64_t size, bool grow_only)
+static int img_resize(struct image *im, uint64_t size)
 {
-    int ret = 0;
+    int ret;
 
-    pthread_mutex_lock(&im->size_lock);
-    if (!grow_only || size > im->size)
-        ret = img_resize_locked(im, size);
+    img_lock_size(im);
+    if (size < im->size) {
+        im->admit = size;
+        pool_wait_grace();
+    }
+    ret = img_resize_locked(im, im->size, size);
+    if (!ret)
+        im->size = size;
+    im->admit = UINT64_MAX;
     pthread_mutex_unlock(&im->size_lock);
     return ret;
 }
 
-/* Zeros into what the image cannot give back. */
-static int img_write_zeros(struct image *im, uint64_t len, uint64_t offset, uint64_t *done)
+/*
+ * Zeros into what the image cannot give back, as a part of a cluster. A hole is punched into the host's file if the
+ * caller wants one: that needs no room, so it works where the disk is full.
+ */
+static int img_write_zeros(struct image *im, int mode, uint64_t len, uint64_t offset, uint64_t *done)
 {
     static const uint8_t zeros[65536];
+    struct extent ext = { .kind = EXT_BAD };
 
+    if ((mode & FALLOC_FL_PUNCH_HOLE) && im->format->map(im, offset, len, false, &ext) == 0 && ext.kind == EXT_DATA &&
+        ext.owned) {
+        *done = util_min(len, ext.length);
+        if (file_fallocate(ext.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, ext.offset, *done) == 0)
+            return 0;
+    }
     return img_change(im, zeros, 0, util_min(len, sizeof(zeros)), offset, done);
 }
 
@@ -12237,8 +12322,8 @@ static int img_change_owned(const struct extent *ext, const uint8_t *buf, int mo
 
 /*
  * Walks the extents of a range that is to be changed: what the image owns is overwritten where it lies, without a
- * lock; the rest is the driver's. buf NULL: zero it, with fallocate(2)'s mode. No request may be without progress
- * twice.
+ * lock; the rest is the driver's. buf NULL: zero it or set room aside, with fallocate(2)'s mode. No request may be
+ * without progress twice.
  */
 static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset,
                       uint64_t *done)
@@ -12248,15 +12333,13 @@ static int img_change(struct image *im, const void *buf, int mode, uint64_t len,
     uint64_t part;
     int ret = 0;
 
-    if (!buf && format->zero && !(mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE)))
-        return -EOPNOTSUPP;         /* to set room aside is not to change anything */
     for (*done = 0; *done < len && !ret; *done += part) {
         const uint8_t *from = buf ? (const uint8_t *)buf + *done : NULL;
         part = 0;
-        if (!buf && format->zero) {
+        if (!buf && format->zero && (mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE))) {
             ret = format->zero(im, len - *done, offset + *done, &part);
             if (ret == -EOPNOTSUPP)
-                ret = img_write_zeros(im, part, offset + *done, &part);
+                ret = img_write_zeros(im, mode, part, offset + *done, &part);
             continue;
         }
         ret = format->map(im, offset + *done, len - *done, false, &ext);
@@ -12265,25 +12348,71 @@ static int img_change(struct image *im, const void *buf, int mode, uint64_t len,
         if (ext.kind == EXT_DATA && ext.owned)
             ret = img_change_owned(&ext, from, mode, len - *done, &part);
         else
-            ret = format->write && buf ? format->write(im, from, len - *done, offset + *done, &part) : -EIO;
+            ret = format->write ? format->write(im, from, len - *done, offset + *done, &part) : -EIO;
     }
     /* What was only to be given back or set aside is not lost when that is refused. */
     return buf || ret == -EIO ? img_note_failure(im, ret) : ret;
 }
 
-/* With `grow` the image is made longer first where need be. *done bytes were written even on failure. */
+/* As img_change(), for a range that ends at the end of the disk or past it. The disk ends with what was done there. */
+static int img_extend_locked(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    uint64_t old = im->size, end = offset + len > old ? offset + len : old, now = end;
+    int ret = img_resize_locked(im, old, end);
+
+    *done = 0;
+    if (ret)
+        return ret;
+    ret = img_change(im, buf, mode, len, offset, done);
+    if (ret)
+        now = buf && *done && offset + *done > old ? offset + *done : old;
+    if (now < end && img_resize_locked(im, end, now))
+        now = end;                  /* as the file has it */
+    im->size = now;
+    return ret;
+}
+
+/*
+ * Writes what is inside the disk; with `grow` the disk gets longer where need be. *done bytes were written even on
+ * failure. -ENOSPC: nothing of it is inside.
+ */
 static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, bool grow,
                      uint64_t *done)
 {
+    uint64_t inside = img_inside(im, offset, len);
     int ret;
 
     *done = 0;
-    if (grow && offset + len > im->size) {
-        ret = img_resize(im, offset + len, true);
-        if (ret)
-            return ret;
+    if (inside < len && grow) {
+        img_lock_size(im);
+        ret = img_extend_locked(im, buf, 0, len, offset, done);
+        pthread_mutex_unlock(&im->size_lock);
+        return ret;
     }
-    return img_change(im, buf, 0, len, offset, done);
+    return inside || !len ? img_change(im, buf, 0, inside, offset, done) : -ENOSPC;
+}
+
+/*
+ * fallocate(2), mode PUNCH_HOLE, ZERO_RANGE or none of them, each with or without KEEP_SIZE. Past the end there is
+ * nothing that could be punched; room is set aside there only where the disk may get longer, and then it does.
+ */
+static int img_fallocate(struct image *im, int mode, uint64_t len, uint64_t offset, bool grow)
+{
+    uint64_t inside = img_inside(im, offset, len), done;
+    int ret = 0;
+
+    if (inside == len && offset + len < im->size)
+        return img_change(im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, offset, &done);
+    img_lock_size(im);              /* the end must not move */
+    inside = offset < im->size ? util_min(len, im->size - offset) : 0;
+    if (inside < len && !(mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)) && grow)
+        ret = img_extend_locked(im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, offset, &done);
+    else if (inside < len && !(mode & FALLOC_FL_PUNCH_HOLE))
+        ret = grow ? -EOPNOTSUPP : -ENOSPC;
+    else if (inside)
+        ret = img_change(im, NULL, mode | FALLOC_FL_KEEP_SIZE, inside, offset, &done);
+    pthread_mutex_unlock(&im->size_lock);
+    return ret;
 }
 
 /* last: nobody writes any more. */
@@ -12304,7 +12433,7 @@ static int img_sync(struct image *im, bool last)
 /* Passed-through writes grow the file behind our back. */
 static void img_refresh_size(struct image *im)
 {
-    pthread_mutex_lock(&im->size_lock);
+    img_lock_size(im);
     im->size = file_follow_growth(&im->files[0]);
     pthread_mutex_unlock(&im->size_lock);
 }
@@ -12983,16 +13112,21 @@ static uint64_t fop_size(const struct server *srv, const struct view *v)
     return srv->im->size;
 }
 
-/* How much of a range of the view is there. 0: nothing, and the log says so. */
+/*
+ * How much of a range of the view is there: the disk may be shorter than the view says, or have been made so. 0:
+ * nothing; of a window the log says so.
+ */
 static uint64_t fop_inside(const struct server *srv, const struct view *v, uint64_t offset, uint64_t len)
 {
-    if (fop_resizable(srv, v) || offset + len <= v->inside)
-        return len;
-    if (offset < v->inside)
-        return v->inside - offset;
-    msg_serving(0, "%s: %s: %" PRIu64 " bytes at %" PRIu64 " lie past the end of the disk", srv->im->name,
-                v->name, len, offset);
-    return 0;
+    uint64_t inside;
+
+    if (fop_resizable(srv, v))
+        return img_inside(srv->im, offset, len);
+    inside = offset < v->inside ? img_inside(srv->im, v->start + offset, util_min(len, v->inside - offset)) : 0;
+    if (!inside)
+        msg_serving(0, "%s: %s: %" PRIu64 " bytes at %" PRIu64 " lie past the end of the disk", srv->im->name,
+                    v->name, len, offset);
+    return inside;
 }
 
 static bool fop_growable(const struct server *srv, const struct view *v)
@@ -13106,7 +13240,7 @@ static int fop_set_size(const struct server *srv, const struct view *v, uint64_t
         return -EACCES;
     if (size == fop_size(srv, v))
         return 0;
-    return fop_resizable(srv, v) ? img_resize(srv->im, size, false) : -EOPNOTSUPP;
+    return fop_resizable(srv, v) ? img_resize(srv->im, size) : -EOPNOTSUPP;
 }
 
 /* QEMU's rules: no +w on a read-only export, nothing for group and others who cannot reach it anyway. */
@@ -13261,6 +13395,11 @@ static int fop_read(struct worker *w, struct request *rq)
         return 0;
     ref.length = util_min(util_min(in->size, FX_MAX_IO), size - in->offset);
     inside = fop_inside(srv, v, in->offset, ref.length);
+    if (fop_resizable(srv, v) && inside < ref.length) {
+        if (!inside)
+            return 0;               /* it was made shorter meanwhile */
+        ref.length = inside;
+    }
     if (inside < ref.length)
         bad_note(v->start + in->offset + inside, ref.length - inside);
     if (inside < ref.length && srv->im->opt->zero_errors)
@@ -13312,7 +13451,7 @@ static int fop_write(struct worker *w, struct request *rq)
             return -ENOSPC;
         len = fop_inside(srv, v, in->offset, util_min(len, size - in->offset));
         if (len == 0 && in->size)
-            return -EIO;
+            return fop_resizable(srv, v) ? -ENOSPC : -EIO;
     }
     ret = img_write(srv->im, (const uint8_t *)rq->arg + sizeof(*in), len, v->start + in->offset,
                     fop_growable(srv, v), &done);
@@ -13362,8 +13501,8 @@ static int fop_fallocate(struct worker *w, struct request *rq)
     const struct fuse_fallocate_in *in = rq->arg;
     const struct server *srv = w->srv;
     const struct view *v = fop_view(srv, rq->head->nodeid);
-    uint64_t len = in->length, done;
-    int ret = 0, mode = (int)in->mode;
+    uint64_t len = in->length, size;
+    int mode = (int)in->mode;
 
     if (!v)
         return -EISDIR;
@@ -13373,14 +13512,17 @@ static int fop_fallocate(struct worker *w, struct request *rq)
         return -EOPNOTSUPP;
     if (!len || in->offset > (uint64_t)MAX_IMAGE_SIZE || len > (uint64_t)MAX_IMAGE_SIZE - in->offset)
         return -EINVAL;
-    if (in->offset + len > fop_size(srv, v) && !(mode & FALLOC_FL_KEEP_SIZE))
-        ret = fop_growable(srv, v) ? img_resize(srv->im, in->offset + len, true) : -ENOSPC;
-    if (ret || in->offset >= fop_size(srv, v))
-        return ret;
-    len = util_min(len, fop_size(srv, v) - in->offset);
-    if (fop_inside(srv, v, in->offset, len) < len)
-        return -EIO;
-    return img_change(srv->im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, v->start + in->offset, &done);
+    size = fop_size(srv, v);
+    if (!fop_resizable(srv, v)) {
+        if (in->offset + len > size && !(mode & FALLOC_FL_PUNCH_HOLE))
+            return -ENOSPC;
+        if (in->offset >= size)
+            return 0;
+        len = util_min(len, size - in->offset);
+        if (fop_inside(srv, v, in->offset, len) < len)
+            return -EIO;
+    }
+    return img_fallocate(srv->im, mode, len, v->start + in->offset, fop_growable(srv, v));
 }
 
 /*
@@ -16353,7 +16495,7 @@ static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
         size_t reply = fop_handle(&w, len);
         ASAN_UNPOISON_MEMORY_REGION(w.buf, FX_HEAD_ROOM);
         if (reply > LOOP_BUF || (reply && reply < sizeof(struct fuse_out_header)) || im.size > 1ull << 40)
-            ret = im.size > 1ull << 40 ? img_resize(&im, 4096, false) : -EPROTO;
+            ret = im.size > 1ull << 40 ? img_resize(&im, 4096) : -EPROTO;
     }
     free(w.buf);
     img_close(&im);

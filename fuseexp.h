@@ -201,10 +201,11 @@ struct claims {
  *           cost system calls; without, EXT_DATA is right for anything that can be read. Thread-safe, takes no lock on
  *           the hot path. < 0: could not find out. The extent is zeroed before the call.
  *   write   changes what map() does not call owned: as much of the range as it likes, at least a byte; *done 0
- *           without an error: it is owned now. NULL: no such thing.
+ *           without an error: it is owned now. buf NULL: only sets room aside. NULL: no such thing.
  *   zero    makes a range read as zeros and gives back its room. -EOPNOTSUPP: write zeros into the first *done bytes.
  *   sync    as fsync(2) for all written before; `last`: nobody writes any more, everything is put in order.
- *   resize  NULL: the format cannot change its size.
+ *   resize  the image gets `size` bytes, it had `old`; the rest of the longer of the two reads as zeros afterwards.
+ *           Under size_lock; the core sets im->size afterwards. NULL: the format cannot change its size.
  *   info    writes what only this format has into the open object; may be NULL.
  *   snapshots  writes the internal snapshots as list "snapshots" into the open object, if there are any; may be NULL.
  *   claims  claims the metadata of the image's files; true if also all data, where one flat table says that (it is read
@@ -226,7 +227,7 @@ struct image_format {
     int (*write)(struct image *im, const uint8_t *buf, uint64_t len, uint64_t offset, uint64_t *done);
     int (*zero)(struct image *im, uint64_t len, uint64_t offset, uint64_t *done);
     int (*sync)(struct image *im, bool last);
-    int (*resize)(struct image *im, uint64_t size);
+    int (*resize)(struct image *im, uint64_t old, uint64_t size);
     void (*info)(struct image *im, struct out *out);
     int (*snapshots)(struct image *im, struct out *out);
     bool (*claims)(struct image *im, struct claims *c);
@@ -267,7 +268,8 @@ struct image {
     struct image *child;            /* whose backing file this is */
     unsigned given;                 /* it is the n-th --backing; 0: no */
     const char *name;               /* the first file's path */
-    _Atomic uint64_t size;          /* changes only under size_lock */
+    _Atomic uint64_t size;          /* changes only under size_lock; see img_resize() */
+    _Atomic uint64_t admit;         /* requests from here on wait for size_lock: UINT64_MAX, or what it is cut to */
     _Atomic bool failed;            /* a write, a flush or a resize went wrong: the exit status will say so */
     pthread_mutex_t size_lock;
 };

@@ -505,7 +505,8 @@ f = os.open("m", os.O_RDWR)
 libc = ctypes.CDLL(None, use_errno=True)
 def fa(mode, off, n): return 0 if libc.fallocate(f, mode, ctypes.c_long(off), ctypes.c_long(n)) == 0 else ctypes.get_errno()
 assert fa(0, 1 << 20, 4096) == errno.ENOSPC
-assert fa(1, 1 << 20, 4096) == 0                # keep the size: past the end there is nothing to do
+assert fa(1, 1 << 20, 4096) == errno.ENOSPC and fa(1, (1 << 20) - 100, 4096) == errno.ENOSPC     # no room past the end, ever
+assert fa(3, 1 << 20, 4096) == 0                # there is nothing to punch
 assert fa(8, 0, 4096) == errno.EOPNOTSUPP       # collapse
 assert fa(3, (1 << 20) - 100, 4096) == 0        # punch across the end
 '
@@ -1848,6 +1849,196 @@ t_corpus_qcow2_images_are_right() {
         n=$((n + 1))
     done <c/MANIFEST.tsv
     [ $n -ge 8 ] || fail "only $n"
+}
+
+# ---- the size ----------------------------------------------------------------------------------------------------
+
+# each_disk COMMAND...: with a fresh writable mount at m of 3 MiB of 'Z' as each of these. made: which; img: the file;
+# again: the command that mounts it once more
+each_disk() {
+    for made in raw compat=1.1 compat=0.10,cluster_size=512 cluster_size=2M extended_l2=on,cluster_size=64k backing snapshot overlay; do
+        rm -f img base; img=img; again=("$fx" -q -w --no-passthrough)
+        head -c 5M /dev/zero | tr '\0' B >base
+        case $made in
+        raw) truncate -s 3M img; again+=(--format raw) ;;
+        backing) qemu-img create -q -f qcow2 -b base -F raw img 3M ;;
+        snapshot) qemu-img create -q -f qcow2 img 3M; qemu-io -c 'write -P 90 0 3M' img >io.log; qemu-img snapshot -c s img ;;
+        overlay) truncate -s 3M base; again+=(--format raw --overlay img); img=base ;;
+        *) qemu-img create -q -f qcow2 -o $made img 3M ;;
+        esac
+        "${again[@]}" $mount_options $img m
+        [ $made = snapshot ] || head -c 3M /dev/zero | tr '\0' Z | dd of=m bs=1M iflag=fullblock conv=notrunc status=none
+        "$@"
+        "$fx" --umount m
+        [ $made = raw ] || qemu-img check -q img
+    done
+}
+
+t_what_was_cut_off_stays_away() {
+    local made img again mount_options=
+    cut_off() {
+        py '
+m = os.open("m", os.O_RDWR); model = bytearray(b"Z" * (3 << 20)); raw = sys.argv[1] == "raw"
+for n in (2500001, 2500000, 2499999, 3 << 20, 65537, 65535, 1000, 700, 699, 700, 1024, 5000000, 300001, 5000000, 70000, 1000, 700):
+    os.ftruncate(m, n); del model[n:]; model += bytes(n - len(model))
+    assert os.fstat(m).st_size == n and os.pread(m, n + 10, 0) == model, n
+    d = os.urandom(min(n, 5000)); os.pwrite(m, d, n - len(d)); model[n - len(d):] = d
+open("model", "wb").write(model if raw else model + bytes(-len(model) % 512))' $made
+        "$fx" --umount m; "${again[@]}" $img m; cmp m model
+        truncate -s 5000001 m; truncate -s 5000001 model; cmp m model
+    }
+    each_disk cut_off
+}
+
+# Asynchronous writes that were on their way when the disk was cut do not come back when it grows.
+t_writes_on_their_way_when_the_disk_is_cut_stay_away() {
+    local made img again mount_options=
+    cat >cut.c <<'C'
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/aio_abi.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+enum { N = 48, SIZE = 65536, DISK = 3 << 20, CUT = 4097 };
+int main(void) {
+    static struct iocb cb[N], *list[N]; static struct io_event ev[N]; aio_context_t ctx = 0; char *b, *r; int bad = 0;
+    int fd = open("m", O_RDWR | O_DIRECT);
+    if (fd < 0 || posix_memalign((void **)&b, 4096, SIZE) || posix_memalign((void **)&r, 4096, DISK) || syscall(SYS_io_setup, N, &ctx)) return 2;
+    memset(b, 'A', SIZE);
+    for (int round = 0; round < 8 && !bad; round++) {
+        for (int i = 0; i < N; i++) {
+            cb[i] = (struct iocb){ .aio_lio_opcode = IOCB_CMD_PWRITE, .aio_fildes = fd, .aio_buf = (long)b, .aio_nbytes = SIZE, .aio_offset = (long)(i * 7 % N) * SIZE };
+            list[i] = &cb[i];
+        }
+        for (int i = 0; i < N; i += 16) if (syscall(SYS_io_submit, ctx, 16, list + i) != 16) return 2;
+        if (ftruncate(fd, CUT)) { perror("ftruncate"); return 2; }
+        if (lseek(fd, 0, SEEK_END) != CUT) { puts("not cut"); return 1; }
+        if (syscall(SYS_io_getevents, ctx, N, N, ev, NULL) != N) return 2;
+        if (lseek(fd, 0, SEEK_END) != CUT) { puts("longer again"); return 1; }
+        if (ftruncate(fd, DISK) || pread(fd, r, DISK, 0) != DISK) { perror("grow"); return 2; }
+        for (int i = CUT; i < DISK; i++) bad += r[i] != 0;
+    }
+    if (bad) printf("%d bytes came back\n", bad);
+    return bad != 0;
+}
+C
+    gcc -O2 -w cut.c -o cut
+    cut() { ./cut || fail "$made"; }
+    each_disk cut
+}
+
+# Whatever size anybody sees is one that was written, with its data; records appended meanwhile leave no gap.
+t_size_that_is_seen_has_its_data() {
+    local made img again mount_options=--growable
+    appended() {
+        py '
+import threading
+m = os.open("m", os.O_RDWR | os.O_APPEND); r = os.open("m", os.O_RDONLY); start = os.fstat(m).st_size; bad = []; over = False
+def watch():
+    while not over:
+        n = os.stat("m").st_size; b = os.pread(r, 1, n - 1)
+        if (n - start) % 700 or b == b"\0": bad.append((n, b))
+t = threading.Thread(target=watch); t.start()
+for i in range(1500): assert os.write(m, b"x" * 700) == 700
+over = True; t.join()
+assert not bad, bad[:5]
+assert os.fstat(m).st_size == start + 1500 * 700 and os.pread(r, 1500 * 700, start) == b"x" * (1500 * 700)'
+    }
+    each_disk appended
+}
+
+t_disk_that_was_cut_takes_its_windows_with_it() {
+    local f o n
+    mkdir d
+    for f in raw qcow2; do for o in "" --growable; do
+        truncate -s 20M r; printf 'start=2048,size=8192,type=83\nstart=20480,size=16384,type=83\n' | sfdisk -q --label dos r
+        dd if=/dev/urandom of=r bs=1M seek=10 count=8 conv=notrunc status=none; cp r copy
+        qemu-img convert -f raw -O $f r img
+        "$fx" -q -w $o --format $f img d
+        cat d/p2 >/dev/null
+        exec 7<>d/p2
+        truncate -s 4M d/disk; truncate -s 4M copy
+        not dd if=/dev/zero of=d/p2 bs=64k count=1 conv=notrunc status=none 2>err; grep -q 'Input/output' err
+        not dd if=/dev/zero bs=64k count=1 status=none 2>err >&7
+        not fallocate -l 4096 d/p2 2>err; not fallocate -z -l 4096 d/p2 2>err; not fallocate -p -l 4096 d/p2 2>err
+        not dd if=d/p2 of=out bs=4k count=1 status=none 2>err; grep -q 'Input/output' err; [ ! -s out ]
+        dd if=copy of=d/p1 bs=64k skip=5 count=1 conv=notrunc,fsync status=none
+        dd if=copy of=copy bs=64k skip=5 seek=16 count=1 conv=notrunc status=none
+        same "$(stat -c %s d/disk)" 4194304; cmp copy d/disk
+        truncate -s 20M d/disk; truncate -s 20M copy; cmp copy d/disk
+        printf 'there again' | dd of=d/p2 conv=notrunc status=none; printf 'there again' | cmp -n 11 - d/p2
+        exec 7>&-
+        printf 'there again' | dd of=copy bs=512 seek=20480 conv=notrunc status=none
+        umount d; gone; qemu-img compare -q -f $f -F raw img copy
+    done; done
+}
+
+t_fallocate_sets_room_aside_and_lengthens() {
+    local made img again mount_options=--growable
+    set_aside() {
+        py '
+m = os.open("m", os.O_RDWR); size = 3 << 20; libc = ctypes.CDLL(None, use_errno=True); model = bytearray(b"Z" * size)
+def fa(mode, off, n): return 0 if libc.fallocate(m, mode, ctypes.c_long(off), ctypes.c_long(n)) == 0 else ctypes.get_errno()
+def look(): assert os.fstat(m).st_size == len(model) and os.pread(m, len(model) + 1, 0) == model
+assert fa(0, 100000, 500000) == 0; look()
+assert fa(3, 200000, 700000) == 0; model[200000:900000] = bytes(700000); look()
+assert fa(0, 150000, 600000) == 0; look()
+for off in (size, size - 5000, size + 70000):
+    assert fa(1, off, 10000) == errno.EOPNOTSUPP and fa(17, off, 10000) == errno.EOPNOTSUPP, off
+    look()
+assert fa(3, size + 5000, 4096) == 0; look()
+assert fa(3, size - 5000, 10000) == 0; model[-5000:] = bytes(5000); look()
+assert fa(0, size - 70000, 200001) == 0; model += bytes(130001); look()
+assert fa(16, len(model) - 1000, 100000) == 0; model[-1000:] = bytes(1000); model += bytes(99000); look()
+assert fa(0, len(model) + 300000, 1000) == 0; model += bytes(301000); look()
+open("model", "wb").write(model + bytes(-len(model) % 512 if sys.argv[1] != "raw" else 0))' $made
+        "$fx" --umount m; "${again[@]}" $img m; cmp m model
+    }
+    each_disk set_aside
+    qemu-img create -q -f qcow2 img 8M
+    "$fx" -q -w img m; fallocate -l 8M m; not fallocate -o 8M -l 1M m 2>err; grep -q 'No space' err; "$fx" --umount m
+    [ "$(stat -c %b img)" -ge 16384 ] || fail "no room was set aside"
+    qemu-img check -q img; same "$(qemu-img map --output=json img | jq -c '[.[].data] | unique')" '[true]'
+}
+
+# What fails leaves the size as it was: no gap of zeros, now or after the next start.
+t_growing_that_fails_changes_nothing() {
+    local f op n
+    mkdir small; mount -t tmpfs -o size=4M none small
+    for f in raw qcow2; do
+        rm -f small/img; head -c 1M /dev/zero | tr '\0' Z >z; qemu-img convert -f raw -O $f z small/img
+        "$fx" -q -w --growable --no-passthrough --format $f small/img m
+        not fallocate -l 64M m 2>err
+        same "$(stat -c %s m)" 1048576; cmp m z
+        py '
+m = os.open("m", os.O_RDWR | os.O_APPEND); n = 1 << 20
+try:
+    while True: n += os.write(m, b"x" * 50000)
+except OSError as e: assert e.errno == errno.ENOSPC
+assert os.fstat(m).st_size == n, (n, os.fstat(m).st_size)
+b = os.pread(m, n, 0); assert b.count(b"Z") == 1 << 20 and b.count(b"x") == n - (1 << 20)
+open("size", "w").write(str(n + -n % 512 * (sys.argv[1] == "qcow2")))' $f
+        "$fx" --umount m || true
+        same "$(qemu-img info --output=json -f $f small/img | jq '."virtual-size"')" "$(cat size)"
+    done
+    umount small
+    for f in raw qcow2; do
+        for op in fallocate write truncate; do
+            rm -f img; qemu-img convert -f raw -O $f z img
+            FUSEEXP_FAIL_OP=$op "$fault" -q -w --growable --no-passthrough --format $f --sandbox=off img m 2>err || continue
+            py '
+m = os.open("m", os.O_RDWR | os.O_APPEND); n = 1 << 20
+if ctypes.CDLL(None).fallocate(m, 0, ctypes.c_long(0), ctypes.c_long(4 << 20)) == 0: n = 4 << 20
+assert os.fstat(m).st_size == n, (sys.argv, n, os.fstat(m).st_size)
+try: n += os.write(m, b"more")
+except OSError: pass
+assert os.fstat(m).st_size == n, (sys.argv, n, os.fstat(m).st_size)' $f $op
+            "$fault" --umount m 2>err || true; gone
+        done
+    done
 }
 
 # ---- qcow2 writing ---------------------------------------------------------------------------------------------
