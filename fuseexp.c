@@ -14475,7 +14475,9 @@ static int mnt_resolve(const char *arg, char path[PATH_MAX])
     util_close(&fd);
     if (realpath(arg, path))
         return 0;
-    if (errno != ENOENT || !*arg || arg[strlen(arg) - 1] == '/')
+    if (errno == ENOENT && *arg && arg[strlen(arg) - 1] == '/')
+        return msg_err(-ENOENT, "%s: No such folder (mkdir makes it)", arg);
+    if (errno != ENOENT || !*arg)
         return msg_err(-errno, "%s: %s", arg, strerror(errno));
     return mnt_resolve_folder(arg, path);
 }
@@ -15077,6 +15079,7 @@ struct run {
     int server_status, command_status;
     bool ready, not_ready, started; /* started: ready, and everyone who waits has been told */
     bool ended;                     /* the server is unmounted everywhere, and only has to flush */
+    bool cut_off;                   /* by the second signal */
     bool in_use, left;              /* after the command: somebody uses the disk; so the server is left alone */
     char log_text[4096];            /* from log_fd: a line that is not complete yet */
     size_t log_len;
@@ -15335,6 +15338,7 @@ static int run_open_overlay(struct run *r)
 {
     const struct options *o = r->o;
     struct image *base = util_fault("overlay") ? NULL : calloc(1, sizeof(*base));
+    struct stat st;
     int ret;
 
     if (!base)
@@ -15352,6 +15356,10 @@ static int run_open_overlay(struct run *r)
     else if (!util_copy(r->overlay_path, sizeof(r->overlay_path), o->overlay))
         return msg_err(-ENAMETOOLONG, "%s: path too long", o->overlay);
     ret = img_open(base, o->images, o->n_images, &r->image_options);
+    for (unsigned i = 0; o->overlay && stat(o->overlay, &st) == 0 && i < base->n_files && !ret; i++)
+        if (st.st_dev == base->files[i].st.st_dev && st.st_ino == base->files[i].st.st_ino)
+            ret = msg_err(-EINVAL, "%s: is both IMAGE and --overlay, which takes the changes to IMAGE in another file",
+                          o->overlay);
     if (!ret)
         ret = img_open_overlay(&r->im, base, r->overlay_path, o->temporary, &r->overlay_options);
     if (ret && !r->im.backing) {
@@ -15685,7 +15693,8 @@ static int run_start_command(struct run *r)
         (void)setrlimit(RLIMIT_NOFILE, &r->old_files);
         sigprocmask(SIG_SETMASK, &r->old_mask, NULL);
         execvp(r->o->command[0], r->o->command);
-        msg_err(0, "%s: %s", r->o->command[0], strerror(errno));
+        msg_err(0, "%s: %s%s", r->o->command[0], strerror(errno),
+                strchr(r->o->command[0], ' ') ? " (after --, the command and its arguments are separate words)" : "");
         _exit(errno == ENOENT ? EXIT_CMD_NOT_FOUND : EXIT_CMD_NOT_EXECUTABLE);
     }
     r->command = pid;
@@ -15743,7 +15752,7 @@ static void run_cut_off(struct run *r)
 {
     mnt_abort(&r->mp);
     kill(r->server, SIGKILL);
-    r->ended = true;
+    r->cut_off = r->ended = true;
 }
 
 /* The last chance to leave nothing behind, so it takes more than one fork that fails to give up. */
@@ -15769,7 +15778,9 @@ static void run_report_death(const struct run *r)
 {
     int sig = WTERMSIG(r->server_status);
 
-    if (r->server == 0 && WIFSIGNALED(r->server_status))
+    if (r->server == 0 && WIFSIGNALED(r->server_status) && sig == SIGKILL && r->cut_off)
+        msg_err(0, "%s: cut off at the second signal: what was written and not synced may be lost", r->mp.path);
+    else if (r->server == 0 && WIFSIGNALED(r->server_status))
         msg_err(0, "%s: the server was killed by signal %d (%s); the mount is gone", r->mp.path, sig,
                 strsignal(sig));
 }
@@ -16714,11 +16725,14 @@ static int opt_usage(const char *text)
 
 static int opt_bad(const struct opt *opt, const char *value)
 {
-    return msg_err(-EINVAL, "--%s: '%s' is not %s%s", opt->name, value,
+    return msg_err(-EINVAL, "--%s: '%s' is not %s%s%s", opt->name, value,
                    opt->kind == OPT_CHOICE ? "one of " : "a usable ",
                    opt->kind == OPT_CHOICE || opt->kind == OPT_COUNT ? opt->arg
                    : opt->kind == OPT_SIZE                           ? "size"
-                                                                     : "value");
+                                                                     : "value",
+                   opt->kind == OPT_SIZE ? " (such as 4096, 0x1000, 4k, 10M, 2G)" :
+                   opt->kind == OPT_ID   ? " (a number)"
+                                         : "");
 }
 
 static bool opt_choose(const char *choices, const char *value, uint32_t *index)
@@ -16844,12 +16858,23 @@ static int opt_mount_options(struct options *o, char *list)
     return ret;
 }
 
+/* Behind an option that is unknown: "fuseexp IMAGE MOUNTPOINT fsck -n" lacks its "--". */
+static const char *opt_hint(int argc, char **argv)
+{
+    int words = 0;
+
+    for (int i = 1; i < argc; i++)
+        words += *argv[i] != '-';
+    return words < 3 ? "fuseexp --help lists them" : "fuseexp --help lists them; a COMMAND comes after --";
+}
+
 /* getopt_long's tables from ours. Returns 0, or < 0 after saying what is wrong. */
 static int opt_getopt(struct options *o, int argc, char **argv)
 {
     struct option longs[ARRAY_LEN(opt_table) + 1];
     char shorts[2 * ARRAY_LEN(opt_table) + 2] = ":";
     size_t n = 0, at = 1;
+    const char *hint = opt_hint(argc, argv);
     int c, ret = 0;
 
     memset(longs, 0, sizeof(longs));
@@ -16866,9 +16891,9 @@ static int opt_getopt(struct options *o, int argc, char **argv)
         if (c == ':')
             return msg_err(-EINVAL, "%s needs a value", argv[optind - 1]);
         if (c == '?' && optopt && optopt < 256)
-            return msg_err(-EINVAL, "unknown option -%c (fuseexp --help lists them)", optopt);
+            return msg_err(-EINVAL, "unknown option -%c (%s)", optopt, hint);
         if (c == '?')
-            return msg_err(-EINVAL, "unknown option %s (fuseexp --help lists them)", argv[optind - 1]);
+            return msg_err(-EINVAL, "unknown option %s (%s)", argv[optind - 1], hint);
         for (size_t i = 0; i < ARRAY_LEN(opt_table); i++)
             if (c == 256 + (int)i || c == opt_table[i].letter) {
                 ret = opt_apply(o, &opt_table[i], optarg);
@@ -16952,6 +16977,17 @@ static int opt_check(struct options *o)
     return 0;
 }
 
+/* "--temporary DIR" lacks its "=". */
+static int opt_check_temporary(const struct options *o)
+{
+    struct stat st;
+
+    if (!o->temporary || *o->temporary || o->n_images < 2 || stat(o->images[0], &st) < 0 || !S_ISDIR(st.st_mode))
+        return 0;
+    return msg_err(-EINVAL, "%s: is a folder and no image; --temporary=%s makes the overlay there", o->images[0],
+                   o->images[0]);
+}
+
 /* Everything before "--" is ours, everything after it the command, unless "--" only ends the options. */
 static int opt_parse(struct options *o, int argc, char **argv)
 {
@@ -16981,9 +17017,12 @@ static int opt_parse(struct options *o, int argc, char **argv)
         return n ? msg_err(-EINVAL, "%s: not expected here", argv[optind]) : 0;
     if (o->action == ACT_UMOUNT && n != 1)
         return msg_err(-EINVAL, "--umount takes one MOUNTPOINT");
+    ret = opt_check(o);
+    if (ret)
+        return ret;
     if (o->action == ACT_EXPORT && n < 2)
-        return msg_err(-EINVAL,
-                       "usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND] (--help explains)");
+        return msg_err(-EINVAL, "%susage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND] (--help explains)",
+                       n ? "MOUNTPOINT is missing; " : "");
     if (o->action >= ACT_INFO && o->action <= ACT_CHECK && n < 1)
         return msg_err(-EINVAL, "--info, --map and --check take an IMAGE");
     if (o->action == ACT_EXPORT || o->action == ACT_UMOUNT)
@@ -16992,7 +17031,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
         return msg_err(-EINVAL, "more than %d parts", MAX_PARTS);
     o->images = &argv[optind];
     o->n_images = (unsigned)n;
-    return opt_check(o);
+    return opt_check_temporary(o);
 }
 
 /* ******************************************************************************************************** *

@@ -6360,7 +6360,7 @@ t_bad_input_is_refused_in_one_line() {
     refused 1 'pipe: neither' "$fx" -q pipe m
     refused 1 'neither a regular file nor a block' "$fx" -q /dev/null m
     refused 1 'folder it should be in' "$fx" -q img no/such/m
-    refused 1 'No such file' "$fx" -q img no/
+    refused 1 'No such folder (mkdir' "$fx" -q img no/
     refused 1 'nothing can be mounted' "$fx" -q img pipe
     refused 1 'no partition 9' "$fx" -q --partition 9 img m
     refused 2 'unknown option --nonsense' "$fx" --nonsense img m
@@ -6386,6 +6386,25 @@ t_bad_input_is_refused_in_one_line() {
     refused 2 'one MOUNTPOINT' "$fx" --umount
     refused 2 'not expected' "$fx" --formats img
     refused 1 'control?characters: No such file' "$fx" -q "$(printf 'control\ncharacters')" m
+}
+
+t_mistakes_are_told_with_the_way_out() {
+    random img 16; mkdir d
+    refused 2 'MOUNTPOINT is missing; usage' "$fx" img
+    refused 2 'a COMMAND comes after --' "$fx" img m e2fsck -n m
+    refused 1 'd/img: No such\|img: is a file with something' "$fx" -q d img
+    refused 2 'json goes with --info' "$fx" --json img
+    refused 2 'repair goes with --check' "$fx" --repair img
+    refused 2 '10MB.*such as.*10M' "$fx" --size 10MB img m
+    refused 2 "'nobody' is not a usable value (a number)" "$fx" --uid nobody img m
+    refused 2 'd: is a folder.*--temporary=d' "$fx" --temporary d img m
+    refused 125 'img: is both IMAGE and --overlay' "$fx" -q --format raw --overlay img img m -- true
+    expect 127 "$fx" -q --format raw img m -- 'e2fsck -fn m'; grep -q 'separate words' err
+    "$fx" --format raw -f img m 2>log & local pid=$!
+    wait_for test -s m; exec 9<m; kill -TERM $pid; wait_for grep -q 'in use' log; kill -TERM $pid; wait $pid || true; exec 9<&-
+    grep -q 'cut off at the second signal' log
+    "$fx" -q --format raw img m; chmod 755 .
+    expect 1 as_nobody "$fx" --umount m; grep -q 'm: was mounted by the user with number 0' err; "$fx" --umount m
 }
 
 t_usage_errors_have_a_status_of_their_own() {
