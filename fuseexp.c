@@ -3225,6 +3225,10 @@ static int raw_check_parts(struct image *im)
 {
     uint64_t first = im->files[0].size;
 
+    for (unsigned i = 1; im->n_given > 1 && i + 1 < im->n_files; i++)
+        if (im->files[i].size < first)
+            msg_say(MSG_NOTE, "%s: is %" PRIu64 " bytes shorter than the first part; if they are missing, all that "
+                    "follows is in the wrong place", im->files[i].path, first - im->files[i].size);
     for (unsigned i = 1; im->found_parts && i < im->n_files; i++)
         if (im->files[i].size > first || (im->files[i].size < first && i + 1 < im->n_files))
             return msg_err(-EINVAL, "%s: part of %" PRIu64 " bytes among parts of %" PRIu64
@@ -8870,6 +8874,7 @@ enum {
     VMDK_HOSTED_MAGIC = 0x564d444b, /* "KDMV" */
     VMDK_HOSTED_GRAIN_MIN = 8,      /* sectors */
     VMDK_HOSTED_ENTRIES = 512,      /* of a grain table, at most */
+    VMDK_USUAL_GRAIN_BITS = 16,
     VMDK_OFF_VERSION = 4, VMDK_OFF_FLAGS = 8, VMDK_OFF_CAPACITY = 12, VMDK_OFF_GRAIN = 20, VMDK_OFF_DESCRIPTOR = 28,
     VMDK_OFF_DESCRIPTOR_SIZE = 36, VMDK_OFF_ENTRIES = 44, VMDK_OFF_REDUNDANT = 48, VMDK_OFF_DIRECTORY = 56,
     VMDK_OFF_UNCLEAN = 72, VMDK_OFF_NEWLINES = 73, VMDK_OFF_ALGORITHM = 77,
@@ -9303,6 +9308,16 @@ static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, uint64_t dire
 }
 
 /*
+ * Does something else than the header say how many tables there are? The descriptor knows the capacity, and all
+ * writers but a few have grains of 64 KiB and tables of 512.
+ */
+static bool vmdk_is_confirmed(const struct vmdk_extent *e)
+{
+    return e->size && e->size <= e->capacity && e->capacity - e->size < 1ull << e->grain_bits &&
+           e->grain_bits == VMDK_USUAL_GRAIN_BITS && 1 << e->table_bits == VMDK_HOSTED_ENTRIES;
+}
+
+/*
  * Chooses between the directories at two sectors, of which one may be missing or damaged. A capacity that fits
  * neither row of tables is damaged itself.
  */
@@ -9320,7 +9335,8 @@ static int vmdk_set_directories(struct vmdk_extent *e, uint64_t primary, uint64_
     for (int i = 0; i < 2 && both && !e->compressed; i++)
         row[i] = vmdk_look_at_row(e, d[i], d[1 - i]);
     for (int i = 0; i < 2; i++)     /* what goes on behind as many tables as the other one has is padding */
-        row[i] = row[i] == VMDK_ROW_TOO_LONG && row[1 - i] == VMDK_ROW ? VMDK_ROW : row[i];
+        if (row[i] == VMDK_ROW_TOO_LONG && (row[1 - i] == VMDK_ROW || vmdk_is_confirmed(e)))
+            row[i] = VMDK_ROW;
     if (row[0] >= VMDK_ROW_TOO_SHORT && row[1] >= VMDK_ROW_TOO_SHORT)
         return vmdk_bad(e->file, row[0] == VMDK_ROW_TOO_LONG ? "the grain directory is for more than the capacity"
                                                              : "the grain directory is too small for the capacity",

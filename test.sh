@@ -3107,6 +3107,10 @@ t_large_images_are_looked_at_for_a_moment() {
     qemu-img create -q -f qcow2 good 1M; qemu-io -c 'write -P 7 0 1M' good >/dev/null
     poke bad $(($(l2_of good) + 16)) 8000800000000000
     "$fx" bad m 2>err; same "$(wc -c <err)" 0; "$fx" --umount m
+    # Parts that the user names are taken as they are; one that is short is told.
+    random x.raw 3; random y.raw 2; random z.raw 3; cat x.raw y.raw z.raw >truth
+    "$fx" x.raw y.raw z.raw m 2>err; grep -q 'y.raw: is 4096 bytes shorter than the first part' err; cmp m truth; "$fx" --umount m
+    "$fx" x.raw z.raw y.raw m 2>err; not grep shorter err; "$fx" --umount m
     # What another program is writing to has grown since.
     truncate -s -500k good; "$fx" -U good m 2>err; same "$(wc -c <err)" 0; "$fx" --umount m
 }
@@ -5459,6 +5463,20 @@ for kind in "row", "one", "ones", "random", "other", "only gd", "only rgd":
         for i in range(n, 128 if kind != "one" else n + 1):
             struct.pack_into("<I", b, s * 512 + 4 * i, {"ones": 0xffffffff, "random": random.randrange(1 << 32), "other": other}.get(kind, first + 4 * i))
     open(kind, "wb").write(b)'
+        # The same with a gap between the tables of the first directory and the second one: then the descriptor confirms.
+        [ $size != 100M ] || py '
+import struct
+d = open("row", "rb").read(); rgd, gd = struct.unpack_from("<QQ", d, 48); n = -(-struct.unpack_from("<Q", d, 12)[0] // 65536); c = 128 * 100
+b = bytearray(d[:rgd * 512]) + bytearray(c * 512) + bytearray(d[gd * 512:])                       # all behind moves
+def move(at, k): struct.pack_into("<I", b, at, struct.unpack_from("<I", b, at)[0] + k)
+shift = rgd + c - gd; struct.pack_into("<Q", b, 56, gd + shift)
+for i in range(128): move((gd + shift) * 512 + 4 * i, shift)
+for t in range(n * 512):
+    at = (gd + shift + 1 + 4 * (t // 512)) * 512 + 4 * (t % 512)
+    if struct.unpack_from("<I", b, at)[0]: move(at, shift)
+b[rgd * 512:(rgd + 1) * 512] = d[rgd * 512:(rgd + 1) * 512]
+for t in range(n): b[(rgd + 1 + 4 * t) * 512:(rgd + 5 + 4 * t) * 512] = b[(gd + shift + 1 + 4 * t) * 512:(gd + shift + 5 + 4 * t) * 512]
+open("row", "wb").write(b)'
         for i in row one ones random other 'only gd' 'only rgd'; do
             "$fx" "$i" m 2>err; not grep damaged err; same_data m raw; "$fx" --umount m
         done
