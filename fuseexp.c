@@ -6551,6 +6551,24 @@ static int vdi_map(struct image *im, uint64_t offset, uint64_t length, bool exac
     return ext_merge(im, offset, length, exact, ext, vdi_map_block);
 }
 
+/* QEMU appends behind as many blocks as the header says there are: over others, if these are more. */
+static bool vdi_as_qemu(struct image *im)
+{
+    const struct vdi *v = im->state;
+    uint8_t allocated[4];
+    uint64_t done;
+    uint32_t entry;
+
+    if (v->version != VDI_VERSION_1 || v->differencing || v->extra ||
+        file_pread(&im->files[0], allocated, 4, VDI_OFF_SIZES + 20, &done))
+        return false;
+    for (uint64_t i = 0; i < v->blocks; i++)
+        if (cache_le32(&im->files[0], v->map + i * 4, &entry) ||
+            (entry < VDI_ENTRY_ZERO && entry >= util_le32(allocated)))
+            return false;
+    return true;
+}
+
 static const struct image_format vdi_format = {
     .name = "vdi",
     .describe = "VirtualBox images: dynamic, fixed, differencing",
@@ -6560,6 +6578,7 @@ static const struct image_format vdi_format = {
     .open = vdi_open,
     .map = vdi_map,
     .claims = vdi_claims,
+    .as_qemu = vdi_as_qemu,
     .close = vdi_close,
 };
 
@@ -7496,6 +7515,12 @@ static bool prl_claims(struct image *im, struct claims *c)
     return true;
 }
 
+/* QEMU knows single images only. */
+static bool prl_as_qemu(struct image *im)
+{
+    return im->n_files == 1;
+}
+
 static const struct image_format prl_format = {
     .name = "parallels",
     .describe = "Parallels images, and folders of them (.hdd) with storages and snapshots",
@@ -7504,6 +7529,7 @@ static const struct image_format prl_format = {
     .open = prl_open,
     .map = prl_map,
     .claims = prl_claims,
+    .as_qemu = prl_as_qemu,
     .close = prl_close,
 };
 
@@ -7547,6 +7573,7 @@ enum {
     VHD_HEAD_LOCATORS = 576,        /* 8 of them: code, space, length, reserved: 4 bytes each; offset: 8 */
     VHD_LOCATOR_MAX = 4096,
     VHD_LOOK_AHEAD = 128,           /* blocks looked at for one extent */
+    VHD_MAX_BITMAPS = 8192,         /* read before an overlay is made: half a minute on a slow disk, usually 16 GiB */
 };
 #define VHD_NO_BLOCK 0xffffffffu
 #define VHD_MAX_GEOMETRY (65535ull * 16 * 255 * VHD_SECTOR)
@@ -7557,6 +7584,7 @@ struct vhd {
     uint64_t end;                   /* of what can be data: the footer, or the file's end where that is lost */
     char creator[5];
     bool by_geometry;
+    uint8_t footer[VHD_FOOTER];     /* the one that counts */
 };
 
 /* The one's complement of the sum of all bytes but the checksum's own. */
@@ -7664,6 +7692,7 @@ static int vhd_check_footer(struct image *im, struct vhd *v, const uint8_t *foot
         return ext_unsupported(im, "the kind of disk", v->type);
     ext_set_id(&im->id, ID_IMAGE, footer + VHD_OFF_ID);
     memcpy(v->creator, footer + VHD_OFF_CREATOR, 4);
+    memcpy(v->footer, footer, VHD_FOOTER);
     return 0;
 }
 
@@ -7988,6 +8017,66 @@ static void vhd_info(struct image *im, struct out *out)
     out_text(out, "id", id);
 }
 
+/*
+ * Bytes of the disk as QEMU counts: by the current size for these creators and with the largest geometry, else by the
+ * geometry. 0: some versions of it this way, others that way.
+ */
+static uint64_t vhd_qemu_size(const struct vhd *v)
+{
+    static const char *const by_size[] = { "win ", "qem2", "d2v ", "tap", "CTXS" };
+    const uint8_t *g = v->footer + VHD_OFF_GEOMETRY;
+    uint64_t current = util_be64(v->footer + VHD_OFF_SIZE) & -512ull;
+    uint64_t geometry = (uint64_t)util_be16(g) * g[2] * g[3] * VHD_SECTOR;
+
+    for (size_t i = 0; i < ARRAY_LEN(by_size); i++)
+        if (memcmp(v->creator, by_size[i], 4) == 0)
+            return current;
+    if (memcmp(v->creator, "wa\0", 4) == 0 && current != geometry && geometry != VHD_MAX_GEOMETRY)
+        return 0;
+    return geometry == VHD_MAX_GEOMETRY ? current : geometry;
+}
+
+/* Is every sector of every block there? QEMU shows what lies where they are not. */
+static bool vhd_bits_are_set(struct image *im)
+{
+    const struct vhd *v = im->state;
+    uint64_t block = 1ull << v->block_bits, read = 0, end;
+    struct extent ext;
+    uint32_t entry;
+
+    for (uint64_t at = 0; at < im->size; at = end) {
+        end = util_min(at + block, im->size);
+        if (cache_be32(&im->files[0], v->table + (at >> v->block_bits) * 4, &entry))
+            return false;
+        if (entry == VHD_NO_BLOCK)
+            continue;
+        if (++read > VHD_MAX_BITMAPS)
+            return false;
+        for (uint64_t from = at; from < end; from += ext.length) {
+            ext = (struct extent){ .kind = EXT_BAD };
+            vhd_map_block(im, v, (uint64_t)entry * VHD_SECTOR, from - at, end - from, &ext);
+            if (ext.kind != EXT_DATA)
+                return false;
+        }
+    }
+    return true;
+}
+
+/* QEMU looks at the front first, for the footer or its copy; and it knows no parents. */
+static bool vhd_as_qemu(struct image *im)
+{
+    const struct vhd *v = im->state;
+    uint8_t front[VHD_FOOTER];
+    uint64_t done;
+
+    if (v->type == VHD_DIFFERENCING || vhd_qemu_size(v) != im->size || im->files[0].size < VHD_FOOTER ||
+        file_pread(&im->files[0], front, VHD_FOOTER, 0, &done))
+        return false;
+    if (v->type == VHD_FIXED)
+        return !vhd_is_footer(front) && v->end == im->files[0].size - VHD_FOOTER;
+    return memcmp(front, v->footer, VHD_FOOTER) == 0 && v->block_bits >= 12 && vhd_bits_are_set(im);
+}
+
 static const struct image_format vhd_format = {
     .name = "vpc",
     .describe = "VHD images of Virtual PC, Hyper-V, Azure: fixed, dynamic, differencing",
@@ -7997,6 +8086,7 @@ static const struct image_format vhd_format = {
     .open = vhd_open,
     .map = vhd_map,
     .claims = vhd_claims,
+    .as_qemu = vhd_as_qemu,
     .info = vhd_info,
     .close = vhd_close,
 };
@@ -8827,6 +8917,12 @@ static void vhdx_info(struct image *im, struct out *out)
         out_number(out, "replayed-pages", im->files[0].n_patches);
 }
 
+/* QEMU knows no parents, and replays a log only in the file. */
+static bool vhdx_as_qemu(struct image *im)
+{
+    return !((const struct vhdx *)im->state)->has_parent && !im->dirty;
+}
+
 static const struct image_format vhdx_format = {
     .name = "vhdx",
     .describe = "VHDX images of Hyper-V: fixed, dynamic, differencing; the log is replayed in memory",
@@ -8836,6 +8932,7 @@ static const struct image_format vhdx_format = {
     .open = vhdx_open,
     .map = vhdx_map,
     .claims = vhdx_claims,
+    .as_qemu = vhdx_as_qemu,
     .info = vhdx_info,
     .close = vhdx_close,
 };
@@ -8908,6 +9005,7 @@ enum vmdk_kind { VMDK_BAD, VMDK_ZERO, VMDK_FLAT, VMDK_HOSTED, VMDK_COWD, VMDK_SE
 struct vmdk_extent {
     enum vmdk_kind kind;
     bool no_access, zero_grains, compressed, markers, unclean;
+    bool exact;                     /* QEMU takes the line for an extent: it minds the case of its words */
     uint64_t start, size;           /* bytes: in the disk */
     struct file *file;
     const char *why;                /* VMDK_BAD */
@@ -9039,6 +9137,7 @@ static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
 {
     struct vmdk_extent *e = &v->extents[v->n_extents];
     char shown[201], *p = line, *end;
+    const char *access;
     uint64_t sectors, sector = 0;
     size_t type = 0;
     bool placed;
@@ -9046,7 +9145,8 @@ static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
     util_copy(shown, sizeof(shown), line);
     if (v->n_extents == MAX_PARTS)
         return msg_err(-E2BIG, "%s: more than %d extents", im->name, MAX_PARTS);
-    e->no_access = vmdk_starts(vmdk_word(&p), "NOACCESS");
+    access = vmdk_word(&p);
+    e->no_access = vmdk_starts(access, "NOACCESS");
     if (!vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sectors) || !sectors)
         return vmdk_bad_line(im, "the size of an extent", shown);
     e->size = sectors * VMDK_SECTOR;
@@ -9058,6 +9158,7 @@ static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
                          : msg_err(-EOPNOTSUPP, "%s: the type of an extent, %.40s, is not supported", im->name,
                                    e->type);
     e->kind = vmdk_types[type].kind;
+    e->exact = strcmp(access, "RW") == 0 && strcmp(e->type, vmdk_types[type].word) == 0;
     if (e->kind == VMDK_BAD)
         return msg_err(-EOPNOTSUPP, "%s: an extent of type %s: its data are on a device, not in the image, "
                        "which is not supported", im->name, e->type);
@@ -10176,6 +10277,46 @@ static void vmdk_info(struct image *im, struct out *out)
     out_close(out);
 }
 
+/* Of two grain directories QEMU asks the first one alone. */
+static bool vmdk_directories_agree(const struct vmdk_extent *e)
+{
+    uint64_t table[2], a, b;
+
+    for (uint64_t i = 0; e->directory[1] && i < vmdk_directory_entries(e); i++) {
+        if (!e->directory[0] || vmdk_find_tables(e, i, table))
+            return false;
+        if (!table[0])
+            continue;
+        for (uint64_t at = 0; at < vmdk_table_size(e); at += e->entry_size)
+            if (!table[1] || vmdk_load(e, table[0] + at, &a) || vmdk_load(e, table[1] + at, &b) || a != b)
+                return false;
+    }
+    return e->directory[0];
+}
+
+/*
+ * QEMU leaves out extents of zeros, and what it takes for no extent; the size of a sparse one is its header's. It
+ * takes parents by the path that is recorded, and none by UUID.
+ */
+static bool vmdk_as_qemu(struct image *im)
+{
+    const struct vmdk *v = im->state;
+
+    if (*im->backing_name)
+        return false;
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        if (e->kind == VMDK_BAD || e->kind == VMDK_ZERO || (*e->type && !v->embedded && !e->exact))
+            return false;
+        for (const char *c = v->embedded || !e->name ? "" : e->name; *c; c++)
+            if (*c & 0x80)
+                return false;       /* perhaps in another encoding */
+        if (e->kind != VMDK_FLAT && (e->size != e->capacity || !vmdk_directories_agree(e)))
+            return false;
+    }
+    return true;
+}
+
 static const struct image_format vmdk_format = {
     .name = "vmdk",
     .describe = "VMware images: hosted, stream-optimized, COWD and seSparse extents, flat ones, split, with parents",
@@ -10185,6 +10326,7 @@ static const struct image_format vmdk_format = {
     .open = vmdk_open,
     .map = vmdk_map,
     .claims = vmdk_claims,
+    .as_qemu = vmdk_as_qemu,
     .info = vmdk_info,
     .close = vmdk_close,
 };
@@ -10631,6 +10773,17 @@ static int img_check_foreign(const struct image *im, const struct probe *p)
     return 0;
 }
 
+/* Before a recorded format that QEMU is to refuse. With the longest one 15 bytes at most, or QEMU does not tell. */
+static const char img_not_for_qemu[] = "fx-";
+
+/* The format that an overlay or a backing file has recorded, in our words. */
+static const char *img_recorded_format(const char *word)
+{
+    size_t len = sizeof(img_not_for_qemu) - 1;
+
+    return strncmp(word, img_not_for_qemu, len) == 0 ? word + len : word;
+}
+
 static const struct image_format *img_format_named(const char *name)
 {
     for (size_t i = 0; i < ARRAY_LEN(img_formats); i++)
@@ -11052,14 +11205,17 @@ static uint64_t img_look_twice(struct img_look *l)
 
 static int img_look_tell(struct img_look *l)
 {
-    const struct image *im = l->im;
+    struct image *im = l->im;
     uint64_t twice = img_look_twice(l);
 
-    for (unsigned i = 0; i < im->n_files; i++)
+    for (unsigned i = 0; i < im->n_files; i++) {
+        im->damaged |= l->needed[i] > im->files[i].size;
         if (l->needed[i] > im->files[i].size)
             msg_say(MSG_NOTE, "%s: is shorter than its tables say: %s%" PRIu64 " bytes are missing at its end, behind %"
                     PRIu64 "; what was there reads as errors", im->files[i].path, l->claims.stopped ? "at least " : "",
                     l->needed[i] - im->files[i].size, (uint64_t)im->files[i].size);
+    }
+    im->damaged |= twice;
     if (!twice)
         return 0;
     if (im->opt->strict)
@@ -11342,7 +11498,7 @@ static unsigned img_next_given(const struct image *im, unsigned after)
 static int img_set_backing_format(const struct image *im, struct image *base, bool given)
 {
     bool user = im->opt->backing_format && (!*im->backing_format || (im->depth == 0 && given));
-    const char *format = user ? im->opt->backing_format : im->backing_format;
+    const char *format = img_recorded_format(user ? im->opt->backing_format : im->backing_format);
 
     if (!*format && im->has_hints)
         return msg_err(-EINVAL, "%s: records no identity of its parent '%s', as for a raw one; --backing-format raw "
@@ -11714,9 +11870,39 @@ static int img_open_backing(struct image *im)
  * -- overlays --
  *
  * What is written to an image of any format goes into a qcow2 overlay, and the image stays as it is. QEMU can go on
- * with such an overlay where it knows the format below; what it would read wrongly (split images, snapshots) is
- * recorded as a format that it refuses.
+ * with such an overlay where it reads the same disk from the image. Where it would read another one (split images,
+ * snapshots, parents that it does not know, what is damaged), a format is recorded that it refuses: else qemu-img
+ * commit would write into the image what does not belong there.
  */
+
+enum { IMG_MAX_EXTENTS = 1 << 18 };                 /* looked at before an overlay is made */
+
+/* Is what we read from an image what QEMU reads, or refuses to? What reads as an error here may be zeros there. */
+static bool img_reads_as_qemu(struct image *im)
+{
+    unsigned n = 0;
+    struct extent ext;
+
+    if (im->damaged || (im->format != &raw_format && im->size % 512) ||
+        (im->format->as_qemu && !im->format->as_qemu(im)))
+        return false;
+    if (im->format == &raw_format || im->format == &qcow2_format)
+        return true;                /* which is looked at when it is opened */
+    for (uint64_t at = 0; at < im->size; at += ext.length) {
+        ext = (struct extent){ .kind = EXT_BAD };
+        if (++n > IMG_MAX_EXTENTS || im->format->map(im, at, im->size - at, false, &ext) || ext.kind == EXT_BAD)
+            return false;
+    }
+    return true;
+}
+
+static bool img_chain_reads_as_qemu(struct image *im)
+{
+    for (; im; im = im->backing)
+        if (!img_reads_as_qemu(im))
+            return false;
+    return true;
+}
 
 /* The recorded format: QEMU's word; or, with a sum of what it depends on, one that nobody else knows. */
 static void img_overlay_format(const struct image *base, char word[32])
@@ -11724,19 +11910,21 @@ static void img_overlay_format(const struct image *base, char word[32])
     const struct image_options *opt = base->opt;
     uint64_t hash = UTIL_HASH_START;
     char size[24];
-    bool parts = base->n_files > 1 && base->format == &raw_format;
+    bool parts = base->n_files > 1 && base->format == &raw_format, cut = opt->no_backing && *base->backing_name;
 
     util_hash(&hash, opt->snapshot);
     for (unsigned i = 0; i < (opt->n_backing ? opt->n_backing : 1); i++)
         util_hash(&hash, i < opt->n_backing ? opt->backing[i] : NULL);
     util_hash(&hash, opt->backing_format);
     util_hash(&hash, opt->data_file);
+    if (cut || opt->ignore_log)
+        util_hash(&hash, cut && opt->ignore_log ? "neither" : cut ? "no backing" : "no log");
     for (unsigned i = 0; parts && i < base->n_files; i++) {
         snprintf(size, sizeof(size), "%" PRIu64, (uint64_t)base->files[i].size);
         util_hash(&hash, util_basename(base->files[i].path));
         util_hash(&hash, size);
     }
-    if (parts || opt->snapshot || opt->n_backing || opt->data_file)
+    if (parts || opt->snapshot || opt->n_backing || opt->backing_format || opt->data_file || cut || opt->ignore_log)
         snprintf(word, 32, "%s:%016" PRIx64, parts ? "split-raw" : opt->snapshot ? "snapshot" : "backing", hash);
     else
         util_copy(word, 32, base->format->name);
@@ -11857,17 +12045,19 @@ static int img_publish(int fd, const char *working, const char *path)
     return ret;
 }
 
-/* Writes the overlay into fd, which belongs to im from here on. */
-static int img_fill_overlay(struct image *im, const struct image *base, const char *path, int fd)
+/* Writes the overlay into fd, which belongs to im from here on. A temporary one is not for others to read. */
+static int img_fill_overlay(struct image *im, struct image *base, const char *path, bool temporary, int fd)
 {
-    char backing[PATH_MAX], format[32];
+    char backing[PATH_MAX], word[32], format[64];
     int ret;
 
     im->n_files = 1;
     ret = file_adopt(&im->files[0], path, fd, true);
     if (!ret)
         ret = img_overlay_backing(base, path, backing);
-    img_overlay_format(base, format);
+    img_overlay_format(base, word);
+    snprintf(format, sizeof(format), "%s%s",
+             ret || temporary || strchr(word, ':') || img_chain_reads_as_qemu(base) ? "" : img_not_for_qemu, word);
     return ret ? ret : qcow2_create(&im->files[0], base->size, backing, format);
 }
 
@@ -11875,7 +12065,7 @@ static int img_fill_overlay(struct image *im, const struct image *base, const ch
  * Where a file without a name cannot be had, or cannot be given one: writes under a name that is always the same, so
  * that the next start removes what a killed one has left.
  */
-static int img_make_named_overlay(struct image *im, const struct image *base, const char *path)
+static int img_make_named_overlay(struct image *im, struct image *base, const char *path)
 {
     char working[PATH_MAX];
     int fd, ret;
@@ -11886,7 +12076,7 @@ static int img_make_named_overlay(struct image *im, const struct image *base, co
     fd = img_open_working(working);
     if (fd < 0)
         return msg_err(fd, "%s: cannot make the overlay: %s: %s", path, working, strerror(-fd));
-    ret = img_fill_overlay(im, base, path, fd);
+    ret = img_fill_overlay(im, base, path, false, fd);
     if (!ret) {
         ret = img_publish(fd, working, path);
         if (ret)
@@ -11899,7 +12089,7 @@ static int img_make_named_overlay(struct image *im, const struct image *base, co
 }
 
 /* path: its name; with `temporary`, the one it would have. It appears when it is complete. */
-static int img_make_overlay(struct image *im, const struct image *base, const char *path, bool temporary)
+static int img_make_overlay(struct image *im, struct image *base, const char *path, bool temporary)
 {
     char folder[PATH_MAX];
     int fd, ret, dir;
@@ -11910,7 +12100,7 @@ static int img_make_overlay(struct image *im, const struct image *base, const ch
     fd = temporary ? img_open_temporary(folder) : img_open_unnamed(folder);
     if (fd < 0 && (temporary || !img_cannot(fd) || fd == -ENOENT))
         return msg_err(fd, "%s: cannot make %s: %s", path, temporary ? "a file there" : "the overlay", strerror(-fd));
-    ret = fd < 0 ? fd : img_fill_overlay(im, base, path, fd);
+    ret = fd < 0 ? fd : img_fill_overlay(im, base, path, temporary, fd);
     if (fd >= 0 && (ret || temporary))
         return ret;
     if (fd >= 0)
@@ -11943,7 +12133,7 @@ static int img_check_overlay(const struct image *im, const struct image *base)
     if (stat(path, &st) < 0 || st.st_dev != base->files[0].st.st_dev || st.st_ino != base->files[0].st.st_ino)
         return msg_err(-EINVAL, "%s: is not an overlay of %s, but of %s", im->name, base->name, im->backing_name);
     img_overlay_format(base, format);
-    if (strcmp(im->backing_format, format) != 0)
+    if (strcmp(img_recorded_format(im->backing_format), format) != 0)
         return msg_err(-EINVAL, "%s: is an overlay of %s as %s, not as %s (other parts, snapshot or backing file)",
                        im->name, base->name, im->backing_format, format);
     return img_check_backing_size(im, base);

@@ -211,6 +211,8 @@ struct claims {
  *   claims  claims the metadata of the image's files; true if also all data, where one flat table says that (it is read
  *           past the cache). Else the core walks map() for the data. What cannot be read is left out. NULL: there is
  *           no metadata, or check() knows better.
+ *   as_qemu  false: QEMU reads another disk from the image, or would damage it. Of what map() reads without errors;
+ *           called before an overlay is made, may read tables. NULL: no such difference.
  *   check   NULL: the core walks map() and finds what is bad, or used twice (as data, or in claims). Else counts into
  *           *c what is wrong; < 0: could not be done.
  *   repair  sets right what check finds; never touches data. *c is what is left. NULL: cannot.
@@ -231,6 +233,7 @@ struct image_format {
     void (*info)(struct image *im, struct out *out);
     int (*snapshots)(struct image *im, struct out *out);
     bool (*claims)(struct image *im, struct claims *c);
+    bool (*as_qemu)(struct image *im);
     int (*check)(struct image *im, struct check *c);
     int (*repair)(struct image *im, struct check *c);
     void (*close)(struct image *im);
@@ -252,6 +255,7 @@ struct image {
     uint64_t backing_size;          /* likewise, bytes: it had so much at least; 0: the image does not say */
     uint32_t cluster_size;          /* likewise: what is allocated at once; 0: no such thing */
     bool dirty;                     /* likewise: says of itself that it was not closed properly */
+    bool damaged;                   /* set by the core: something is missing or used twice, as far as it has looked */
     bool encrypted;                 /* likewise: opened for its tables alone, map() describes what cannot be read */
     /*
      * Likewise, where the backing file is known by its identity, not by its name: the names recorded for it are hints,

@@ -2646,6 +2646,115 @@ t_overlay_takes_the_changes_and_qemu_knows_it() {
     refused 1 'a snapshot is not written' "$fx" -q -w --snapshot old base.qcow2 m
 }
 
+# promised real|own|any IMAGE [OPTION...]: an overlay over IMAGE names its real format for QEMU, or one that QEMU refuses; where QEMU
+# reads it, it reads the same disk; and fuseexp takes it again, alone and over IMAGE.
+promised() {
+    local want=$1 image=$2 format got=real
+    shift 2
+    echo "$want $image $*" >&2; rm -f o.qcow2 theirs
+    "$fx" -q --overlay o.qcow2 "$@" "$image" m
+    cp --sparse=always m ours 2>err || { rm ours; want=own; }               # errors here may be zeros there
+    "$fx" --umount m
+    format=$(qemu-img info -U --output=json o.qcow2 2>/dev/null | jq -r '."backing-filename-format"' || true)
+    case $format in fx-* | "") got=own ;; esac                              # QEMU cannot even look at names of 16 bytes and more
+    [ "$want" = any ] || [ "$got" = "$want" ] || fail "$image: the recorded format is $format"
+    if qemu-img convert -f qcow2 -O raw o.qcow2 theirs 2>err; then
+        [ $got = real ] || fail "$image: QEMU takes $format"
+        [ -e ours ] && cmp -n "$(stat -c %s ours)" ours theirs || fail "$image: QEMU reads another disk"
+    fi
+    [ ! -e ours ] || "$fx" -q --overlay o.qcow2 "$@" "$image" m -- cmp m ours
+    case $format in "") ;; *) [ ! -e ours ] || "$fx" -q --allow-external / o.qcow2 m -- cmp m ours ;; esac
+}
+
+t_overlay_promises_qemu_what_qemu_reads() {
+    local o f
+    for o in qcow2 qcow2,extended_l2=on qcow2,data_file=ext.raw qcow2,compat=0.10 vmdk vmdk,subformat=monolithicFlat vmdk,subformat=twoGbMaxExtentSparse \
+        vmdk,zeroed_grain=on vpc vpc,force_size=on vpc,subformat=fixed vhdx vhdx,subformat=fixed vdi vdi,static=on qed parallels; do
+        f=${o%%,*}; o=${o#"$f"}; rm -f img*
+        qemu-img create -q -f "$f" ${o:+-o "${o#,}"} img 5M
+        qemu-io -f $f -c 'write -P 1 0 1500k' -c 'write -P 2 3M 2M' img >io.log
+        promised real img --format $f
+        # Cut off, it is another disk for QEMU, which shows zeros.
+        case $o in *data_file* | *Flat* | *twoGb*) continue ;; esac
+        truncate -s -200k img; "$fx" -q --overlay t.qcow2 --format $f img m 2>err || { rm -f t.qcow2; continue; }
+        "$fx" --umount m; rm t.qcow2; promised any img --format $f
+    done
+    # The user says more than the image does, so QEMU would have to guess.
+    qemu-img create -q -f qcow2 base 1M; scribble base 3; qemu-img create -q -u -f qcow2 -b base -F raw img 1M
+    py 'd = open("img", "rb").read(); open("img", "wb").write(d.replace(b"\xe2\x79\x2a\xca", b"\x12\x34\x56\x78"))'
+    promised own img --backing-format raw; promised own img --no-backing --backing-format qcow2
+}
+
+t_overlay_of_a_vhd_promises_qemu_what_it_reads() {
+    local i
+    vhd_py '
+M = 1 << 20; size = 4 * M; P = bytes([1] * 16); data = os.urandom(size); all = [1] * 4096
+chs = lambda s: (s // 512 // 64 // 2, 2, 64)
+build("real-plain", 3, size, 2 * M, [all, None], data)
+build("own-bits", 3, size, 2 * M, [[1] * 4095 + [0], None], data)
+build("own-diff", 4, size, 2 * M, [all, None], data, parent=P, name="own-base", locators=[(b"W2ru", "real-parent")])
+build("real-parent", 3, size, 2 * M, [all, all], data, ident=P)
+for creator in b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS": build("real-" + creator[:3].decode(), 3, size, 2 * M, [all, all], data, creator=creator, chs=chs(3 * M))
+for creator in b"vpc ", b"vs  ", b"qemu": build("real-" + creator[:3].decode(), 3, size, 2 * M, [all, all], data, creator=creator, chs=chs(3 * M))
+for creator in b"vbox", b"wa\0\0", b"abcd": build("own-" + creator[:2].decode(), 3, size, 2 * M, [all, all], data, creator=creator, chs=chs(3 * M))
+for creator in b"vbox", b"wa\0\0": build("real-" + creator[:2].decode() + "-chs", 3, size, 2 * M, [all, all], data, creator=creator, chs=chs(size))
+build("real-max", 3, size, 2 * M, [all, all], data, creator=b"vbox", chs=(65535, 16, 255))
+build("own-small-blocks", 3, 64 << 10, 2048, [[1] * 4] * 32, data)
+d = bytearray(open("real-plain", "rb").read()); d[0:512] = footer(3, size - 512, creator=b"tap\0"); open("own-front", "wb").write(d)
+d = bytearray(open("real-plain", "rb").read()); d[-512:] = bytes(512); open("real-no-end", "wb").write(d)
+f = footer(2, size); open("own-guest-front", "wb").write(f + data[512:] + f)
+open("real-fixed", "wb").write(data + f); open("own-511", "wb").write(data + f[:511]); open("own-cut", "wb").write(data[:-65536] + f)
+d = bytearray(open("real-parent", "rb").read()); d[1540:1544] = d[1536:1540]; open("own-twice", "wb").write(d)'
+    for i in real-* own-*; do promised "${i%%-*}" "$i" --format vpc; done
+    # An image between does not hide it.
+    for i in own-bits real-plain; do qemu-img create -q -u -f qcow2 -b $i -F vpc img 4M; promised "${i%%-*}" img; done
+}
+
+t_overlay_of_other_formats_promises_qemu_what_it_reads() {
+    local i
+    py "$vdi_py"'
+M = 1 << 20; b = some(4, M, [None, 0]); b[0], b[3] = rnd.randbytes(M), rnd.randbytes(M)
+vdi("real.vdi", 1, 4 * M, M, b); vdi("own-extra.vdi", 1, 4 * M, M, b, own=8, extra=512); vdi0("own-old.vdi", 1, 4 * M, M, b)
+vdi("real-p.vdi", 1, 4 * M, M, b, own=5); vdi("own-diff.vdi", 4, 4 * M, M, [None, b[0], None, None], own=3, parent=5, parent_changed=2)
+d = bytearray(open("real.vdi", "rb").read()); d[388:392] = struct.pack("<I", 1); open("own-count.vdi", "wb").write(d)
+d = bytearray(open("real.vdi", "rb").read()); d[512:516] = d[524:528]; open("own-twice.vdi", "wb").write(d)
+d = open("real.vdi", "rb").read(); open("real-far.vdi", "wb").write(d[:344] + struct.pack("<I", 4096) + d[348:1024] + bytes(3072) + d[1024:])
+open("own-cut.vdi", "wb").write(d[:-1000])'
+    for i in own-*.vdi real*.vdi; do promised "${i%%[-.]*}" "$i"; done
+    vhdx_dirty 'lay(0, entry(5, 0, n, n, (bat, page)))'
+    promised own img; promised own img --ignore-log; promised real clean --format vhdx
+    vhdx_py 'P = bytes([1] * 16); build("p.vhdx", 4 * MIB, MIB, [6] * 4, os.urandom(4 * MIB), ident=P)
+build("c.vhdx", 4 * MIB, MIB, [6, 0, 0, 6], os.urandom(4 * MIB), keys=[("parent_linkage", "{%s}" % uuid.UUID(bytes_le=P)), ("relative_path", "p.vhdx")])'
+    promised own c.vhdx; promised real p.vhdx
+    rm -rf d.hdd; prl_bundle; promised own d.hdd; promised any d.hdd/0.base.hds --format parallels
+    rm -f img*; qemu-img create -q -f vmdk good.vmdk 64M; qemu-io -c 'write -P 1 0 3M' -c 'write -P 2 40M 1M' good.vmdk >io.log
+    qemu-img create -q -f vmdk -o subformat=monolithicFlat flat.vmdk 4M; scribble flat.vmdk 1
+    qemu-img convert -O vmdk -o subformat=streamOptimized good.vmdk s.vmdk; promised real s.vmdk; promised real good.vmdk
+    sed 's/^RW 8192 FLAT.*/&\nRW 8192 ZERO/' flat.vmdk >zero.vmdk; promised own zero.vmdk
+    sed 's/^RW 8192/RDONLY 8192/' flat.vmdk >rdonly.vmdk; promised own rdonly.vmdk
+    sed 's/ FLAT / Flat /' flat.vmdk >case.vmdk; promised own case.vmdk
+    sed 's/flat-flat/ä-flat/; s/^version=1/&\nencoding="UTF-8"/' flat.vmdk >enc.vmdk; cp flat-flat.vmdk ä-flat.vmdk; promised own enc.vmdk
+    qemu-img create -q -f vmdk -b good.vmdk -F vmdk child.vmdk 64M; qemu-io -c 'write -P 3 8M 1M' child.vmdk >io.log; promised own child.vmdk
+    # The first directory's table is lost; and one grain in it.
+    py '
+import struct
+d = bytearray(open("good.vmdk", "rb").read()); rgd, gd = struct.unpack("<QQ", d[48:64]); gt = struct.unpack("<I", d[gd * 512:gd * 512 + 4])[0] * 512
+e = bytearray(d); e[gt:gt + 512] = bytes(512); open("wiped.vmdk", "wb").write(e)
+e = bytearray(d); e[56:64] = struct.pack("<Q", 1 << 40); open("gd.vmdk", "wb").write(e)
+e = bytearray(d); e[gt + 4:gt + 8] = struct.pack("<I", 1 << 30); open("past.vmdk", "wb").write(e)'
+    promised own wiped.vmdk; promised any gd.vmdk; promised own past.vmdk
+}
+
+t_corpus_overlays_promise_qemu_what_it_reads() {
+    [ -d "$corpus" ] || skip "no corpus"
+    "$corpus/unpack" c
+    while IFS=$'\t' read -r path format _ size _ _ expected _; do
+        case $expected:$format in ok:vpc | ok:vhdx | ok:vmdk | ok:parallels | ok:vdi | ok:qed) ;; *) continue ;; esac
+        [ "$size" -lt 100000000 ] || continue
+        promised any "c/$path"
+    done <c/MANIFEST.tsv
+}
+
 t_overlay_of_a_failed_start_is_not_left_behind() {
     random base 100; mkdir full dir run; touch full/file; ln -s nowhere/x link; local n fault_at p
     refused 1 'in use\|directory\|cannot' "$fx" -q --format raw --overlay w.qcow2 base no/such/m
