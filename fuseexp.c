@@ -1291,7 +1291,7 @@ static int file_measure(struct file *f)
 static int file_check_length(struct file *f)
 {
     off_t end = lseek(f->fd, 0, SEEK_END);
-    int none = 0, ret = 0;
+    int none = 0;
 
     if (!f->writable || end < 0 || (uint64_t)end >= f->size)
         return f->gone == UINT64_MAX ? 0 : -EIO;
@@ -1303,10 +1303,9 @@ static int file_check_length(struct file *f)
                         f->path, (uint64_t)end, f->size);
         f->gone = util_min(f->gone, (uint64_t)end);
         atomic_compare_exchange_strong(&f->latched, &none, -EIO);
-        ret = -EIO;
     }
     pthread_mutex_unlock(&f->lock);
-    return ret;
+    return f->gone == UINT64_MAX ? 0 : -EIO;
 }
 
 /* The length of a file that the kernel may have made longer for somebody else (passthrough). */
@@ -2481,7 +2480,9 @@ static int cache_words(struct file *f, uint64_t offset, uint64_t *value, size_t 
 {
     uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_set(f, start), tag = cache_tag(f, start);
     uint64_t slice[CACHE_WORDS];
-    size_t word = (offset - start) / 8;
+    size_t word = (size_t)(offset - start) / 8;
+    uint64_t done;
+    bool alone;
     int ret;
 
     for (uint64_t way = 0; way < CACHE_WAYS; way++)
@@ -2490,13 +2491,15 @@ static int cache_words(struct file *f, uint64_t offset, uint64_t *value, size_t 
     if (f->writable)                /* what was read before a change may not be put in place after it */
         pthread_mutex_lock(cache_lock_of(set));
     ret = cache_load_locked(f, start, set, slice);
+    /* The bad sector of a slice need not be the one that is asked for. */
+    alone = ret && offset + 8 * n <= f->size && file_pread(f, slice + word, 8 * n, offset, &done) == 0;
     if (!f->writable)
         pthread_mutex_lock(cache_lock_of(set));
     if (!ret)
         cache_fill_locked(set, tag, slice);
     pthread_mutex_unlock(cache_lock_of(set));
-    memcpy(value, slice + word, ret ? 0 : 8 * n);
-    return ret;
+    memcpy(value, slice + word, ret && !alone ? 0 : 8 * n);
+    return alone ? 0 : ret;
 }
 
 static int cache_word(struct file *f, uint64_t offset, uint64_t *value)
@@ -12263,6 +12266,15 @@ static void img_share_decoding(struct image *im, const struct extent *ext, uint6
         pool_offer(&ahead, piece);
 }
 
+/* So that bad sectors can be looked into where the sandbox forbids opening. What cannot be opened is no failure. */
+static int img_open_direct(struct image *im)
+{
+    for (; im; im = im->backing)
+        for (unsigned i = 0; i < im->n_files; i++)
+            file_open_direct(&im->files[i]);
+    return 0;
+}
+
 /*
  * A read of plain data has failed, *part bytes in. Notes what is bad: all of it in the page, since a reader through the
  * page cache will not ask for the rest. With --on-error=zero it becomes zeros, and the rest is read.
@@ -15687,9 +15699,7 @@ static int run_enter_sandbox(struct run *r)
 {
     int ret;
 
-    for (struct image *im = &r->im; im; im = im->backing)
-        for (unsigned i = 0; i < im->n_files; i++)
-            file_open_direct(&im->files[i]);
+    img_open_direct(&r->im);
     ret = box_enter(r->o->sandbox);
     for (struct image *im = &r->im; im && !ret; im = im->backing)
         ret = file_test(&im->files[0]);
@@ -16364,7 +16374,7 @@ static int cmd_look(const struct options *o, int (*look)(struct image *im, bool 
     opt.top_only = o->action != ACT_MAP;
     out_progress.on = o->action == ACT_CHECK && !o->quiet && isatty(STDERR_FILENO);
     if (cache_start(o->cache_size) == 0 && img_open(&im, o->images, o->n_images, &opt) == 0 &&
-        box_enter(o->sandbox) == 0)
+        img_open_direct(&im) == 0 && box_enter(o->sandbox) == 0)
         status = out_finish(look(&im, o->json));
     img_close(&im);
     cache_stop();

@@ -710,6 +710,14 @@ t_bad_sectors_beside_tables_and_clusters_cost_themselves_only() {
     "$fx" -q --format qcow2 --on-error=zero "$loop" m -- cp m z
     cp raw want; dd if=/dev/zero of=want bs=512 seek=$((100 * 8 + 3)) count=1 conv=notrunc status=none; cmp z want
     losetup -d "$loop"; umount uncached
+    # Of a table only the entries in the bad sector are lost, here the second half of an L2 table's page; in the sandbox as well.
+    qemu-img convert -f raw -O qcow2 -o cluster_size=4096 raw img; bad_device table img 1 $(($(l2_of img) / 512 + 4))+4
+    loop=$(losetup -f -r --direct-io=on --show table)
+    "$fx" -q --format qcow2 --on-error=zero "$loop" m -- cp m z
+    cmp -n $((256 * 4096)) z raw; tail -c +$((256 * 4096 + 1)) z | tr -d '\0' >rest; [ ! -s rest ]
+    "$fx" --map --json --sandbox=require --format qcow2 "$loop" >map || true
+    same "$(jq -r '.[] | select(.error) | .start' map | head -n 1)" 1048576
+    losetup -d "$loop"; umount table
 }
 
 # without CALL FLAGS ERRNO COMMAND...: the call (by number; with these flags as its sixth argument, or -1) returns that error, 0: returns 0.
