@@ -1391,30 +1391,44 @@ static dev_t file_whole_disk(dev_t dev)
     return makedev(disk[0], disk[1]);
 }
 
+/* Does the loop device write to what f is, or to a part or the whole of it? */
+static bool file_is_below_loop(const struct file *f, struct file_loop *loop)
+{
+    if (!file_ask_loop(loop) || loop->read_only)
+        return false;
+    if (!f->is_blk)
+        return loop->dev == f->st.st_dev && loop->ino == f->st.st_ino;
+    return loop->rdev == f->st.st_rdev || file_whole_disk(loop->rdev) == f->st.st_rdev ||
+           (loop->rdev && loop->rdev == file_whole_disk(f->st.st_rdev));
+}
+
 /*
- * A loop device caches what is written through it, and opens neither with O_EXCL nor with locks. Whoever writes to
- * the file below it writes behind its back.
+ * A loop device caches what is written through it, and opens neither with O_EXCL nor with locks: who writes to the
+ * file below it writes behind its back. For a note to a reader the path must do: to ask a device waits for what it
+ * lies on, which may be a server that hangs.
  */
 static int file_check_loops(const struct file *f)
 {
-    DIR *dir = opendir("/sys/block");
+    char real[PATH_MAX], path[64], ro[4];
     struct file_loop loop = { .dev = 0 };
-    const char *why = "has it open for writing";
+    DIR *dir = opendir("/sys/block");
     bool found = false;
 
-    while (!found && file_next_loop(dir, &loop))
-        found = file_ask_loop(&loop) && !loop.read_only &&
-                (f->is_blk ? loop.rdev == f->st.st_rdev || file_whole_disk(loop.rdev) == f->st.st_rdev ||
-                                 (loop.rdev && loop.rdev == file_whole_disk(f->st.st_rdev))
-                           : loop.dev == f->st.st_dev && loop.ino == f->st.st_ino);
+    if (!realpath(f->path, real))
+        *real = 0;
+    while (!found && file_next_loop(dir, &loop)) {
+        snprintf(path, sizeof(path), "/sys/block/%s/ro", loop.name);
+        found = f->writable ? file_is_below_loop(f, &loop)
+                            : strcmp(loop.path, real) == 0 && !util_read_file(path, ro, sizeof(ro)) && *ro == '0';
+    }
     if (dir)
         closedir(dir);
     if (found && f->writable)
-        return msg_err(-EBUSY, "%s: in use: the loop device /dev/%s %s (umount it, and losetup -d /dev/%s)", f->path,
-                       loop.name, why, loop.name);
+        return msg_err(-EBUSY, "%s: in use: the loop device /dev/%s has it open for writing (umount it, and losetup -d "
+                       "/dev/%s)", f->path, loop.name, loop.name);
     if (found)
-        msg_say(MSG_NOTE, "%s: the loop device /dev/%s %s: what changes meanwhile may be seen in part, or not at all",
-                f->path, loop.name, why);
+        msg_say(MSG_NOTE, "%s: the loop device /dev/%s has it open for writing: what changes meanwhile may be seen in "
+                "part, or not at all", f->path, loop.name);
     return 0;
 }
 
@@ -15106,29 +15120,39 @@ static void mnt_add_loops(struct mount_users *users, const char *path, unsigned 
         closedir(dir);
 }
 
-/* Does the process have something below path open, or as its folder? */
-static bool mnt_is_used_by(const char *process, const char *path)
+/* Does a link, or one in a folder of links such as /proc/N/fd, lead below the mount? */
+static bool mnt_leads_below(const char *link, const char *mount)
 {
     char name[PATH_MAX], to[PATH_MAX];
+    ssize_t n = readlink(link, to, sizeof(to) - 1);
     struct dirent *e;
     bool found;
-    ssize_t n;
     DIR *dir;
 
-    snprintf(name, sizeof(name), "/proc/%s/cwd", process);
-    n = readlink(name, to, sizeof(to) - 1);
     to[n < 0 ? 0 : n] = 0;
-    found = mnt_is_below(to, path);
-    snprintf(name, sizeof(name), "/proc/%s/fd", process);
-    dir = opendir(name);
-    while (!found && dir && (e = readdir(dir))) {
-        snprintf(name, sizeof(name), "/proc/%s/fd/%s", process, e->d_name);
-        n = readlink(name, to, sizeof(to) - 1);
-        to[n < 0 ? 0 : n] = 0;
-        found = mnt_is_below(to, path);
-    }
+    found = mnt_is_below(to, mount);
+    dir = n < 0 && errno == EINVAL ? opendir(link) : NULL;
+    while (!found && dir && (e = readdir(dir)))
+        if (*e->d_name != '.') {
+            snprintf(name, sizeof(name), "%s/%s", link, e->d_name);
+            found = mnt_leads_below(name, mount);
+        }
     if (dir)
         closedir(dir);
+    return found;
+}
+
+/* Does the process have something below the mount open or mapped, or as its folder? */
+static bool mnt_is_used_by(const char *process, const char *mount)
+{
+    static const char *const links[] = { "cwd", "root", "exe", "fd", "map_files" };
+    char name[64];
+    bool found = false;
+
+    for (size_t i = 0; i < ARRAY_LEN(links) && !found; i++) {
+        snprintf(name, sizeof(name), "/proc/%.20s/%s", process, links[i]);
+        found = mnt_leads_below(name, mount);
+    }
     return found;
 }
 

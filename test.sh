@@ -6156,6 +6156,9 @@ t_command_that_leaves_a_user_is_told_and_returns() {
     grep -q "m: .*still in use by process $(cat pid) (sleep)" err; same "$(wc -l <err)" 1; [ ! -e m ]; kill "$(cat pid)"; gone
     expect 7 "$fx" -q --format raw img d -- sh -c 'cd d; sleep 60 & echo $! >../pid; exit 7'
     grep -q "d: .*still in use by process $(cat pid) (sleep)" err; kill "$(cat pid)"; gone
+    expect 125 "$fx" -q --format raw img m -- sh -c 'python3 -c "import mmap, os, time
+m = mmap.mmap(os.open(\"m\", os.O_RDONLY), 0, prot=mmap.PROT_READ); os.closerange(3, 9); open(\"ok\", \"w\"); time.sleep(60)" >/dev/null 2>&1 & echo $! >pid; while [ ! -e ok ]; do sleep 0.02; done'
+    grep -q "m: .*still in use by process $(cat pid) (python3)" err; kill "$(cat pid)"; gone
     # (nobody holds the caller's pipe)
     "$fx" -q --format raw -w --pidfile p img m -- sh -c 'losetup -f --show m >loop' 2>&1 | cat >err
     dev=$(cat loop); grep -q "m: .*still in use by $dev: detached" err; [ ! -e m ] && [ ! -e p ]
