@@ -10871,7 +10871,7 @@ static int img_probe(struct image *im, const char *wanted)
                        "they can be opened alone", im->name);
     if (img_check_foreign(im, &p))
         return -EMEDIUMTYPE;
-    if (!first->is_blk)
+    if (!first->is_blk && first->size)
         msg_say(MSG_NOTE, "%s: raw disk image assumed (--format raw silences this)", im->name);
     return 0;
 }
