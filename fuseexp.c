@@ -59,6 +59,7 @@
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <getopt.h>
+#include <iconv.h>
 #include <inttypes.h>
 #include <libdeflate.h>
 #include <limits.h>
@@ -95,6 +96,7 @@
 #include <syslog.h>
 #include <time.h>
 #include <unistd.h>
+#include <wctype.h>
 #include <zstd.h>
 
 /* ******************************************************************************************************** *
@@ -418,6 +420,73 @@ static size_t util_utf8_char(uint32_t c, char out[4])
         out[i] = (char)(0x80 | (c & 0x3f));
     out[0] = (char)(n == 1 ? c : lead[n] | c);
     return n;
+}
+
+/* The next character of UTF-8; of a byte that is none something that no character is. */
+static uint32_t util_utf8_next(const char **text)
+{
+    static const uint8_t lead[] = { 0, 0x7f, 0x1f, 0x0f, 0x07 };
+    const uint8_t *p = (const uint8_t *)*text;
+    unsigned n = *p < 0x80 ? 1 : *p < 0xc0 ? 0 : *p < 0xe0 ? 2 : *p < 0xf0 ? 3 : *p < 0xf8 ? 4 : 0;
+    uint32_t c = p[0] & lead[n];
+
+    for (unsigned i = 1; i < n; i++) {
+        if ((p[i] & 0xc0) != 0x80)
+            n = 0;                  /* also at the end of the text */
+        else
+            c = c << 6 | (p[i] & 0x3f);
+    }
+    *text += n ? n : 1;
+    return n ? c : 0x80000000u | *p;
+}
+
+/* Do two names in UTF-8 differ in nothing but letter case? */
+static bool util_same_but_case(const char *a, const char *b)
+{
+    uint32_t ca, cb;
+
+    while (*a && *b) {
+        ca = util_utf8_next(&a);
+        cb = util_utf8_next(&b);
+        if (ca != cb && towlower((wint_t)ca) != towlower((wint_t)cb))
+            return false;
+    }
+    return !*a && !*b;
+}
+
+/* iconv_open(3) to UTF-8; of names that the C library does not know the number of the code page counts. */
+static iconv_t util_open_encoding(const char *encoding)
+{
+    static const struct { const char *page, *name; } pages[] = {
+        { "cp932", "Shift_JIS" }, { "cp943", "Shift_JIS" }, { "cp936", "GBK" },
+    };
+    const char *number = encoding + strcspn(encoding, "0123456789");
+    iconv_t cd = *encoding ? iconv_open("UTF-8", encoding) : (iconv_t)-1;
+    char page[32];
+
+    if (cd != (iconv_t)-1)
+        return cd;
+    snprintf(page, sizeof(page), "cp%.*s", (int)strspn(number, "0123456789"), number);
+    for (size_t i = 0; i < ARRAY_LEN(pages); i++)
+        if (strcmp(page, pages[i].page) == 0)
+            snprintf(page, sizeof(page), "%s", pages[i].name);
+    return iconv_open("UTF-8", page);
+}
+
+/* From an encoding, as VMware names it ("windows-1252"), to UTF-8. False: unknown, or the text is not in it. */
+static bool util_to_utf8(const char *encoding, const char *from, char *to, size_t room)
+{
+    char *in = (char *)(uintptr_t)from;
+    size_t in_left = strlen(from), out_left = room - 1;
+    iconv_t cd = util_open_encoding(encoding);
+    bool good;
+
+    if (cd == (iconv_t)-1)
+        return false;
+    good = iconv(cd, &in, &in_left, &to, &out_left) == 0 && in_left == 0;   /* > 0: replaced characters */
+    *to = 0;
+    iconv_close(cd);
+    return good;
 }
 
 /* len bytes of UTF-16 (up to a zero) as UTF-8. False: it does not fit. */
@@ -1430,6 +1499,70 @@ static int file_check_loops(const struct file *f)
         msg_say(MSG_NOTE, "%s: the loop device /dev/%s has it open for writing: what changes meanwhile may be seen in "
                 "part, or not at all", f->path, loop.name);
     return 0;
+}
+
+/* Is there `part` in the folder dir? Else it becomes the one name there that differs in letter case only. */
+static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size_t room)
+{
+    char found[NAME_MAX + 1] = "";
+    struct dirent *e;
+    struct stat st;
+    unsigned n = 0;
+    size_t used = 0;
+    DIR *d;
+    int fd;
+
+    if (fstatat(dir, part, &st, AT_SYMLINK_NOFOLLOW) == 0)
+        return 0;
+    fd = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    d = fd < 0 ? NULL : fdopendir(fd);
+    while (d && (e = readdir(d)))
+        if (util_same_but_case(e->d_name, part)) {
+            util_copy(found, sizeof(found), e->d_name);
+            used += used < room ? (size_t)snprintf(matches + used, room - used, "%s'%s'", n ? ", " : "", found) : 0;
+            n++;
+        }
+    if (d)
+        closedir(d);
+    else
+        util_close(&fd);
+    if (n == 1)
+        util_copy(part, NAME_MAX + 1, found);
+    return n == 1 ? 0 : n ? -ENOTUNIQ : -ENOENT;
+}
+
+/*
+ * Windows and macOS do not tell letter cases apart, so that images from there may name files as they are not called
+ * here. fixed: `name`, below folder, with each component as it is called. No link is followed, and no "..".
+ * -ENOTUNIQ: several names would do; matches lists them.
+ */
+static int file_fix_case(const char *folder, const char *name, char fixed[PATH_MAX], char *matches, size_t room)
+{
+    int dir = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC), next, ret = dir < 0 ? -errno : 0;
+    char part[NAME_MAX + 1];
+    size_t len, used = 0;
+
+    while (!ret && *name) {
+        len = strcspn(name, "/");
+        if (len > NAME_MAX || used + NAME_MAX + 2 > PATH_MAX)
+            ret = -ENAMETOOLONG;
+        else
+            snprintf(part, sizeof(part), "%.*s", (int)len, name);
+        name += len + strspn(name + len, "/");
+        if (!ret)
+            ret = strcmp(part, "..") == 0 ? -ENOENT : file_find_entry(dir, part, matches, room);
+        if (ret)
+            break;
+        used += (size_t)snprintf(fixed + used, PATH_MAX - used, "%s%s", used ? "/" : "", part);
+        if (*name) {
+            next = openat(dir, part, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+            ret = next < 0 ? -errno : 0;
+            util_close(&dir);
+            dir = next;
+        }
+    }
+    util_close(&dir);
+    return ret;
 }
 
 static int file_lock_byte(struct file *f, int byte, int op, short type)
@@ -3095,14 +3228,15 @@ static int ext_add_hint(struct image *im, const char *name)
     const char *last;
 
     if (im->n_hints == MAX_PARENT_NAMES || !*name)
-        return 0;
+        return 0;                   /* the parent is found by its identity, too */
     hint = util_fault("hint") ? NULL : strdup(name);
     if (!hint)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     for (char *p = hint; *p; p++)
         *p = *p == '\\' ? '/' : *p;
     last = util_basename(hint);
-    if (!*last || strcmp(last, ".") == 0 || strcmp(last, "..") == 0) {
+    if (!*last || strcmp(last, ".") == 0 || strcmp(last, "..") == 0 ||
+        (im->n_hints && strcmp(im->hints[im->n_hints - 1], hint) == 0)) {
         free(hint);
         return 0;
     }
@@ -7276,6 +7410,8 @@ static int prl_open_image(struct image *im, const struct prl_xml *x, unsigned st
     l->plain = found->plain;
     l->size = UINT64_MAX;
     ret = img_open_named(im, l->file, found->file, "image file", NULL);
+    if (ret == -ENOENT)
+        msg_err(ret, "%s: cannot open its image file '%s': %s", im->name, found->file, strerror(ENOENT));
     return ret || l->plain ? ret : prl_open_layer(im, l);
 }
 
@@ -7351,11 +7487,46 @@ static int prl_open_bundle(struct image *im)
     return ret;
 }
 
+/*
+ * Does the descriptor beside a single image say that it is a snapshot over another one? Then its holes are not zeros.
+ * snapshot: that other one.
+ */
+static bool prl_is_over_another(struct image *im, const char *beside, uint8_t snapshot[16])
+{
+    struct prl_xml *x = util_fault("parallels snapshot") ? NULL : calloc(1, sizeof(*x));
+    struct file f = { .fd = -1 };
+    struct image text = { .format = im->format, .opt = im->opt, .files = &f, .n_files = 1, .name = beside };
+    const char *path = im->files[0].path;
+    char folder[PATH_MAX];
+    bool found = false;
+    int shot;
+
+    snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(path) - path), path);
+    msg_hushed++;
+    if (x && file_open_beneath(&f, *folder ? folder : ".", PRL_XML_NAME, beside, false) == 0)
+        prl_xml_load(&text, x);     /* of a damaged one what comes before the damage */
+    msg_hushed--;
+    for (unsigned i = 0; x && i < x->n_images && !found; i++) {
+        if (!x->images[i].file || strcmp(util_basename(x->images[i].file), util_basename(path)) != 0)
+            continue;
+        shot = prl_find_shot(x, x->images[i].guid);
+        found = shot >= 0 && !util_is_null_id(x->shots[shot].parent);
+        if (found)
+            memcpy(snapshot, x->shots[shot].parent, 16);
+    }
+    if (x)
+        free(x->text);
+    free(x);
+    file_forget(&f);
+    return found;
+}
+
 static int prl_open_single(struct image *im)
 {
     struct prl *p = im->state;
     const char *path = im->files[0].path;
-    char beside[PATH_MAX];
+    char beside[PATH_MAX], uuid[37];
+    uint8_t snapshot[16];
     int ret;
 
     if (im->opt->snapshot && im->depth == 0)
@@ -7369,10 +7540,18 @@ static int prl_open_single(struct image *im)
         return ret;
     im->size = p->end[0] = p->layers->size;
     im->cluster_size = p->layers->cluster;
-    if (im->depth == 0 && (size_t)snprintf(beside, sizeof(beside), "%.*s" PRL_XML_NAME,
-                                           (int)(util_basename(path) - path), path) < sizeof(beside) &&
-        access(beside, F_OK) == 0)
+    if ((size_t)snprintf(beside, sizeof(beside), "%.*s" PRL_XML_NAME, (int)(util_basename(path) - path), path) >=
+            sizeof(beside) || access(beside, F_OK) < 0)
+        return 0;
+    if (prl_is_over_another(im, beside, snapshot)) {
+        util_uuid_text(snapshot, uuid);
+        snprintf(im->backing_name, sizeof(im->backing_name), "snapshot {%s}", uuid);
+        if (!im->opt->no_backing && !im->opt->top_only)
+            return msg_err(-EINVAL, "%s: holds only what changed since %s; its folder, as IMAGE, is the whole disk; "
+                           "--no-backing shows what is in it, with errors for the rest", im->name, im->backing_name);
+    } else if (im->depth == 0) {
         msg_say(MSG_NOTE, "%s: shown alone; its folder, as IMAGE, is the whole disk with its snapshots", im->name);
+    }
     return 0;
 }
 
@@ -7495,7 +7674,7 @@ static void prl_map_range(struct image *im, uint64_t offset, uint64_t length, bo
             return;
         length = ext->length;
     }
-    ext->kind = EXT_ZERO;
+    ext->kind = ext_hole(im);
 }
 
 static int prl_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
@@ -9000,7 +9179,7 @@ enum {
     VMDK_COWD_MAGIC = 0x44574f43,   /* "COWD" */
     VMDK_COWD_ENTRIES_BITS = 12,
     VMDK_COWD_OFF_CAPACITY = 12, VMDK_COWD_OFF_GRAIN = 16, VMDK_COWD_OFF_DIRECTORY = 20, VMDK_COWD_OFF_ENTRIES = 24,
-    VMDK_COWD_OFF_UNCLEAN = 1648, VMDK_COWD_HEADER = 2048,
+    VMDK_COWD_OFF_PARENT = 32, VMDK_COWD_OFF_UNCLEAN = 1648, VMDK_COWD_HEADER = 2048,
 
     VMDK_SE_GRAIN_BITS = 12,        /* nothing else was ever written: 4 KiB, tables of 4096 entries */
     VMDK_SE_ENTRIES_BITS = 12,
@@ -9045,7 +9224,9 @@ struct vmdk {
     bool no_cid, odd_parent_cid;    /* damaged: the latter means none, if there is no other sign of a parent */
     char *text;                     /* the descriptor, cut into lines; NULL: none */
     bool embedded;                  /* in the extent that is the whole disk */
-    const char *create_type, *hint; /* in text, or "" */
+    const char *create_type, *hint, *encoding;      /* in text, or "" */
+    struct identity id, parent_id;  /* VirtualBox's UUIDs, from the disk data base */
+    bool odd_parent_uuid;           /* there is one, but it cannot be read */
 };
 
 /* -- the descriptor -- */
@@ -9230,6 +9411,30 @@ static bool vmdk_set_parent_cid(const struct image *im, struct vmdk *v, const ch
     return v->odd_parent_cid;
 }
 
+/* VirtualBox names the parent in no other way: its parentCID is ffffffff, and there is no hint. */
+static const struct {
+    const char *key;
+    bool parent;
+    enum identity_kind kind;
+} vmdk_uuids[] = {
+    { "ddb.uuid.image", false, ID_IMAGE }, { "ddb.uuid.modification", false, ID_STATE },
+    { "ddb.uuid.parent", true, ID_IMAGE }, { "ddb.uuid.parentmodification", true, ID_STATE },
+};
+
+/* As for the CID, one wrong character in a null UUID makes no parent. */
+static void vmdk_set_uuid(struct vmdk *v, bool parent, enum identity_kind kind, const char *value)
+{
+    uint8_t uuid[16];
+    unsigned wrong = 0;
+
+    for (const char *p = value; *p; p++)
+        wrong += !strchr("0-{}", *p);
+    if (wrong > 1 && util_parse_guid(value, uuid))
+        ext_set_id(parent ? &v->parent_id : &v->id, kind, uuid);
+    else if (wrong > 1 && parent && kind == ID_IMAGE)
+        v->odd_parent_uuid = true;
+}
+
 /* Could a line that makes no sense have been an extent, or have said that there is a parent? */
 static bool vmdk_line_matters(const char *line)
 {
@@ -9272,8 +9477,13 @@ static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_
         return vmdk_bad_line(im, key, value);
     if (vmdk_starts(key, "encryption"))
         return ext_encrypted(im, key, "VMware");
+    for (size_t i = 0; i < ARRAY_LEN(vmdk_uuids); i++)
+        if (strcasecmp(key, vmdk_uuids[i].key) == 0)
+            vmdk_set_uuid(v, vmdk_uuids[i].parent, vmdk_uuids[i].kind, value);
     if (strcasecmp(key, "createType") == 0)
         v->create_type = value;
+    if (strcasecmp(key, "encoding") == 0)
+        v->encoding = value;
     if (strcasecmp(key, "parentFileNameHint") == 0)
         v->hint = value;
     return 0;
@@ -9315,20 +9525,30 @@ static void vmdk_cid_id(struct identity *id, uint32_t cid)
 
 static void vmdk_set_id(struct image *im, const struct vmdk *v)
 {
+    im->id = v->id;
     if (!v->no_cid)
         vmdk_cid_id(&im->id, v->cid);
 }
 
 static int vmdk_set_parent(struct image *im, const struct vmdk *v)
 {
-    bool cid = v->parent_cid != VMDK_NO_PARENT && v->parent_cid && !v->odd_parent_cid;
+    bool cid = v->parent_cid != VMDK_NO_PARENT && v->parent_cid && !v->odd_parent_cid,
+         uuid = v->parent_id.known[ID_IMAGE];
+    char name[2048];
+    int ret;
 
     vmdk_set_id(im, v);
-    if (!cid && !*v->hint)
+    if (!cid && !uuid && !v->odd_parent_uuid && !*v->hint)
         return 0;
     ext_set_parent(im, "vmdk");
-    vmdk_cid_id(&im->parent_id, v->parent_cid);
-    return ext_add_hint(im, v->hint);
+    if (uuid)
+        im->parent_id = v->parent_id;
+    if (cid || (*v->hint && !uuid))
+        vmdk_cid_id(&im->parent_id, v->parent_cid);
+    ret = util_to_utf8(v->encoding, v->hint, name, sizeof(name)) ? ext_add_hint(im, name) : 0;
+    if (!ret)
+        ret = ext_add_hint(im, v->hint);        /* it may have been copied byte by byte */
+    return ret || !uuid ? ret : ext_add_uuid_hint(im, "vmdk");
 }
 
 /* -- sparse extents -- */
@@ -9543,6 +9763,21 @@ static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
                                 flags & VMDK_FLAG_REDUNDANT);
 }
 
+/* A COWD header has the parent's name where that of a whole disk has its geometry, of which no number has 4 letters. */
+static int vmdk_cowd_parent(struct image *im, const uint8_t h[VMDK_COWD_HEADER])
+{
+    const char *name = (const char *)h + VMDK_COWD_OFF_PARENT;
+    size_t len = strnlen(name, 1024);
+
+    if (*im->backing_name || len < 4 || len == 1024)
+        return 0;
+    for (size_t i = 0; i < len; i++)
+        if ((uint8_t)name[i] < ' ')
+            return 0;
+    ext_set_parent(im, "vmdk");
+    return ext_add_hint(im, name);
+}
+
 static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
 {
     uint8_t h[VMDK_COWD_HEADER] = { 0 };
@@ -9560,6 +9795,9 @@ static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
         return ret;
     e->unclean = util_le32(h + VMDK_COWD_OFF_UNCLEAN);
     im->dirty |= e->unclean;
+    ret = vmdk_cowd_parent(im, h);
+    if (ret)
+        return ret;
     e->first_grain = VMDK_COWD_HEADER;
     e->header_sectors = VMDK_COWD_HEADER / VMDK_SECTOR;
     if (util_le32(h + VMDK_COWD_OFF_ENTRIES) < vmdk_directory_entries(e))
@@ -9697,23 +9935,12 @@ static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
 
 /* -- opening -- */
 
-/*
- * Is there no file of that name? Names that lead elsewhere are not looked for: img_open_named() refuses them.
- */
-static bool vmdk_is_missing(const struct image *im, const char *name)
-{
-    const char *path = im->files[0].path;
-    char full[PATH_MAX];
-
-    if (name[0] == '/' || strchr(name, ':') || strstr(name, "..") || im->files[0].is_blk ||
-        (size_t)snprintf(full, sizeof(full), "%.*s%s", (int)(util_basename(path) - path), path, name) >= sizeof(full))
-        return false;
-    return access(full, F_OK) < 0 && errno == ENOENT;
-}
-
 /* Sets e->file, if need be by opening it. 1: there is no such file. */
 static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *e)
 {
+    char name[4 * PATH_MAX];
+    int ret = -ENOENT;
+
     for (struct vmdk_extent *other = v->extents; other < e; other++)
         if (other->file && strcmp(other->name, e->name) == 0) {
             e->file = other->file;
@@ -9722,13 +9949,19 @@ static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *
         }
     if (e->name[0] == '\\' || (isalpha((unsigned char)e->name[0]) && e->name[1] == ':'))
         return msg_err(-EPERM, "%s: its extent '%s' is a path or a device of Windows", im->name, e->name);
-    if (vmdk_is_missing(im, e->name))
-        return 1;
     if (im->n_files == MAX_PARTS)
         return msg_err(-E2BIG, "%s: more than %d files", im->name, MAX_PARTS);
     e->file = &im->files[im->n_files++];
     e->file->fd = -1;
-    return img_open_named(im, e->file, e->name, "extent", NULL);
+    if (util_to_utf8(v->encoding, e->name, name, sizeof(name)))
+        ret = img_open_named(im, e->file, name, "extent", NULL);
+    if (ret == -ENOENT)             /* it may have been copied byte by byte */
+        ret = img_open_named(im, e->file, e->name, "extent", NULL);
+    if (ret != -ENOENT)
+        return ret;
+    e->file = NULL;
+    im->n_files--;
+    return 1;
 }
 
 /* Cannot be served, but the rest of the disk can. Somebody has said why. */
@@ -9835,6 +10068,8 @@ static bool vmdk_looks_like_part(const char *path)
 /* Sparse extents without a descriptor: in the order they were given. */
 static int vmdk_open_alone(struct image *im, struct vmdk *v)
 {
+    int ret;
+
     if (im->n_files == 1 && im->opt->parts && vmdk_looks_like_part(im->name))
         return msg_err(-EINVAL, "%s: is one extent of a disk and has no descriptor; name the descriptor, or all "
                        "extents in their order, or take this one alone with --no-parts", im->name);
@@ -9847,9 +10082,11 @@ static int vmdk_open_alone(struct image *im, struct vmdk *v)
         v->extents[i].file = &im->files[i];
         v->extents[i].type = "";
     }
-    msg_say(MSG_NOTE, "%s: no descriptor, taken for the whole of a disk without a parent: if there is one, what it "
-            "holds reads as zeros", im->name);
-    return vmdk_open_extents(im, v);
+    ret = vmdk_open_extents(im, v);
+    if (!ret && !*im->backing_name)
+        msg_say(MSG_NOTE, "%s: no descriptor, taken for the whole of a disk without a parent: if there is one, what it "
+                "holds reads as zeros", im->name);
+    return ret;
 }
 
 /* An embedded descriptor: one of its sparse extents is the file itself. */
@@ -9923,7 +10160,7 @@ static int vmdk_read_text(struct image *im, struct vmdk *v)
     int ret = file_pread(&im->files[0], head, len, 0, &done);
 
     v->parent_cid = VMDK_NO_PARENT;
-    v->create_type = v->hint = "";
+    v->create_type = v->hint = v->encoding = "";
     if (ret)
         return ret;
     if (vmdk_kind_of(head, len) == VMDK_BAD && !vmdk_is_descriptor(head, len))
@@ -11336,14 +11573,34 @@ static bool img_is_allowed(const struct image_options *opt, const char *path)
     return strncmp(folder, path, len) == 0 && (path[len] == '/' || len == 1);
 }
 
+/* Opens `name` below the image's folder: that, or the one file whose name differs in letter case only. */
+static int img_open_below(const struct image *im, struct file *f, const char *folder, const char *name,
+                          const char *shown, bool writable, char matches[512])
+{
+    char fixed[PATH_MAX] = "", other[2 * PATH_MAX];
+    int ret = file_open_beneath(f, folder, name, shown, writable), cased;
+
+    if (ret != -ENOENT)
+        return ret;
+    cased = file_fix_case(folder, name, fixed, matches, 512);
+    if (cased || strcmp(fixed, name) == 0)
+        return cased == -ENOTUNIQ ? cased : ret;
+    snprintf(other, sizeof(other), "%.*s%s", (int)(strlen(shown) - strlen(name)), shown, fixed);
+    ret = file_open_beneath(f, folder, fixed, other, writable);
+    if (!ret)
+        msg_say(MSG_NOTE, "%s: '%s', which it names, is called '%s' here", im->name, name, fixed);
+    return ret;
+}
+
 /*
  * Opens into f what the image calls `name`. The image does not choose freely: beside it, or below it, or
- * where the user allowed it. `what` and `option` are for the message; NULL: there is no such option.
+ * where the user allowed it. `what` and `option` are for the message; NULL: there is no such option, and that there is
+ * no such file (-ENOENT) is for the caller to say.
  */
 static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
                           const char *option)
 {
-    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], *slash, another[96] = "", or[64] = "";
+    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], matches[512], *slash, another[96] = "", or[64] = "";
     bool writable = im->writable && f >= im->files && f < im->files + MAX_PARTS;    /* of its own, no backing file */
     int ret;
 
@@ -11372,12 +11629,15 @@ static int img_open_named(struct image *im, struct file *f, const char *name, co
         return msg_err(-EPERM,
                        "%s: its %s is '%s', outside of its folder; %s--allow-external DIR allows it",
                        im->name, what, name, or);
-    ret = file_open_beneath(f, slash ? folder : ".", name, shown, writable);
+    ret = img_open_below(im, f, slash ? folder : ".", name, shown, writable, matches);
     if (ret == -EXDEV || ret == -ELOOP)
         return msg_err(ret,
                        "%s: its %s '%s' leads out of its folder; %s--allow-external DIR allows it",
                        im->name, what, name, or);
-    if (ret)
+    if (ret == -ENOTUNIQ)
+        return msg_err(ret, "%s: its %s '%s' is not there, but several that differ from it in letter case only: %s%s",
+                       im->name, what, name, matches, another);
+    if (ret && (option || ret != -ENOENT))
         msg_err(ret, "%s: cannot open its %s '%s': %s%s", im->name, what, name, strerror(-ret), another);
     return ret;
 }
@@ -11623,12 +11883,15 @@ static bool img_could_be(const struct image_format *format, struct file *f)
            file_pread(f, tail, p.tail_len, f->size - p.tail_len, &done) == 0 && format->probe(&p);
 }
 
-/* One file of the child's folder; f: what was found so far. Links are followed only as far as the folder reaches. */
+/*
+ * One file of the child's folder; f: what was found so far; -ENOTUNIQ: twin is another one. Links are followed only as
+ * far as the folder reaches.
+ */
 static int img_try_neighbour(const struct image *im, const struct image_format *format, const char *folder,
-                             const char *name, struct file *f)
+                             const char *name, struct file *f, char twin[PATH_MAX])
 {
     struct file other = { .fd = -1 };
-    char shown[PATH_MAX], uuid[37];
+    char shown[PATH_MAX];
     const char *path = im->files[0].path;
     int ret = -ENAMETOOLONG;
 
@@ -11647,20 +11910,16 @@ static int img_try_neighbour(const struct image *im, const struct image_format *
         file_move(f, &other);
         return 0;
     }
-    if (other.st.st_dev != f->st.st_dev || other.st.st_ino != f->st.st_ino) {
-        msg_hushed--;
-        ret = msg_err(-ENOTUNIQ, "%s: its parent may be '%s' or '%s', which have the same identity %s; --backing FILE "
-                      "says which", im->name, f->path, other.path, img_parent_text(im, uuid));
-        msg_hushed++;
-    }
+    if (other.st.st_dev != f->st.st_dev || other.st.st_ino != f->st.st_ino)
+        ret = -ENOTUNIQ;
+    util_copy(twin, PATH_MAX, shown);
     file_forget(&other);
     return ret;
 }
 
-/* The file beside im that is its parent by its identity, if there is just one. */
-static int img_search_folder(const struct image *im, struct image *base)
+/* The file beside im that is its parent by its identity, if there is just one. -ENOTUNIQ: twin is another. */
+static int img_search_folder(const struct image *im, struct image *base, char twin[PATH_MAX])
 {
-    struct file *f = &base->files[0];
     const char *path = im->files[0].path;
     char folder[PATH_MAX];
     struct dirent *e;
@@ -11676,21 +11935,47 @@ static int img_search_folder(const struct image *im, struct image *base)
     while (dir && !ret && (e = readdir(dir))) {
         if (e->d_type != DT_REG && e->d_type != DT_LNK && e->d_type != DT_UNKNOWN)
             continue;
-        ret = n++ < MAX_NEIGHBOURS ? img_try_neighbour(im, base->format, *folder ? folder : ".", e->d_name, f)
+        ret = n++ < MAX_NEIGHBOURS ? img_try_neighbour(im, base->format, *folder ? folder : ".", e->d_name,
+                                                       &base->files[0], twin)
                                    : -E2BIG;
     }
     msg_hushed--;
     if (dir)
         closedir(dir);
-    if (ret == -E2BIG)
-        msg_err(ret, "%s: its parent is not where it says, and there are more than %d files beside it, too many to "
-                "look at; --backing FILE names it", im->name, MAX_NEIGHBOURS);
-    if (!ret && f->fd < 0)
-        ret = -ENOENT;
-    if (!ret)
-        msg_say(MSG_NOTE, "%s: its parent, recorded as '%s', is %s by its identity", im->name, im->backing_name,
-                f->path);
-    return ret;
+    return ret ? ret : base->files[0].fd < 0 ? -ENOENT : 0;
+}
+
+/*
+ * No file fits. Opens the nearest all the same: its identity is wrong, which img_check_identity() refuses or, if that
+ * is forced, accepts.
+ */
+static int img_take_nearest(struct image *im, struct image *base, const char *near, const char *twin, int why)
+{
+    struct file *f = &base->files[0];
+    unsigned next = img_next_given(im, 0);
+    char uuid[37], found[PATH_MAX] = "";
+
+    if (f->path)
+        util_copy(found, sizeof(found), f->path);
+    file_forget(f);
+    if (why == -ENOMEM)
+        return msg_err(why, "%s: out of memory", im->name);
+    if (next)
+        return img_take_given(im, base, next);
+    if (*near && (im->opt->force_parent || why != -ENOTUNIQ))
+        return img_open_named(im, f, near, "backing file", "--backing");
+    img_parent_text(im, uuid);
+    if (why == -ENOTUNIQ)
+        return msg_err(why, "%s: its parent may be '%s' or '%s', which have the same identity %s; --backing FILE says "
+                       "which", im->name, found, twin, uuid);
+    if (why == -E2BIG)
+        return msg_err(why, "%s: its parent is not where it says, and there are more than %d files beside it, too many "
+                       "to look at; --backing FILE names it", im->name, MAX_NEIGHBOURS);
+    if (!im->n_hints)
+        return msg_err(why, "%s: does not name its parent, and no file beside it has the identity %s; --backing FILE "
+                       "names it", im->name, uuid);
+    return msg_err(why, "%s: cannot open its backing file '%s': %s, and no file beside it has the identity %s; "
+                   "--backing FILE names it", im->name, im->backing_name, strerror(ENOENT), uuid);
 }
 
 static bool img_is_further_down(const struct image *im, const char *path);
@@ -11701,7 +11986,7 @@ static int img_find_parent(struct image *im, struct image *base)
     const struct image_options *opt = im->opt;
     bool known = img_knows_parent(im);
     unsigned next = img_next_given(im, 0);
-    char near[PATH_MAX] = "", uuid[37];
+    char near[PATH_MAX] = "", twin[PATH_MAX] = "";
     int ret;
 
     if (known && img_try_given(im, base) == 0)
@@ -11716,21 +12001,14 @@ static int img_find_parent(struct image *im, struct image *base)
     if (!known && *im->backing_format && !opt->force_parent)
         return msg_err(-EINVAL, "%s: does not record its parent's identity; --force-parent takes any", im->name);
     ret = img_try_hints(im, base, near);
-    if (ret && ret != -ENOMEM && known)
-        ret = img_search_folder(im, base);
-    if (!ret || ret == -ENOTUNIQ || ret == -E2BIG)
-        return ret;
-    if (ret == -ENOMEM)
-        return msg_err(ret, "%s: out of memory", im->name);
-    if (next)                       /* its identity is wrong: img_check_identity() says so */
-        return img_take_given(im, base, next);
-    if (*near)
-        return img_open_named(im, &base->files[0], near, "backing file", "--backing");
-    if (!im->n_hints)
-        return msg_err(-ENOENT, "%s: does not name its parent, and no file beside it has the identity %s; --backing "
-                       "FILE names it", im->name, img_parent_text(im, uuid));
-    return msg_err(-ENOENT, "%s: cannot open its backing file '%s': %s, and no file beside it has the identity %s; "
-                   "--backing FILE names it", im->name, im->backing_name, strerror(ENOENT), img_parent_text(im, uuid));
+    if (!ret || ret == -ENOMEM || !known)
+        return ret ? img_take_nearest(im, base, near, twin, ret) : 0;
+    ret = img_search_folder(im, base, twin);
+    if (ret)
+        return img_take_nearest(im, base, near, twin, ret);
+    msg_say(MSG_NOTE, "%s: its parent, recorded as '%s', is %s by its identity", im->name, im->backing_name,
+            base->files[0].path);
+    return 0;
 }
 
 /*
@@ -11811,21 +12089,26 @@ static bool img_is_further_down(const struct image *im, const char *path)
 {
     struct image_options recorded = *im->opt;
     struct image top = *im, *cur = &top, *base;
+    struct file f = { .fd = -1 };
+    struct identity id;
     bool found = false;
-    struct stat st;
-    int ret = stat(path, &st) < 0 ? -errno : 0;
+    int ret;
 
     recorded.n_backing = 0;
     recorded.force_parent = false;
     top.opt = &recorded;
     top.backing = NULL;
     msg_hushed++;
+    ret = file_open(&f, path, false);
     while (!ret && !found && *cur->backing_name && (base = img_add_backing(cur))) {
         ret = img_open_one_backing(cur, base);
-        found = !ret && cur != &top && img_is_file(base, &st);
+        found = !ret && ((cur != &top && img_is_file(base, &f.st)) ||
+                         (img_knows_parent(base) && img_identify(base, base->format, &f, &id) == 0 &&
+                          img_mismatch(base, &id) == ID_KINDS));
         cur = base;
     }
     msg_hushed--;
+    file_close(&f);
     if (top.backing)
         img_close(top.backing);
     free(top.backing);
@@ -16409,7 +16692,7 @@ static int cmd_look(const struct options *o, int (*look)(struct image *im, bool 
 static void cmd_info_backing(const struct image *im, struct out *out)
 {
     const char *slash = strrchr(im->files[0].path, '/');
-    char full[PATH_MAX + sizeof(im->backing_name)];
+    char full[PATH_MAX + sizeof(im->backing_name)], uuid[37];
     bool relative = im->backing_name[0] != '/' && !img_is_url(im->backing_name) && slash;
 
     snprintf(full, sizeof(full), "%.*s%s", relative ? (int)(slash - im->files[0].path + 1) : 0, im->files[0].path,
@@ -16418,6 +16701,8 @@ static void cmd_info_backing(const struct image *im, struct out *out)
     out_text(out, "full-backing-filename", full);
     if (*im->backing_format)
         out_text(out, "backing-filename-format", im->backing_format);
+    if (img_knows_parent(im))
+        out_text(out, "backing-identity", img_parent_text(im, uuid));
 }
 
 static int cmd_info(struct image *im, bool json)
@@ -16599,6 +16884,11 @@ static void cmd_check_lines(const struct image *im, const struct check *c, uint6
            c->allocated, c->total, cmd_percent(c->allocated, c->total), cmd_percent(c->fragmented, c->allocated),
            cmd_percent(c->compressed, c->allocated));
     printf("its last used cluster ends at %" PRIu64 "\n", c->image_end);
+    if (*im->backing_name) {
+        printf("it is a part of its disk; the rest, not looked at, is in its backing file ");
+        out_plain(im->backing_name);
+        printf("\n");
+    }
 }
 
 /* Mends what can be mended. c: what was found; then what is left, which is what counts. */

@@ -3758,7 +3758,11 @@ t_parallels_bundles_show_the_current_snapshot() {
     truncate -s 1M 'd.hdd/R&D/<0>'
     "$fx" -q d.hdd m; cmp -i 6144000 m truth; not cmp m truth 2>err; grep -q 'Input/output' err
     "$fx" --umount m
-    "$fx" d.hdd/1.top.hds m 2>err; grep -q 'shown alone; its folder' err; "$fx" --umount m
+    # What a snapshot's image does not have is in another one: no zeros.
+    refused 1 '1.top.hds: holds only what changed since snapshot {.*; its folder, as IMAGE, is the whole disk' "$fx" -q d.hdd/1.top.hds m
+    "$fx" --info d.hdd/1.top.hds >out; grep -q '^backing filename: *snapshot {' out
+    "$fx" -q --no-backing d.hdd/1.top.hds m; not cat m 2>err >out; grep -q 'Input/output' err; "$fx" --umount m
+    "$fx" --format parallels d.hdd/0.base.hds m 2>err; grep -q 'shown alone; its folder' err; "$fx" --umount m
     random big 4; qemu-img create -q -f qcow2 -u -b d.hdd/DiskDescriptor.xml -F parallels over 11123k
     prl_descriptor >d.hdd/DiskDescriptor.xml; check_same over
 }
@@ -5385,6 +5389,147 @@ os.mkdir("own"); save("own/x-flat", bytes(512)); save("own/loop", text(["RW 1 FL
     refused 1 'is its own backing file' "$fx" -q own/loop m
 }
 
+# ddb FILE KEY=VALUE...: sets these values in the disk data base of the descriptor in FILE, or of the file itself
+vmdk_ddb() { py '
+d = open(sys.argv[1], "rb").read(); i = d.index(b"# Disk DescriptorFile"); n = d.find(b"\0", i); n = len(d) if n < 0 else n
+text = d[i:n] + b"".join(b"%s=\"%s\"\n" % tuple(kv.encode().split(b"=")) for kv in sys.argv[2:])
+room = 20 * 512 if i else len(text)
+open(sys.argv[1], "wb").write(d[:i] + text + (bytes(room - len(text)) + d[i + room:] if i else b""))' "$@"; }
+
+t_vmdk_parents_named_by_virtualbox_uuid_alone_are_found() {
+    local b=11111111-2222-3333-4444-555555555555 c=aaaaaaaa-2222-3333-4444-555555555555 m=77777777-2222-3333-4444-555555555555 i
+    qemu-img create -q -f vmdk 'My disk.vmdk' 2M; scribble 'My disk.vmdk' 1; qemu-img convert -O raw 'My disk.vmdk' truth
+    vmdk_ddb 'My disk.vmdk' ddb.uuid.image=$b ddb.uuid.parent=00000000-0000-0000-0000-000000000000 ddb.uuid.modification=$m
+    check_same 'My disk.vmdk'
+    qemu-img create -q -f vmdk child.vmdk 2M; qemu-io -f vmdk -c 'write -P 7 64k 64k' child.vmdk >/dev/null; cp child.vmdk mid.vmdk
+    vmdk_ddb child.vmdk ddb.uuid.image=$c ddb.uuid.parent=$b ddb.uuid.parentmodification=$m
+    py 'f = open("truth", "r+b"); f.seek(65536); f.write(b"\7" * 65536)'
+    check_same child.vmdk
+    "$fx" child.vmdk m 2>err; "$fx" --umount m; grep -q 'is My disk.vmdk by its identity' err
+    # Two levels below, and the files elsewhere.
+    qemu-img create -q -f vmdk top.vmdk 2M
+    vmdk_ddb top.vmdk ddb.uuid.image=${c%5}6 ddb.uuid.parent=$c
+    check_same top.vmdk
+    mkdir x y; mv 'My disk.vmdk' x; mv child.vmdk y
+    check_same top.vmdk --backing y/child.vmdk --backing 'x/My disk.vmdk'
+    check_same top.vmdk --backing 'x/My disk.vmdk' --backing y/child.vmdk
+    expect 1 "$fx" -q --backing 'x/My disk.vmdk' top.vmdk m; grep -q "is not the parent of top.vmdk: its identity is $b instead of $c\$" err
+    refused 1 "no file beside it has the identity $c; --backing FILE names it" "$fx" -q top.vmdk m
+    mv y/child.vmdk .
+    check_same top.vmdk --backing 'x/My disk.vmdk'                              # fits an ancestor
+    check_same top.vmdk --backing 'x/My disk.vmdk' --force-parent               # and is not put where it would hide one
+    refused 1 'is no image of the chain of child.vmdk\|is not the parent of child.vmdk' "$fx" -q --backing 'x/My disk.vmdk' --backing mid.vmdk child.vmdk m
+    "$fx" --info child.vmdk >out; grep -q "^backing identity: *$b" out
+    "$fx" --check child.vmdk >out; grep -q 'a part of its disk; the rest, not looked at' out
+    "$fx" -q --no-backing child.vmdk m; not cat m >/dev/null 2>err; grep -q 'Input/output' err; "$fx" --umount m
+    # A copy that was used since is told apart; a true copy is not.
+    sed "s/$m/${m%5}6/" 'x/My disk.vmdk' >used.vmdk; expect 1 "$fx" -q --backing used.vmdk child.vmdk m; grep -q 'used.vmdk: was changed after child.vmdk was made' err
+    cp 'x/My disk.vmdk' one.vmdk; check_same child.vmdk
+    cp one.vmdk two.vmdk; refused 1 "may be '\(one\|two\).vmdk' or '\(one\|two\).vmdk', which have the same identity" "$fx" -q child.vmdk m
+    check_same child.vmdk --backing two.vmdk
+    ln -f one.vmdk two.vmdk; check_same child.vmdk
+    # A UUID that cannot be read says that there is a parent, too. One wrong digit of none does not.
+    vmdk_ddb mid.vmdk ddb.uuid.parent=11111111-zzzz; refused 1 'does not record its parent.s identity' "$fx" -q mid.vmdk m
+    qemu-img create -q -f vmdk whole.vmdk 1M; vmdk_ddb whole.vmdk ddb.uuid.parent=00000000-0000-0x00-0000-000000000000
+    head -c 1M /dev/zero >truth; check_same whole.vmdk
+}
+
+t_vmdk_cowd_header_names_a_parent() {
+    vmdk_py '
+g = grains(1, 5, 1, 500)
+d = cowd(g, 512); save("whole", d); save("truth", disk(g, 1, 512))
+save("child", d[:32] + b"base.vmdk".ljust(1024, b"\0") + d[1056:])'
+    check_same whole
+    refused 1 'does not record its parent.s identity; --force-parent' "$fx" -q child m
+    qemu-img create -q -f vmdk base.vmdk 256k; check_same child --force-parent
+    "$fx" -q --no-backing child m; not cat m >/dev/null 2>err; "$fx" --umount m
+}
+
+t_vmdk_names_in_other_encodings_and_letter_cases_are_found() {
+    export LC_ALL=C.UTF-8
+    mkdir a b
+    py '
+d = os.urandom(1 << 16)
+open("truth", "wb").write(d)
+def text(n, enc, more=""): return "# Disk DescriptorFile\nversion=1\nencoding=\"%s\"\nCID=11223344\n%s\nRW 128 FLAT \"%s-f001.vmdk\" 0\n" % (enc, more or "parentCID=ffffffff", n)
+for enc, n in (("windows-1251", "Диск"), ("Windows-1252", "Système é"), ("GBK", "测试"), ("Shift_JIS", "表示"), ("Big5", "測試"), ("windows-949-2000", "시험"), ("MS932", "仮想"), ("UTF-8", "ÄÖ"), ("unknown-7", "plain")):
+    open("a/%s-f001.vmdk" % n, "wb").write(d)
+    open("a/%s.vmdk" % n, "wb").write(text(n, enc).encode({"windows-949-2000": "cp949", "MS932": "cp932", "unknown-7": "ascii"}.get(enc, enc)))
+    if enc != "Shift_JIS": continue
+    open("a/child", "wb").write(text("no", enc, "parentCID=11223344\nparentFileNameHint=\"C:\\vm\\%s.vmdk\"" % n).replace("FLAT \"no-f001.vmdk\" 0", "SPARSE \"grains\"").encode(enc))
+raw = "Système".encode("cp1252")                # copied byte by byte
+open(b"a/" + raw + b"-f001.vmdk", "wb").write(d)
+open("a/raw", "wb").write(text("Système", "windows-1252").encode("cp1252"))
+open("b/disk-F001.vmdk", "wb").write(d); open("b/écran-f001.vmdk", "wb").write(d)
+open("b/case", "wb").write(text("DISK", "UTF-8").encode()); open("b/accent", "wb").write(text("ÉCRAN", "UTF-8").encode())
+open("b/two", "wb").write(text("Base", "UTF-8").encode())
+'
+    local i
+    for i in a/*.vmdk a/raw b/case b/accent; do
+        case $i in *-f001.vmdk) ;; *) check_same "$i" ;; esac
+    done
+    "$fx" b/case m 2>err; "$fx" --umount m; grep -q "'DISK-f001.vmdk', which it names, is called 'disk-F001.vmdk' here" err
+    cp truth b/BASE-f001.vmdk; check_same b/two
+    cp truth b/base-f001.vmdk; refused 1 "several that differ from it in letter case only: 'b.*', 'B\|: 'B.*', 'b" "$fx" -q b/two m
+    cp truth b/Base-f001.vmdk; check_same b/two                                 # the exact one first
+    # Folders as well, backing files, and never out of the folder.
+    mkdir b/Sub out; cp truth b/Sub/Raw; cp truth out/raw
+    qemu-img create -q -f qcow2 -u -b sub/raw -F raw b/over 64k; check_same b/over
+    qemu-img create -q -f qcow2 -u -b SUB/../../out/raw -F raw b/out 64k; refused 1 'cannot open its backing file\|leads out' "$fx" -q b/out m
+    ln -s ../out b/Link; qemu-img create -q -f qcow2 -u -b link/raw -F raw b/link 64k; refused 1 'cannot open its backing file\|leads out' "$fx" -q b/link m
+    # The recorded name of a parent is in the encoding, too.
+    qemu-img create -q -f vmdk a/grains 64k; check_same a/child
+}
+
+t_vhd_parents_by_every_locator_and_in_chains() {
+    mkdir sub far
+    vhd_py '
+class Bytes(bytes):
+    def encode(self, code): return bytes(self)
+size = 1 << 20; disk = os.urandom(size); ids = [bytes([i] * 16) for i in range(1, 5)]; open("truth", "wb").write(disk)
+open("sub/pär 1.vhd", "wb").write(disk + footer(2, size, ident=ids[0]))
+def child(path, kind=4, **more): build(path, kind, size, size, [None], b"", ids[1], more.pop("parent", ids[0]), **more)
+child("macx", locators=[(b"MacX", Bytes(b"file://localhost/Users/me/p%C3%A4r%201.vhd"))])
+child("mac-relative", locators=[(b"MacX", Bytes(b"file://./sub/p%c3%a4r%201.vhd"))])
+child("wi2r", locators=[(b"Wi2r", Bytes(".\\sub\\pär 1.vhd".encode()))]); child("wi2k", locators=[(b"Wi2k", "D:\\sub\\pär 1.vhd")])
+child("stale", name="sub/pär 1.vhd", locators=[(b"W2ru", ".\\old.vhd"), (b"W2ku", "C:\\old.vhd"), (b"MacX", Bytes(b"file:///old.vhd"))])
+child("type", kind=3, name="sub\\pär 1.vhd")
+child("broken", name="sub\\pär 1.vhd", locators=[(b"MacX", Bytes(b"file")), (b"MacX", Bytes(b"%zz")), (b"Wi2r", Bytes(b"")), (b"W2ru", Bytes(b"a"))])
+child("raw parent", parent=bytes(16), name="sub/base.raw"); open("sub/base.raw", "wb").write(disk)
+build("top", 4, size, size, [None], b"", ids[3], ids[2], name="mid.vhd"); build("far/mid.vhd", 4, size, size, [None], b"", ids[2], ids[0], name="base.vhd")
+'
+    export LC_ALL=C.UTF-8
+    local i
+    for i in mac-relative wi2r stale type broken; do check_same $i; done
+    "$fx" type m 2>err; "$fx" --umount m; grep -q 'says that it is dynamic, but has a parent.s UUID' err
+    for i in macx wi2k; do refused 1 'no file beside it has the identity' "$fx" -q $i m; check_same $i --allow-external sub; done
+    cp sub/pär\ 1.vhd .; for i in macx wi2k; do check_same $i; done; rm pär*
+    # A raw parent has no UUID: never read as raw unless somebody says so.
+    refused 1 "records no identity of its parent 'sub/base.raw', as for a raw one; --backing-format raw" "$fx" -q 'raw parent' m
+    check_same 'raw parent' --backing-format raw
+    mv sub/base.raw far; check_same 'raw parent' --backing far/base.raw --backing-format raw
+    # Chains whose files are in several folders: in any order, all of them needed, none too many.
+    check_same top --backing far/mid.vhd --backing sub/pär\ 1.vhd; check_same top --backing sub/pär\ 1.vhd --backing far/mid.vhd
+    expect 1 "$fx" -q --backing far/mid.vhd top m; grep -q "far/mid.vhd: cannot open its backing file 'base.vhd'.*--backing" err
+    expect 1 "$fx" -q --backing sub/pär\ 1.vhd top m; grep -q 'is not the parent of top: its identity is 01010101-.* instead of 03030303-' err
+    not grep -q force-parent err
+    expect 1 "$fx" -q --backing far/mid.vhd --backing sub/pär\ 1.vhd --backing wi2r top m; grep -q 'wi2r: is not the parent of top' err
+    # An image that records no identity takes what is named, but not what is further down.
+    mv far/mid.vhd .; qemu-img create -q -f qcow2 -u -b top -F vpc over 1M
+    check_same over --backing sub/pär\ 1.vhd
+    refused 2 'more than 64 files' "$fx" $(seq -f '--backing f%g' 65) top m
+}
+
+t_parents_beside_thousands_of_files_are_not_searched_for() {
+    qemu-img create -q -f vmdk base.vmdk 1M; qemu-img create -q -f vmdk -b base.vmdk -F vmdk child.vmdk; head -c 1M /dev/zero >truth
+    seq -f 'f%g' 3000 | xargs touch
+    check_same child.vmdk; mv base.vmdk renamed.vmdk; check_same child.vmdk
+    mkfifo fifo; check_same child.vmdk
+    seq -f 'g%g' 3000 | xargs touch
+    refused 1 'more than 4096 files beside it' "$fx" -q child.vmdk m
+    check_same child.vmdk --backing renamed.vmdk
+}
+
 t_vmdk_descriptors_are_read_as_they_come() {
     vmdk_py '
 rnd = random.Random(3)
@@ -5425,6 +5570,9 @@ save("other", b"# Disk\nx" + bytes(600))
     sed 's/ffffffff/fff1fxff/' plain.img >cid; refused 1 "parentCID: 'fff1fxff'" "$fx" -q cid m
     sed 's/ffffffff/11223344/; s/^createType/parentFileNameHint="cid"\n&/' plain.img >child; sed 's/^CID=1/CID=x/' plain.img >cid
     expect 1 "$fx" -q --backing cid child m; check_same child --backing cid --force-parent
+    refused 1 "its parent may be '.*' or '.*', which have the same identity 11223344; --backing FILE says which" "$fx" -q child m
+    check_same child --force-parent
+    mkdir own; cp child cid flat own; cp a=b.vmdk own; refused 1 'cid: is not the parent of own/child.* none instead of 11223344' "$fx" -q own/child m
     "$fx" -q noaccess m
     cmp -n 8192 m first; cmp -n 2560 -i 16384:0 m last
     not dd if=m of=/dev/null bs=512 skip=16 count=1 2>err; grep -q 'Input/output' err
