@@ -13788,10 +13788,6 @@ static int fop_setattr(struct worker *w, struct request *rq)
     return fop_getattr(w, rq);
 }
 
-/*
- * A passed-through file whose length was changed underneath is not passed through any more: then reads past
- * its end fail. O_TRUNC ("cp backup m", "> m") is refused unless what it empties may grow again.
- */
 /* File handles, as the kernel gives them back with READ and RELEASE. */
 enum { FOP_FH_PLAIN, FOP_FH_CACHED, FOP_FH_DIRECT };
 
@@ -13824,6 +13820,11 @@ static int fop_release(struct worker *w, struct request *rq)
     return 0;
 }
 
+/*
+ * A passed-through file whose length was changed underneath is not passed through any more: then reads past its end
+ * fail. O_TRUNC ("cp backup m", "> m") is refused unless what it empties may grow again. A block device ignores it, but
+ * this is a regular file to cp, which then leaves out the holes of its source and would leave the old data there.
+ */
 static int fop_open(struct worker *w, struct request *rq)
 {
     struct fx_open_out *out = (struct fx_open_out *)rq->out;

@@ -1958,6 +1958,28 @@ assert os.fstat(m).st_size == start + 1500 * 700 and os.pread(r, 1500 * 700, sta
     each_disk appended
 }
 
+# Punching up to the end frees the whole last cluster, but nothing of what is appended at the same time.
+t_hole_up_to_the_end_spares_what_is_appended() {
+    local made img again mount_options=--growable
+    spared() {
+        py '
+import threading
+libc = ctypes.CDLL(None, use_errno=True); holes = []; over = False
+a = os.open("m", os.O_RDWR | os.O_APPEND); b = os.open("m", os.O_RDWR); start = os.fstat(b).st_size
+def punch():
+    while not over:
+        n = os.fstat(b).st_size; c = n & ~65535
+        if n > c: assert libc.fallocate(b, 3, ctypes.c_long(c), ctypes.c_long(n - c)) == 0; holes.append((c, n))
+t = threading.Thread(target=punch); t.start()
+for i in range(800): assert os.write(a, b"x" * 700) == 700
+over = True; t.join()
+data = bytearray(os.pread(b, 10 << 20, 0))
+for c, n in holes: data[c:n] = b"x" * (n - c)
+assert len(data) == start + 800 * 700 and data[start:] == b"x" * (800 * 700)'
+    }
+    each_disk spared
+}
+
 t_disk_that_was_cut_takes_its_windows_with_it() {
     local f o n
     mkdir d
