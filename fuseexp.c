@@ -13205,8 +13205,6 @@ struct part_chain {
 /* What is wrong with following the chain to its next record; NULL: nothing, and `sector` holds that record. */
 static const char *part_next_ebr(const struct part_scan *ps, struct part_chain *c, uint8_t *sector)
 {
-    if (c->ebr - c->first >= c->n_lba)
-        return "leads out of the extended partition";
     for (unsigned i = 0; i < c->n_seen; i++)
         if (c->seen[i] == c->ebr)
             return "a loop";
@@ -13215,6 +13213,9 @@ static const char *part_next_ebr(const struct part_scan *ps, struct part_chain *
     c->seen[c->n_seen++] = c->ebr;
     if (part_read(ps, c->ebr, sector, 512))
         return "cannot be read";
+    if (c->ebr - c->first >= c->n_lba)      /* Linux follows it, too */
+        msg_say(MSG_NOTE, "%s: the record of a logical partition, at sector %" PRIu64 ", lies outside of the extended "
+                "partition", ps->im->name, c->ebr);
     return util_le16(sector + MBR_OFF_MAGIC) == 0xaa55 ? NULL : "no signature";
 }
 
