@@ -4240,10 +4240,10 @@ static bool qcow2_check_word(struct qcow2_check *k, uint64_t offset, uint64_t *v
     return good;
 }
 
-/* An entry (of `size` bytes) at `offset` cannot be read: how many more are lost with it? The cache reads slices. */
+/* An entry (of `size` bytes) at `offset` cannot be read: how many more are lost with it, to the end of the sector? */
 static uint64_t qcow2_check_skip(uint64_t offset, uint32_t size)
 {
-    return (CACHE_SLICE - offset % CACHE_SLICE) / size - 1;
+    return (512 - offset % 512) / size - 1;
 }
 
 static void qcow2_note_use(struct qcow2_check *k, uint64_t cluster, uint8_t use)
@@ -6101,26 +6101,31 @@ static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
 
 /* -- repairing -- */
 
+/* Near a bad sector an entry can be read, but not be changed: then it is left. */
+static void qcow2_mend_entry(struct qcow2_check *k, uint64_t at, uint64_t entry, uint64_t bitmap, bool has_bitmap)
+{
+    uint64_t words[2] = { htobe64(entry), htobe64(bitmap) };
+
+    k->flags_set += !cache_store(k->f, at, words, has_bitmap && k->q->subclusters ? 2 : 1, CACHE_MAPPING);
+}
+
 /*
  * COPIED of one entry, where it does not say what the refcount is. Left alone where the refcount itself could not be
  * put right; and never set while there are references that could not be read.
  */
-static int qcow2_mend_copied(struct qcow2_check *k, uint64_t at, uint64_t entry, uint64_t bitmap, bool has_bitmap)
+static void qcow2_mend_copied(struct qcow2_check *k, uint64_t at, uint64_t entry, uint64_t bitmap, bool has_bitmap)
 {
     struct image *im = k->im;
     const struct qcow2 *q = k->q;
-    uint64_t refcount, words[2], host = entry & QCOW2_OFFSET, cluster = host >> q->cluster_bits;
+    uint64_t refcount, host = entry & QCOW2_OFFSET, cluster = host >> q->cluster_bits;
 
     if (!host || host % qcow2_cluster(q) || cluster >= k->n_clusters ||
         (has_bitmap && (q->incompatible & QCOW2_DATA_FILE)) ||
         qcow2_get_refcount(im, cluster, &refcount) || (refcount == 1) == !!(entry & QCOW2_COPIED) ||
         refcount < qcow2_counted(k, cluster) || (k->uses[cluster] & QCOW2_USE_OVERFLOW) ||
         (refcount == 1 && k->unreadable))
-        return 0;
-    words[0] = htobe64(entry ^ QCOW2_COPIED);
-    words[1] = htobe64(bitmap);
-    k->flags_set++;
-    return cache_store(&im->files[0], at, words, has_bitmap && q->subclusters ? 2 : 1, CACHE_MAPPING);
+        return;
+    qcow2_mend_entry(k, at, entry ^ QCOW2_COPIED, bitmap, has_bitmap);
 }
 
 /*
@@ -6159,12 +6164,11 @@ static int qcow2_mend_l2(struct qcow2_check *k, uint64_t l2)
         if (qcow2_read_entry(im, q, at, &entry, &bitmap)) {
             i += qcow2_check_skip(at, q->entry_size);
         } else if ((entry & QCOW2_COMPRESSED) && (entry & QCOW2_COPIED)) {
-            k->flags_set++;
-            ret = qcow2_store_entry(im, at, entry & ~QCOW2_COPIED, bitmap);
+            qcow2_mend_entry(k, at, entry & ~QCOW2_COPIED, bitmap, true);
         } else if (!(entry & QCOW2_COMPRESSED)) {
-            ret = qcow2_mend_copied(k, at, entry, bitmap, true);
+            qcow2_mend_copied(k, at, entry, bitmap, true);
         }
-        if (!ret && cache.n_dirty > QCOW2_MAX_DIRTY)
+        if (cache.n_dirty > QCOW2_MAX_DIRTY)
             ret = qcow2_commit_locked(im);
     }
     return ret;
@@ -6199,8 +6203,8 @@ static int qcow2_mend_flags(struct qcow2_check *k)
             qcow2_cluster(q) > im->files[0].size - l2)
             continue;
         if (l1_is_ours)
-            ret = qcow2_mend_copied(k, k->l1_offset + i * 8, entry, 0, false);
-        if (ret || (k->uses[l2 >> q->cluster_bits] & QCOW2_USE_SEEN))
+            qcow2_mend_copied(k, k->l1_offset + i * 8, entry, 0, false);
+        if ((k->uses[l2 >> q->cluster_bits] & QCOW2_USE_SEEN))
             continue;
         k->uses[l2 >> q->cluster_bits] |= QCOW2_USE_SEEN;       /* each is walked once */
         if (qcow2_is_used_as(k, l2, qcow2_cluster(q), QCOW2_USE_L2) && qcow2_is_l2(k, l2))
@@ -6233,9 +6237,12 @@ static int qcow2_mend_in_place(struct qcow2_check *k, uint64_t *changed)
         }
         if (stored == counted || (k->unreadable && stored > counted))
             continue;
-        ret = qcow2_set_refcount(im, i, counted);
+        if (qcow2_set_refcount(im, i, counted)) {       /* a bad sector near it */
+            stale = true;
+            continue;
+        }
         ++*changed;
-        if (!ret && cache.n_dirty > QCOW2_MAX_DIRTY)
+        if (cache.n_dirty > QCOW2_MAX_DIRTY)
             ret = qcow2_commit_locked(im);
     }
     return ret ? ret : stale ? -ESTALE : 0;

@@ -3048,6 +3048,10 @@ t_repair_goes_on_past_what_it_cannot_read() {
     cp dirty img
     FUSEEXP_BAD_SECTORS=$block,512 expect 0 "$fault" -q --check --repair --sandbox=off img >said
     qemu-img check -q img; qemu-io -c 'read -P 3 0 60M' -c 'read -P 4 1G 4M' img >io.log; not grep -q failed io.log
+    # Near the bad sector, in the same 4 KiB, too: entries that can be read, but not be changed.
+    poke dirty $((l2 + 4696)) 00 $((block + 2 * 310)) 0000; truncate -s 256M dirty; cp dirty img
+    FUSEEXP_BAD_SECTORS=$((l2 + 5000)),512 expect 1 "$fault" --check --repair --sandbox=off img >said
+    same "$(od -An -tu2 --endian=big -j$((block + 2 * 310)) -N2 img)" "$(printf ' %5d' 1)"
     # What was cut off does not become zeros, nor tables: the file does not grow.
     cp good img; truncate -s -3000 img; cp img before
     at=$(od -An -tu8 --endian=big -j48 -N8 img); printf '\0\0\0\0\0\0\2\0' | dd of=img bs=1 seek=$((at)) conv=notrunc status=none
