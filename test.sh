@@ -4948,9 +4948,10 @@ child("mismatch", good, ("relative_path", "other")); child("itself", ("relative_
 d = open("relative", "rb").read(); open("foreign", "wb").write(d.replace(G("b04aefb7-d19e-4a81-b789-25b8e9445913"), bytes(16)))
 at = d.index(G("b04aefb7-d19e-4a81-b789-25b8e9445913"))
 open("outside", "wb").write(d[:at + 20] + b"\xff" * 12 * 4 + d[at + 20 + 48:])
+at = d.index(struct.pack("<II", MIB, 2)); open("no flag", "wb").write(d[:at + 4] + bytes(4) + d[at + 8:])      # but a locator
 '
     local i
-    for i in relative volume absolute upper linkage2 unnamed mismatch itself; do check_same $i; done
+    for i in relative volume absolute upper linkage2 unnamed mismatch itself 'no flag'; do check_same "$i"; done
     for i in unlinked garbled; do refused 1 'does not record its parent.s identity; --force-parent' "$fx" -q $i m; check_same $i --force-parent; done
     refused 1 'zero: is not the parent of null2' "$fx" -q null2 m
     refused 1 'unknown VHDX parent locator {00000000-0000-0000-0000-000000000000}' "$fx" -q foreign m
