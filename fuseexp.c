@@ -5606,7 +5606,7 @@ static int qcow2_read_old(struct image *im, uint8_t *buf, uint64_t len, uint64_t
 /* Whatever the size says: past the end of the disk may be what a longer disk had there. */
 static bool qcow2_old_is_zero(struct image *im, uint64_t at, uint64_t end)
 {
-    struct extent ext;
+    struct extent ext = { .kind = EXT_BAD };
 
     for (; at < end; at += ext.length)
         if (qcow2_map(im, at, end - at, false, &ext) ||
@@ -8441,7 +8441,7 @@ static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
         return file_pread(f, room, util_min(8, f->size), 0, &done) || memcmp(room, "vhdxfile", 8) != 0
                    ? msg_err(-EINVAL, "%s: is not a VHDX image", im->name)
                    : f->size < VHDX_HEADER_AT + 2 * VHDX_TABLE
-                   ? ext_refuse_table(im, f, "the place of its headers", VHDX_HEADER_AT, 2 * VHDX_TABLE)
+                   ? ext_refuse_table(im, f, "the place of its headers", VHDX_HEADER_AT, 2ull * VHDX_TABLE)
                    : msg_err(-EINVAL, "%s: damaged VHDX: neither of its headers has a good checksum", im->name);
     v->log_version = util_le16(h + 64);
     v->version = util_le16(h + 66);
@@ -9525,9 +9525,10 @@ static int vmdk_parse(struct image *im, struct vmdk *v)
 
 static void vmdk_cid_id(struct identity *id, uint32_t cid)
 {
+    uint32_t be = htobe32(cid);
+
     id->known[ID_CID] = true;
-    for (int i = 0; i < 4; i++)
-        id->value[ID_CID][i] = (uint8_t)(cid >> (24 - 8 * i));
+    memcpy(id->value[ID_CID], &be, sizeof(be));
 }
 
 static void vmdk_set_id(struct image *im, const struct vmdk *v)
@@ -9946,6 +9947,7 @@ static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
 static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *e)
 {
     char name[4 * PATH_MAX];
+    struct file *f;
     int ret = -ENOENT;
 
     for (struct vmdk_extent *other = v->extents; other < e; other++)
@@ -9958,12 +9960,13 @@ static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *
         return msg_err(-EPERM, "%s: its extent '%s' is a path or a device of Windows", im->name, e->name);
     if (im->n_files == MAX_PARTS)
         return msg_err(-E2BIG, "%s: more than %d files", im->name, MAX_PARTS);
-    e->file = &im->files[im->n_files++];
-    e->file->fd = -1;
+    f = &im->files[im->n_files++];
+    f->fd = -1;
+    e->file = f;
     if (util_to_utf8(v->encoding, e->name, name, sizeof(name)))
-        ret = img_open_named(im, e->file, name, "extent", NULL);
+        ret = img_open_named(im, f, name, "extent", NULL);
     if (ret == -ENOENT)             /* it may have been copied byte by byte */
-        ret = img_open_named(im, e->file, e->name, "extent", NULL);
+        ret = img_open_named(im, f, e->name, "extent", NULL);
     if (ret != -ENOENT)
         return ret;
     e->file = NULL;
@@ -11371,11 +11374,14 @@ struct img_look {
     size_t n, room;
 };
 
-static bool img_look_make_room(struct img_look *l)
+static bool img_look_has_room(struct img_look *l)
 {
     size_t room = l->room ? 2 * l->room : 1024;
-    struct img_range *more = room <= IMG_MAX_RANGES ? realloc(l->ranges, room * sizeof(*more)) : NULL;
+    struct img_range *more;
 
+    if (l->ranges && l->n < l->room)
+        return true;
+    more = room <= IMG_MAX_RANGES ? realloc(l->ranges, room * sizeof(*more)) : NULL;
     l->claims.stopped |= !more;
     if (!more)
         return false;
@@ -11402,7 +11408,7 @@ static void img_look_claim(struct claims *c, struct file *f, uint64_t offset, ui
         return;
     if (last && last->file == f && last->end == offset)
         last->end = end;
-    else if (l->n < l->room || img_look_make_room(l))
+    else if (img_look_has_room(l))
         l->ranges[l->n++] = (struct img_range){ f, offset, end };
 }
 
@@ -16573,7 +16579,7 @@ static bool cmd_wait_for_server(const struct options *o, unsigned minor, struct 
     while (poll(fd, 1, late ? 1000 : 100) <= 0) {
         passed = util_now() - start;
         late = passed >= seconds * 1000ll;
-        if (!late && (said || passed < CMD_SAY_AFTER * 1000))
+        if (!late && (said || passed < CMD_SAY_AFTER * 1000ll))
             continue;
         users = (struct mount_users){ "", 0 };
         mnt_add_mounts(&users, minor);
@@ -16916,7 +16922,7 @@ static int cmd_repair(struct image *im, struct check *c, uint64_t *corruptions, 
     *leaks = found.leaks > c->leaks ? found.leaks - c->leaks : 0;
     c->corruption_lines = found.corruption_lines;
     c->leak_lines = found.leak_lines;
-    return ret;
+    return 0;
 }
 
 /* The exit statuses are qemu-img's. */
