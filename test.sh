@@ -569,7 +569,7 @@ def writer(i):
     try:
         os.pwrite(f, b, at)
         if i % 2 == 0: os.fsync(f)
-        print(name, at, 64 + k * 4 + i, flush=True)
+        os.write(1, f\"{name} {at} {64 + k * 4 + i}\\n\".encode())     # one write: lines do not mix
     except OSError: pass
 for t in [threading.Thread(target=writer, args=(i,)) for i in range(4)]: t.start()" "$0" "$1" "$2"' \
                 "$([ $m = d ] && echo d/disk || echo $m)" $name $k >>acks 2>>log || true
