@@ -11266,8 +11266,8 @@ static int img_check_pieces(const struct image *im)
     char next[PATH_MAX];
 
     if (several && !raw && img_are_pieces(im))
-        return msg_err(-EINVAL, "%s: this and the files after it are not each a %s image; if they are the pieces of "
-                       "one, " IMG_JOIN, im->name, im->format->name, "the list as it is");
+        return msg_err(-EINVAL, "%s: a %s image is one file; if these files are its pieces, " IMG_JOIN, im->name,
+                       im->format->name, "the list as it is");
     if (several)
         return raw && im->found_parts && !im->opt->format ? img_check_end(im) : 0;
     if (im->files[0].is_blk)

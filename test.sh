@@ -940,7 +940,7 @@ pieces() {
     local container=$1
     shift
     refused 1 'looks like the first piece of a .* image, since .*--format raw' "$fx" -q "$1" m
-    refused 1 'not each a .* image; if they are the pieces of one, join them' "$fx" -q "$@" m
+    refused 1 'a .* image is one file; if these files are its pieces, join them' "$fx" -q "$@" m
     "$fx" -q --format raw "$@" joined; cmp joined "$container"; "$fx" -q joined m; cmp -n "$(stat -c %s truth)" m truth
     "$fx" --umount m; "$fx" --umount joined
 }
@@ -966,7 +966,7 @@ t_pieces_of_a_container_are_refused_and_joined_in_two_steps() {
     truncate -s 1M v.2; refused 1 'since v.2 is there' "$fx" -q v.1 m
     "$fx" -q --no-parts v.1 m; cmp -n 1228800 m truth; "$fx" --umount m
     gzip -k truth; split -b 900000 truth.gz truth.gz.; refused 1 'gunzip -k unpacks it, when its pieces are joined' "$fx" -q truth.gz.aa m
-    refused 1 'v.1: this and the files after it are not each a qcow2 image' "$fx" -q v.1 v.2 m
+    refused 1 'v.1: a qcow2 image is one file' "$fx" -q v.1 v.2 m
 }
 
 t_pieces_of_a_fixed_vhd_end_in_its_footer() {
@@ -974,7 +974,7 @@ t_pieces_of_a_fixed_vhd_end_in_its_footer() {
     qemu-img convert -f raw -O vpc -o subformat=fixed,force_size=on truth img
     split -b 300000 -d -a 3 --numeric-suffixes=1 img img.
     refused 1 'the pieces of a vpc image; join them: fuseexp --format raw' "$fx" -q img.001 m
-    refused 1 'not each a vpc image; if they are the pieces of one, join them' "$fx" -q img.0* m
+    refused 1 'a vpc image is one file; if these files are its pieces, join them' "$fx" -q img.0* m
     "$fx" -q --format raw img.001 joined; cmp joined img; "$fx" -q joined m; cmp m truth; "$fx" --umount m; "$fx" --umount joined
     # As Virtual PC splits them.
     mv img.001 d.vhd; mv img.002 d.v01; mv img.003 d.v02; mv img.004 d.v03; mv img.005 d.v04
@@ -4079,7 +4079,7 @@ t_nothing_is_said_by_halves() {
         refused 2 'take an IMAGE' "$fx" $i
         refused 2 'is for mounting' "$fx" $i -w img
         refused 2 'is for mounting' "$fx" $i --partition 1 img
-        refused 2 'is for mounting' "$fx" $i img -- true
+        refused 125 'is for mounting' "$fx" $i img -- true
     done
     refused 2 'at a time' "$fx" --info --map img
     refused 2 'goes with' "$fx" --json img m
@@ -4464,7 +4464,7 @@ t_vhd_copy_of_the_footer_is_used_where_the_end_is_lost() {
     poke img 64 00000000 $((size - 512)) 00; refused 1 'no footer of it has a good checksum' "$fx" -q img m
     cp fixed good; poke img $(($(stat -c %s fixed) - 300)) 01; refused 1 'no footer of it has a good checksum.*raw' "$fx" -q img m
     refused 1 'is not a VHD image' "$fx" -q --format vpc truth m
-    cp good a.001; cp good a.002; refused 1 'a VHD image is one file' "$fx" -q a.001 a.002 m
+    cp good a.001; cp good a.002; refused 1 'a vpc image is one file' "$fx" -q a.001 a.002 m
 }
 
 # vhd_edit OFFSET HEX...: ./good to ./bad with right checksums; offsets f... in both footers, h... in the header, else in the file
