@@ -6954,6 +6954,7 @@ bench_start() {     # PEER
     native) [ $format = raw ] || return 1; file=$PWD/img ;;
     fuseexp) [ $format = raw ] || return 1; "$fx" -q "${write[@]}" img m ;;
     fuseexp-workers) "$fx" -q --no-passthrough "${write[@]}" img m ;;
+    fuseexp-old) [ -x "$build/fuseexp-old" ] || return 1; "$build/fuseexp-old" -q --no-passthrough "${write[@]}" img m ;;
     qemu-storage-daemon)
         : >m
         qemu-storage-daemon --blockdev "driver=file,node-name=f,filename=img,cache.direct=off,read-only=$ro" \
@@ -7020,7 +7021,7 @@ bench_data() {
 }
 
 bench() {
-    local dir data set peers=() all=(native fuseexp fuseexp-workers qemu-storage-daemon nbdfuse xmount libyal) p w round peer='' file='' ready='' v
+    local dir data set peers=() all=(native fuseexp fuseexp-workers fuseexp-old qemu-storage-daemon nbdfuse xmount libyal) p w round peer='' file='' ready='' v
     local mode format works size
     declare -A got
     dir=$(mktemp -d /dev/shm/fuseexp-bench.XXXXXX)
@@ -7035,7 +7036,7 @@ bench() {
         got=() peers=()
         # Round by round through all peers, so that a change of the machine's mood hits them all.
         for round in $(seq "${BENCH_ROUNDS:-3}"); do
-            for p in "${all[@]}"; do
+            for p in ${BENCH_PEERS:-"${all[@]}"}; do
                 for w in "${works[@]}"; do
                     # What is read can be read again; what is to be allocated must be new.
                     { [ $mode = r ] && [ "$w" != "${works[0]}" ]; } || {
