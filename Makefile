@@ -31,7 +31,7 @@ glibc_l   = $(shell pkg-config --libs fuse3 libdeflate libzstd 2>/dev/null)
 pkg_build := gcc libc6-dev musl-tools meson ninja-build pkg-config dpkg-dev linux-libc-dev ca-certificates
 pkg_demo  := $(pkg_build) e2fsprogs mount fuse3 qemu-utils
 pkg_check := $(pkg_demo) libfuse3-dev libdeflate-dev libzstd-dev jq fio xfsprogs fdisk dosfstools gddrescue \
-             zstd strace procps util-linux python3 clang-tidy cppcheck shellcheck man-db
+             zstd lz4 xz-utils bzip2 strace procps util-linux python3 clang-tidy cppcheck shellcheck man-db
 pkg_bench := $(pkg_check) qemu-system-common libnbd-bin nbdkit xmount libqcow-utils libvhdi-utils libvmdk-utils
 
 all: $(BUILD)/fuseexp ## builds the static binary, build/fuseexp (the default)

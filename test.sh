@@ -496,9 +496,9 @@ t_truncate_works_on_whole_raw_images_only() {
 t_fallocate_punches_zeroes_and_allocates() {
     random img 256; cp img model
     "$fx" -q -w img m
-    for f in model m; do
-        fallocate -p -o 8192 -l 100000 "$f"; fallocate -z -o 300001 -l 5000 "$f"; fallocate -o 600000 -l 50000 "$f"
-    done
+    fallocate -p -o 8192 -l 100000 m; fallocate -z -o 300001 -l 5000 m; fallocate -o 600000 -l 50000 m
+    head -c 100000 /dev/zero | dd of=model bs=4k seek=2 conv=notrunc status=none
+    head -c 5000 /dev/zero | dd of=model bs=1 seek=300001 conv=notrunc status=none
     cmp model m
     py '
 f = os.open("m", os.O_RDWR)
@@ -3922,7 +3922,7 @@ t_neighbours_are_read_at_once_in_every_block_format() {
         wait_for grep -q attached strace.err
         dd if=m bs=512k iflag=direct status=none | cmp - raw
         kill $s; wait $s || true
-        reads=$(grep -c pread log)
+        reads=$(grep -c pread log || true)      # none: in memory all is spliced
         [ "$reads" -le 64 ] || fail "$reads reads for 32 requests of $o"
         "$fx" --umount m
     done
