@@ -12754,6 +12754,9 @@ static int img_note_failure(struct image *im, int ret)
  * size stays as well. Else the next O_APPEND would leave a gap of zeros.
  *
  * Who waits for size_lock has looked nothing up yet, and is not waited for in 2: it may be that one who waits.
+ *
+ * A write that was made before the disk was cut, but comes here afterwards, does not make it longer again. (The kernel
+ * does not wait for asynchronous writes before it asks for a cut.)
  */
 static void img_lock_size(struct image *im)
 {
@@ -12797,18 +12800,23 @@ static int img_resize_locked(struct image *im, uint64_t old, uint64_t size)
     return ret == -EIO ? img_note_failure(im, ret) : ret;
 }
 
-static int img_resize(struct image *im, uint64_t size)
+/* ticket: grows from request to request, in the order in which they were made. */
+static int img_resize(struct image *im, uint64_t size, uint64_t ticket)
 {
+    bool cut;
     int ret;
 
     img_lock_size(im);
-    if (size < im->size) {
+    cut = size < im->size;
+    if (cut) {
         im->admit = size;
         pool_wait_grace();
     }
     ret = img_resize_locked(im, im->size, size);
     if (!ret)
         im->size = size;
+    if (!ret && cut)
+        im->cut = ticket;
     im->admit = UINT64_MAX;
     pthread_mutex_unlock(&im->size_lock);
     return ret;
@@ -12902,20 +12910,25 @@ static int img_extend_locked(struct image *im, const void *buf, int mode, uint64
 
 /*
  * Writes what is inside the disk; with `grow` the disk gets longer where need be. *done bytes were written even on
- * failure. -ENOSPC: nothing of it is inside.
+ * failure. -ENOSPC: nothing of it is inside. ticket: as for img_resize().
  */
-static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, bool grow,
+static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, bool grow, uint64_t ticket,
                      uint64_t *done)
 {
     uint64_t inside = img_inside(im, offset, len);
-    int ret;
+    bool late;
+    int ret = 0;
 
     *done = 0;
     if (inside < len && grow) {
         img_lock_size(im);
-        ret = img_extend_locked(im, buf, 0, len, offset, done);
+        late = ticket < im->cut;
+        if (!late)
+            ret = img_extend_locked(im, buf, 0, len, offset, done);
         pthread_mutex_unlock(&im->size_lock);
-        return ret;
+        if (!late)
+            return ret;
+        inside = img_inside(im, offset, len);
     }
     return inside || !len ? img_change(im, buf, 0, inside, offset, done) : -ENOSPC;
 }
@@ -13761,7 +13774,8 @@ static int fop_statx(struct worker *w, struct request *rq)
     return ret;
 }
 
-static int fop_set_size(const struct server *srv, const struct view *v, uint64_t size)
+/* unique: of the request; the kernel counts them (fuse_get_unique()) as it hands them out. */
+static int fop_set_size(const struct server *srv, const struct view *v, uint64_t size, uint64_t unique)
 {
     if (!v)
         return -EISDIR;
@@ -13769,7 +13783,7 @@ static int fop_set_size(const struct server *srv, const struct view *v, uint64_t
         return -EACCES;
     if (size == fop_size(srv, v))
         return 0;
-    return fop_resizable(srv, v) ? img_resize(srv->im, size) : -EOPNOTSUPP;
+    return fop_resizable(srv, v) ? img_resize(srv->im, size, unique) : -EOPNOTSUPP;
 }
 
 /* QEMU's rules: no +w on a read-only export, nothing for group and others who cannot reach it anyway. */
@@ -13789,7 +13803,7 @@ static int fop_setattr(struct worker *w, struct request *rq)
     if ((set & FATTR_MODE) && !srv->writable && (in->mode & 0222))
         return -EROFS;
     if (set & FATTR_SIZE) {
-        ret = fop_set_size(srv, fop_view(srv, rq->head->nodeid), in->size);
+        ret = fop_set_size(srv, fop_view(srv, rq->head->nodeid), in->size, rq->head->unique);
         if (ret)
             return ret;
     }
@@ -13853,7 +13867,7 @@ static int fop_open(struct worker *w, struct request *rq)
         return -EROFS;
     if ((in->flags & O_TRUNC) && fop_size(srv, v)) {
         ret = fop_growable(srv, v)
-                  ? fop_set_size(srv, v, 0)
+                  ? fop_set_size(srv, v, 0, rq->head->unique)
                   : msg_serving(-EPERM,
                                 "%s: opened to be emptied, refused: write without truncating (dd "
                                 "conv=notrunc), or use --growable",
@@ -13984,7 +13998,7 @@ static int fop_write(struct worker *w, struct request *rq)
             return fop_resizable(srv, v) ? -ENOSPC : -EIO;
     }
     ret = img_write(srv->im, (const uint8_t *)rq->arg + sizeof(*in), len, v->start + in->offset,
-                    fop_growable(srv, v), &done);
+                    fop_growable(srv, v), rq->head->unique, &done);
     /* O_SYNC contains O_DSYNC. Through a cached handle the kernel sends an FSYNC of its own. */
     if (done && (in->flags & O_DSYNC) && (srv->direct_io || in->fh == FOP_FH_DIRECT) && img_sync(srv->im, false))
         return -EIO;
@@ -17051,7 +17065,7 @@ static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
         size_t reply = fop_handle(&w, len);
         ASAN_UNPOISON_MEMORY_REGION(w.buf, FX_HEAD_ROOM);
         if (reply > LOOP_BUF || (reply && reply < sizeof(struct fuse_out_header)) || im.size > 1ull << 40)
-            ret = im.size > 1ull << 40 ? img_resize(&im, 4096) : -EPROTO;
+            ret = im.size > 1ull << 40 ? img_resize(&im, 4096, 0) : -EPROTO;
     }
     free(w.buf);
     img_close(&im);
