@@ -12755,8 +12755,9 @@ static int img_note_failure(struct image *im, int ret)
  *
  * Who waits for size_lock has looked nothing up yet, and is not waited for in 2: it may be that one who waits.
  *
- * A write that was made before the disk was cut, but comes here afterwards, does not make it longer again. (The kernel
- * does not wait for asynchronous writes before it asks for a cut.)
+ * A write that was made before the disk was cut, but comes here afterwards, does not make it longer again, and writes
+ * nothing behind the cut when somebody else has. (The kernel does not wait for asynchronous writes before it asks for
+ * a cut.)
  */
 static void img_lock_size(struct image *im)
 {
@@ -12815,8 +12816,10 @@ static int img_resize(struct image *im, uint64_t size, uint64_t ticket)
     ret = img_resize_locked(im, im->size, size);
     if (!ret)
         im->size = size;
-    if (!ret && cut)
+    if (!ret && cut) {
+        im->cut_to = size;          /* first: who finds the new ticket needs it */
         im->cut = ticket;
+    }
     im->admit = UINT64_MAX;
     pthread_mutex_unlock(&im->size_lock);
     return ret;
@@ -12908,6 +12911,14 @@ static int img_extend_locked(struct image *im, const void *buf, int mode, uint64
     return ret;
 }
 
+/* img_inside() for a write: if it was made before the last cut, the disk ends there for it. */
+static uint64_t img_inside_write(struct image *im, uint64_t offset, uint64_t len, uint64_t ticket)
+{
+    uint64_t inside = img_inside(im, offset, len), end = ticket < im->cut ? im->cut_to : UINT64_MAX;
+
+    return offset < end ? util_min(inside, end - offset) : 0;
+}
+
 /*
  * Writes what is inside the disk; with `grow` the disk gets longer where need be. *done bytes were written even on
  * failure. -ENOSPC: nothing of it is inside. ticket: as for img_resize().
@@ -12915,7 +12926,7 @@ static int img_extend_locked(struct image *im, const void *buf, int mode, uint64
 static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, bool grow, uint64_t ticket,
                      uint64_t *done)
 {
-    uint64_t inside = img_inside(im, offset, len);
+    uint64_t inside = img_inside_write(im, offset, len, ticket);
     bool late;
     int ret = 0;
 
@@ -12928,7 +12939,7 @@ static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t o
         pthread_mutex_unlock(&im->size_lock);
         if (!late)
             return ret;
-        inside = img_inside(im, offset, len);
+        inside = img_inside_write(im, offset, len, ticket);
     }
     return inside || !len ? img_change(im, buf, 0, inside, offset, done) : -ENOSPC;
 }

@@ -274,7 +274,7 @@ struct image {
     const char *name;               /* the first file's path */
     _Atomic uint64_t size;          /* changes only under size_lock; see img_resize() */
     _Atomic uint64_t admit;         /* requests from here on wait for size_lock: UINT64_MAX, or what it is cut to */
-    uint64_t cut;                   /* ticket of the request that last made it shorter; under size_lock */
+    _Atomic uint64_t cut, cut_to;   /* ticket of the request that last made it shorter, and the size; likewise */
     _Atomic bool failed;            /* a write, a flush or a resize went wrong: the exit status will say so */
     pthread_mutex_t size_lock;
 };

@@ -1916,16 +1916,17 @@ int main(void) {
     int fd = open("m", O_RDWR | O_DIRECT);
     if (fd < 0 || posix_memalign((void **)&b, 4096, SIZE) || posix_memalign((void **)&r, 4096, DISK) || syscall(SYS_io_setup, N, &ctx)) return 2;
     memset(b, 'A', SIZE);
-    for (int round = 0; round < 8 && !bad; round++) {
+    for (int round = 0; round < 16 && !bad; round++) {
         for (int i = 0; i < N; i++) {
             cb[i] = (struct iocb){ .aio_lio_opcode = IOCB_CMD_PWRITE, .aio_fildes = fd, .aio_buf = (long)b, .aio_nbytes = SIZE, .aio_offset = (long)(i * 7 % N) * SIZE };
             list[i] = &cb[i];
         }
         for (int i = 0; i < N; i += 16) if (syscall(SYS_io_submit, ctx, 16, list + i) != 16) return 2;
         if (ftruncate(fd, CUT)) { perror("ftruncate"); return 2; }
-        if (lseek(fd, 0, SEEK_END) != CUT) { puts("not cut"); return 1; }
+        if (round % 2 && ftruncate(fd, DISK)) { perror("grow"); return 2; }   /* at once, while they are on their way */
+        if (lseek(fd, 0, SEEK_END) != (round % 2 ? DISK : CUT)) { puts("not cut"); return 1; }
         if (syscall(SYS_io_getevents, ctx, N, N, ev, NULL) != N) return 2;
-        if (lseek(fd, 0, SEEK_END) != CUT) { puts("longer again"); return 1; }
+        if (round % 2 == 0 && lseek(fd, 0, SEEK_END) != CUT) { puts("longer again"); return 1; }
         if (ftruncate(fd, DISK) || pread(fd, r, DISK, 0) != DISK) { perror("grow"); return 2; }
         for (int i = CUT; i < DISK; i++) bad += r[i] != 0;
     }
