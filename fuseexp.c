@@ -8265,7 +8265,10 @@ static bool vhd_bits_are_set(struct image *im)
     return true;
 }
 
-/* QEMU looks at the front first, for the footer or its copy; and it knows no parents. */
+/*
+ * QEMU looks at the front first, for the footer or its copy; and it knows no parents. It puts new blocks behind the
+ * table and the blocks: over a header that lies there.
+ */
 static bool vhd_as_qemu(struct image *im)
 {
     const struct vhd *v = im->state;
@@ -8277,7 +8280,8 @@ static bool vhd_as_qemu(struct image *im)
         return false;
     if (v->type == VHD_FIXED)
         return !vhd_is_footer(front) && v->end == im->files[0].size - VHD_FOOTER;
-    return memcmp(front, v->footer, VHD_FOOTER) == 0 && v->block_bits >= 12 && vhd_bits_are_set(im);
+    return memcmp(front, v->footer, VHD_FOOTER) == 0 && v->header < v->table && v->block_bits >= 12 &&
+           vhd_bits_are_set(im);
 }
 
 static const struct image_format vhd_format = {
@@ -9200,6 +9204,7 @@ enum {
 #define VMDK_SE_VOLATILE_MAGIC 0xcafecafeu
 #define VMDK_SE_VERSION 0x0000000200000001u
 #define VMDK_NO_PARENT 0xffffffffu
+#define VMDK_NEW_CID 0xfffffffeu    /* of every disk that was never written, and of all that some programs make */
 #define VMDK_LINE_ENDS "\r\n"       /* of a descriptor: either, or both */
 #define VMDK_AT_END UINT64_MAX      /* place of the grain directory: the footer says it */
 
@@ -9234,6 +9239,7 @@ struct vmdk {
     const char *create_type, *hint, *encoding;      /* in text, or "" */
     struct identity id, parent_id;  /* VirtualBox's UUIDs, from the disk data base */
     bool odd_parent_uuid;           /* there is one, but it cannot be read */
+    bool unlike_qemu;               /* QEMU reads the text differently: lines end at \n, keys count in comments, too */
 };
 
 /* -- the descriptor -- */
@@ -9403,16 +9409,21 @@ static void vmdk_set_cid(const struct image *im, struct vmdk *v, const char *val
         msg_say(MSG_NOTE, "%s: its CID is damaged: '%.20s' (no child of it can be checked)", im->name, value);
 }
 
-/* One wrong character in "ffffffff" makes no parent, unless a parent is named: see vmdk_set_parent(). */
+/*
+ * One wrong character in "ffffffff" makes no parent, unless a parent is named: see vmdk_set_parent(). But "fffffffe" is
+ * a true CID.
+ */
 static bool vmdk_set_parent_cid(const struct image *im, struct vmdk *v, const char *value)
 {
     unsigned wrong = 0;
 
     for (const char *p = value; *p; p++)
         wrong += *p != 'f' && *p != 'F';
-    if (vmdk_cid(value, &v->parent_cid) && !(strlen(value) == 8 && wrong == 1))
-        return true;
     v->odd_parent_cid = strlen(value) == 8 && wrong == 1;
+    if (vmdk_cid(value, &v->parent_cid) && (!v->odd_parent_cid || v->parent_cid == VMDK_NEW_CID)) {
+        v->odd_parent_cid = false;
+        return true;
+    }
     if (v->odd_parent_cid)
         msg_say(MSG_NOTE, "%s: its parent's CID is damaged, or very odd: '%s'", im->name, value);
     return v->odd_parent_cid;
@@ -9510,9 +9521,11 @@ static int vmdk_parse(struct image *im, struct vmdk *v)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     for (char *line = v->text + vmdk_bom(v->text); line && !ret; line = next) {
         next = strpbrk(line, VMDK_LINE_ENDS);
+        v->unlike_qemu |= next && next[0] == '\r' && next[1] != '\n';
         if (next)
             *next++ = 0;
         line = vmdk_trim(line);
+        v->unlike_qemu |= !!strcasestr(line, "parentFileNameHint");
         if (vmdk_starts(line, "#DDB") || vmdk_starts(line, "# The Disk Data Base"))
             in_ddb = true;
         if (*line && *line != '#')
@@ -9553,6 +9566,7 @@ static int vmdk_set_parent(struct image *im, const struct vmdk *v)
         im->parent_id = v->parent_id;
     if (cid || (*v->hint && !uuid))
         vmdk_cid_id(&im->parent_id, v->parent_cid);
+    im->common_parent_id = !uuid && v->parent_cid == VMDK_NEW_CID;
     ret = util_to_utf8(v->encoding, v->hint, name, sizeof(name)) ? ext_add_hint(im, name) : 0;
     if (!ret)
         ret = ext_add_hint(im, v->hint);        /* it may have been copied byte by byte */
@@ -10170,6 +10184,7 @@ static int vmdk_read_text(struct image *im, struct vmdk *v)
     int ret = file_pread(&im->files[0], head, len, 0, &done);
 
     v->parent_cid = VMDK_NO_PARENT;
+    v->no_cid = true;
     v->create_type = v->hint = v->encoding = "";
     if (ret)
         return ret;
@@ -10566,7 +10581,7 @@ static bool vmdk_as_qemu(struct image *im)
 {
     const struct vmdk *v = im->state;
 
-    if (*im->backing_name)
+    if (*im->backing_name || v->unlike_qemu)
         return false;
     for (unsigned i = 0; i < v->n_extents; i++) {
         const struct vmdk_extent *e = &v->extents[i];
@@ -11967,6 +11982,7 @@ static int img_take_nearest(struct image *im, struct image *base, const char *ne
     struct file *f = &base->files[0];
     unsigned next = img_next_given(im, 0);
     char uuid[37], found[PATH_MAX] = "";
+    const char *beside;
 
     if (f->path)
         util_copy(found, sizeof(found), f->path);
@@ -11984,11 +12000,12 @@ static int img_take_nearest(struct image *im, struct image *base, const char *ne
     if (why == -E2BIG)
         return msg_err(why, "%s: its parent is not where it says, and there are more than %d files beside it, too many "
                        "to look at; --backing FILE names it", im->name, MAX_NEIGHBOURS);
+    beside = im->common_parent_id ? "many disks have" : "no file beside it has";
     if (!im->n_hints)
-        return msg_err(why, "%s: does not name its parent, and no file beside it has the identity %s; --backing FILE "
-                       "names it", im->name, uuid);
-    return msg_err(why, "%s: cannot open its backing file '%s': %s, and no file beside it has the identity %s; "
-                   "--backing FILE names it", im->name, im->backing_name, strerror(ENOENT), uuid);
+        return msg_err(why, "%s: does not name its parent, and %s the identity %s; --backing FILE names it", im->name,
+                       beside, uuid);
+    return msg_err(why, "%s: cannot open its backing file '%s': %s, and %s the identity %s; --backing FILE names it",
+                   im->name, im->backing_name, strerror(ENOENT), beside, uuid);
 }
 
 static bool img_is_further_down(const struct image *im, const char *path);
@@ -12016,7 +12033,7 @@ static int img_find_parent(struct image *im, struct image *base)
     ret = img_try_hints(im, base, near);
     if (!ret || ret == -ENOMEM || !known)
         return ret ? img_take_nearest(im, base, near, twin, ret) : 0;
-    ret = img_search_folder(im, base, twin);
+    ret = im->common_parent_id ? -ENOENT : img_search_folder(im, base, twin);
     if (ret)
         return img_take_nearest(im, base, near, twin, ret);
     msg_say(MSG_NOTE, "%s: its parent, recorded as '%s', is %s by its identity", im->name, im->backing_name,

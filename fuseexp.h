@@ -265,6 +265,7 @@ struct image {
     unsigned n_hints;
     char *hints[MAX_PARENT_NAMES];
     struct identity id, parent_id;  /* likewise: its own; what its parent must have */
+    bool common_parent_id;          /* likewise: so many images have it that the parent must be named */
     bool has_other_parent;          /* likewise: as ID_IMAGE this one will do, too */
     uint8_t other_parent[16];
     uint32_t sector_size;           /* likewise: the disk's logical sectors; 0: the image does not say */

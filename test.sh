@@ -2736,7 +2736,8 @@ d = bytearray(open("real-plain", "rb").read()); d[0:512] = footer(3, size - 512,
 d = bytearray(open("real-plain", "rb").read()); d[-512:] = bytes(512); open("real-no-end", "wb").write(d)
 f = footer(2, size); open("own-guest-front", "wb").write(f + data[512:] + f)
 open("real-fixed", "wb").write(data + f); open("own-511", "wb").write(data + f[:511]); open("own-cut", "wb").write(data[:-65536] + f)
-d = bytearray(open("real-parent", "rb").read()); d[1540:1544] = d[1536:1540]; open("own-twice", "wb").write(d)'
+d = bytearray(open("real-parent", "rb").read()); d[1540:1544] = d[1536:1540]; open("own-twice", "wb").write(d)
+d = open("real-plain", "rb").read(); f = footer(3, size, at=len(d) - 512); open("own-header-behind", "wb").write(f + d[512:-512] + d[512:1536] + f)'
     for i in real-* own-*; do promised "${i%%-*}" "$i" --format vpc; done
     # An image between does not hide it.
     for i in own-bits real-plain; do qemu-img create -q -u -f qcow2 -b $i -F vpc img 4M; promised "${i%%-*}" img; done
@@ -2765,6 +2766,9 @@ build("c.vhdx", 4 * MIB, MIB, [6, 0, 0, 6], os.urandom(4 * MIB), keys=[("parent_
     sed 's/^RW 8192 FLAT.*/&\nRW 8192 ZERO/' flat.vmdk >zero.vmdk; promised own zero.vmdk
     sed 's/^RW 8192/RDONLY 8192/' flat.vmdk >rdonly.vmdk; promised own rdonly.vmdk
     sed 's/ FLAT / Flat /' flat.vmdk >case.vmdk; promised own case.vmdk
+    tr '\n' '\r' <flat.vmdk >returns.vmdk; promised own returns.vmdk
+    sed 's/$/\r/' flat.vmdk >dos.vmdk; promised real dos.vmdk
+    sed 's/^RW/#parentFileNameHint="good.vmdk"\n&/' flat.vmdk >comment.vmdk; promised own comment.vmdk
     sed 's/flat-flat/ä-flat/; s/^version=1/&\nencoding="UTF-8"/' flat.vmdk >enc.vmdk; cp flat-flat.vmdk ä-flat.vmdk; promised own enc.vmdk
     qemu-img create -q -f vmdk -b good.vmdk -F vmdk child.vmdk 64M; qemu-io -c 'write -P 3 8M 1M' child.vmdk >io.log; promised own child.vmdk
     # The first directory's table is lost; and one grain in it.
@@ -5461,6 +5465,24 @@ t_vmdk_parents_named_by_virtualbox_uuid_alone_are_found() {
     vmdk_ddb mid.vmdk ddb.uuid.parent=11111111-zzzz; refused 1 'does not record its parent.s identity' "$fx" -q mid.vmdk m
     qemu-img create -q -f vmdk whole.vmdk 1M; vmdk_ddb whole.vmdk ddb.uuid.parent=00000000-0000-0x00-0000-000000000000
     head -c 1M /dev/zero >truth; check_same whole.vmdk
+}
+
+t_vmdk_parents_are_not_known_by_the_cid_of_new_disks() {
+    local hint
+    qemu-img create -q -f vmdk -o subformat=monolithicFlat base.vmdk 1M; scribble base.vmdk 1; cp base-flat.vmdk truth
+    sed -i 's/^CID=.*/CID=fffffffe/' base.vmdk
+    for hint in '' 'parentFileNameHint="gone.vmdk"'; do
+        qemu-img create -q -f vmdk child.vmdk 1M
+        py 'd = open("child.vmdk", "rb").read(); h = sys.argv[1].encode()
+open("child.vmdk", "wb").write(d[:512] + (d[512:10752].rstrip(b"\0").replace(b"parentCID=ffffffff", b"parentCID=fffffffe\n" + h)).ljust(10240, b"\0") + d[10752:])' "$hint"
+        refused 1 'many disks have the identity fffffffe; --backing FILE names it' "$fx" -q child.vmdk m
+        check_same child.vmdk --backing base.vmdk
+        "$fx" --backing base.vmdk child.vmdk m 2>err; "$fx" --umount m; not grep CID err
+    done
+    mv base.vmdk gone.vmdk; check_same child.vmdk
+    # Nor by one that is not there.
+    sed -i '/^CID=/d' gone.vmdk; sed -i 's/^parentCID=.*/parentCID=00000000/' child.vmdk
+    refused 1 'its identity is none instead of 00000000' "$fx" -q child.vmdk m
 }
 
 t_vmdk_cowd_header_names_a_parent() {
