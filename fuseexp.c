@@ -16476,6 +16476,23 @@ static int run_status(const struct run *r)
                                                         : WEXITSTATUS(r->command_status);
 }
 
+/* Before anything is opened or made: where are MOUNTPOINT and the pidfile, and can they be there? */
+static int run_resolve_paths(struct run *r)
+{
+    const struct options *o = r->o;
+    int ret = mnt_resolve(o->mountpoint, r->mp.path);
+
+    if (!ret)
+        ret = mnt_clear_stale(r->mp.path);
+    if (!ret)
+        ret = mnt_check(&r->mp, o->images, o->n_images);
+    if (!ret && o->pidfile)
+        ret = mnt_resolve_folder(o->pidfile, r->pidfile);
+    if (!ret && strcmp(r->pidfile, r->mp.path) == 0)
+        ret = msg_err(-EINVAL, "%s: is both MOUNTPOINT and --pidfile", r->pidfile);
+    return ret;
+}
+
 /* Serves until unmounted. shell_fd: who waits for readiness, or -1. Returns the exit status. */
 static int run_export(const struct options *o, int shell_fd)
 {
@@ -16496,15 +16513,8 @@ static int run_export(const struct options *o, int shell_fd)
     run_raise_file_limit(r);
     if (run_make_control(r))
         goto out_control;
-    if (mnt_resolve(o->mountpoint, r->mp.path) || mnt_clear_stale(r->mp.path) ||
-        mnt_check(&r->mp, o->images, o->n_images))
+    if (run_resolve_paths(r))
         goto out_control;
-    if (o->pidfile && mnt_resolve_folder(o->pidfile, r->pidfile))
-        goto out_control;
-    if (strcmp(r->pidfile, r->mp.path) == 0) {
-        msg_err(0, "%s: is both MOUNTPOINT and --pidfile", r->pidfile);
-        goto out_control;
-    }
     if (run_open_image(r))
         goto out_image;
     if (run_start_error_map(r))
