@@ -19,7 +19,7 @@ deps     := $(BUILD)/deps
 warnings := -Wall -Wextra -Wshadow -Wvla -Wundef -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith \
             -Wcast-align -Wwrite-strings -Wconversion -Wformat=2 -Wimplicit-fallthrough $(WERROR)
 required := -std=c11 -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -DFUSE_USE_VERSION=314 -pthread $(warnings)
-# Same sources, same bytes: no path of the build folder ends up in the binary.
+# Same sources, same bytes: no path of the build directory ends up in the binary.
 repro    := -ffile-prefix-map=$(CURDIR)=. -fno-ident -Wl,--build-id=none
 hardened := -fstack-protector-strong -fno-plt -D_FORTIFY_SOURCE=2
 static   := -static -isystem $(deps)/include -isystem $(deps)/include/fuse3 -idirafter $(deps)/kernel
@@ -56,7 +56,7 @@ $(BUILD)/fuseexp-asan $(BUILD)/fuseexp-tsan: fuseexp.c fuseexp.h Makefile
 
 deps: $(deps)/.done ## builds libfuse3, libdeflate and libzstd for musl from the distribution's source packages
 
-# The machine's own package sources, as a private deb-src list: nothing outside the build folder is touched.
+# The machine's own package sources, as a private deb-src list: nothing outside the build directory is touched.
 apt_src := -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts=$(CURDIR)/$(deps)/apt/parts \
            -o Dir::State::Lists=$(CURDIR)/$(deps)/apt/lists -o APT::Sandbox::User= -o Acquire::Languages=none -qq
 musl_env := CC='$(MUSL_CC)' CFLAGS='-O2 -ffunction-sections -ffile-prefix-map=$(CURDIR)=. -idirafter $(CURDIR)/$(deps)/kernel'
@@ -148,7 +148,7 @@ dist: ## packs the committed tree as build/fuseexp.tar.gz
 
 clean: ## removes the binaries (the built libraries stay; distclean removes them too)
 	rm -rf $(BUILD)/fuseexp*
-distclean: ## removes the whole build folder
+distclean: ## removes the whole build directory
 	rm -rf $(BUILD)
 
 help: ## shows this list

@@ -5,34 +5,41 @@
  *   worker: read(/dev/fuse clone) -> fop_<op>() -> img_read() or img_write() -> format->map()
  *           -> file_pread() or file_pwrite() -> write(reply)
  *
- *    1. Messages                msg_     the only writer of stderr; four levels
- *    2. Utilities               util_    bytes, numbers, fault injection
- *    3. Output                  out_     JSON, or lines for people
- *    4. Worker pool             pool_    how many workers run
- *    5. Host files              file_    every system call on an image
- *    6. Codecs                  codec_   one compressed cluster
- *    7. Cache                   cache_   tables and decoded clusters in one budget
- *    8. Extents                 ext_     neighbours become one: for the drivers below
- *    9. Raw images              raw_     the driver to copy
- *   10. qcow2                   qcow2_   QEMU's format, for reading
- *   11. qcow2 writing           qcow2_   allocation, commits, repair
- *   12. VDI                     vdi_     VirtualBox's format
- *   13. QED                     qed_     QEMU's older format
- *   14. Parallels               prl_     images, and bundles of them
- *   15. VHD                     vhd_     Virtual PC, Hyper-V 2008, Azure: fixed, dynamic, differencing
- *   16. VHDX                    vhdx_    Hyper-V: fixed, dynamic, differencing, with a log
- *   17. VMDK                    vmdk_    VMware's formats
- *   18. Damage                  bad_     what could not be read, for --error-map
- *   19. Image core              img_     probing, chains, the loops over extents, resizing
- *   20. Partitions              part_    MBR, GPT, the views
- *   21. FUSE operations         fop_     request in, reply out; knows no descriptor of FUSE
- *   22. Worker loop             loop_    the transport
- *   23. Sandbox                 box_     what the serving process gives up
- *   24. Mounts                  mnt_     mountpoint, mount table, mounting, unmounting
- *   25. Life cycle              run_     supervisor and server, the clean-up chain
- *   26. One-shot commands       cmd_     --umount, --info, --map, --check, --formats, --version
- *   27. Options                 opt_     one table for getopt, -o and --help
- *   28. Main
+ *    1. Messages               msg_        the only writer of stderr; four levels
+ *    2. Utilities              util_       bytes, numbers, ranges, descriptors, fault injection
+ *    3. GUIDs and text         text_       identifiers, encodings, letter case
+ *    4. Output                 out_        JSON, or lines for people
+ *    5. Epochs                 epoch_      when every request of a time has ended
+ *    6. Worker pool            pool_       how many workers run
+ *    7. Host files             file_       every system call on an image
+ *    8. Codecs                 codec_      one compressed cluster
+ *    9. Table cache            cache_      tables, and the budget that decoded clusters share
+ *   10. Decoded clusters       cache_      what compressed clusters decode to
+ *   11. Format helpers         fmt_, ext_  refusals, opening by name, extents
+ *   12. Lost ranges            lost_       what could not be read, for --error-map
+ *   13. Image I/O              img_        reads, writes and resizes any image through its driver
+ *   14. Raw images             raw_        the driver to copy
+ *   15. VDI                    vdi_        VirtualBox's format
+ *   16. QED                    qed_        QEMU's older format
+ *   17. VHD                    vhd_        Virtual PC, Hyper-V 2008, Azure: fixed, dynamic, differencing
+ *   18. VHDX                   vhdx_       Hyper-V: fixed, dynamic, differencing, with a log
+ *   19. VMDK                   vmdk_       VMware's formats
+ *   20. Parallels              prl_        images, and bundles of them
+ *   21. qcow2                  qcow2_      QEMU's format, for reading
+ *   22. qcow2 writing          qcow2_      allocation, commits, repair
+ *   23. Probing                probe_      which format a file has; the table of formats
+ *   24. Checks                 check_      the look at every open, and --check for most formats
+ *   25. Chains                 chain_      opening an image and its backing files
+ *   26. Overlays               overlay_    made, published and opened for --overlay and --temporary
+ *   27. Partitions             part_       MBR, GPT, the views
+ *   28. FUSE operations        fop_        request in, reply out; knows no descriptor of FUSE
+ *   29. Worker loop            loop_       the transport
+ *   30. Sandbox                box_        what the serving process gives up
+ *   31. Options                opt_        one table for getopt, -o and --help
+ *   32. Mounts                 mnt_        mountpoint, mount table, mounting, unmounting
+ *   33. Life cycle             run_        supervisor and server, the clean-up chain
+ *   34. One-shot commands      cmd_        --umount, --info, --map, --check, --formats, --version
+ *   35. Main
  *
  * Processes: the supervisor (this program as started, or its background child) mounts, forks the server,
  * unmounts and cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker
@@ -44,7 +51,7 @@
  *   writer.lock          every change of a table; not held while data is written (qcow2)
  *   cache.set_lock       refilling table slots of a set, and its changed slices; readers take none
  *   cache.lock           the list of decoded clusters; not held while decoding
- *   img_streams.lock, bad_list.lock   who reads in order; what could not be read
+ *   img_streams.lock, lost_list.lock   who reads in order; what could not be read
  *   pool.lock            parking, waking, jobs; taken around operations that may sleep
  *   everything else is immutable once the workers run, or an atomic of its own, or belongs to one worker
  *
@@ -243,6 +250,36 @@ static uint64_t util_le64(const uint8_t *p)
     return (uint64_t)util_le32(p) | (uint64_t)util_le32(p + 4) << 32;
 }
 
+__attribute__((unused)) static uint16_t le16_to_cpu(le16 v)
+{
+    return util_le16(v.byte);
+}
+
+__attribute__((unused)) static uint32_t le32_to_cpu(le32 v)
+{
+    return util_le32(v.byte);
+}
+
+__attribute__((unused)) static uint64_t le64_to_cpu(le64 v)
+{
+    return util_le64(v.byte);
+}
+
+__attribute__((unused)) static uint16_t be16_to_cpu(be16 v)
+{
+    return util_be16(v.byte);
+}
+
+__attribute__((unused)) static uint32_t be32_to_cpu(be32 v)
+{
+    return util_be32(v.byte);
+}
+
+__attribute__((unused)) static uint64_t be64_to_cpu(be64 v)
+{
+    return util_be64(v.byte);
+}
+
 /*
  * "4096", "0x1000", "4k", "10G": powers of 1024. False on anything else, on a sign, and past MAX_IMAGE_SIZE.
  */
@@ -333,58 +370,6 @@ static const char *util_basename(const char *path)
     return slash ? slash + 1 : path;
 }
 
-static bool util_is_null_id(const uint8_t id[16])
-{
-    static const uint8_t null[16];
-
-    return memcmp(id, null, sizeof(null)) == 0;
-}
-
-/* The fields of a GUID as they are printed, from the order in which Windows stores them, and back. */
-static void util_swap_guid(const uint8_t from[16], uint8_t to[16])
-{
-    static const uint8_t order[16] = { 3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
-
-    for (size_t i = 0; i < 16; i++)
-        to[i] = from[order[i]];
-}
-
-/* 32 hexadecimal digits, whatever braces and dashes are around them. */
-static bool util_parse_guid(const char *text, uint8_t guid[16])
-{
-    static const char digits[] = "0123456789abcdef";
-    unsigned n = 0;
-    const char *d;
-
-    memset(guid, 0, 16);
-    for (; *text; text++) {
-        if (strchr("{}-", *text))
-            continue;
-        d = strchr(digits, tolower((unsigned char)*text));
-        if (!d || n == 32)
-            return false;
-        guid[n / 2] = (uint8_t)(guid[n / 2] << 4 | (uint8_t)(d - digits));
-        n++;
-    }
-    return n == 32;
-}
-
-/* hex: 2 * len + 1 bytes. */
-static void util_hex(const uint8_t *bytes, size_t len, char *hex)
-{
-    *hex = 0;
-    for (size_t i = 0; i < len; i++)
-        snprintf(hex + 2 * i, 3, "%02x", bytes[i]);
-}
-
-static void util_uuid_text(const uint8_t uuid[16], char text[37])
-{
-    char hex[33];
-
-    util_hex(uuid, 16, hex);
-    snprintf(text, 37, "%.8s-%.4s-%.4s-%.4s-%.12s", hex, hex + 8, hex + 12, hex + 16, hex + 20);
-}
-
 /* musl declares the request as int, glibc as unsigned long; the kernel looks at 32 bits. */
 static int util_ioctl(int fd, uint32_t request, void *arg)
 {
@@ -393,121 +378,6 @@ static int util_ioctl(int fd, uint32_t request, void *arg)
 #else
     return ioctl(fd, (int)request, arg);
 #endif
-}
-
-/* One character of UTF-16 at p, at most len bytes; *used: how many it took. Half a surrogate pair becomes U+FFFD. */
-static uint32_t util_utf16_char(const uint8_t *p, size_t len, bool big, size_t *used)
-{
-    uint32_t c = big ? util_be16(p) : util_le16(p), low = 0;
-
-    *used = 2;
-    if (c < 0xd800 || c > 0xdfff)
-        return c;
-    if (c < 0xdc00 && len >= 4)
-        low = big ? util_be16(p + 2) : util_le16(p + 2);
-    if (low < 0xdc00 || low > 0xdfff)
-        return 0xfffd;
-    *used = 4;
-    return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
-}
-
-static size_t util_utf8_char(uint32_t c, char out[4])
-{
-    static const uint8_t lead[] = { 0, 0, 0xc0, 0xe0, 0xf0 };
-    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-
-    for (size_t i = n; i-- > 1; c >>= 6)
-        out[i] = (char)(0x80 | (c & 0x3f));
-    out[0] = (char)(n == 1 ? c : lead[n] | c);
-    return n;
-}
-
-/* The next character of UTF-8; of a byte that is none something that no character is. */
-static uint32_t util_utf8_next(const char **text)
-{
-    static const uint8_t lead[] = { 0, 0x7f, 0x1f, 0x0f, 0x07 };
-    const uint8_t *p = (const uint8_t *)*text;
-    unsigned n = *p < 0x80 ? 1 : *p < 0xc0 ? 0 : *p < 0xe0 ? 2 : *p < 0xf0 ? 3 : *p < 0xf8 ? 4 : 0;
-    uint32_t c = p[0] & lead[n];
-
-    for (unsigned i = 1; i < n; i++) {
-        if ((p[i] & 0xc0) != 0x80)
-            n = 0;                  /* also at the end of the text */
-        else
-            c = c << 6 | (p[i] & 0x3f);
-    }
-    *text += n ? n : 1;
-    return n ? c : 0x80000000u | *p;
-}
-
-/* Do two names in UTF-8 differ in nothing but letter case? */
-static bool util_same_but_case(const char *a, const char *b)
-{
-    uint32_t ca, cb;
-
-    while (*a && *b) {
-        ca = util_utf8_next(&a);
-        cb = util_utf8_next(&b);
-        if (ca != cb && towlower((wint_t)ca) != towlower((wint_t)cb))
-            return false;
-    }
-    return !*a && !*b;
-}
-
-/* iconv_open(3) to UTF-8; of names that the C library does not know the number of the code page counts. */
-static iconv_t util_open_encoding(const char *encoding)
-{
-    static const struct { const char *page, *name; } pages[] = {
-        { "cp932", "Shift_JIS" }, { "cp943", "Shift_JIS" }, { "cp936", "GBK" },
-    };
-    const char *number = encoding + strcspn(encoding, "0123456789");
-    iconv_t cd = *encoding ? iconv_open("UTF-8", encoding) : (iconv_t)-1;
-    char page[32];
-
-    if (cd != (iconv_t)-1)
-        return cd;
-    snprintf(page, sizeof(page), "cp%.*s", (int)strspn(number, "0123456789"), number);
-    for (size_t i = 0; i < ARRAY_LEN(pages); i++)
-        if (strcmp(page, pages[i].page) == 0)
-            snprintf(page, sizeof(page), "%s", pages[i].name);
-    return iconv_open("UTF-8", page);
-}
-
-/* From an encoding, as VMware names it ("windows-1252"), to UTF-8. False: unknown, or the text is not in it. */
-static bool util_to_utf8(const char *encoding, const char *from, char *to, size_t room)
-{
-    char *in = (char *)(uintptr_t)from;
-    size_t in_left = strlen(from), out_left = room - 1;
-    iconv_t cd = util_open_encoding(encoding);
-    bool good;
-
-    if (cd == (iconv_t)-1)
-        return false;
-    good = iconv(cd, &in, &in_left, &to, &out_left) == 0 && in_left == 0;   /* > 0: replaced characters */
-    *to = 0;
-    iconv_close(cd);
-    return good;
-}
-
-/* len bytes of UTF-16 (up to a zero) as UTF-8. False: it does not fit. */
-static bool util_utf16_text(const uint8_t *from, size_t len, bool big, char *text, size_t room)
-{
-    size_t n = 0, used, bytes;
-    char utf8[4];
-    uint32_t c;
-
-    for (size_t at = 0; at + 2 <= len; at += used) {
-        c = util_utf16_char(from + at, len - at, big, &used);
-        if (!c)
-            break;
-        bytes = util_utf8_char(c, utf8);
-        if (n + bytes >= room)
-            return false;
-        memcpy(text + n, utf8, bytes);
-        n += bytes;
-    }
-    text[n] = 0;
-    return true;
 }
 
 /*
@@ -724,7 +594,180 @@ static bool util_fault_at(uint64_t offset, uint64_t len)
 #endif
 
 /* ******************************************************************************************************** *
- * 3. Output
+ * 3. GUIDs and text
+ *
+ * What names things in images: GUIDs in their two orders, UTF-16, and the encodings that descriptors use.
+ * ******************************************************************************************************** */
+
+static bool text_is_null_id(const uint8_t id[16])
+{
+    static const uint8_t null[16];
+
+    return memcmp(id, null, sizeof(null)) == 0;
+}
+
+/* The fields of a GUID as they are printed, from the order in which Windows stores them, and back. */
+static void text_swap_guid(const uint8_t from[16], uint8_t to[16])
+{
+    static const uint8_t order[16] = { 3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
+
+    for (size_t i = 0; i < 16; i++)
+        to[i] = from[order[i]];
+}
+
+/* 32 hexadecimal digits, whatever braces and dashes are around them. */
+static bool text_parse_guid(const char *text, uint8_t guid[16])
+{
+    static const char digits[] = "0123456789abcdef";
+    unsigned n = 0;
+    const char *d;
+
+    memset(guid, 0, 16);
+    for (; *text; text++) {
+        if (strchr("{}-", *text))
+            continue;
+        d = strchr(digits, tolower((unsigned char)*text));
+        if (!d || n == 32)
+            return false;
+        guid[n / 2] = (uint8_t)(guid[n / 2] << 4 | (uint8_t)(d - digits));
+        n++;
+    }
+    return n == 32;
+}
+
+/* hex: 2 * len + 1 bytes. */
+static void text_hex(const uint8_t *bytes, size_t len, char *hex)
+{
+    *hex = 0;
+    for (size_t i = 0; i < len; i++)
+        snprintf(hex + 2 * i, 3, "%02x", bytes[i]);
+}
+
+static void text_uuid(const uint8_t uuid[16], char text[37])
+{
+    char hex[33];
+
+    text_hex(uuid, 16, hex);
+    snprintf(text, 37, "%.8s-%.4s-%.4s-%.4s-%.12s", hex, hex + 8, hex + 12, hex + 16, hex + 20);
+}
+
+/* One character of UTF-16 at p, at most len bytes; *used: how many it took. Half a surrogate pair becomes U+FFFD. */
+static uint32_t text_utf16_char(const uint8_t *p, size_t len, bool big, size_t *used)
+{
+    uint32_t c = big ? util_be16(p) : util_le16(p), low = 0;
+
+    *used = 2;
+    if (c < 0xd800 || c > 0xdfff)
+        return c;
+    if (c < 0xdc00 && len >= 4)
+        low = big ? util_be16(p + 2) : util_le16(p + 2);
+    if (low < 0xdc00 || low > 0xdfff)
+        return 0xfffd;
+    *used = 4;
+    return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
+}
+
+static size_t text_utf8_char(uint32_t c, char out[4])
+{
+    static const uint8_t lead[] = { 0, 0, 0xc0, 0xe0, 0xf0 };
+    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+
+    for (size_t i = n; i-- > 1; c >>= 6)
+        out[i] = (char)(0x80 | (c & 0x3f));
+    out[0] = (char)(n == 1 ? c : lead[n] | c);
+    return n;
+}
+
+/* The next character of UTF-8; of a byte that is none something that no character is. */
+static uint32_t text_utf8_next(const char **text)
+{
+    static const uint8_t lead[] = { 0, 0x7f, 0x1f, 0x0f, 0x07 };
+    const uint8_t *p = (const uint8_t *)*text;
+    unsigned n = *p < 0x80 ? 1 : *p < 0xc0 ? 0 : *p < 0xe0 ? 2 : *p < 0xf0 ? 3 : *p < 0xf8 ? 4 : 0;
+    uint32_t c = p[0] & lead[n];
+
+    for (unsigned i = 1; i < n; i++) {
+        if ((p[i] & 0xc0) != 0x80)
+            n = 0;                  /* also at the end of the text */
+        else
+            c = c << 6 | (p[i] & 0x3f);
+    }
+    *text += n ? n : 1;
+    return n ? c : 0x80000000u | *p;
+}
+
+/* Do two names in UTF-8 differ in nothing but letter case? */
+static bool text_same_but_case(const char *a, const char *b)
+{
+    uint32_t ca, cb;
+
+    while (*a && *b) {
+        ca = text_utf8_next(&a);
+        cb = text_utf8_next(&b);
+        if (ca != cb && towlower((wint_t)ca) != towlower((wint_t)cb))
+            return false;
+    }
+    return !*a && !*b;
+}
+
+/* iconv_open(3) to UTF-8; of names that the C library does not know the number of the code page counts. */
+static iconv_t text_open_encoding(const char *encoding)
+{
+    static const struct { const char *page, *name; } pages[] = {
+        { "cp932", "Shift_JIS" }, { "cp943", "Shift_JIS" }, { "cp936", "GBK" },
+    };
+    const char *number = encoding + strcspn(encoding, "0123456789");
+    iconv_t cd = *encoding ? iconv_open("UTF-8", encoding) : (iconv_t)-1;
+    char page[32];
+
+    if (cd != (iconv_t)-1)
+        return cd;
+    snprintf(page, sizeof(page), "cp%.*s", (int)strspn(number, "0123456789"), number);
+    for (size_t i = 0; i < ARRAY_LEN(pages); i++)
+        if (strcmp(page, pages[i].page) == 0)
+            snprintf(page, sizeof(page), "%s", pages[i].name);
+    return iconv_open("UTF-8", page);
+}
+
+/* From an encoding, as VMware names it ("windows-1252"), to UTF-8. False: unknown, or the text is not in it. */
+static bool text_to_utf8(const char *encoding, const char *from, char *to, size_t room)
+{
+    char *in = (char *)(uintptr_t)from;
+    size_t in_left = strlen(from), out_left = room - 1;
+    iconv_t cd = text_open_encoding(encoding);
+    bool good;
+
+    if (cd == (iconv_t)-1)
+        return false;
+    good = iconv(cd, &in, &in_left, &to, &out_left) == 0 && in_left == 0;   /* > 0: replaced characters */
+    *to = 0;
+    iconv_close(cd);
+    return good;
+}
+
+/* len bytes of UTF-16 (up to a zero) as UTF-8. False: it does not fit. */
+static bool text_from_utf16(const uint8_t *from, size_t len, bool big, char *text, size_t room)
+{
+    size_t n = 0, used, bytes;
+    char utf8[4];
+    uint32_t c;
+
+    for (size_t at = 0; at + 2 <= len; at += used) {
+        c = text_utf16_char(from + at, len - at, big, &used);
+        if (!c)
+            break;
+        bytes = text_utf8_char(c, utf8);
+        if (n + bytes >= room)
+            return false;
+        memcpy(text + n, utf8, bytes);
+        n += bytes;
+    }
+    text[n] = 0;
+    return true;
+}
+
+/* ******************************************************************************************************** *
+ * 4. Output
  *
  * What --info, --map and --check say on stdout: one document of named values, as JSON or as lines for people.
  * The names are the JSON ones; for people their dashes become blanks. Nothing is written before the image is
@@ -980,7 +1023,57 @@ __attribute__((format(printf, 5, 6))) static void out_finding(struct check *c, c
 }
 
 /* ******************************************************************************************************** *
- * 4. Worker pool
+ * 5. Epochs
+ *
+ * Counts what each worker begins and ends, so that a writer can tell that no request from before is left.
+ * ******************************************************************************************************** */
+
+/*
+ * Who has found out where something lies may use that place until his request is over. A place that is given up
+ * is given away again when all requests of that time are over: every worker counts its steps into and out of
+ * requests (odd: inside), and epoch_grace_over() compares. Nobody waits.
+ */
+struct epoch_counts {
+    _Atomic uint64_t n;
+    char apart[56];                 /* a cache line each */
+};
+struct epoch_grace {
+    uint64_t n[MAX_THREADS];
+};
+static struct epoch_counts epoch_counts[MAX_THREADS];
+static _Atomic unsigned epoch_n_threads;
+static _Thread_local unsigned epoch_self;    /* index + 1 */
+
+static void epoch_enter(void)
+{
+    if (!epoch_self)
+        epoch_self = ++epoch_n_threads;
+    if (epoch_self <= MAX_THREADS)
+        epoch_counts[epoch_self - 1].n++;
+}
+
+static void epoch_leave(void)
+{
+    epoch_enter();
+}
+
+static void epoch_begin_grace(struct epoch_grace *g)
+{
+    for (unsigned i = 0; i < MAX_THREADS; i++)
+        g->n[i] = atomic_fetch_add(&epoch_counts[i].n, 0);        /* not before the places were given up */
+}
+
+/* We ourselves look places up anew. */
+static bool epoch_grace_over(const struct epoch_grace *g)
+{
+    for (unsigned i = 0; i < MAX_THREADS; i++)
+        if (g->n[i] % 2 && g->n[i] == epoch_counts[i].n && i + 1 != epoch_self)
+            return false;
+    return epoch_n_threads <= MAX_THREADS;
+}
+
+/* ******************************************************************************************************** *
+ * 6. Worker pool
  *
  * Who may run. As many workers as there are processors wait for requests; the others are parked. A worker
  * that is about to sleep in an operation on the image (the data is not in the page cache) says so, and one of
@@ -1012,50 +1105,7 @@ static struct {
     unsigned first_job, n_jobs;
 } pool = { .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
 
-/*
- * Who has found out where something lies may use that place until his request is over. A place that is given up
- * is given away again when all requests of that time are over: every worker counts its steps into and out of
- * requests (odd: inside), and pool_grace_over() compares. Nobody waits.
- */
-struct pool_steps {
-    _Atomic uint64_t n;
-    char apart[56];                 /* a cache line each */
-};
-struct pool_grace {
-    uint64_t n[MAX_THREADS];
-};
-static struct pool_steps pool_steps[MAX_THREADS];
-static _Atomic unsigned pool_n_threads;
-static _Thread_local unsigned pool_self;    /* index + 1 */
 static _Thread_local bool pool_helps;       /* doing a job while parked */
-
-static void pool_enter(void)
-{
-    if (!pool_self)
-        pool_self = ++pool_n_threads;
-    if (pool_self <= MAX_THREADS)
-        pool_steps[pool_self - 1].n++;
-}
-
-static void pool_leave(void)
-{
-    pool_enter();
-}
-
-static void pool_begin_grace(struct pool_grace *g)
-{
-    for (unsigned i = 0; i < MAX_THREADS; i++)
-        g->n[i] = atomic_fetch_add(&pool_steps[i].n, 0);        /* not before the places were given up */
-}
-
-/* We ourselves look places up anew. */
-static bool pool_grace_over(const struct pool_grace *g)
-{
-    for (unsigned i = 0; i < MAX_THREADS; i++)
-        if (g->n[i] % 2 && g->n[i] == pool_steps[i].n && i + 1 != pool_self)
-            return false;
-    return pool_n_threads <= MAX_THREADS;
-}
 
 static void pool_start(unsigned most, unsigned running)
 {
@@ -1089,31 +1139,6 @@ static void pool_unblock(void)
         pool.running++;
 }
 
-/*
- * Until all requests that are in flight now are over, but our own. The caller holds no lock that one of them waits for
- * while it is inside. Rare (a disk is made shorter), so it looks again every 200 microseconds.
- */
-static void pool_wait_grace(void)
-{
-    pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    pthread_cond_t never = PTHREAD_COND_INITIALIZER;
-    struct pool_grace g;
-    struct timespec t;
-
-    pool_begin_grace(&g);
-    pool_block();
-    pthread_mutex_lock(&lock);
-    while (!pool_grace_over(&g)) {
-        clock_gettime(CLOCK_REALTIME, &t);
-        t.tv_nsec += 200000;
-        t.tv_sec += t.tv_nsec / 1000000000;
-        t.tv_nsec %= 1000000000;
-        pthread_cond_timedwait(&never, &lock, &t);
-    }
-    pthread_mutex_unlock(&lock);
-    pool_unblock();
-}
-
 /* Between requests. Not true: nothing to do. */
 static bool pool_crowded(void)
 {
@@ -1138,9 +1163,9 @@ static void pool_do_job_locked(void)
         pthread_cond_signal(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
     pool_helps = true;
-    pool_enter();
+    epoch_enter();
     job.run(job.arg, job.offset, job.length);
-    pool_leave();
+    epoch_leave();
     pool_helps = false;
     pthread_mutex_lock(&pool.lock);
     pool.helping--;
@@ -1203,8 +1228,33 @@ static void pool_close(void)
     pthread_mutex_unlock(&pool.lock);
 }
 
+/*
+ * Until all requests that are in flight now are over, but our own. The caller holds no lock that one of them waits for
+ * while it is inside. Rare (a disk is made shorter), so it looks again every 200 microseconds.
+ */
+static void pool_wait_grace(void)
+{
+    pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t never = PTHREAD_COND_INITIALIZER;
+    struct epoch_grace g;
+    struct timespec t;
+
+    epoch_begin_grace(&g);
+    pool_block();
+    pthread_mutex_lock(&lock);
+    while (!epoch_grace_over(&g)) {
+        clock_gettime(CLOCK_REALTIME, &t);
+        t.tv_nsec += 200000;
+        t.tv_sec += t.tv_nsec / 1000000000;
+        t.tv_nsec %= 1000000000;
+        pthread_cond_timedwait(&never, &lock, &t);
+    }
+    pthread_mutex_unlock(&lock);
+    pool_unblock();
+}
+
 /* ******************************************************************************************************** *
- * 5. Host files
+ * 7. Host files
  *
  * Contract in fuseexp.h. Every system call on an image is made here.
  * ******************************************************************************************************** */
@@ -1315,14 +1365,14 @@ static int file_open(struct file *f, const char *path, bool writable)
 }
 
 /*
- * Opens a file that an image names: below `folder`, and not out of it by "..", links or mounts
+ * Opens a file that an image names: below `directory`, and not out of it by "..", links or mounts
  * of /proc. Kernels before 5.6 cannot promise that, so there no name with a slash is followed, and no link.
  */
-static int file_open_beneath(struct file *f, const char *folder, const char *name, const char *shown, bool writable)
+static int file_open_beneath(struct file *f, const char *directory, const char *name, const char *shown, bool writable)
 {
     struct fx_open_how how = { .flags = O_PATH | O_CLOEXEC,
                                .resolve = FX_RESOLVE_BENEATH | FX_RESOLVE_NO_MAGICLINKS };
-    int dir = open(folder, O_PATH | O_DIRECTORY | O_CLOEXEC), path_fd = -1, fd = -1, ret;
+    int dir = open(directory, O_PATH | O_DIRECTORY | O_CLOEXEC), path_fd = -1, fd = -1, ret;
     char proc[40];
     struct stat st;
 
@@ -1501,7 +1551,7 @@ static int file_check_loops(const struct file *f)
     return 0;
 }
 
-/* Is there `part` in the folder dir? Else it becomes the one name there that differs in letter case only. */
+/* Is there `part` in the directory dir? Else it becomes the one name there that differs in letter case only. */
 static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size_t room)
 {
     char found[NAME_MAX + 1] = "";
@@ -1517,7 +1567,7 @@ static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size
     fd = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     d = fd < 0 ? NULL : fdopendir(fd);
     while (d && (e = readdir(d)))
-        if (util_same_but_case(e->d_name, part)) {
+        if (text_same_but_case(e->d_name, part)) {
             util_copy(found, sizeof(found), e->d_name);
             used += used < room ? (size_t)snprintf(matches + used, room - used, "%s'%s'", n ? ", " : "", found) : 0;
             n++;
@@ -1533,12 +1583,12 @@ static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size
 
 /*
  * Windows and macOS do not tell letter cases apart, so that images from there may name files as they are not called
- * here. fixed: `name`, below folder, with each component as it is called. No link is followed, and no "..".
+ * here. fixed: `name`, below directory, with each component as it is called. No link is followed, and no "..".
  * -ENOTUNIQ: several names would do; matches lists them.
  */
-static int file_fix_case(const char *folder, const char *name, char fixed[PATH_MAX], char *matches, size_t room)
+static int file_fix_case(const char *directory, const char *name, char fixed[PATH_MAX], char *matches, size_t room)
 {
-    int dir = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC), next, ret = dir < 0 ? -errno : 0;
+    int dir = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC), next, ret = dir < 0 ? -errno : 0;
     char part[NAME_MAX + 1];
     size_t len, used = 0;
 
@@ -2337,7 +2387,7 @@ static void file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool
 }
 
 /* ******************************************************************************************************** *
- * 6. Codecs
+ * 8. Codecs
  *
  * One compressed cluster at a time, into a buffer of the size it must have: more or less is an error, and
  * what a hostile stream claims allocates nothing. Every thread keeps its own decoder and its own buffer for
@@ -2409,7 +2459,7 @@ static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t o
 }
 
 /* ******************************************************************************************************** *
- * 7. Cache
+ * 9. Table cache
  *
  * One budget for all images (--cache-size). Metadata tables take what they need of the first half, decoded
  * clusters have the rest.
@@ -2867,6 +2917,12 @@ static int cache_bits(struct file *f, uint64_t offset, uint64_t first, uint64_t 
 
 /* -- decoded clusters -- */
 
+/* ******************************************************************************************************** *
+ * 10. Decoded clusters
+ *
+ * One list in the order of use, in the same budget as the tables.
+ * ******************************************************************************************************** */
+
 static void cache_unlink(struct cache_cluster *c)
 {
     *(c->newer ? &c->newer->older : &cache.newest) = c->older;
@@ -3078,45 +3134,45 @@ static void cache_prefetch(const struct extent *ext)
 }
 
 /* ******************************************************************************************************** *
- * 8. Extents
+ * 11. Format helpers
  *
  * What drivers have in common: extents that are bad, holes, neighbours that become one, and what they say about
  * parents.
  * ******************************************************************************************************** */
 
 /* What a header says cannot be: the image is not opened. */
-static int ext_refuse(const struct image *im, const char *what, uint64_t value)
+static int fmt_refuse(const struct image *im, const char *what, uint64_t value)
 {
     return msg_err(-EINVAL, "%s: damaged or hostile %s image: %s (0x%" PRIx64 ")", im->name, im->format->name, what,
                    value);
 }
 
 /* A field that is damaged or unknown, and not needed to read the disk. */
-static void ext_odd(const struct image *im, const char *what, uint64_t value)
+static void fmt_odd(const struct image *im, const char *what, uint64_t value)
 {
     msg_say(MSG_NOTE, "%s: a field is odd, but not needed: %s (0x%" PRIx64 ")", im->name, what, value);
 }
 
 /* The same for a table at `offset` of f. If it reaches past the end, the file is rather cut off than hostile. */
-static int ext_refuse_table(const struct image *im, const struct file *f, const char *what, uint64_t offset,
+static int fmt_refuse_table(const struct image *im, const struct file *f, const char *what, uint64_t offset,
                             uint64_t length)
 {
     if (offset <= f->size && length <= f->size - offset)
-        return ext_refuse(im, what, offset);
+        return fmt_refuse(im, what, offset);
     return msg_err(-EINVAL, "%s: cut off or damaged %s image: %s (0x%" PRIx64 "), past the end of the file, which "
                    "has %" PRIu64 " bytes: a whole copy is needed", f->path, im->format->name, what, offset,
                    (uint64_t)f->size);
 }
 
 /* A kind of image that is sound for all we know, but not read. */
-static int ext_unsupported(const struct image *im, const char *what, uint64_t value)
+static int fmt_unsupported(const struct image *im, const char *what, uint64_t value)
 {
     return msg_err(-EOPNOTSUPP, "%s: a %s image of a kind that is not supported: %s (0x%" PRIx64 ")", im->name,
                    im->format->name, what, value);
 }
 
 /* The data is encrypted, `how`; `who` can decrypt it. The tables are not: --info and --check read nothing else. */
-static int ext_encrypted(struct image *im, const char *how, const char *who)
+static int fmt_encrypted(struct image *im, const char *how, const char *who)
 {
     im->encrypted = true;
     return im->opt->top_only ? 0
@@ -3209,7 +3265,7 @@ static int ext_merge(struct image *im, uint64_t offset, uint64_t length, bool ex
 /* Sets one value of an identity; the null UUID stands for none. */
 static void ext_set_id(struct identity *id, enum identity_kind kind, const uint8_t value[16])
 {
-    id->known[kind] = !util_is_null_id(value);
+    id->known[kind] = !text_is_null_id(value);
     memcpy(id->value[kind], value, 16);
 }
 
@@ -3251,13 +3307,733 @@ static int ext_add_uuid_hint(struct image *im, const char *extension)
 {
     char uuid[37], name[64];
 
-    util_uuid_text(im->parent_id.value[ID_IMAGE], uuid);
+    text_uuid(im->parent_id.value[ID_IMAGE], uuid);
     snprintf(name, sizeof(name), "{%s}.%s", uuid, extension);
     return ext_add_hint(im, name);
 }
 
+/* Names that are no plain file name of this host, or could be meant as something else. */
+static bool fmt_is_url(const char *name)
+{
+    size_t n = strcspn(name, ":/");
+
+    return name[n] == ':' && n > 1;
+}
+
+/* Is `path` (absolute, resolved) below the directory that the user allowed? */
+static bool fmt_is_allowed(const struct image_options *opt, const char *path)
+{
+    char directory[PATH_MAX];
+    size_t len;
+
+    if (!opt->allow_external || !realpath(opt->allow_external, directory))
+        return false;
+    len = strlen(directory);
+    return strncmp(directory, path, len) == 0 && (path[len] == '/' || len == 1);
+}
+
+/* Opens `name` below the image's directory: that, or the one file whose name differs in letter case only. */
+static int fmt_open_below(const struct image *im, struct file *f, const char *directory, const char *name,
+                          const char *shown, bool writable, char matches[512])
+{
+    char fixed[PATH_MAX] = "", other[2 * PATH_MAX];
+    int ret = file_open_beneath(f, directory, name, shown, writable), cased;
+
+    if (ret != -ENOENT)
+        return ret;
+    cased = file_fix_case(directory, name, fixed, matches, 512);
+    if (cased || strcmp(fixed, name) == 0)
+        return cased == -ENOTUNIQ ? cased : ret;
+    snprintf(other, sizeof(other), "%.*s%s", (int)(strlen(shown) - strlen(name)), shown, fixed);
+    ret = file_open_beneath(f, directory, fixed, other, writable);
+    if (!ret)
+        msg_say(MSG_NOTE, "%s: '%s', which it names, is called '%s' here", im->name, name, fixed);
+    return ret;
+}
+
+/*
+ * Opens into f what the image calls `name`. The image does not choose freely: beside it, or below it, or
+ * where the user allowed it. `what` and `option` are for the message; NULL: there is no such option, and that there is
+ * no such file (-ENOENT) is for the caller to say.
+ */
+static int fmt_open_named(struct image *im, struct file *f, const char *name, const char *what,
+                          const char *option)
+{
+    char directory[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], matches[512], *slash;
+    char another[96] = "", or[64] = "";
+    bool writable = im->writable && f >= im->files && f < im->files + MAX_PARTS;    /* of its own, no backing file */
+    int ret;
+
+    if (option && (im->depth == 0 || im->has_hints)) {
+        snprintf(another, sizeof(another), "; %s FILE names another", option);
+        snprintf(or, sizeof(or), "%s FILE or ", option);
+    } else if (option) {                    /* one alone would name that of the image on top, and leave this one out */
+        snprintf(another, sizeof(another), "; %s is for the image on top%s", option,
+                 strcmp(option, "--backing") == 0 ? ", a second one for the one below" : " only");
+    }
+    if (strncmp(name, "file:", 5) == 0 && strncmp(name, "file://", 7) != 0)
+        name += 5;
+    if (fmt_is_url(name))
+        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name%s", im->name, what, name, another);
+    if (!util_copy(directory, sizeof(directory), im->files[0].path))
+        return msg_err(-ENAMETOOLONG, "%s: path too long", im->name);
+    slash = strrchr(directory, '/');
+    snprintf(shown, sizeof(shown), "%.*s%s", name[0] == '/' || !slash ? 0 : (int)(slash - directory + 1), directory,
+             name);
+    if (slash)
+        slash[slash == directory] = 0;
+    if (realpath(shown, real) && fmt_is_allowed(im->opt, real))
+        return file_open(f, real, writable);
+    f->fd = -1;
+    if (name[0] == '/' || im->files[0].is_blk)
+        return msg_err(-EPERM,
+                       "%s: its %s is '%s', outside of its directory; %s--allow-external DIR allows it",
+                       im->name, what, name, or);
+    ret = fmt_open_below(im, f, slash ? directory : ".", name, shown, writable, matches);
+    if (ret == -EXDEV || ret == -ELOOP)
+        return msg_err(ret,
+                       "%s: its %s '%s' leads out of its directory; %s--allow-external DIR allows it",
+                       im->name, what, name, or);
+    if (ret == -ENOTUNIQ)
+        return msg_err(ret, "%s: its %s '%s' is not there, but several that differ from it in letter case only: %s%s",
+                       im->name, what, name, matches, another);
+    if (ret && (option || ret != -ENOENT))
+        msg_err(ret, "%s: cannot open its %s '%s': %s%s", im->name, what, name, strerror(-ret), another);
+    return ret;
+}
+
 /* ******************************************************************************************************** *
- * 9. Raw images
+ * 12. Lost ranges
+ *
+ * What could not be read, for --error-map: a sorted list of ranges, written as a ddrescue mapfile whenever a
+ * second has passed since the last time, and at the end. Positions count from the start of what is shown. The
+ * list has an end: when it is full, a new range is joined to its neighbour, and what lies between counts as bad.
+ * ******************************************************************************************************** */
+
+static struct {
+    pthread_mutex_t lock;           /* protects all of it */
+    int fd;                         /* -1: nobody wants to know */
+    struct ranges bad;
+    uint64_t from, size;            /* what is shown */
+    time_t written;
+    bool failed;
+} lost_list = { .lock = PTHREAD_MUTEX_INITIALIZER, .fd = -1 };
+
+/* An existing file may be the map of another rescue: it is not overwritten. */
+static int lost_start(const char *path, uint64_t from, uint64_t size)
+{
+    lost_list.bad.range = util_fault("error map") ? NULL : calloc(MAX_RANGES, sizeof(struct range));
+    if (!lost_list.bad.range)
+        return msg_err(-ENOMEM, "%s: out of memory", path);
+    lost_list.from = from;
+    lost_list.size = size;
+    lost_list.fd = util_fault("error map file") ? -1 : open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (lost_list.fd < 0)
+        return msg_err(-errno, "%s: cannot make the error map: %s", path, strerror(errno));
+    return 0;
+}
+
+static void lost_stop(void)
+{
+    util_close(&lost_list.fd);
+    free(lost_list.bad.range);
+    lost_list.bad = (struct ranges){ NULL, 0 };
+}
+
+static bool lost_put(FILE *f, uint64_t start, uint64_t end, char status)
+{
+    return start >= end || fprintf(f, "0x%08" PRIX64 "  0x%08" PRIX64 "  %c\n", start, end - start, status) > 0;
+}
+
+static void lost_write_locked(void)
+{
+    char *text = NULL;
+    size_t len = 0;
+    FILE *f = open_memstream(&text, &len);
+    uint64_t at = 0;
+    bool good = f && fprintf(f, "# Mapfile. Created by fuseexp %s: - could not be read, + is the rest\n"
+                             "# current_pos  current_status  current_pass\n0x%08" PRIX64 "     +               1\n"
+                             "#      pos        size  status\n", FUSEEXP_VERSION, lost_list.size) > 0;
+
+    for (unsigned i = 0; i < lost_list.bad.n && good; at = lost_list.bad.range[i++].end)
+        good = lost_put(f, at, lost_list.bad.range[i].start, '+') &&
+               lost_put(f, lost_list.bad.range[i].start, lost_list.bad.range[i].end, '-');
+    good = good && lost_put(f, at, lost_list.size, '+');
+    if (f)
+        good = fclose(f) == 0 && good;
+    good = good && !util_fault_op("map") && pwrite(lost_list.fd, text, len, 0) == (ssize_t)len &&
+           ftruncate(lost_list.fd, (off_t)len) == 0;
+    if (!good && !lost_list.failed)
+        msg_serving(0, "the error map cannot be written: %s", strerror(errno));
+    lost_list.failed = !good;
+    free(text);
+    lost_list.written = time(NULL);
+}
+
+/* Writes what there is to write. False: the map is not what it should be. */
+static bool lost_finish(void)
+{
+    bool good;
+
+    pthread_mutex_lock(&lost_list.lock);
+    if (lost_list.fd >= 0)
+        lost_write_locked();
+    good = !lost_list.failed;
+    pthread_mutex_unlock(&lost_list.lock);
+    return good;
+}
+
+/* Notes [start, end) of what is shown. In a full list it is joined to its neighbour. */
+static void lost_note_locked(uint64_t start, uint64_t end)
+{
+    const struct range *near;
+    unsigned i;
+
+    if (util_range_add(&lost_list.bad, start, end))
+        return;
+    i = util_range_after(&lost_list.bad, start);
+    near = &lost_list.bad.range[i - (i == lost_list.bad.n)];
+    util_range_add(&lost_list.bad, util_min(start, near->start), end > near->end ? end : near->end);
+}
+
+static void lost_note(uint64_t offset, uint64_t len)
+{
+    uint64_t start = offset > lost_list.from ? offset - lost_list.from : 0;
+    uint64_t end = util_min(offset + len - lost_list.from, lost_list.size);
+
+    pthread_mutex_lock(&lost_list.lock);
+    if (lost_list.fd >= 0 && offset + len > lost_list.from && start < end) {
+        lost_note_locked(start, end);
+        if (lost_list.written != time(NULL))
+            lost_write_locked();
+    }
+    pthread_mutex_unlock(&lost_list.lock);
+}
+
+/* ******************************************************************************************************** *
+ * 13. Image I/O
+ *
+ * The loops over extents, through the whole chain. Calls drivers by their table only, so drivers may use it for the
+ * image below them.
+ * ******************************************************************************************************** */
+
+/*
+ * As image_format.map, but for any offset and through the whole chain: never EXT_BACKING. What lies past the
+ * end of the image is bad, not zero; past the end of a backing file that is shorter than its child it is
+ * zero.
+ */
+static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    uint64_t size;
+    int ret;
+
+    for (;; im = im->backing, length = ext->length) {
+        size = im->size;
+        if (offset >= size) {
+            *ext = (struct extent){ .kind = im->child ? EXT_ZERO : EXT_BAD, .length = length,
+                                    .depth = im->depth ? im->depth - 1 : 0,
+                                    .why = "past the end of the image" };
+            return 0;
+        }
+        *ext = (struct extent){ .kind = EXT_BAD };
+        ret = im->format->map(im, offset, util_min(length, size - offset), exact, ext);
+        ext->depth = im->depth;
+        if (ret || ext->kind != EXT_BACKING)
+            return ret;
+        if (!im->backing) {
+            ext->kind = EXT_BAD;
+            ext->why = "in the backing file, which was not opened";
+            return 0;
+        }
+    }
+}
+
+/*
+ * Who reads compressed clusters in order is decoded ahead of. Streams are known by where their next request
+ * should begin; large requests may come out of order, since the kernel sends several at once.
+ */
+enum { IMG_STREAMS = 8, IMG_LARGE = 64 << 10, IMG_AHEAD = 1 << 20, IMG_PENDING = 32 };
+
+static struct {
+    pthread_mutex_t lock;           /* protects all of it */
+    struct { uint64_t next, ahead; } stream[IMG_STREAMS];   /* ahead: offered up to here */
+    unsigned turn;
+} img_streams = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+/* Notes a request for [offset, end). How far to decode ahead, from *start on; nothing if not beyond it. */
+static uint64_t img_follow(uint64_t offset, uint64_t end, uint64_t window, uint64_t *start)
+{
+    uint64_t until = 0, slack = end - offset >= IMG_LARGE ? IMG_AHEAD : 0;
+    unsigned i = 0;
+
+    pthread_mutex_lock(&img_streams.lock);
+    while (i < IMG_STREAMS && (offset > img_streams.stream[i].next + slack ||
+                               offset + slack < img_streams.stream[i].next))
+        i++;
+    if (i == IMG_STREAMS || img_streams.stream[i].next == 0) {
+        i = i < IMG_STREAMS ? i : img_streams.turn++ % IMG_STREAMS;
+        img_streams.stream[i].next = img_streams.stream[i].ahead = end;
+    } else {
+        if (end > img_streams.stream[i].next)
+            img_streams.stream[i].next = end;
+        until = img_streams.stream[i].next + window;
+        *start = end > img_streams.stream[i].ahead ? end : img_streams.stream[i].ahead;
+        if (until > *start)
+            img_streams.stream[i].ahead = until;
+    }
+    pthread_mutex_unlock(&img_streams.lock);
+    return until;
+}
+
+static void img_prefetch(void *arg, uint64_t offset, uint64_t length)
+{
+    struct extent ext;
+
+    for (uint64_t end = offset + length; offset < end; offset += ext.length) {
+        if (img_map(arg, offset, end - offset, false, &ext))
+            return;
+        if (ext.kind == EXT_COMPRESSED)
+            cache_prefetch(&ext);
+    }
+}
+
+/*
+ * A request for [offset, end) begins with a compressed cluster, described by ext: lets others decode what
+ * follows in the request, and what will be asked for next.
+ */
+static void img_share_decoding(struct image *im, const struct extent *ext, uint64_t offset, uint64_t end)
+{
+    uint64_t piece = ext->decoded_length > IMG_LARGE ? ext->decoded_length : IMG_LARGE;
+    uint64_t window = 2 * piece > IMG_AHEAD ? 2 * piece : IMG_AHEAD;
+    struct pool_job rest = { img_prefetch, im, offset + ext->length, end - util_min(end, offset + ext->length) };
+    struct pool_job ahead = { img_prefetch, im, 0, 0 };
+    uint64_t until = img_follow(offset, end, window, &ahead.offset);
+
+    if (rest.length)
+        pool_offer(&rest, piece);
+    ahead.length = until > ahead.offset ? until - ahead.offset : 0;
+    if (ahead.length && window < cache.budget / 4)
+        pool_offer(&ahead, piece);
+}
+
+/*
+ * A read of plain data has failed, *part bytes in. Notes what is bad: all of it in the page, since a reader through the
+ * page cache will not ask for the rest. With --on-error=zero it becomes zeros, and the rest is read.
+ */
+static int img_salvage(struct image *im, const struct extent *ext, uint8_t *to, uint64_t n, uint64_t offset,
+                       uint64_t *part)
+{
+    bool zero = im->opt->zero_errors;
+    uint64_t at = *part, end = zero ? n : util_min(n, at + 4096 - (ext->offset + at) % 4096), bad, good;
+
+    for (; at < end; at += good) {
+        bad = file_bad_length(ext->file, ext->offset + at, n - at);
+        lost_note(offset + at, bad);
+        if (zero)
+            memset(to + at, 0, bad);
+        at += bad;
+        good = 0;
+        if (at < end && zero)
+            (void)file_pread(ext->file, to + at, n - at, ext->offset + at, &good);
+        else if (at < end)
+            good = file_find_bad(ext->file, ext->offset + at, end - at, &bad);
+    }
+    if (!zero)
+        return -EIO;
+    *part = n;
+    return 0;
+}
+
+/* n bytes cannot be read: the error, or zeros where the user wants them. */
+static int img_give_up(struct image *im, int ret, uint8_t *to, uint64_t n, uint64_t offset, uint64_t *part)
+{
+    *part = 0;
+    if (ret != -EIO)
+        return ret;
+    lost_note(offset, n);
+    if (!im->opt->zero_errors)
+        return ret;
+    memset(to, 0, n);
+    *part = n;
+    return 0;
+}
+
+/* After an error nobody may ask for the rest of a request again: what is bad there is noted as well. */
+static void img_note_rest(struct image *im, uint64_t offset, uint64_t end)
+{
+    struct extent ext;
+
+    for (; lost_list.fd >= 0 && offset < end; offset += ext.length) {
+        if (img_map(im, offset, end - offset, false, &ext))
+            return;
+        if (ext.kind == EXT_BAD)
+            lost_note(offset, util_min(ext.length, end - offset));
+    }
+}
+
+/* Compressed clusters that somebody else is decoding: read when all else is done. */
+struct img_pending {
+    struct extent ext;
+    uint8_t *buf;
+    uint64_t len, at;               /* at: in the request */
+};
+
+static int img_read_pending(struct image *im, uint64_t offset, const struct img_pending *pending, unsigned n,
+                            unsigned how, uint64_t *done)
+{
+    uint64_t part;
+    int ret = 0, r;
+    bool hit;
+
+    for (unsigned i = 0; i < n; i++) {
+        r = cache_read_decoded(&pending[i].ext, pending[i].buf, pending[i].len, CACHE_WAIT | how, &hit);
+        if (r)
+            r = img_give_up(im, r, pending[i].buf, pending[i].len, offset + pending[i].at, &part);
+        if (r && pending[i].at < *done) {
+            *done = pending[i].at;
+            ret = r;
+        }
+    }
+    return ret;
+}
+
+/* Fills buf or fails; *done bytes at its front are good either way. */
+static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    struct img_pending pending[IMG_PENDING];
+    unsigned n_pending = 0, how = len >= IMG_LARGE ? CACHE_PASSING : 0;
+    bool shared = false, hit;
+    struct extent ext;
+    uint64_t n, part;
+    int ret = 0, late;
+
+    for (*done = 0; *done < len && !ret; *done += part) {
+        uint8_t *to = (uint8_t *)buf + *done;
+        ret = img_map(im, offset + *done, len - *done, false, &ext);
+        if (ret)
+            break;
+        n = part = util_min(ext.length, len - *done);
+        if (ext.kind == EXT_DATA) {
+            ret = file_pread(ext.file, to, n, ext.offset, &part);
+            if (ret && (im->opt->zero_errors || lost_list.fd >= 0))
+                ret = img_salvage(im, &ext, to, n, offset + *done, &part);
+        } else if (ext.kind == EXT_ZERO) {
+            memset(to, 0, n);
+        } else if (ext.kind == EXT_COMPRESSED) {
+            if (!shared && len >= IMG_LARGE)
+                img_share_decoding(im, &ext, offset + *done, offset + len);
+            ret = cache_read_decoded(&ext, to, n, n_pending == IMG_PENDING ? how | CACHE_WAIT : how, &hit);
+            if (!shared && len < IMG_LARGE && !hit)
+                img_share_decoding(im, &ext, offset + *done, offset + len);
+            shared = true;
+            if (ret == -EAGAIN) {
+                pending[n_pending++] = (struct img_pending){ ext, to, n, *done };
+                ret = 0;
+            }
+            if (ret)
+                ret = img_give_up(im, ret, to, n, offset + *done, &part);
+        } else {
+            ret = msg_serving(-EIO, "%s: cannot read %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, n,
+                              offset + *done, ext.why);
+            ret = img_give_up(im, ret, to, n, offset + *done, &part);
+        }
+    }
+    if (shared && len >= IMG_LARGE)
+        pool_withdraw(im, offset, offset + len);
+    if (ret == -EIO)
+        img_note_rest(im, offset + *done, offset + len);
+    late = img_read_pending(im, offset, pending, n_pending, how, done);
+    return late ? late : ret;
+}
+
+static int img_note_failure(struct image *im, int ret)
+{
+    if (ret)
+        im->failed = true;
+    return ret;
+}
+
+/*
+ * -- the size --
+ *
+ * What readers, the kernel and the file see changes in one step:
+ *   1. size_lock is taken. One change follows the other.
+ *   2. Shorter: `admit` goes down, so that requests for what is cut off wait for size_lock, and those that came in
+ *      before are waited for. Nobody is reading or writing there any more.
+ *   3. The driver changes the image. What is cut off, or new, reads as zeros. If that fails the size stays.
+ *   4. im->size says so.
+ * A write past the end writes its data between 3 and 4, so nobody sees a size without the data; and if that fails, the
+ * size stays as well. Else the next O_APPEND would leave a gap of zeros.
+ *
+ * Who waits for size_lock has looked nothing up yet, and is not waited for in 2: it may be that one who waits.
+ *
+ * A write that was made before the disk was cut, but comes here afterwards, does not make it longer again, and writes
+ * nothing behind the cut when somebody else has. (The kernel does not wait for asynchronous writes before it asks for
+ * a cut.)
+ */
+static void img_lock_size(struct image *im)
+{
+    if (pthread_mutex_trylock(&im->size_lock) == 0)
+        return;
+    epoch_leave();
+    pool_block();
+    pthread_mutex_lock(&im->size_lock);
+    pool_unblock();
+    epoch_enter();
+}
+
+/*
+ * How much of [offset, offset + len) is there, and may be used until the request is over. To be asked before anything
+ * is looked up. `admit` is read first: when it does not tell of a change, the change is over, or waits for us.
+ */
+static uint64_t img_inside(struct image *im, uint64_t offset, uint64_t len)
+{
+    uint64_t end = im->admit;
+
+    end = util_min(end, im->size);
+    if (offset + len > end) {
+        img_lock_size(im);
+        end = im->size;
+        pthread_mutex_unlock(&im->size_lock);
+    }
+    return offset < end ? util_min(len, end - offset) : 0;
+}
+
+static int img_resize_locked(struct image *im, uint64_t old, uint64_t size)
+{
+    int ret;
+
+    if (size == old)
+        return 0;
+    if (size > (uint64_t)MAX_IMAGE_SIZE)
+        return -EFBIG;
+    ret = im->format->resize ? im->format->resize(im, old, size) : -EOPNOTSUPP;
+    if (ret && ret != -EOPNOTSUPP)
+        msg_serving(ret, "%s: cannot change its size to %" PRIu64 ": %s", im->name, size, strerror(-ret));
+    return ret == -EIO ? img_note_failure(im, ret) : ret;
+}
+
+/* ticket: grows from request to request, in the order in which they were made. */
+static int img_resize(struct image *im, uint64_t size, uint64_t ticket)
+{
+    bool cut;
+    int ret;
+
+    img_lock_size(im);
+    cut = size < im->size;
+    if (cut) {
+        im->admit = size;
+        pool_wait_grace();
+    }
+    ret = img_resize_locked(im, im->size, size);
+    if (!ret)
+        im->size = size;
+    if (!ret && cut) {
+        im->cut_to = size;          /* first: who finds the new ticket needs it */
+        im->cut = ticket;
+    }
+    im->admit = UINT64_MAX;
+    pthread_mutex_unlock(&im->size_lock);
+    return ret;
+}
+
+static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done);
+
+/*
+ * Zeros into what the image cannot give back, as a part of a cluster. A hole is punched into the host's file if the
+ * caller wants one: that needs no room, so it works where the disk is full.
+ */
+static int img_write_zeros(struct image *im, int mode, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    static const uint8_t zeros[65536];
+    struct extent ext = { .kind = EXT_BAD };
+
+    if ((mode & FALLOC_FL_PUNCH_HOLE) && im->format->map(im, offset, len, false, &ext) == 0 && ext.kind == EXT_DATA &&
+        ext.owned) {
+        *done = util_min(len, ext.length);
+        if (file_fallocate(ext.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, ext.offset, *done) == 0)
+            return 0;
+    }
+    return img_change(im, zeros, 0, util_min(len, sizeof(zeros)), offset, done);
+}
+
+/* Changes the front of a range that ext describes; buf NULL: zeroes it, with fallocate(2)'s mode. */
+static int img_change_owned(const struct extent *ext, const uint8_t *buf, int mode, uint64_t len, uint64_t *part)
+{
+    uint64_t n = util_min(ext->length, len);
+    int ret;
+
+    *part = 0;
+    if (buf)
+        return file_pwrite(ext->file, buf, n, ext->offset, part);
+    ret = file_fallocate(ext->file, mode, ext->offset, n);
+    if (ret == -EOPNOTSUPP && (mode & FALLOC_FL_ZERO_RANGE))
+        ret = file_write_zeros(ext->file, ext->offset, n);
+    *part = ret ? 0 : n;
+    return ret;
+}
+
+/*
+ * Walks the extents of a range that is to be changed: what the image owns is overwritten where it lies, without a
+ * lock; the rest is the driver's. buf NULL: zero it or set room aside, with fallocate(2)'s mode. No request may be
+ * without progress twice.
+ */
+static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset,
+                      uint64_t *done)
+{
+    const struct image_format *format = im->format;
+    struct extent ext;
+    uint64_t part;
+    int ret = 0;
+
+    for (*done = 0; *done < len && !ret; *done += part) {
+        const uint8_t *from = buf ? (const uint8_t *)buf + *done : NULL;
+        part = 0;
+        if (!buf && format->zero && (mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE))) {
+            ret = format->zero(im, len - *done, offset + *done, &part);
+            if (ret == -EOPNOTSUPP)
+                ret = img_write_zeros(im, mode, part, offset + *done, &part);
+            continue;
+        }
+        ret = format->map(im, offset + *done, len - *done, false, &ext);
+        if (ret)
+            break;
+        if (ext.kind == EXT_DATA && ext.owned)
+            ret = img_change_owned(&ext, from, mode, len - *done, &part);
+        else
+            ret = format->write ? format->write(im, from, len - *done, offset + *done, &part) : -EIO;
+    }
+    /* What was only to be given back or set aside is not lost when that is refused. */
+    return buf || ret == -EIO ? img_note_failure(im, ret) : ret;
+}
+
+/* As img_change(), for a range that ends at the end of the disk or past it. The disk ends with what was done there. */
+static int img_extend_locked(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    uint64_t old = im->size, end = offset + len > old ? offset + len : old, now = end;
+    int ret = img_resize_locked(im, old, end);
+
+    *done = 0;
+    if (ret)
+        return ret;
+    ret = img_change(im, buf, mode, len, offset, done);
+    if (ret)
+        now = buf && *done && offset + *done > old ? offset + *done : old;
+    if (now < end && img_resize_locked(im, end, now))
+        now = end;                  /* as the file has it */
+    im->size = now;
+    return ret;
+}
+
+/* img_inside() for a write: if it was made before the last cut, the disk ends there for it. */
+static uint64_t img_inside_write(struct image *im, uint64_t offset, uint64_t len, uint64_t ticket)
+{
+    uint64_t inside = img_inside(im, offset, len), end = ticket < im->cut ? im->cut_to : UINT64_MAX;
+
+    return offset < end ? util_min(inside, end - offset) : 0;
+}
+
+/*
+ * Writes what is inside the disk; with `grow` the disk gets longer where need be. *done bytes were written even on
+ * failure. -ENOSPC: nothing of it is inside. ticket: as for img_resize().
+ */
+static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, bool grow, uint64_t ticket,
+                     uint64_t *done)
+{
+    uint64_t inside = img_inside_write(im, offset, len, ticket);
+    bool late;
+    int ret = 0;
+
+    *done = 0;
+    if (inside < len && grow) {
+        img_lock_size(im);
+        late = ticket < im->cut;
+        if (!late)
+            ret = img_extend_locked(im, buf, 0, len, offset, done);
+        pthread_mutex_unlock(&im->size_lock);
+        if (!late)
+            return ret;
+        inside = img_inside_write(im, offset, len, ticket);
+    }
+    return inside || !len ? img_change(im, buf, 0, inside, offset, done) : -ENOSPC;
+}
+
+/*
+ * fallocate(2), mode PUNCH_HOLE, ZERO_RANGE or none of them, each with or without KEEP_SIZE. Past the end there is
+ * nothing that could be punched; room is set aside there only where the disk may get longer, and then it does.
+ */
+static int img_fallocate(struct image *im, int mode, uint64_t len, uint64_t offset, bool grow)
+{
+    uint64_t inside = img_inside(im, offset, len), done;
+    int ret = 0;
+
+    if (inside == len && offset + len < im->size)
+        return img_change(im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, offset, &done);
+    img_lock_size(im);              /* the end must not move */
+    inside = offset < im->size ? util_min(len, im->size - offset) : 0;
+    if (inside < len && !(mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)) && grow)
+        ret = img_extend_locked(im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, offset, &done);
+    else if (inside < len && !(mode & FALLOC_FL_PUNCH_HOLE))
+        ret = grow ? -EOPNOTSUPP : -ENOSPC;
+    else if (inside)
+        ret = img_change(im, NULL, mode | FALLOC_FL_KEEP_SIZE, inside, offset, &done);
+    pthread_mutex_unlock(&im->size_lock);
+    return ret;
+}
+
+/* last: nobody writes any more. */
+static int img_sync(struct image *im, bool last)
+{
+    int ret = 0, r;
+
+    if (im->writable && im->format->sync)
+        return img_note_failure(im, im->format->sync(im, last));
+    for (unsigned i = 0; im->writable && i < im->n_files; i++) {
+        r = file_sync(&im->files[i]);
+        if (!ret)
+            ret = r;
+    }
+    return img_note_failure(im, ret);
+}
+
+/* Passed-through writes grow the file behind our back. */
+static void img_refresh_size(struct image *im)
+{
+    img_lock_size(im);
+    im->size = file_follow_growth(&im->files[0]);
+    pthread_mutex_unlock(&im->size_lock);
+}
+
+/*
+ * What the kernel would not tell anyone: a file that passthrough serves was made shorter or longer
+ * underneath.
+ */
+static bool img_resized_underneath(struct image *im)
+{
+    struct stat st;
+
+    return !im->writable && im->n_files == 1 && !im->files[0].is_blk && fstat(im->files[0].fd, &st) == 0 &&
+           (uint64_t)st.st_size != im->size;
+}
+
+/* Host space that the chain takes, in units of 512 bytes. */
+static uint64_t img_blocks(const struct image *im)
+{
+    uint64_t blocks = 0;
+    struct stat st;
+
+    for (; im; im = im->backing)
+        for (unsigned i = 0; i < im->n_files; i++) {
+            if (im->files[i].is_blk)
+                blocks += (im->files[i].size + 511) / 512;
+            else if (fstat(im->files[i].fd, &st) == 0)
+                blocks += (uint64_t)st.st_blocks;
+        }
+    return blocks;
+}
+
+/* ******************************************************************************************************** *
+ * 14. Raw images
  *
  * No metadata: the bytes of one file or block device, or of several files in a row. The parts of a split
  * image are numbered (.000 or .001 onwards, any width from two digits) or lettered (.aa onwards, as split(1)
@@ -3464,15 +4240,4153 @@ static const struct image_format raw_format = {
     .close = raw_close,
 };
 
-static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
-                          const char *option);
-static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
-static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done);
-static int img_check_overlay(const struct image *im, const struct image *base);
-static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done);
+/* ******************************************************************************************************** *
+ * 15. VDI
+ *
+ * VirtualBox, VDICore.h: versions 1.1 and 0.2. All numbers are little-endian.
+ *
+ *   text, signature, version | header | block map: 4 bytes per block | blocks, each after its extra data
+ *
+ * A map entry is the number of a block in the file, or says "not here" (what the parent has, zeros if there is
+ * none) or "zeros". Dynamic and fixed images differ in nothing but that. A differencing image knows its parent by
+ * UUID only. VirtualBox calls the files of snapshots {UUID}.vdi, but not that of the disk itself.
+ * ******************************************************************************************************** */
+
+enum {
+    VDI_OFF_SIGNATURE = 64,
+    VDI_OFF_VERSION = 68,
+    VDI_HEADER = 456,               /* with the text; 0.2: */
+    VDI_HEADER_V0 = 420,
+    VDI_OFF_HEADER_SIZE = 72,       /* not in 0.2; counts from here */
+    VDI_HEADER_SIZE_MIN = 384,
+    VDI_OFF_TYPE = 76,              /* 0.2: 72 */
+    VDI_OFF_BLOCKS = 340,           /* where the map is; not in 0.2 */
+    VDI_OFF_DATA = 344,             /* where block 0 is; not in 0.2 */
+    VDI_OFF_SIZES = 368,            /* disk size, block size, extra data per block, number of blocks, ... */
+    VDI_OFF_UUIDS = 392,            /* its own, of its last change, the parent's, of the parent's last change */
+    VDI_OFF_V0_SIZES = 352,         /* without the extra data */
+    VDI_OFF_V0_UUIDS = 372,         /* without the last one */
+    VDI_TYPE_DYNAMIC = 1,
+    VDI_TYPE_FIXED = 2,
+    VDI_TYPE_UNDO = 3,
+    VDI_TYPE_DIFF = 4,
+    VDI_VERSION_0 = 0x00000002,
+    VDI_VERSION_1 = 0x00010001,
+    VDI_MIN_BLOCK = 512,
+    VDI_MAX_BLOCK = 1 << 30,        /* with as much extra data, all places in the file fit into 63 bits */
+};
+#define VDI_SIGNATURE 0xbeda107fu
+#define VDI_ENTRY_NONE 0xffffffffu
+#define VDI_ENTRY_ZERO 0xfffffffeu
+
+struct vdi {
+    uint32_t version, type, block_size, extra, blocks;
+    uint64_t map, data, disk_size;
+    bool differencing;
+};
+
+static int vdi_probe(const struct probe *p)
+{
+    return p->head_len >= VDI_OFF_VERSION + 4 && util_le32(p->head + VDI_OFF_SIGNATURE) == VDI_SIGNATURE ? 100 : 0;
+}
+
+/* The UUIDs, from h on: its own, of its last change, the parent's and, except in 0.2, of the parent's last change. */
+static void vdi_parse_uuids(struct image *im, const uint8_t *h, unsigned n)
+{
+    uint8_t uuid[16];
+
+    for (unsigned i = 0; i < n; i++) {
+        text_swap_guid(h + (size_t)16 * i, uuid);
+        ext_set_id(i < 2 ? &im->id : &im->parent_id, i % 2 ? ID_STATE : ID_IMAGE, uuid);
+    }
+}
+
+static void vdi_parse_v0(struct image *im, struct vdi *v, const uint8_t *h)
+{
+    v->type = util_le32(h + VDI_OFF_TYPE - 4);
+    v->disk_size = util_le64(h + VDI_OFF_V0_SIZES);
+    v->block_size = util_le32(h + VDI_OFF_V0_SIZES + 8);
+    v->blocks = util_le32(h + VDI_OFF_V0_SIZES + 12);
+    v->map = VDI_HEADER_V0;
+    v->data = v->map + 4ull * v->blocks;
+    vdi_parse_uuids(im, h + VDI_OFF_V0_UUIDS, 3);
+}
+
+static void vdi_parse_v1(struct image *im, struct vdi *v, const uint8_t *h)
+{
+    v->type = util_le32(h + VDI_OFF_TYPE);
+    v->map = util_le32(h + VDI_OFF_BLOCKS);
+    v->data = util_le32(h + VDI_OFF_DATA);
+    v->disk_size = util_le64(h + VDI_OFF_SIZES);
+    v->block_size = util_le32(h + VDI_OFF_SIZES + 8);
+    v->extra = util_le32(h + VDI_OFF_SIZES + 12);
+    v->blocks = util_le32(h + VDI_OFF_SIZES + 16);
+    vdi_parse_uuids(im, h + VDI_OFF_UUIDS, 4);
+}
+
+static int vdi_check_header(struct image *im, const struct vdi *v)
+{
+    uint64_t file_size = im->files[0].size;
+
+    if ((v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF) && im->parent_id.known[ID_IMAGE])
+        return fmt_unsupported(im, "the image type", v->type);
+    if (v->block_size < VDI_MIN_BLOCK || v->block_size > VDI_MAX_BLOCK || (v->block_size & (v->block_size - 1)))
+        return fmt_refuse(im, "the block size", v->block_size);
+    if (v->extra > v->block_size || (v->extra & (v->extra - 1)))
+        return fmt_refuse(im, "the size of the extra data per block", v->extra);
+    /* Version 0.2 has no such fields; since then VirtualBox aligns both, and so does whoever else writes them. */
+    if (v->version != VDI_VERSION_0 && (v->map % 512 || v->map < VDI_HEADER))
+        return fmt_refuse(im, "the place of the block map", v->map);
+    if (v->version != VDI_VERSION_0 && v->data % 512)
+        return fmt_refuse(im, "the place of the data", v->data);
+    if (v->map > file_size || 4ull * v->blocks > file_size - v->map)
+        return fmt_refuse(im, "the number of blocks, whose map does not fit into the file", v->blocks);
+    if (v->data < v->map + 4ull * v->blocks)
+        return fmt_refuse(im, "the place of the data, inside the block map", v->data);
+    if (v->disk_size > (uint64_t)v->blocks * v->block_size)
+        return fmt_refuse(im, "the disk size, larger than all blocks together", v->disk_size);
+    if (!v->differencing && im->parent_id.known[ID_IMAGE])
+        return fmt_refuse(im, "a parent, in an image that is not a differencing one, of type", v->type);
+    if (v->differencing && !im->parent_id.known[ID_IMAGE] && !im->opt->force_parent)
+        return fmt_refuse(im, "no parent's UUID, in a differencing image of type", v->type);
+    return 0;
+}
+
+static int vdi_read_header(struct image *im, struct vdi *v)
+{
+    uint8_t h[VDI_HEADER] = { 0 };
+    uint64_t done, len = util_min(im->files[0].size, sizeof(h));
+    int ret = file_pread(&im->files[0], h, len, 0, &done);
+
+    if (ret)
+        return ret;
+    if (util_le32(h + VDI_OFF_SIGNATURE) != VDI_SIGNATURE)
+        return msg_err(-EINVAL, "%s: is not a VDI image", im->name);
+    v->version = util_le32(h + VDI_OFF_VERSION);
+    if (v->version != VDI_VERSION_0 && v->version >> 16 != VDI_VERSION_1 >> 16)
+        return msg_err(-EOPNOTSUPP, "%s: VDI of unknown version %u.%u, which is not supported", im->name,
+                       v->version >> 16, v->version & 0xffff);
+    if (len < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
+        return fmt_refuse(im, "the file ends in the header", len);
+    if (v->version != VDI_VERSION_0 && util_le32(h + VDI_OFF_HEADER_SIZE) < VDI_HEADER_SIZE_MIN)
+        fmt_odd(im, "the header's size", util_le32(h + VDI_OFF_HEADER_SIZE));
+    (v->version == VDI_VERSION_0 ? vdi_parse_v0 : vdi_parse_v1)(im, v, h);
+    v->differencing = v->type == VDI_TYPE_UNDO || v->type == VDI_TYPE_DIFF;
+    if (v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF)
+        fmt_odd(im, "the image type", v->type);
+    return vdi_check_header(im, v);
+}
+
+static int vdi_identify(struct image *im)
+{
+    struct vdi v = { 0 };
+
+    return vdi_read_header(im, &v);
+}
+
+/* The parent's file is not named in the image. */
+static int vdi_set_parent(struct image *im)
+{
+    ext_set_parent(im, "vdi");
+    return im->parent_id.known[ID_IMAGE] ? ext_add_uuid_hint(im, "vdi") : 0;
+}
+
+static void vdi_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct vdi *v = by;
+    uint64_t entry = util_le32(bytes), stored = (uint64_t)v->block_size + v->extra;
+
+    if (entry != VDI_ENTRY_NONE && entry != VDI_ENTRY_ZERO)
+        c->claim(c, &im->files[0], v->data + entry * stored,
+                 v->extra + util_min(v->block_size, im->size - i * v->block_size), NULL, i * v->block_size);
+}
+
+static bool vdi_claims(struct image *im, struct claims *c)
+{
+    const struct vdi *v = im->state;
+    uint64_t n = (im->size + v->block_size - 1) / v->block_size;
+
+    c->claim(c, &im->files[0], 0, v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER, "the header", 0);
+    c->claim(c, &im->files[0], v->map, 4ull * v->blocks, "the block map", 0);
+    ext_claim_table(c, im, v, &im->files[0], v->map, n, 4, vdi_claim_entry);
+    return true;
+}
+
+static int vdi_open(struct image *im)
+{
+    struct vdi *v = im->state = util_fault("vdi") ? NULL : calloc(1, sizeof(*v));
+    int ret;
+
+    if (!v)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: a VDI image is one file", im->name);
+    ret = vdi_read_header(im, v);
+    if (!ret && v->differencing)
+        ret = vdi_set_parent(im);
+    im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
+    im->cluster_size = v->block_size;
+    return ret;
+}
+
+static void vdi_close(struct image *im)
+{
+    free(im->state);
+}
+
+/* A block of the file belongs to one entry. Zeros in a row are what is left of a sector that could not be copied. */
+static bool vdi_is_wiped(const struct image *im, uint32_t i)
+{
+    const struct vdi *v = im->state;
+    uint32_t entry;
+
+    return (i > 0 && cache_le32(&im->files[0], v->map + (i - 1) * 4ull, &entry) == 0 && entry == 0) ||
+           (i + 1 < v->blocks && cache_le32(&im->files[0], v->map + (i + 1) * 4ull, &entry) == 0 && entry == 0);
+}
+
+/* What the map says about one block, or the rest of it. */
+static void vdi_map_block(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vdi *v = im->state;
+    struct file *f = &im->files[0];
+    uint64_t in_block = offset & (v->block_size - 1), host;
+    uint32_t entry;
+
+    (void)exact;
+    length = util_min(length, v->block_size - in_block);
+    if (cache_le32(f, v->map + offset / v->block_size * 4, &entry)) {
+        ext_bad(ext, length, "the block map cannot be read");
+        return;
+    }
+    if (entry == 0 && vdi_is_wiped(im, (uint32_t)(offset / v->block_size))) {
+        ext_bad(ext, length, "its map entry was wiped: its neighbour has block 0, too");
+        return;
+    }
+    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    if (entry == VDI_ENTRY_NONE && v->differencing)
+        ext->kind = EXT_BACKING;
+    ext->zeroed = entry == VDI_ENTRY_ZERO;
+    if (entry == VDI_ENTRY_NONE || entry == VDI_ENTRY_ZERO)
+        return;
+    host = v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block;
+    if (host >= f->size)
+        ext_bad(ext, length, "its block lies past the end of the file");
+    else
+        *ext = (struct extent){
+            .kind = EXT_DATA, .length = util_min(length, f->size - host), .file = f, .offset = host,
+        };
+}
+
+static int vdi_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    return ext_merge(im, offset, length, exact, ext, vdi_map_block);
+}
+
+/* QEMU appends behind as many blocks as the header says there are: over others, if these are more. */
+static bool vdi_as_qemu(struct image *im)
+{
+    const struct vdi *v = im->state;
+    uint8_t allocated[4];
+    uint64_t done;
+    uint32_t entry;
+
+    if (v->version != VDI_VERSION_1 || v->differencing || v->extra ||
+        file_pread(&im->files[0], allocated, 4, VDI_OFF_SIZES + 20, &done))
+        return false;
+    for (uint64_t i = 0; i < v->blocks; i++)
+        if (cache_le32(&im->files[0], v->map + i * 4, &entry) ||
+            (entry < VDI_ENTRY_ZERO && entry >= util_le32(allocated)))
+            return false;
+    return true;
+}
+
+static const struct image_format vdi_format = {
+    .name = "vdi",
+    .describe = "VirtualBox images: dynamic, fixed, differencing",
+    .writes = "overlay",
+    .probe = vdi_probe,
+    .identify = vdi_identify,
+    .open = vdi_open,
+    .map = vdi_map,
+    .claims = vdi_claims,
+    .as_qemu = vdi_as_qemu,
+    .close = vdi_close,
+};
 
 /* ******************************************************************************************************** *
- * 10. qcow2
+ * 16. QED
+ *
+ * QEMU docs/interop/qed_spec.rst. All numbers are little-endian.
+ *
+ *   header clusters | L1 table -> L2 tables (both of table_size clusters) -> clusters of data
+ *
+ * Only raw backing files have their format recorded; that of others is for the user to say.
+ * ******************************************************************************************************** */
+
+enum {
+    QED_OFF_CLUSTER_SIZE = 4,
+    QED_OFF_TABLE_SIZE = 8,         /* in clusters, as the header's size */
+    QED_OFF_HEADER_SIZE = 12,
+    QED_OFF_FEATURES = 16,          /* compatible and autoclear features follow: safe to ignore */
+    QED_OFF_L1 = 40,
+    QED_OFF_SIZE = 48,
+    QED_OFF_NAME = 56,              /* offset and length of the backing file's name, 4 bytes each */
+    QED_HEADER = 64,
+    QED_BACKING = 1,
+    QED_NEED_CHECK = 2,
+    QED_BACKING_RAW = 4,
+    QED_MIN_CLUSTER = 1 << 12,
+    QED_MAX_CLUSTER = 1 << 26,
+    QED_MAX_TABLE = 16,
+    QED_MAX_NAME = 1023,
+    QED_ENTRY_ZERO = 1,
+};
+
+struct qed {
+    uint32_t cluster_bits, table_bits;          /* table_bits: log2 of the entries of a table */
+    uint64_t size, features, l1, first;         /* first: where the header's clusters end */
+};
+
+static int qed_probe(const struct probe *p)
+{
+    return p->head_len >= QED_HEADER && memcmp(p->head, "QED", 4) == 0 ? 100 : 0;
+}
+
+static bool qed_is_power_of_2(uint32_t value, uint32_t least, uint32_t most)
+{
+    return value >= least && value <= most && (value & (value - 1)) == 0;
+}
+
+static int qed_check_features(const struct image *im, uint64_t features)
+{
+    uint64_t unknown = features & ~(uint64_t)(QED_BACKING | QED_NEED_CHECK | QED_BACKING_RAW);
+    unsigned bit = 0;
+
+    if (!unknown)
+        return 0;
+    while (!(unknown >> bit & 1))
+        bit++;
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown QED feature (bit %u), which is not supported", im->name, bit);
+}
+
+/* As many entries of the L1 table as the size needs must be there; the table ends where it may. */
+static int qed_check_l1(const struct image *im, const struct qed *q)
+{
+    uint64_t file_size = im->files[0].size, covers = q->cluster_bits + q->table_bits, need;
+
+    if (q->size % 512 || q->size > (uint64_t)MAX_IMAGE_SIZE)
+        return fmt_refuse(im, "the size", q->size);
+    need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
+    if (need > 1ull << q->table_bits)
+        return fmt_refuse(im, "the size, more than the tables can hold", q->size);
+    if (q->l1 < q->first || q->l1 % (1u << q->cluster_bits) || q->l1 > file_size || need * 8 > file_size - q->l1)
+        return fmt_refuse_table(im, &im->files[0], "the place of the L1 table", q->l1, need * 8);
+    return 0;
+}
+
+static int qed_read_header(struct image *im, struct qed *q, uint8_t h[QED_HEADER])
+{
+    uint32_t cluster, table, header_size;
+    uint64_t done;
+    int ret = 0;
+
+    if (im->files[0].size >= QED_HEADER)
+        ret = file_pread(&im->files[0], h, QED_HEADER, 0, &done);
+    if (ret)
+        return ret;
+    if (memcmp(h, "QED", 4) != 0)
+        return msg_err(-EINVAL, "%s: is not a QED image", im->name);
+    cluster = util_le32(h + QED_OFF_CLUSTER_SIZE);
+    table = util_le32(h + QED_OFF_TABLE_SIZE);
+    header_size = util_le32(h + QED_OFF_HEADER_SIZE);
+    q->features = util_le64(h + QED_OFF_FEATURES);
+    q->l1 = util_le64(h + QED_OFF_L1);
+    q->size = util_le64(h + QED_OFF_SIZE);
+    ret = qed_check_features(im, q->features);
+    if (ret)
+        return ret;
+    if (!qed_is_power_of_2(cluster, QED_MIN_CLUSTER, QED_MAX_CLUSTER))
+        return fmt_refuse(im, "the cluster size", cluster);
+    if (!qed_is_power_of_2(table, 1, QED_MAX_TABLE))
+        return fmt_refuse(im, "the table size", table);
+    if (!header_size)
+        return fmt_refuse(im, "the header's size", header_size);
+    q->cluster_bits = (uint32_t)__builtin_ctz(cluster);
+    q->table_bits = q->cluster_bits + (uint32_t)__builtin_ctz(table) - 3;
+    q->first = (uint64_t)header_size << q->cluster_bits;
+    return qed_check_l1(im, q);
+}
+
+/* The name lies in the header's clusters. */
+static int qed_read_backing(struct image *im, const struct qed *q, const uint8_t *h)
+{
+    uint64_t offset = util_le32(h + QED_OFF_NAME), len = util_le32(h + QED_OFF_NAME + 4), done;
+    char name[QED_MAX_NAME];
+    int ret;
+
+    if (!(q->features & QED_BACKING))
+        return 0;
+    if (len == 0 || len > sizeof(name))
+        return fmt_refuse(im, "the length of the backing file's name", len);
+    if (offset + len > q->first || offset + len > im->files[0].size)
+        return fmt_refuse(im, "the place of the backing file's name", offset);
+    ret = file_pread(&im->files[0], name, len, offset, &done);
+    if (ret)
+        return ret;
+    if (!util_copy_name(im->backing_name, sizeof(im->backing_name), (const uint8_t *)name, (uint32_t)len))
+        return fmt_refuse(im, "a zero in the backing file's name, of length", len);
+    if (q->features & QED_BACKING_RAW)
+        util_copy(im->backing_format, sizeof(im->backing_format), "raw");
+    return 0;
+}
+
+static int qed_open(struct image *im)
+{
+    struct qed *q = im->state = util_fault("qed") ? NULL : calloc(1, sizeof(*q));
+    uint8_t h[QED_HEADER] = { 0 };
+    int ret;
+
+    if (!q)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: a QED image is one file", im->name);
+    ret = qed_read_header(im, q, h);
+    if (!ret)
+        ret = qed_read_backing(im, q, h);
+    if (ret)
+        return ret;
+    im->size = q->size;
+    im->cluster_size = 1u << q->cluster_bits;
+    im->dirty = q->features & QED_NEED_CHECK;
+    if (im->dirty)
+        msg_say(MSG_NOTE, "%s: is marked dirty (not closed properly); reading it is safe", im->name);
+    return 0;
+}
+
+static void qed_close(struct image *im)
+{
+    free(im->state);
+}
+
+/* The entry of a table for `index`. NULL: all is well, else why not. */
+static const char *qed_entry(struct file *f, uint64_t table, uint64_t index, uint64_t *entry)
+{
+    return cache_le64(f, table + index * 8, entry) ? "its tables cannot be read" : NULL;
+}
+
+/* What the tables say about one cluster, or the rest of it; without an L2 table, about all that it would cover. */
+static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct qed *q = im->state;
+    struct file *f = &im->files[0];
+    uint64_t table_mask = (1ull << q->table_bits) - 1, cluster_mask = (1ull << q->cluster_bits) - 1;
+    uint64_t covers = (table_mask + 1) << q->cluster_bits, in_cluster = offset & cluster_mask, l2 = 0, host = 0;
+    uint64_t table = (table_mask + 1) * 8, end = 0;
+    const char *why;
+
+    (void)exact;
+    length = util_min(length, covers - (offset & (covers - 1)));
+    why = qed_entry(f, q->l1, offset >> q->cluster_bits >> q->table_bits, &l2);
+    if (!why && l2 && (l2 & cluster_mask || l2 < q->first))
+        why = "its L1 entry is damaged";
+    if (!why && l2 && (l2 >= f->size || table > f->size - l2)) {
+        why = "its L2 table lies past the end of the file";
+    } else if (!why && l2) {
+        length = util_min(length, cluster_mask + 1 - in_cluster);
+        why = qed_entry(f, l2, offset >> q->cluster_bits & table_mask, &host);
+    }
+    if (!why && host > QED_ENTRY_ZERO && (host & cluster_mask || host < q->first))
+        why = "its L2 entry is damaged";
+    else if (!why && host > QED_ENTRY_ZERO &&
+             (host + cluster_mask - q->l1 < table + cluster_mask || host + cluster_mask - l2 < table + cluster_mask))
+        why = "its cluster lies in the image's own tables";
+    else if (!why && host > QED_ENTRY_ZERO && (host >= f->size || in_cluster >= f->size - host)) {
+        end = util_min(host, MAX_IMAGE_SIZE) + in_cluster + length;
+        why = "its cluster lies past the end of the file";
+    }
+    if (why)
+        ext_past(ext, length, why, end ? f : NULL, end);
+    else if (host > QED_ENTRY_ZERO)
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_cluster), .file = f,
+                                .offset = host + in_cluster };
+    else
+        *ext = (struct extent){ .kind = host == QED_ENTRY_ZERO ? EXT_ZERO : ext_hole(im), .length = length,
+                                .zeroed = host == QED_ENTRY_ZERO };
+}
+
+static int qed_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    return ext_merge(im, offset, length, exact, ext, qed_map_cluster);
+}
+
+static void qed_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct qed *q = by;
+    uint64_t l2 = util_le64(bytes);
+
+    (void)i;
+    if (l2 && l2 % (1u << q->cluster_bits) == 0 && l2 <= (uint64_t)MAX_IMAGE_SIZE)
+        c->claim(c, &im->files[0], l2, 8ull << q->table_bits, "an L2 table", 0);
+}
+
+static bool qed_claims(struct image *im, struct claims *c)
+{
+    const struct qed *q = im->state;
+    uint64_t covers = q->cluster_bits + q->table_bits, n = q->size ? ((q->size - 1) >> covers) + 1 : 0;
+
+    c->claim(c, &im->files[0], 0, q->first, "the header", 0);
+    c->claim(c, &im->files[0], q->l1, n * 8, "the L1 table", 0);
+    ext_claim_table(c, im, q, &im->files[0], q->l1, n, 8, qed_claim_entry);
+    return false;
+}
+
+static const struct image_format qed_format = {
+    .name = "qed",
+    .describe = "QEMU's older format: backing chains",
+    .writes = "overlay",
+    .probe = qed_probe,
+    .open = qed_open,
+    .map = qed_map,
+    .claims = qed_claims,
+    .close = qed_close,
+};
+
+/* ******************************************************************************************************** *
+ * 17. VHD
+ *
+ * Microsoft "Virtual Hard Disk Image Format Specification" 1.0, for reading. All numbers are big-endian.
+ *
+ *   fixed      data | footer
+ *   others     copy of the footer | dynamic header | block table | (bitmap | data) per block ... | footer
+ *
+ * A bit of a block's bitmap says whether its sector is in this image. Where it is not, a differencing image has it
+ * from the parent; in a dynamic image the sector was never written, and is zeros. (QEMU takes no notice of the
+ * bitmap of dynamic images, but writes it all set, as everybody does who does not track sectors.)
+ *
+ * The footer at the end counts; where it is lost or damaged, its copy at the front. The size is the footer's
+ * "current size", except that Virtual PC, Virtual Server and old versions of QEMU count by the geometry; so do we
+ * for them, unless the geometry is at its maximum, or larger than what is there.
+ * ******************************************************************************************************** */
+
+enum {
+    VHD_SECTOR = 512,
+    VHD_FOOTER = 512,               /* 511 before Virtual PC 2004: the last, reserved byte is not there */
+    VHD_OFF_VERSION = 12,
+    VHD_OFF_HEADER = 16,
+    VHD_OFF_CREATOR = 28,
+    VHD_OFF_SIZE = 48,
+    VHD_OFF_GEOMETRY = 56,          /* cylinders: 2 bytes, heads, sectors per track */
+    VHD_OFF_TYPE = 60,
+    VHD_OFF_CHECKSUM = 64,
+    VHD_OFF_ID = 68,
+    VHD_FIXED = 2, VHD_DYNAMIC = 3, VHD_DIFFERENCING = 4,
+    VHD_HEADER = 1024,              /* the dynamic header */
+    VHD_HEAD_TABLE = 16,
+    VHD_HEAD_VERSION = 24,
+    VHD_HEAD_ENTRIES = 28,
+    VHD_HEAD_BLOCK = 32,
+    VHD_HEAD_CHECKSUM = 36,
+    VHD_HEAD_PARENT_ID = 40,
+    VHD_HEAD_PARENT_NAME = 64,      /* 512 bytes of UTF-16BE */
+    VHD_HEAD_LOCATORS = 576,        /* 8 of them: code, space, length, reserved: 4 bytes each; offset: 8 */
+    VHD_LOCATOR_MAX = 4096,
+    VHD_LOOK_AHEAD = 128,           /* blocks looked at for one extent */
+    VHD_MAX_BITMAPS = 8192,         /* read before an overlay is made: half a minute on a slow disk, usually 16 GiB */
+};
+#define VHD_NO_BLOCK 0xffffffffu
+#define VHD_MAX_GEOMETRY (65535ull * 16 * 255 * VHD_SECTOR)
+
+struct vhd {
+    uint32_t type, block_bits, bitmap_size, entries;
+    uint64_t table, header;
+    uint64_t end;                   /* of what can be data: the footer, or the file's end where that is lost */
+    char creator[5];
+    bool by_geometry;
+    uint8_t footer[VHD_FOOTER];     /* the one that counts */
+};
+
+/* The one's complement of the sum of all bytes but the checksum's own. */
+static uint32_t vhd_checksum(const uint8_t *bytes, size_t len, size_t own)
+{
+    uint32_t sum = 0;
+
+    for (size_t i = 0; i < len; i++)
+        sum += i >= own && i < own + 4 ? 0 : bytes[i];
+    return ~sum;
+}
+
+static bool vhd_is_footer(const uint8_t *bytes)
+{
+    return memcmp(bytes, "conectix", 8) == 0;
+}
+
+/* 511 bytes suffice. */
+static bool vhd_footer_is_good(const uint8_t *footer)
+{
+    return vhd_is_footer(footer) &&
+           util_be32(footer + VHD_OFF_CHECKSUM) == vhd_checksum(footer, VHD_FOOTER - 1, VHD_OFF_CHECKSUM);
+}
+
+/*
+ * Certain: a footer of a fixed disk behind just as much data as it says. That beats whatever the guest may have
+ * written at the start of its disk.
+ */
+static int vhd_probe(const struct probe *p)
+{
+    const uint8_t *tail = p->tail + p->tail_len;
+
+    for (size_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= p->tail_len; len--)
+        if (vhd_is_footer(tail - len))
+            return vhd_footer_is_good(tail - len) && util_be32(tail - len + VHD_OFF_TYPE) == VHD_FIXED &&
+                           util_be64(tail - len + VHD_OFF_SIZE) == p->size - len
+                       ? 100 : 90;
+    return p->head_len >= VHD_FOOTER - 1 && vhd_is_footer(p->head) ? 100 : 0;
+}
+
+/* Reads the footer (511 or 512 bytes) at the end. False: none is there, or it is damaged; *seen says which. */
+static bool vhd_read_end(struct image *im, struct vhd *v, uint8_t *footer, bool *seen)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+
+    for (uint64_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= f->size; len--) {
+        memset(footer, 0, VHD_FOOTER);
+        if (file_pread(f, footer, len, f->size - len, &done) || !vhd_is_footer(footer))
+            continue;
+        *seen = true;
+        v->end = f->size - len;
+        if (vhd_footer_is_good(footer))
+            return true;
+    }
+    v->end = f->size;
+    return false;
+}
+
+/* The copy at the front; fixed disks have none. */
+static bool vhd_read_front(struct image *im, uint8_t *footer, bool *seen)
+{
+    uint64_t done;
+
+    if (im->files[0].size < VHD_FOOTER || file_pread(&im->files[0], footer, VHD_FOOTER, 0, &done))
+        return false;
+    *seen |= vhd_is_footer(footer);
+    return vhd_footer_is_good(footer) && util_be32(footer + VHD_OFF_TYPE) != VHD_FIXED;
+}
+
+static int vhd_read_footer(struct image *im, struct vhd *v, uint8_t *footer)
+{
+    uint8_t front[VHD_FOOTER] = { 0 };
+    bool seen = false, good_end = vhd_read_end(im, v, footer, &seen),
+         good_front = vhd_read_front(im, front, &seen);
+
+    if (!seen)
+        return msg_err(-EINVAL, "%s: is not a VHD image", im->name);
+    if (!good_end && !good_front)
+        return msg_err(-EINVAL, "%s: damaged VHD: no footer of it has a good checksum; --format raw shows its bytes",
+                       im->name);
+    /* Behind a dynamic disk that has lost its end, the guest's own data may look like a footer. */
+    if (good_end && good_front && util_be32(footer + VHD_OFF_TYPE) == VHD_FIXED) {
+        good_end = util_be64(footer + VHD_OFF_SIZE) == v->end;
+        msg_say(MSG_NOTE, "%s: has the footer of a fixed disk at its end and one of another kind at its front; %s",
+                im->name, good_end ? "the first counts, since the size is right" : "the latter counts");
+    } else if (!good_end) {
+        msg_say(MSG_NOTE, "%s: the footer at its end is lost or damaged; its copy at the front is used", im->name);
+    }
+    if (!good_end) {
+        memcpy(footer, front, VHD_FOOTER);
+        v->end = im->files[0].size;
+    }
+    return 0;
+}
+
+static int vhd_check_footer(struct image *im, struct vhd *v, const uint8_t *footer)
+{
+    uint32_t version = util_be32(footer + VHD_OFF_VERSION);
+
+    v->type = util_be32(footer + VHD_OFF_TYPE);
+    if (version >> 16 != 1)
+        return msg_err(-EOPNOTSUPP, "%s: VHD of unknown version 0x%08x, which is not supported", im->name, version);
+    if (v->type < VHD_FIXED || v->type > VHD_DIFFERENCING)
+        return fmt_unsupported(im, "the kind of disk", v->type);
+    ext_set_id(&im->id, ID_IMAGE, footer + VHD_OFF_ID);
+    memcpy(v->creator, footer + VHD_OFF_CREATOR, 4);
+    memcpy(v->footer, footer, VHD_FOOTER);
+    return 0;
+}
+
+/* reach: what the blocks, or the file, can hold. */
+static int vhd_set_size(struct image *im, struct vhd *v, const uint8_t *footer, uint64_t reach)
+{
+    static const char *const counts_by_geometry[] = { "vpc ", "vs  ", "qemu" };
+    const uint8_t *g = footer + VHD_OFF_GEOMETRY;
+    uint64_t current = util_be64(footer + VHD_OFF_SIZE);
+    uint64_t geometry = (uint64_t)util_be16(g) * g[2] * g[3] * VHD_SECTOR;
+
+    for (size_t i = 0; i < ARRAY_LEN(counts_by_geometry); i++)
+        v->by_geometry |= memcmp(v->creator, counts_by_geometry[i], 4) == 0;
+    v->by_geometry = v->by_geometry && geometry && geometry < VHD_MAX_GEOMETRY && geometry <= reach;
+    if (current > (uint64_t)MAX_IMAGE_SIZE)
+        return fmt_refuse(im, "the size", current);
+    if (im->child && im->child->format == im->format) {     /* the child says how much of it is shown */
+        v->by_geometry = false;
+        current = geometry > current && geometry <= reach ? geometry : current;
+    }
+    im->size = v->by_geometry ? geometry : current;
+    return 0;
+}
+
+static bool vhd_overlaps(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
+{
+    return a < b + b_len && b < a + a_len;
+}
+
+static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
+{
+    uint32_t block = util_be32(h + VHD_HEAD_BLOCK);
+    uint64_t bits, size = im->files[0].size;
+
+    if (memcmp(h, "cxsparse", 8) != 0)
+        return fmt_refuse(im, "the place of the dynamic header", v->header);
+    if (util_be32(h + VHD_HEAD_VERSION) >> 16 != 1)
+        return fmt_unsupported(im, "the version of the dynamic header", util_be32(h + VHD_HEAD_VERSION));
+    if (block < VHD_SECTOR || block & (block - 1))
+        return fmt_refuse(im, "the block size", block);
+    v->table = util_be64(h + VHD_HEAD_TABLE);
+    v->entries = util_be32(h + VHD_HEAD_ENTRIES);
+    if (v->table % VHD_SECTOR || v->table > size || v->table < VHD_FOOTER)
+        return fmt_refuse_table(im, &im->files[0], "the place of the block table", v->table, VHD_SECTOR);
+    if ((uint64_t)v->entries * 4 > size - v->table)
+        return fmt_refuse(im, "more table entries than the file holds", v->entries);
+    if (vhd_overlaps(v->table, (uint64_t)v->entries * 4, v->header, VHD_HEADER))
+        return fmt_refuse(im, "the place of the block table, in the dynamic header", v->table);
+    v->block_bits = (uint32_t)__builtin_ctz(block);
+    bits = block / VHD_SECTOR;
+    v->bitmap_size = (uint32_t)((bits / 8 + VHD_SECTOR - 1) / VHD_SECTOR * VHD_SECTOR);
+    if (bits < 8)
+        v->bitmap_size = VHD_SECTOR;
+    im->cluster_size = block;
+    return 0;
+}
+
+/* "file://HOST/PATH", in place: the path with its %XX decoded; relative to the child where the host is ".". */
+static bool vhd_file_url(char *url)
+{
+    char *to = url, *from = url + 7, pair[3] = "";
+
+    if (strncasecmp(url, "file://", 7) != 0)
+        return false;
+    if (strncmp(from, "./", 2) == 0 || strncmp(from, "../", 3) == 0)
+        from += from[1] == '/' ? 2 : 0;
+    else
+        from += strcspn(from, "/");
+    for (; *from; to++) {
+        bool coded = from[0] == '%' && isxdigit((unsigned char)from[1]) && isxdigit((unsigned char)from[2]);
+        if (coded)
+            memcpy(pair, from + 1, 2);
+        *to = coded ? (char)strtoul(pair, NULL, 16) : *from;
+        from += coded ? 3 : 1;
+    }
+    *to = 0;
+    return true;
+}
+
+/* One parent locator. What cannot be read is left out: there are other names, and the parent is known by its UUID. */
+static int vhd_read_locator(struct image *im, const uint8_t *locator)
+{
+    uint8_t path[VHD_LOCATOR_MAX];
+    char name[2 * VHD_LOCATOR_MAX];
+    struct file *f = &im->files[0];
+    uint32_t len = util_be32(locator + 8);
+    uint64_t at = util_be64(locator + 16), done;
+
+    if (len > sizeof(path) || at > f->size || len > f->size - at || file_pread(f, path, len, at, &done))
+        return 0;
+    /* W2ru and W2ku are in UTF-16; the older Wi2r and Wi2k may be. */
+    if (locator[1] == '2' || (locator[0] == 'W' && len >= 2 && !path[1]))
+        return text_from_utf16(path, len, false, name, sizeof(name)) ? ext_add_hint(im, name) : 0;
+    snprintf(name, sizeof(name), "%.*s", (int)len, (const char *)path);
+    return locator[0] == 'W' || vhd_file_url(name) ? ext_add_hint(im, name) : 0;
+}
+
+/* The locators in the order of the specification, then the name in the header. */
+static int vhd_read_parent(struct image *im, const uint8_t *h)
+{
+    static const char *const codes[] = { "W2ru", "W2ku", "MacX", "Wi2r", "Wi2k" };
+    char name[1024];
+    int ret = 0;
+
+    ext_set_id(&im->parent_id, ID_IMAGE, h + VHD_HEAD_PARENT_ID);
+    ext_set_parent(im, im->parent_id.known[ID_IMAGE] ? "vpc" : "");
+    for (size_t kind = 0; kind < ARRAY_LEN(codes); kind++)
+        for (size_t i = 0; i < 8 && !ret; i++)
+            if (memcmp(h + VHD_HEAD_LOCATORS + 24 * i, codes[kind], 4) == 0)
+                ret = vhd_read_locator(im, h + VHD_HEAD_LOCATORS + 24 * i);
+    if (!ret && text_from_utf16(h + VHD_HEAD_PARENT_NAME, 512, true, name, sizeof(name)))
+        ret = ext_add_hint(im, name);
+    return ret;
+}
+
+static int vhd_identify(struct image *im)
+{
+    struct vhd v = { 0 };
+    uint8_t footer[VHD_FOOTER] = { 0 };
+    int ret = vhd_read_footer(im, &v, footer);
+
+    return ret ? ret : vhd_check_footer(im, &v, footer);
+}
+
+/*
+ * There is no second copy of the dynamic header. Where its checksum is wrong, what reading needs of it must be
+ * confirmed by something else: the number of blocks and their size by the footer's size, which they hold with nothing
+ * to spare, and the table by where everybody puts it. A parent is known by its identity.
+ */
+static int vhd_check_sum(const struct image *im, const struct vhd *v, const uint8_t *h)
+{
+    uint32_t sum = util_be32(h + VHD_HEAD_CHECKSUM);
+    bool confirmed = v->table == v->header + VHD_HEADER && im->size <= (uint64_t)v->entries << v->block_bits &&
+                     im->size > (uint64_t)(v->entries - 1) << v->block_bits;
+
+    if (sum == vhd_checksum(h, VHD_HEADER, VHD_HEAD_CHECKSUM))
+        return 0;
+    if (!confirmed)
+        return fmt_refuse(im, "the checksum of the dynamic header", sum);
+    fmt_odd(im, "the checksum of the dynamic header", sum);
+    return 0;
+}
+
+static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *footer)
+{
+    uint8_t header[VHD_HEADER];
+    struct file *f = &im->files[0];
+    uint64_t reach, done;
+    int ret;
+
+    v->header = util_be64(footer + VHD_OFF_HEADER);
+    if (f->size < VHD_HEADER || v->header > f->size - VHD_HEADER)
+        return fmt_refuse_table(im, f, "the place of the dynamic header", v->header, VHD_HEADER);
+    ret = file_pread(f, header, VHD_HEADER, v->header, &done);
+    if (!ret)
+        ret = vhd_check_header(im, v, header);
+    if (ret)
+        return ret;
+    reach = (uint64_t)v->entries << v->block_bits;
+    ret = vhd_set_size(im, v, footer, reach);
+    if (!ret && im->size > reach)
+        ret = fmt_refuse(im, "too few table entries for its size", v->entries);
+    if (!ret)
+        ret = vhd_check_sum(im, v, header);
+    if (ret || (v->type == VHD_DYNAMIC && text_is_null_id(header + VHD_HEAD_PARENT_ID)))
+        return ret;
+    if (v->type == VHD_DYNAMIC)     /* zeros for what the parent has would be the worse mistake */
+        msg_say(MSG_NOTE, "%s: says that it is dynamic, but has a parent's UUID: read as differencing", im->name);
+    return vhd_read_parent(im, header);
+}
+
+static int vhd_open(struct image *im)
+{
+    struct vhd *v = im->state = util_fault("vhd") ? NULL : calloc(1, sizeof(*v));
+    uint8_t footer[VHD_FOOTER] = { 0 };
+    int ret;
+
+    if (!v)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: a VHD image is one file", im->name);
+    ret = vhd_read_footer(im, v, footer);
+    if (!ret)
+        ret = vhd_check_footer(im, v, footer);
+    if (ret)
+        return ret;
+    ret = v->type == VHD_FIXED ? vhd_set_size(im, v, footer, v->end) : vhd_open_dynamic(im, v, footer);
+    if (!ret && v->by_geometry && im->size != util_be64(footer + VHD_OFF_SIZE))
+        msg_say(MSG_NOTE, "%s: made by a program that counts by the geometry, so %" PRIu64 " bytes and not %" PRIu64,
+                im->name, (uint64_t)im->size, util_be64(footer + VHD_OFF_SIZE));
+    return ret;
+}
+
+static void vhd_close(struct image *im)
+{
+    free(im->state);
+}
+
+static int vhd_hole(const struct image *im, struct extent *ext, uint64_t length)
+{
+    *ext = (struct extent){ .kind = ext_hole(im), .length = length };
+    return 0;
+}
+
+/* Appends to ext what follows it, if both are one extent; the first is always taken. */
+static bool vhd_append(struct extent *ext, const struct extent *next)
+{
+    if (ext->length == 0) {
+        *ext = *next;
+        return true;
+    }
+    if (!ext_continues(ext, next, false))
+        return false;
+    ext->length += next->length;
+    return true;
+}
+
+/* length bytes from in_block on of the block that lies at `start` with its bitmap. */
+static int vhd_map_block(struct image *im, const struct vhd *v, uint64_t start, uint64_t in_block, uint64_t length,
+                         struct extent *ext)
+{
+    uint64_t all = v->bitmap_size + (1ull << v->block_bits), sectors, data = start + v->bitmap_size + in_block;
+    bool here;
+
+    if (vhd_overlaps(start, all, 0, VHD_FOOTER) || vhd_overlaps(start, all, v->header, VHD_HEADER) ||
+        vhd_overlaps(start, all, v->table, (uint64_t)v->entries * 4))
+        return ext_bad(ext, length, "its block lies in the image's own tables");
+    if (start >= v->end || v->bitmap_size > v->end - start)
+        return ext_bad(ext, length, "its block lies past the end of the file");
+    sectors = (in_block + length - 1) / VHD_SECTOR - in_block / VHD_SECTOR + 1;
+    if (cache_bits(&im->files[0], start, in_block / VHD_SECTOR, sectors, true, &here, &sectors))
+        return ext_bad(ext, length, "the bitmap of its block cannot be read");
+    length = util_min(length, sectors * VHD_SECTOR - in_block % VHD_SECTOR);
+    if (!here)
+        return vhd_hole(im, ext, length);
+    if (data >= v->end)
+        return ext_bad(ext, length, "its block lies past the end of the file");
+    *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - data), .file = &im->files[0],
+                            .offset = data };
+    return 0;
+}
+
+static int vhd_map_dynamic(struct image *im, uint64_t offset, uint64_t left, struct extent *ext)
+{
+    const struct vhd *v = im->state;
+    uint64_t block = 1ull << v->block_bits, here;
+    struct extent next;
+    uint32_t entry;
+
+    ext->length = 0;
+    for (unsigned n = 0; left && n < VHD_LOOK_AHEAD; n++, left -= next.length, offset += next.length) {
+        here = util_min(left, block - (offset & (block - 1)));
+        if (cache_be32(&im->files[0], v->table + (offset >> v->block_bits) * 4, &entry))
+            ext_bad(&next, here, "the block table cannot be read");
+        else if (entry == VHD_NO_BLOCK)
+            vhd_hole(im, &next, here);
+        else
+            vhd_map_block(im, v, (uint64_t)entry * VHD_SECTOR, offset & (block - 1), here, &next);
+        if (!vhd_append(ext, &next))
+            break;
+    }
+    return 0;
+}
+
+static int vhd_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vhd *v = im->state;
+    bool data = true;
+
+    if (v->type != VHD_FIXED)
+        return vhd_map_dynamic(im, offset, length, ext);
+    if (offset >= v->end)
+        return ext_bad(ext, length, "past the end of the file");
+    *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - offset), .file = &im->files[0],
+                            .offset = offset };
+    if (exact)
+        file_seek_extent(ext->file, offset, ext->length, &data, &ext->length);
+    ext->kind = data ? EXT_DATA : EXT_ZERO;
+    return 0;
+}
+
+static void vhd_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct vhd *v = by;
+    uint64_t start = (uint64_t)util_be32(bytes) * VHD_SECTOR, block = 1ull << v->block_bits;
+
+    if (util_be32(bytes) == VHD_NO_BLOCK)
+        return;
+    c->claim(c, &im->files[0], start, v->bitmap_size, "the bitmap of a block", 0);
+    c->claim(c, &im->files[0], start + v->bitmap_size, util_min(block, im->size - i * block), NULL, i * block);
+}
+
+static bool vhd_claims(struct image *im, struct claims *c)
+{
+    const struct vhd *v = im->state;
+    struct file *f = &im->files[0];
+
+    if (v->end < f->size)
+        c->claim(c, f, v->end, f->size - v->end, "the footer", 0);
+    if (v->type == VHD_FIXED) {
+        c->claim(c, f, 0, im->size, NULL, 0);
+        return true;
+    }
+    c->claim(c, f, 0, VHD_FOOTER, "the copy of the footer", 0);
+    c->claim(c, f, v->header, VHD_HEADER, "the dynamic header", 0);
+    c->claim(c, f, v->table, (uint64_t)v->entries * 4, "the block table", 0);
+    ext_claim_table(c, im, v, f, v->table, (im->size + (1ull << v->block_bits) - 1) >> v->block_bits, 4,
+                    vhd_claim_entry);
+    return true;
+}
+
+static void vhd_info(struct image *im, struct out *out)
+{
+    static const char *const kinds[] = { "fixed", "dynamic", "differencing" };
+    const struct vhd *v = im->state;
+    char id[33];
+
+    text_hex(im->id.value[ID_IMAGE], 16, id);
+    out_text(out, "subformat", kinds[v->type - VHD_FIXED]);
+    out_text(out, "creator", v->creator);
+    out_text(out, "size-by", v->by_geometry ? "geometry" : "current size");
+    out_text(out, "id", id);
+}
+
+/*
+ * Bytes of the disk as QEMU counts: by the current size for these creators and with the largest geometry, else by the
+ * geometry. 0: some versions of it this way, others that way.
+ */
+static uint64_t vhd_qemu_size(const struct vhd *v)
+{
+    static const char *const by_size[] = { "win ", "qem2", "d2v ", "tap", "CTXS" };
+    const uint8_t *g = v->footer + VHD_OFF_GEOMETRY;
+    uint64_t current = util_be64(v->footer + VHD_OFF_SIZE) & -512ull;
+    uint64_t geometry = (uint64_t)util_be16(g) * g[2] * g[3] * VHD_SECTOR;
+
+    for (size_t i = 0; i < ARRAY_LEN(by_size); i++)
+        if (memcmp(v->creator, by_size[i], 4) == 0)
+            return current;
+    if (memcmp(v->creator, "wa\0", 4) == 0 && current != geometry && geometry != VHD_MAX_GEOMETRY)
+        return 0;
+    return geometry == VHD_MAX_GEOMETRY ? current : geometry;
+}
+
+/* Is every sector of every block there? QEMU shows what lies where they are not. */
+static bool vhd_bits_are_set(struct image *im)
+{
+    const struct vhd *v = im->state;
+    uint64_t block = 1ull << v->block_bits, read = 0, end;
+    struct extent ext;
+    uint32_t entry;
+
+    for (uint64_t at = 0; at < im->size; at = end) {
+        end = util_min(at + block, im->size);
+        if (cache_be32(&im->files[0], v->table + (at >> v->block_bits) * 4, &entry))
+            return false;
+        if (entry == VHD_NO_BLOCK)
+            continue;
+        if (++read > VHD_MAX_BITMAPS)
+            return false;
+        for (uint64_t from = at; from < end; from += ext.length) {
+            ext = (struct extent){ .kind = EXT_BAD };
+            vhd_map_block(im, v, (uint64_t)entry * VHD_SECTOR, from - at, end - from, &ext);
+            if (ext.kind != EXT_DATA)
+                return false;
+        }
+    }
+    return true;
+}
+
+/*
+ * QEMU looks at the front first, for the footer or its copy; and it knows no parents. It puts new blocks behind the
+ * table and the blocks: over a header that lies there.
+ */
+static bool vhd_as_qemu(struct image *im)
+{
+    const struct vhd *v = im->state;
+    uint8_t front[VHD_FOOTER];
+    uint64_t done;
+
+    if (v->type == VHD_DIFFERENCING || vhd_qemu_size(v) != im->size || im->files[0].size < VHD_FOOTER ||
+        file_pread(&im->files[0], front, VHD_FOOTER, 0, &done))
+        return false;
+    if (v->type == VHD_FIXED)
+        return !vhd_is_footer(front) && v->end == im->files[0].size - VHD_FOOTER;
+    return memcmp(front, v->footer, VHD_FOOTER) == 0 && v->header < v->table && v->block_bits >= 12 &&
+           vhd_bits_are_set(im);
+}
+
+static const struct image_format vhd_format = {
+    .name = "vpc",
+    .describe = "VHD images of Virtual PC, Hyper-V, Azure: fixed, dynamic, differencing",
+    .writes = "overlay",
+    .probe = vhd_probe,
+    .identify = vhd_identify,
+    .open = vhd_open,
+    .map = vhd_map,
+    .claims = vhd_claims,
+    .as_qemu = vhd_as_qemu,
+    .info = vhd_info,
+    .close = vhd_close,
+};
+
+/* ******************************************************************************************************** *
+ * 18. VHDX
+ *
+ * [MS-VHDX] "Virtual Hard Disk v2 File Format", for reading. All numbers are little-endian.
+ *
+ *   identifier | two headers | two region tables | (at 1 MiB:) log, metadata, block table (BAT), blocks, in any order
+ *   BAT: the entries of a chunk (2^23 sectors), then one for the sector bitmap block of the chunk, and so on
+ *
+ * A log that is still to be replayed is replayed in memory: what it replaces becomes patches of the file, which every
+ * reader sees from there on; the file itself stays as it is. So the log comes right after the headers, which alone
+ * are never in it.
+ * ******************************************************************************************************** */
+
+enum {
+    VHDX_MIB = 1 << 20,             /* everything behind the headers is aligned to it */
+    VHDX_HEADER_AT = 64 << 10,      /* the second one lies 64 KiB further; likewise the region tables */
+    VHDX_HEADER = 4096,
+    VHDX_HEADER_USED = 32,          /* what reading needs of it: from the id of its data ... */
+    VHDX_HEADER_USED_END = 80,      /* ... to the place of the log */
+    VHDX_REGIONS_AT = 192 << 10,
+    VHDX_TABLE = 64 << 10,          /* a region table, or the metadata table */
+    VHDX_MAX_ENTRIES = 2047,        /* of either */
+    VHDX_MIN_BLOCK = 1 << 20,
+    VHDX_MAX_BLOCK = 256 << 20,
+    VHDX_CHUNK_BITS = 23,           /* log2 of the sectors of a chunk */
+    VHDX_LOG_PAGE = 4096,
+    VHDX_LOG_HEADER = 64,
+    VHDX_LOG_DESCRIPTOR = 32,
+    VHDX_LOG_SPARE = 64 << 20,      /* read at most 16 times the log and this: a whole ring takes 8 times */
+    VHDX_ENTRY_RESERVED = 0xffff8,
+    VHDX_LOOK_AHEAD = 128,          /* blocks looked at for one extent */
+    VHDX_MAX_LOCATOR = 64 << 10,
+    VHDX_HAS_PARENT = 2,
+    VHDX_META_USER = 1, VHDX_META_REQUIRED = 4,
+};
+#define VHDX_MAX_SIZE (64ull << 40)
+
+/*
+ * States of payload blocks; a sector bitmap block is present (6) or not (0). UNMAPPED_095: what the draft of version
+ * 0.95 had for UNMAPPED.
+ */
+enum { VHDX_ABSENT, VHDX_UNDEFINED, VHDX_ZERO, VHDX_UNMAPPED, VHDX_UNMAPPED_095 = 5, VHDX_PRESENT, VHDX_PARTIAL };
+
+/* GUIDs as they lie in the file. */
+static const uint8_t vhdx_guid_bat[] = { 0x66, 0x77, 0xc2, 0x2d, 0x23, 0xf6, 0x00, 0x42,
+                                         0x9d, 0x64, 0x11, 0x5e, 0x9b, 0xfd, 0x4a, 0x08 };
+static const uint8_t vhdx_guid_metadata[] = { 0x06, 0xa2, 0x7c, 0x8b, 0x90, 0x47, 0x9a, 0x4b,
+                                              0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e };
+static const uint8_t vhdx_guid_locator[] = { 0xb7, 0xef, 0x4a, 0xb0, 0x9e, 0xd1, 0x81, 0x4a,
+                                             0xb7, 0x89, 0x25, 0xb8, 0xe9, 0x44, 0x59, 0x13 };
+
+enum vhdx_item { VHDX_PARAMETERS, VHDX_SIZE, VHDX_SECTOR, VHDX_PHYSICAL, VHDX_ID, VHDX_LOCATOR, VHDX_ITEMS };
+static const struct {
+    uint8_t guid[16];
+    uint32_t length;                /* at least */
+    bool needed;
+    const char *what;
+} vhdx_items[VHDX_ITEMS] = {
+    { { 0x37, 0x67, 0xa1, 0xca, 0x36, 0xfa, 0x43, 0x4d, 0xb3, 0xb6, 0x33, 0xf0, 0xaa, 0x44, 0xe7, 0x6b }, 8, true,
+      "the file parameters" },
+    { { 0x24, 0x42, 0xa5, 0x2f, 0x1b, 0xcd, 0x76, 0x48, 0xb2, 0x11, 0x5d, 0xbe, 0xd8, 0x3b, 0xf4, 0xb8 }, 8, true,
+      "the disk's size" },
+    { { 0x1d, 0xbf, 0x41, 0x81, 0x6f, 0xa9, 0x09, 0x47, 0xba, 0x47, 0xf2, 0x33, 0xa8, 0xfa, 0xab, 0x5f }, 4, true,
+      "the sector size" },
+    { { 0xc7, 0x48, 0xa3, 0xcd, 0x5d, 0x44, 0x71, 0x44, 0x9c, 0xc9, 0xe9, 0x88, 0x52, 0x51, 0xc5, 0x56 }, 4, false,
+      "the physical sector size" },
+    { { 0xab, 0x12, 0xca, 0xbe, 0xe6, 0xb2, 0x23, 0x45, 0x93, 0xef, 0xc3, 0x09, 0xe0, 0x00, 0xc7, 0x46 }, 16, false,
+      "the disk's id" },
+    { { 0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c }, 20, false,
+      "the parent locator" },
+};
+
+struct vhdx_range {
+    uint64_t offset, length;        /* length 0: there is none */
+};
+
+struct vhdx {
+    uint32_t block_bits, sector_bits, chunk_bits;   /* chunk_bits: log2 of the blocks of a chunk */
+    uint32_t version, log_version;
+    uint8_t log_guid[16];
+    struct vhdx_range log, metadata, bat, item[VHDX_ITEMS];
+    uint64_t flushed;               /* the log's last word on how long the file was; 0: there was none */
+    bool has_parent;
+};
+
+static int vhdx_probe(const struct probe *p)
+{
+    return p->head_len >= 8 && memcmp(p->head, "vhdxfile", 8) == 0 ? 100 : 0;
+}
+
+static int vhdx_unknown(const struct image *im, const char *what, const uint8_t *guid)
+{
+    uint8_t uuid[16];
+    char text[37];
+
+    text_swap_guid(guid, uuid);
+    text_uuid(uuid, text);
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown VHDX %s {%s}, which is not supported", im->name, what, text);
+}
+
+/* CRC-32C (Castagnoli), bit by bit reversed; begins with ~0 and is inverted at the end. */
+static uint32_t vhdx_crc(uint32_t crc, const uint8_t *bytes, size_t len)
+{
+    static uint32_t table[256];     /* filled at open, by the only thread there is then */
+
+    for (uint32_t i = 0; !table[255] && i < 256; i++) {
+        uint32_t c = i;
+        for (unsigned bit = 0; bit < 8; bit++)
+            c = c >> 1 ^ (c & 1 ? 0x82f63b78 : 0);
+        table[i] = c;
+    }
+    for (size_t i = 0; i < len; i++)
+        crc = table[(crc ^ bytes[i]) & 0xff] ^ crc >> 8;
+    return crc;
+}
+
+/* Signature, then the checksum of all with the checksum itself as zeros. */
+static bool vhdx_is_good(const uint8_t *bytes, size_t len, const char *signature)
+{
+    static const uint8_t zeros[4];
+
+    return memcmp(bytes, signature, 4) == 0 &&
+           ~vhdx_crc(vhdx_crc(vhdx_crc(~0u, bytes, 4), zeros, 4), bytes + 8, len - 8) == util_le32(bytes + 4);
+}
+
+/* Two headers: the good one with the higher sequence number is the current one. room: 64 KiB */
+static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
+{
+    struct file *f = &im->files[0];
+    const uint8_t *h = NULL;
+    uint8_t uuid[16];
+    uint64_t done;
+
+    for (uint64_t i = 0; i < 2; i++) {
+        uint8_t *candidate = room + i * VHDX_HEADER;
+        uint64_t at = VHDX_HEADER_AT + i * VHDX_TABLE;
+        if (at + VHDX_HEADER > f->size || file_pread(f, candidate, VHDX_HEADER, at, &done) ||
+            !vhdx_is_good(candidate, VHDX_HEADER, "head"))
+            continue;
+        if (h && util_le64(candidate + 8) == util_le64(h + 8) &&
+            memcmp(candidate + VHDX_HEADER_USED, h + VHDX_HEADER_USED, VHDX_HEADER_USED_END - VHDX_HEADER_USED) != 0)
+            return fmt_refuse(im, "two different headers with one sequence number", util_le64(h + 8));
+        if (!h || util_le64(candidate + 8) > util_le64(h + 8))
+            h = candidate;
+    }
+    if (!h)
+        return file_pread(f, room, util_min(8, f->size), 0, &done) || memcmp(room, "vhdxfile", 8) != 0
+                   ? msg_err(-EINVAL, "%s: is not a VHDX image", im->name)
+                   : f->size < VHDX_HEADER_AT + 2 * VHDX_TABLE
+                   ? fmt_refuse_table(im, f, "the place of its headers", VHDX_HEADER_AT, 2ull * VHDX_TABLE)
+                   : msg_err(-EINVAL, "%s: damaged VHDX: neither of its headers has a good checksum", im->name);
+    v->log_version = util_le16(h + 64);
+    v->version = util_le16(h + 66);
+    if (v->version != 1)
+        return msg_err(-EOPNOTSUPP, "%s: VHDX of unknown version %u, which is not supported", im->name, v->version);
+    text_swap_guid(h + 32, uuid);
+    ext_set_id(&im->id, ID_IMAGE, uuid);                /* changes with the data: what children remember */
+    memcpy(v->log_guid, h + 48, sizeof(v->log_guid));
+    v->log = (struct vhdx_range){ .offset = util_le64(h + 72), .length = util_le32(h + 68) };
+    im->dirty = !text_is_null_id(v->log_guid);
+    return 0;
+}
+
+/* -- the log -- */
+
+/*
+ * A ring of entries, each a header with descriptors and then pages of data, in units of 4 KiB. Entries with the
+ * header's log GUID and consecutive sequence numbers form a sequence; a sequence is whole when its last entry's tail
+ * lies in it. Of the whole ones that with the highest number counts, from its tail on.
+ */
+struct vhdx_log {
+    struct image *im;
+    const uint8_t *guid;
+    uint64_t offset, length;
+    uint64_t budget;                /* bytes that may still be read: garbage must not keep us for ever; see spent */
+    bool spent;                     /* the budget did not suffice: what was found so far may not be all */
+};
+
+struct vhdx_entry {
+    uint64_t sequence, flushed, last, at, length, tail;
+    uint32_t checksum, descriptors;
+};
+
+static int vhdx_log_bad(const struct image *im, const char *what)
+{
+    return msg_err(-EINVAL, "%s: was not closed properly, and its log cannot be replayed: %s; --ignore-log reads what "
+                   "is there without it", im->name, what);
+}
+
+/* at: may be past the end of the ring */
+static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, uint8_t page[VHDX_LOG_PAGE])
+{
+    uint64_t done;
+
+    log->spent |= log->budget < VHDX_LOG_PAGE || (log->budget % VHDX_MIB == 0 && util_interrupted());
+    if (log->spent)
+        return false;
+    log->budget -= VHDX_LOG_PAGE;
+    return file_pread(&log->im->files[0], page, VHDX_LOG_PAGE, log->offset + at % log->length, &done) == 0;
+}
+
+static bool vhdx_entry_header(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
+{
+    uint8_t page[VHDX_LOG_PAGE];
+
+    if (!vhdx_log_read(log, at, page) || memcmp(page, "loge", 4) != 0 || memcmp(page + 32, log->guid, 16) != 0)
+        return false;
+    *e = (struct vhdx_entry){
+        .at = at % log->length, .checksum = util_le32(page + 4), .length = util_le32(page + 8),
+        .tail = util_le32(page + 12), .sequence = util_le64(page + 16), .descriptors = util_le32(page + 24),
+        .flushed = util_le64(page + 48), .last = util_le64(page + 56),
+    };
+    return e->length && e->length <= log->length && e->length % VHDX_LOG_PAGE == 0 && e->tail < log->length &&
+           e->tail % VHDX_LOG_PAGE == 0 && e->sequence &&
+           VHDX_LOG_HEADER + (uint64_t)e->descriptors * VHDX_LOG_DESCRIPTOR <= e->length;
+}
+
+static bool vhdx_entry_sum(struct vhdx_log *log, const struct vhdx_entry *e)
+{
+    uint8_t page[VHDX_LOG_PAGE];
+    uint32_t crc = ~0u;
+
+    for (uint64_t done = 0; done < e->length; done += VHDX_LOG_PAGE) {
+        if (!vhdx_log_read(log, e->at + done, page))
+            return false;
+        if (done == 0)
+            memset(page + 4, 0, 4);
+        crc = vhdx_crc(crc, page, VHDX_LOG_PAGE);
+    }
+    return ~crc == e->checksum;
+}
+
+static int vhdx_apply_zeros(struct file *f, uint64_t offset, uint64_t length)
+{
+    int ret = 0;
+
+    for (; length && !ret; offset += VHDX_LOG_PAGE, length -= VHDX_LOG_PAGE)
+        ret = file_patch(f, offset, NULL);
+    return ret;
+}
+
+/*
+ * The page of data that belongs to a descriptor. Its own first and last bytes, which the sequence number replaced,
+ * are in the descriptor. -EINVAL: it is not of this entry.
+ */
+static int vhdx_data_page(struct vhdx_log *log, const struct vhdx_entry *e, uint64_t at, const uint8_t *descriptor,
+                          uint8_t page[VHDX_LOG_PAGE])
+{
+    if (at + VHDX_LOG_PAGE > e->length || !vhdx_log_read(log, e->at + at, page) || memcmp(page, "data", 4) != 0 ||
+        util_le32(page + 4) != e->sequence >> 32 || util_le32(page + VHDX_LOG_PAGE - 4) != (uint32_t)e->sequence)
+        return -EINVAL;
+    memcpy(page, descriptor + 8, 8);
+    memcpy(page + VHDX_LOG_PAGE - 4, descriptor + 4, 4);
+    return 0;
+}
+
+/* Goes through the descriptors of an entry, to check them or to apply them. -EINVAL: the entry is not valid. */
+static int vhdx_entry_walk(struct vhdx_log *log, const struct vhdx_entry *e, bool apply)
+{
+    uint8_t page[VHDX_LOG_PAGE], data[VHDX_LOG_PAGE];
+    uint64_t at = VHDX_LOG_HEADER, end = at + (uint64_t)e->descriptors * VHDX_LOG_DESCRIPTOR, offset, length;
+    uint64_t data_at = (end + VHDX_LOG_PAGE - 1) / VHDX_LOG_PAGE * VHDX_LOG_PAGE;
+    struct file *f = &log->im->files[0];
+    int ret = 0;
+
+    for (bool first = true; at < end && !ret; at += VHDX_LOG_DESCRIPTOR, first = false) {
+        const uint8_t *d = page + at % VHDX_LOG_PAGE;
+        if ((first || at % VHDX_LOG_PAGE == 0) && !vhdx_log_read(log, e->at + at / VHDX_LOG_PAGE * VHDX_LOG_PAGE, page))
+            return -EINVAL;
+        offset = util_le64(d + 16);
+        length = util_le64(d + 8);
+        if (util_le64(d + 24) != e->sequence || offset % VHDX_LOG_PAGE || offset > (uint64_t)MAX_IMAGE_SIZE / 2)
+            return -EINVAL;
+        if (memcmp(d, "zero", 4) == 0) {
+            if (length % VHDX_LOG_PAGE || length > (uint64_t)MAX_IMAGE_SIZE / 2)
+                return -EINVAL;
+            ret = apply ? vhdx_apply_zeros(f, offset, length) : 0;
+        } else if (memcmp(d, "desc", 4) == 0) {
+            ret = vhdx_data_page(log, e, data_at, d, data);
+            data_at += VHDX_LOG_PAGE;
+            if (!ret && apply)
+                ret = file_patch(f, offset, data);
+        } else {
+            return -EINVAL;
+        }
+    }
+    return ret;
+}
+
+static bool vhdx_entry_valid(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
+{
+    return vhdx_entry_header(log, at, e) && vhdx_entry_sum(log, e) && vhdx_entry_walk(log, e, false) == 0;
+}
+
+/* The length of the run of consecutive entries from start on; 0: none. *last is its last one. */
+static uint64_t vhdx_log_run(struct vhdx_log *log, uint64_t start, struct vhdx_entry *last)
+{
+    struct vhdx_entry e;
+    uint64_t length = 0;
+
+    while (length < log->length && vhdx_entry_valid(log, start + length, &e) &&
+           (!length || e.sequence == last->sequence + 1) && e.length <= log->length - length) {
+        *last = e;
+        length += e.length;
+    }
+    return length;
+}
+
+/* Is the tail of the run's last entry one of its entries? */
+static bool vhdx_log_is_whole(struct vhdx_log *log, uint64_t start, uint64_t length, uint64_t tail)
+{
+    struct vhdx_entry e;
+
+    for (uint64_t at = 0; at < length; at += e.length) {
+        if ((start + at) % log->length == tail)
+            return true;
+        if (!vhdx_entry_header(log, start + at, &e))
+            return false;
+    }
+    return false;
+}
+
+/* The last entry of the active sequence. False: there is none. */
+static bool vhdx_log_find(struct vhdx_log *log, struct vhdx_entry *head)
+{
+    struct vhdx_entry last = { 0 };
+    bool found = false;
+    uint64_t run;
+
+    /* No whole sequence begins inside of a run: it would end where the run does, with the same tail. */
+    for (uint64_t start = 0; start < log->length; start += run ? run : VHDX_LOG_PAGE) {
+        run = vhdx_log_run(log, start, &last);
+        if (run && (!found || last.sequence > head->sequence) &&
+            vhdx_log_is_whole(log, start, run, last.tail)) {
+            *head = last;
+            found = true;
+        }
+    }
+    return found;
+}
+
+/* Applies the entries from the tail of `head` up to itself. */
+static int vhdx_log_apply(struct vhdx_log *log, const struct vhdx_entry *head)
+{
+    struct file *f = &log->im->files[0];
+    uint64_t flushed = 0, last = 0, total = 0;
+    struct vhdx_entry e = { .at = UINT64_MAX };
+    unsigned n = 0;
+    int ret = 0;
+
+    log->budget = 4 * log->length + VHDX_MIB;       /* also what ends this, should the file change underneath */
+    for (; !ret && e.at != head->at; total += e.length, n++) {
+        ret = vhdx_entry_header(log, head->tail + total, &e) ? vhdx_entry_walk(log, &e, true) : -EINVAL;
+        flushed = e.flushed > flushed ? e.flushed : flushed;
+        last = e.last > last ? e.last : last;
+    }
+    if (ret == -ENOMEM)
+        return msg_err(ret, "%s: out of memory", log->im->name);
+    if (ret == -E2BIG || last > (uint64_t)MAX_IMAGE_SIZE)
+        return vhdx_log_bad(log->im, "it changes more than is plausible");
+    if (ret)
+        return vhdx_log_bad(log->im, "it was changed meanwhile");
+    msg_say(MSG_NOTE, "%s: was not closed properly: its log (%u entries, %u pages) is replayed in memory; the file is "
+            "not changed", log->im->name, n, f->n_patches);
+    ((struct vhdx *)log->im->state)->flushed = flushed;
+    if (last > f->size && flushed <= f->size)
+        file_extend(f, last);       /* with zeros, as whoever replays the log on disk does */
+    return 0;
+}
+
+static int vhdx_replay(struct image *im, const struct vhdx *v)
+{
+    struct file *f = &im->files[0];
+    struct vhdx_log log = { .im = im, .guid = v->log_guid, .offset = v->log.offset, .length = v->log.length,
+                            .budget = 16 * v->log.length + VHDX_LOG_SPARE };
+    struct vhdx_entry head = { 0 };
+    bool found;
+
+    if (im->opt->ignore_log) {
+        msg_say(MSG_NOTE, "%s: was not closed properly, and its log is ignored: what was changed last may be wrong",
+                im->name);
+        return 0;
+    }
+    if (v->log_version)
+        return vhdx_log_bad(im, "it is of an unknown version");
+    if (!log.length || log.length % VHDX_MIB || log.offset % VHDX_MIB || log.offset < VHDX_MIB ||
+        log.offset > f->size || log.length > f->size - log.offset)
+        return vhdx_log_bad(im, "it is not where it should be");
+    found = vhdx_log_find(&log, &head);
+    if (util_interrupted())
+        return msg_err(-EINTR, "interrupted");
+    if (!found || log.spent)
+        return vhdx_log_bad(im, log.spent ? "too much garbage in it" : "no whole sequence in it");
+    return vhdx_log_apply(&log, &head);
+}
+
+/* -- regions, metadata -- */
+
+static bool vhdx_overlaps(const struct vhdx_range *r, uint64_t offset, uint64_t length)
+{
+    return offset < r->offset + r->length && r->offset < offset + length;
+}
+
+static int vhdx_check_regions(struct image *im, struct vhdx *v, const uint8_t *table)
+{
+    uint32_t n = util_le32(table + 8);
+
+    if (n > VHDX_MAX_ENTRIES)
+        return fmt_refuse(im, "the number of regions", n);
+    for (uint32_t i = 0; i < n; i++) {
+        const uint8_t *e = table + 16 + (size_t)32 * i;
+        uint64_t offset = util_le64(e + 16), length = util_le32(e + 24);
+        struct vhdx_range *r = memcmp(e, vhdx_guid_bat, 16) == 0        ? &v->bat
+                               : memcmp(e, vhdx_guid_metadata, 16) == 0 ? &v->metadata
+                                                                        : NULL;
+        if (!r && util_le32(e + 28) & 1)
+            return vhdx_unknown(im, "region", e);
+        if (!r)
+            continue;
+        if (r->length)
+            return fmt_refuse(im, "a region that is there twice", offset);
+        if (!length || length % VHDX_MIB || offset % VHDX_MIB || offset < VHDX_MIB ||
+            offset > (uint64_t)MAX_IMAGE_SIZE - length)
+            return fmt_refuse(im, "the place of a region", length % VHDX_MIB || !length ? length : offset);
+        *r = (struct vhdx_range){ offset, length };
+    }
+    if (!v->bat.length || !v->metadata.length)
+        return fmt_refuse(im, v->bat.length ? "no metadata region" : "no block table", n);
+    if (vhdx_overlaps(&v->bat, v->metadata.offset, v->metadata.length))
+        return fmt_refuse(im, "regions that overlap", v->bat.offset);
+    if (v->log.offset < (uint64_t)MAX_IMAGE_SIZE && v->log.length &&
+        (vhdx_overlaps(&v->log, v->bat.offset, v->bat.length) ||
+         vhdx_overlaps(&v->log, v->metadata.offset, v->metadata.length)))
+        return fmt_refuse(im, "a region in the log", v->log.offset);
+    return 0;
+}
+
+static int vhdx_read_regions(struct image *im, struct vhdx *v, uint8_t *room)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+
+    for (uint64_t i = 0; i < 2; i++) {
+        uint64_t at = VHDX_REGIONS_AT + i * VHDX_TABLE;
+        if (at + VHDX_TABLE <= f->size && file_pread(f, room, VHDX_TABLE, at, &done) == 0 &&
+            vhdx_is_good(room, VHDX_TABLE, "regi"))
+            return vhdx_check_regions(im, v, room);
+    }
+    return msg_err(-EINVAL, "%s: damaged VHDX: neither of its region tables has a good checksum", im->name);
+}
+
+static int vhdx_check_item(struct image *im, struct vhdx *v, const uint8_t *e)
+{
+    uint64_t offset = util_le32(e + 16), length = util_le32(e + 20);
+    uint32_t bits = util_le32(e + 24);
+    size_t i = 0;
+
+    while (i < VHDX_ITEMS && (bits & VHDX_META_USER || memcmp(e, vhdx_items[i].guid, 16) != 0))
+        i++;
+    if (i == VHDX_ITEMS)
+        return bits & VHDX_META_REQUIRED ? vhdx_unknown(im, "metadata item", e) : 0;
+    if (i == VHDX_PHYSICAL || i == VHDX_ID)
+        return 0;                   /* reading needs neither, whatever they say */
+    if (offset < VHDX_TABLE || offset > v->metadata.length || length > v->metadata.length - offset)
+        return fmt_refuse(im, "the place of a metadata item", offset);
+    if (length < vhdx_items[i].length || v->item[i].length)
+        return fmt_refuse(im, vhdx_items[i].what, length);
+    v->item[i] = (struct vhdx_range){ v->metadata.offset + offset, length };
+    return 0;
+}
+
+static int vhdx_read_metadata(struct image *im, struct vhdx *v, uint8_t *room)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+    uint32_t n;
+    int ret = 0;
+
+    if (v->metadata.offset > f->size || f->size - v->metadata.offset < VHDX_TABLE)
+        return fmt_refuse(im, "the metadata lies past the end of the file", v->metadata.offset);
+    if (file_pread(f, room, VHDX_TABLE, v->metadata.offset, &done))
+        return -EIO;
+    n = util_le16(room + 10);
+    if (memcmp(room, "metadata", 8) != 0 || n > VHDX_MAX_ENTRIES)
+        return fmt_refuse(im, "the metadata table", n);
+    for (uint32_t i = 0; i < n && !ret; i++)
+        ret = vhdx_check_item(im, v, room + 32 + (size_t)32 * i);
+    for (size_t i = 0; i < VHDX_ITEMS && !ret; i++)
+        if (vhdx_items[i].needed && !v->item[i].length)
+            ret = msg_err(-EINVAL, "%s: damaged VHDX: lacks %s", im->name, vhdx_items[i].what);
+    return ret;
+}
+
+/* The first `len` bytes (at most) of an item; zeros where there is none. */
+static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item item, uint8_t *bytes, uint64_t len)
+{
+    struct file *f = &im->files[0];
+    uint64_t done, offset = v->item[item].offset;
+
+    memset(bytes, 0, len);
+    len = util_min(len, v->item[item].length);
+    if (offset > f->size || len > f->size - offset)
+        return fmt_refuse(im, "a metadata item lies past the end of the file", offset);
+    return file_pread(f, bytes, len, offset, &done);
+}
+
+static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, uint64_t size, uint32_t sector)
+{
+    if (block < VHDX_MIN_BLOCK || block > VHDX_MAX_BLOCK || block & (block - 1))
+        return fmt_refuse(im, "the block size", block);
+    if (sector != 512 && sector != 4096)
+        return fmt_refuse(im, "the sector size", sector);
+    if (size > VHDX_MAX_SIZE || size % sector)
+        return fmt_refuse(im, "the disk's size", size);
+    v->block_bits = (uint32_t)__builtin_ctz(block);
+    v->sector_bits = (uint32_t)__builtin_ctz(sector);
+    v->chunk_bits = VHDX_CHUNK_BITS + v->sector_bits - v->block_bits;
+    im->size = size;
+    im->cluster_size = block;
+    im->sector_size = sector;
+    return 0;
+}
+
+/* Entries that the block table must have. */
+static uint64_t vhdx_bat_entries(const struct image *im, const struct vhdx *v)
+{
+    uint64_t blocks = (im->size + (1ull << v->block_bits) - 1) >> v->block_bits;
+
+    if (blocks && v->has_parent)
+        return (((blocks - 1) >> v->chunk_bits) + 1) * ((1ull << v->chunk_bits) + 1);
+    return blocks ? blocks + ((blocks - 1) >> v->chunk_bits) : 0;
+}
+
+/* The block table must be whole, and large enough for the size. */
+static int vhdx_check_bat(struct image *im, const struct vhdx *v)
+{
+    uint64_t entries = vhdx_bat_entries(im, v);
+
+    if (entries * 8 > v->bat.length)
+        return fmt_refuse(im, "the block table is too small for the size", v->bat.length);
+    if (v->bat.offset > im->files[0].size || entries * 8 > im->files[0].size - v->bat.offset)
+        return fmt_refuse(im, "the block table lies past the end of the file", v->bat.offset);
+    return 0;
+}
+
+static int vhdx_read_items(struct image *im, struct vhdx *v)
+{
+    uint8_t parameters[8], size[8], sector[4];
+    int ret = vhdx_read_item(im, v, VHDX_PARAMETERS, parameters, sizeof(parameters));
+
+    if (!ret)
+        ret = vhdx_read_item(im, v, VHDX_SIZE, size, sizeof(size));
+    if (!ret)
+        ret = vhdx_read_item(im, v, VHDX_SECTOR, sector, sizeof(sector));
+    if (ret)
+        return ret;
+    v->has_parent = util_le32(parameters + 4) & VHDX_HAS_PARENT || v->item[VHDX_LOCATOR].length;
+    ret = vhdx_check_sizes(im, v, util_le32(parameters), util_le64(size), util_le32(sector));
+    return ret ? ret : vhdx_check_bat(im, v);
+}
+
+/* -- parents -- */
+
+static bool vhdx_key_is(const uint8_t *key, size_t len, const char *name)
+{
+    size_t n = strlen(name);
+
+    if (len != 2 * n)
+        return false;
+    for (size_t i = 0; i < n; i++)
+        if (util_le16(key + 2 * i) != (unsigned char)name[i])
+            return false;
+    return true;
+}
+
+/* Key and value of entry i of the locator. False: they do not lie in it. */
+static bool vhdx_locator_value(const uint8_t *locator, uint64_t len, const char *key, const uint8_t **value,
+                               size_t *value_len)
+{
+    uint32_t n = util_le16(locator + 18);
+
+    for (uint32_t i = 0; i < n && 20 + (uint64_t)12 * (i + 1) <= len; i++) {
+        const uint8_t *e = locator + 20 + (size_t)12 * i;
+        uint64_t key_at = util_le32(e), value_at = util_le32(e + 4);
+        uint32_t key_len = util_le16(e + 8);
+        *value_len = util_le16(e + 10);
+        if (key_at + key_len > len || value_at + *value_len > len || !vhdx_key_is(locator + key_at, key_len, key))
+            continue;
+        *value = locator + value_at;
+        return true;
+    }
+    return false;
+}
+
+/* The value of a key as text. */
+static bool vhdx_locator_text(const uint8_t *locator, uint64_t len, const char *key, char *text, size_t room)
+{
+    const uint8_t *value;
+    size_t n;
+
+    return vhdx_locator_value(locator, len, key, &value, &n) && text_from_utf16(value, n, false, text, room);
+}
+
+static int vhdx_parse_locator(struct image *im, const uint8_t *locator, uint64_t len)
+{
+    static const char *const paths[] = { "relative_path", "volume_path", "absolute_win32_path" };
+    char text[3072];
+    uint8_t uuid[16];
+    int ret = 0;
+
+    if (memcmp(locator, vhdx_guid_locator, 16) != 0)
+        return vhdx_unknown(im, "parent locator", locator);
+    ext_set_parent(im, "vhdx");
+    if (vhdx_locator_text(locator, len, "parent_linkage", text, sizeof(text)) && text_parse_guid(text, uuid))
+        ext_set_id(&im->parent_id, ID_IMAGE, uuid);
+    im->has_other_parent = vhdx_locator_text(locator, len, "parent_linkage2", text, sizeof(text)) &&
+                           text_parse_guid(text, im->other_parent) && !text_is_null_id(im->other_parent);
+    for (size_t i = 0; i < ARRAY_LEN(paths) && !ret; i++)
+        if (vhdx_locator_text(locator, len, paths[i], text, sizeof(text)))
+            ret = ext_add_hint(im, text);
+    return ret;
+}
+
+static int vhdx_read_parent(struct image *im, const struct vhdx *v, uint8_t *room)
+{
+    uint64_t len = v->item[VHDX_LOCATOR].length;
+    int ret;
+
+    if (!v->has_parent)
+        return 0;
+    if (!len || len > VHDX_MAX_LOCATOR)
+        return fmt_refuse(im, "the length of the parent locator", len);
+    ret = vhdx_read_item(im, v, VHDX_LOCATOR, room, len);
+    return ret ? ret : vhdx_parse_locator(im, room, len);
+}
+
+static int vhdx_identify(struct image *im)
+{
+    struct vhdx v = { 0 };
+    uint8_t *room = malloc(VHDX_TABLE);
+    int ret = room ? vhdx_read_headers(im, &v, room) : -ENOMEM;
+
+    free(room);
+    return ret;
+}
+
+static int vhdx_open(struct image *im)
+{
+    struct vhdx *v = im->state = util_fault("vhdx") ? NULL : calloc(1, sizeof(*v));
+    uint8_t *room = v ? malloc(VHDX_TABLE) : NULL;
+    int ret = 0;
+
+    if (!room)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        ret = msg_err(-EINVAL, "%s: a VHDX image is one file", im->name);
+    if (!ret)
+        ret = vhdx_read_headers(im, v, room);
+    if (!ret && im->dirty)
+        ret = vhdx_replay(im, v);
+    if (!ret)
+        ret = vhdx_read_regions(im, v, room);
+    if (!ret)
+        ret = vhdx_read_metadata(im, v, room);
+    if (!ret)
+        ret = vhdx_read_items(im, v);
+    if (!ret)
+        ret = vhdx_read_parent(im, v, room);
+    free(room);
+    return ret;
+}
+
+static void vhdx_close(struct image *im)
+{
+    free(im->state);
+}
+
+/* -- reading -- */
+
+/* Where a block may not lie. NULL: there. */
+static const char *vhdx_misplaced(const struct image *im, const struct vhdx *v, uint64_t offset, uint64_t length)
+{
+    if (offset < VHDX_MIB)
+        return "its block lies in the header";
+    if (offset >= im->files[0].size)
+        return "its block lies past the end of the file";
+    if (vhdx_overlaps(&v->bat, offset, length) || vhdx_overlaps(&v->metadata, offset, length) ||
+        (v->log.offset <= im->files[0].size && vhdx_overlaps(&v->log, offset, length)))
+        return "its block lies in the image's own tables";
+    return NULL;
+}
+
+static void vhdx_map_data(struct image *im, const struct vhdx *v, uint64_t host, uint64_t in_block, uint64_t length,
+                          struct extent *ext)
+{
+    struct file *f = &im->files[0];
+    const char *why = vhdx_misplaced(im, v, host, 1ull << v->block_bits);
+
+    if (!why && in_block >= f->size - host)
+        why = "its block lies past the end of the file";
+    if (why)
+        ext_bad(ext, length, why);
+    else
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_block), .file = f,
+                                .offset = host + in_block };
+}
+
+/* A block of which only those sectors are here whose bits in the chunk's sector bitmap are set. */
+static void vhdx_map_partial(struct image *im, const struct vhdx *v, uint64_t block, uint64_t host, uint64_t in_block,
+                             uint64_t length, struct extent *ext)
+{
+    uint64_t chunk = block >> v->chunk_bits, in_chunk = block & ((1ull << v->chunk_bits) - 1), bitmap, first, n;
+    uint64_t index = (chunk + 1) * ((1ull << v->chunk_bits) + 1) - 1, sector = 1ull << v->sector_bits;
+    const char *why;
+    bool here;
+
+    if (cache_le64(&im->files[0], v->bat.offset + index * 8, &bitmap)) {
+        ext_bad(ext, length, "the block table cannot be read");
+        return;
+    }
+    why = vhdx_misplaced(im, v, bitmap & -(uint64_t)VHDX_MIB, VHDX_MIB);
+    if ((bitmap & (VHDX_MIB - 1)) != VHDX_PRESENT)
+        why = "its sector bitmap is not there";
+    else if (!why && im->files[0].size - (bitmap & -(uint64_t)VHDX_MIB) < VHDX_MIB)
+        why = "its sector bitmap lies past the end of the file";
+    first = (in_chunk << (v->block_bits - v->sector_bits)) + (in_block >> v->sector_bits);
+    n = ((in_block + length - 1) >> v->sector_bits) - (in_block >> v->sector_bits) + 1;
+    if (!why && cache_bits(&im->files[0], bitmap & -(uint64_t)VHDX_MIB, first, n, false, &here, &n))
+        why = "its sector bitmap cannot be read";
+    if (why) {
+        ext_bad(ext, length, why);
+        return;
+    }
+    length = util_min(length, n * sector - (in_block & (sector - 1)));
+    if (here)
+        vhdx_map_data(im, v, host, in_block, length, ext);
+    else
+        *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
+}
+
+/*
+ * Blocks whose contents are "undefined" or "unmapped" may read as anything but the parent's data: zeros, as with
+ * everyone else.
+ */
+static void vhdx_map_entry(struct image *im, const struct vhdx *v, uint64_t block, uint64_t entry, uint64_t in_block,
+                           uint64_t length, struct extent *ext)
+{
+    uint32_t state = entry & 7;
+    uint64_t host = entry & -(uint64_t)VHDX_MIB;
+
+    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    if (entry & VHDX_ENTRY_RESERVED)
+        ext_bad(ext, length, "its block table entry has reserved bits set");
+    else if (state == VHDX_ABSENT && v->has_parent)
+        ext->kind = EXT_BACKING;
+    else if (state <= VHDX_UNMAPPED || state == VHDX_UNMAPPED_095)
+        ;
+    else if (state == VHDX_PRESENT)
+        vhdx_map_data(im, v, host, in_block, length, ext);
+    else if (state == VHDX_PARTIAL && v->has_parent)
+        vhdx_map_partial(im, v, block, host, in_block, length, ext);
+    else
+        ext_bad(ext, length, "its block is in a state that cannot be");
+}
+
+static int vhdx_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vhdx *v = im->state;
+    uint64_t size = 1ull << v->block_bits, left = length, block, here, entry;
+    struct extent next;
+
+    (void)exact;
+    ext->length = 0;
+    for (unsigned n = 0; left && n < VHDX_LOOK_AHEAD; n++, left -= next.length, offset += next.length) {
+        block = offset >> v->block_bits;
+        here = util_min(left, size - (offset & (size - 1)));
+        if (cache_le64(&im->files[0], v->bat.offset + (block + (block >> v->chunk_bits)) * 8, &entry))
+            ext_bad(&next, here, "the block table cannot be read");
+        else
+            vhdx_map_entry(im, v, block, entry, offset & (size - 1), here, &next);
+        if (!vhd_append(ext, &next))
+            break;
+    }
+    return 0;
+}
+
+static void vhdx_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct vhdx *v = by;
+    uint64_t entry = util_le64(bytes), chunk = (1ull << v->chunk_bits) + 1, host = entry & -(uint64_t)VHDX_MIB;
+    uint64_t start = (i - i / chunk) << v->block_bits, state = entry & 7;
+
+    if (entry & VHDX_ENTRY_RESERVED || host > (uint64_t)MAX_IMAGE_SIZE)
+        return;
+    if (i % chunk == chunk - 1 && state == VHDX_PRESENT)
+        c->claim(c, &im->files[0], host, VHDX_MIB, "a sector bitmap block", 0);
+    else if (i % chunk != chunk - 1 && start < im->size && (state == VHDX_PRESENT || state == VHDX_PARTIAL))
+        c->claim(c, &im->files[0], host, util_min(1ull << v->block_bits, im->size - start), NULL, start);
+}
+
+static bool vhdx_claims(struct image *im, struct claims *c)
+{
+    const struct vhdx *v = im->state;
+    struct file *f = &im->files[0];
+
+    c->claim(c, f, 0, VHDX_MIB, "the header", 0);
+    if (v->log.offset >= VHDX_MIB && v->log.offset <= f->size)
+        c->claim(c, f, v->log.offset, v->log.length, "the log", 0);
+    c->claim(c, f, v->metadata.offset, v->metadata.length, "the metadata", 0);
+    c->claim(c, f, v->bat.offset, v->bat.length, "the block table", 0);
+    c->claim(c, f, v->flushed, 0, NULL, 0);
+    ext_claim_table(c, im, v, f, v->bat.offset, vhdx_bat_entries(im, v), 8, vhdx_claim_entry);
+    return true;
+}
+
+static void vhdx_info(struct image *im, struct out *out)
+{
+    const struct vhdx *v = im->state;
+    char id[33];
+
+    text_hex(im->id.value[ID_IMAGE], 16, id);
+    out_text(out, "subformat", v->has_parent ? "differencing" : "fixed or dynamic");
+    out_number(out, "sector-size", 1u << v->sector_bits);
+    out_text(out, "data-write-id", id);
+    if (im->dirty)
+        out_number(out, "replayed-pages", im->files[0].n_patches);
+}
+
+/* QEMU knows no parents, and replays a log only in the file. */
+static bool vhdx_as_qemu(struct image *im)
+{
+    return !((const struct vhdx *)im->state)->has_parent && !im->dirty;
+}
+
+static const struct image_format vhdx_format = {
+    .name = "vhdx",
+    .describe = "VHDX images of Hyper-V: fixed, dynamic, differencing; the log is replayed in memory",
+    .writes = "overlay",
+    .probe = vhdx_probe,
+    .identify = vhdx_identify,
+    .open = vhdx_open,
+    .map = vhdx_map,
+    .claims = vhdx_claims,
+    .as_qemu = vhdx_as_qemu,
+    .info = vhdx_info,
+    .close = vhdx_close,
+};
+
+/* ******************************************************************************************************** *
+ * 19. VMDK
+ *
+ * VMware "Virtual Disk Format 5.0"; COWD and seSparse: the documentation of libvmdk and QEMU. All numbers are
+ * little-endian; most places are sectors of 512 bytes.
+ *
+ *   descriptor  text: CID, parent, and one line for each extent of the disk, in order. A file of its own, or
+ *               inside the sparse extent that is the whole disk, which is then meant whatever name it says
+ *   flat        bytes of a file from some sector on
+ *   hosted      "KDMV": header | descriptor | redundant grain directory, its tables | grain directory, its
+ *               tables | grains. streamOptimized: compressed grains, each behind a marker with its place and
+ *               length; then tables, directory, and a footer that repeats the header and says where they are
+ *   COWD        header | grain directory | tables of 4096 entries and grains, as they came
+ *   seSparse    header | volatile header | ... | grain directory | tables | ... | grains; entries of 8 bytes
+ *
+ *   grain directory entry -> grain table; grain table entry -> grain; 0: what the parent has
+ *
+ * Where an extent has two directories, both are asked. Writers keep them equal, so that where they differ one
+ * is damaged: the one that cannot be true loses, and so does a sector of zeros (a bad sector of the disk that
+ * the image was on); else it is an error. Only after a crash (unclean) the entry that has data is taken.
+ * ******************************************************************************************************** */
+
+enum {
+    VMDK_SECTOR = 512,
+    VMDK_MAX_TEXT = 1 << 20,        /* bytes of a descriptor: MAX_PARTS lines need less */
+    VMDK_MAX_GRAIN = 1 << 17,       /* sectors: 64 MiB; 128 is usual */
+    VMDK_LOOK_AHEAD = 1024,         /* entries looked at for one extent: grains of COWD are one sector */
+    VMDK_LOOK_AHEAD_HOLE = 128,     /* what a parent may cut to pieces is looked up again and again */
+    VMDK_ROUNDED = 1 << 16,         /* bytes that a file may be longer than its extent and yet be just that */
+    VMDK_FOOTER_BACK = 128,         /* sectors at the end in which the footer is looked for */
+
+    VMDK_HOSTED_MAGIC = 0x564d444b, /* "KDMV" */
+    VMDK_HOSTED_GRAIN_MIN = 8,      /* sectors */
+    VMDK_HOSTED_ENTRIES = 512,      /* of a grain table, at most */
+    VMDK_USUAL_GRAIN_BITS = 16,
+    VMDK_OFF_VERSION = 4, VMDK_OFF_FLAGS = 8, VMDK_OFF_CAPACITY = 12, VMDK_OFF_GRAIN = 20, VMDK_OFF_DESCRIPTOR = 28,
+    VMDK_OFF_DESCRIPTOR_SIZE = 36, VMDK_OFF_ENTRIES = 44, VMDK_OFF_REDUNDANT = 48, VMDK_OFF_DIRECTORY = 56,
+    VMDK_OFF_UNCLEAN = 72, VMDK_OFF_NEWLINES = 73, VMDK_OFF_ALGORITHM = 77,
+    VMDK_FLAG_NEWLINES = 1, VMDK_FLAG_REDUNDANT = 2, VMDK_FLAG_ZERO_GRAINS = 4, VMDK_FLAG_COMPRESSED = 1 << 16,
+    VMDK_FLAG_MARKERS = 1 << 17,
+    VMDK_MARKER_HEAD = 12,          /* of a grain: u64 sector of the disk, u32 length of what follows */
+    VMDK_MARKER_FOOTER = 3,         /* u64 sectors, u32 0, u32 type */
+
+    VMDK_COWD_MAGIC = 0x44574f43,   /* "COWD" */
+    VMDK_COWD_ENTRIES_BITS = 12,
+    VMDK_COWD_OFF_CAPACITY = 12, VMDK_COWD_OFF_GRAIN = 16, VMDK_COWD_OFF_DIRECTORY = 20, VMDK_COWD_OFF_ENTRIES = 24,
+    VMDK_COWD_OFF_PARENT = 32, VMDK_COWD_OFF_UNCLEAN = 1648, VMDK_COWD_HEADER = 2048,
+
+    VMDK_SE_GRAIN_BITS = 12,        /* nothing else was ever written: 4 KiB, tables of 4096 entries */
+    VMDK_SE_ENTRIES_BITS = 12,
+    VMDK_SE_TABLE = 32768,          /* bytes */
+    VMDK_SE_OFF_VERSION = 8, VMDK_SE_OFF_CAPACITY = 16, VMDK_SE_OFF_GRAIN = 24, VMDK_SE_OFF_TABLE = 32,
+    VMDK_SE_OFF_FLAGS = 40, VMDK_SE_OFF_VOLATILE = 80, VMDK_SE_OFF_DIRECTORY = 128, VMDK_SE_OFF_DIRECTORY_SIZE = 136,
+    VMDK_SE_OFF_TABLES = 144, VMDK_SE_OFF_GRAINS = 192,
+    VMDK_SE_OFF_REPLAY = 24,        /* of the volatile header */
+};
+#define VMDK_SE_MAGIC 0xcafebabeu
+#define VMDK_SE_VOLATILE_MAGIC 0xcafecafeu
+#define VMDK_SE_VERSION 0x0000000200000001u
+#define VMDK_NO_PARENT 0xffffffffu
+#define VMDK_NEW_CID 0xfffffffeu    /* of every disk that was never written, and of all that some programs make */
+#define VMDK_LINE_ENDS "\r\n"       /* of a descriptor: either, or both */
+#define VMDK_AT_END UINT64_MAX      /* place of the grain directory: the footer says it */
+
+enum vmdk_kind { VMDK_BAD, VMDK_ZERO, VMDK_FLAT, VMDK_HOSTED, VMDK_COWD, VMDK_SESPARSE };
+
+struct vmdk_extent {
+    enum vmdk_kind kind;
+    bool no_access, zero_grains, compressed, markers, unclean;
+    bool exact;                     /* QEMU takes the line for an extent: it minds the case of its words */
+    uint64_t start, size;           /* bytes: in the disk */
+    struct file *file;
+    const char *why;                /* VMDK_BAD */
+    const char *type, *name;        /* in the descriptor's text: of the line; "" and NULL without one */
+    uint64_t offset;                /* VMDK_FLAT: bytes, in file */
+    /* sparse: */
+    uint64_t capacity;              /* bytes: by its header; its last grain may reach past `size` */
+    uint32_t grain_bits, table_bits, entry_size;    /* log2 of a grain's bytes, of a table's entries; 4 or 8 */
+    uint32_t last_length;           /* compressed: what the last grain decodes to */
+    uint64_t directory[2];          /* bytes: of the one or two grain directories; 0: none */
+    uint64_t header_sectors;        /* with the descriptor: no directory lies before */
+    uint64_t first_grain;           /* bytes: what lies before is not data for sure */
+    uint64_t tables, grains;        /* seSparse, bytes: entries count from here */
+};
+
+struct vmdk {
+    struct vmdk_extent *extents;
+    unsigned n_extents;
+    uint32_t cid, parent_cid;
+    bool no_cid, odd_parent_cid;    /* damaged: the latter means none, if there is no other sign of a parent */
+    char *text;                     /* the descriptor, cut into lines; NULL: none */
+    bool embedded;                  /* in the extent that is the whole disk */
+    const char *create_type, *hint, *encoding;      /* in text, or "" */
+    struct identity id, parent_id;  /* VirtualBox's UUIDs, from the disk data base */
+    bool odd_parent_uuid;           /* there is one, but it cannot be read */
+    bool unlike_qemu;               /* QEMU reads the text differently: lines end at \n, keys count in comments, too */
+};
+
+/* -- the descriptor -- */
+
+static char *vmdk_trim(char *text)
+{
+    size_t len;
+
+    text += strspn(text, " \t");
+    len = strlen(text);
+    while (len && strchr(" \t\r", text[len - 1]))
+        text[--len] = 0;
+    return text;
+}
+
+static bool vmdk_starts(const char *line, const char *word)
+{
+    return strncasecmp(line, word, strlen(word)) == 0;
+}
+
+/* The bytes of a byte order mark in UTF-8, which editors put there. */
+static size_t vmdk_bom(const char *text)
+{
+    return strncmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+}
+
+/* Text that begins like a descriptor: the usual comment, or a version and, soon, a CID. */
+static bool vmdk_is_descriptor(const uint8_t *bytes, size_t len)
+{
+    char head[1024];
+    const char *p = head;
+    bool comment;
+
+    len = util_min(len, sizeof(head) - 1);
+    memcpy(head, bytes, len);
+    head[len] = 0;
+    p += vmdk_bom(head);
+    while (p) {
+        p += strspn(p, " \t" VMDK_LINE_ENDS);
+        comment = *p == '#';
+        if (comment && vmdk_starts(p + 1 + strspn(p + 1, " \t"), "Disk DescriptorFile"))
+            return true;
+        if (!comment)
+            return vmdk_starts(p, "version") && p[7 + strspn(p + 7, " \t")] == '=' && strcasestr(p, "CID");
+        p = strpbrk(p, VMDK_LINE_ENDS);
+    }
+    return false;
+}
+
+static int vmdk_bad_line(const struct image *im, const char *what, const char *line)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VMDK descriptor: %s: '%.200s'", im->name, what, line);
+}
+
+/* A decimal number up to the next blank; moves on to what follows. */
+static bool vmdk_number(char **p, uint64_t most, uint64_t *value)
+{
+    char *at = *p;
+
+    if (!isdigit((unsigned char)*at))
+        return false;
+    for (*value = 0; isdigit((unsigned char)*at); at++) {
+        *value = *value * 10 + (uint64_t)(*at - '0');
+        if (*value > most)
+            return false;
+    }
+    if (*at && *at != ' ' && *at != '\t')
+        return false;
+    *p = at + strspn(at, " \t");
+    return true;
+}
+
+/* Cuts the word at *p off; moves on to what follows. */
+static char *vmdk_word(char **p)
+{
+    char *word = *p;
+
+    *p += strcspn(*p, " \t");
+    if (**p)
+        *(*p)++ = 0;
+    *p += strspn(*p, " \t");
+    return word;
+}
+
+static bool vmdk_is_extent_line(const char *line)
+{
+    static const char *const access[] = { "RW", "RDONLY", "NOACCESS" };
+
+    for (size_t i = 0; i < ARRAY_LEN(access); i++)
+        if (vmdk_starts(line, access[i]) && strchr(" \t", line[strlen(access[i])]))
+            return true;            /* strchr finds the end of the string too */
+    return false;
+}
+
+static const struct {
+    const char *word;
+    enum vmdk_kind kind;            /* of the sparse ones the file's own magic decides */
+} vmdk_types[] = {
+    { "FLAT", VMDK_FLAT }, { "VMFS", VMDK_FLAT }, { "ZERO", VMDK_ZERO }, { "SPARSE", VMDK_HOSTED },
+    { "VMFSSPARSE", VMDK_COWD }, { "SESPARSE", VMDK_SESPARSE }, { "VMFSRDM", VMDK_BAD }, { "VMFSRAW", VMDK_BAD },
+    { "VMFSPASSTHROUGHRDM", VMDK_BAD }, { "VMFSPASSTHROUGHRAW", VMDK_BAD },
+};
+
+/* ACCESS SECTORS TYPE ["FILE" [SECTOR [...]]] */
+static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
+{
+    struct vmdk_extent *e = &v->extents[v->n_extents];
+    char shown[201], *p = line, *end;
+    const char *access;
+    uint64_t sectors, sector = 0;
+    size_t type = 0;
+    bool placed;
+
+    util_copy(shown, sizeof(shown), line);
+    if (v->n_extents == MAX_PARTS)
+        return msg_err(-E2BIG, "%s: more than %d extents", im->name, MAX_PARTS);
+    access = vmdk_word(&p);
+    e->no_access = vmdk_starts(access, "NOACCESS");
+    if (!vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sectors) || !sectors)
+        return vmdk_bad_line(im, "the size of an extent", shown);
+    e->size = sectors * VMDK_SECTOR;
+    e->type = vmdk_word(&p);
+    while (type < ARRAY_LEN(vmdk_types) && strcasecmp(e->type, vmdk_types[type].word) != 0)
+        type++;
+    if (type == ARRAY_LEN(vmdk_types))
+        return !*e->type ? vmdk_bad_line(im, "the type of an extent", shown)
+                         : msg_err(-EOPNOTSUPP, "%s: the type of an extent, %.40s, is not supported", im->name,
+                                   e->type);
+    e->kind = vmdk_types[type].kind;
+    e->exact = strcmp(access, "RW") == 0 && strcmp(e->type, vmdk_types[type].word) == 0;
+    if (e->kind == VMDK_BAD)
+        return msg_err(-EOPNOTSUPP, "%s: an extent of type %s: its data are on a device, not in the image, "
+                       "which is not supported", im->name, e->type);
+    end = *p == '"' ? strchr(p + 1, '"') : NULL;
+    if (end) {
+        *end = 0;
+        e->name = p + 1;
+        p = end + 1 + strspn(end + 1, " \t");
+    }
+    if (e->kind == VMDK_HOSTED && v->embedded && (e->name || !*p) && !(e->name && *e->name))
+        e->name = "";               /* as FreeBSD's mkimg has it: the file itself, see vmdk_find_self() */
+    else if (e->kind == VMDK_ZERO ? !!*p : !e->name || !*e->name)
+        return vmdk_bad_line(im, "the file of an extent", shown);
+    placed = *p && (e->kind == VMDK_FLAT || strcmp(p, "0") == 0);
+    if (placed && !vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sector))
+        return vmdk_bad_line(im, "the place of an extent in its file", shown);
+    e->offset = sector * VMDK_SECTOR;
+    if ((*p && !placed) || (e->kind == VMDK_FLAT && !placed && strcasecmp(e->type, "FLAT") == 0))
+        return vmdk_bad_line(im, "a malformed extent", shown);
+    v->n_extents++;
+    return 0;
+}
+
+static bool vmdk_cid(const char *value, uint32_t *cid)
+{
+    size_t len = strspn(value, "0123456789abcdefABCDEF");
+
+    *cid = (uint32_t)strtoul(value, NULL, 16);
+    return len && len <= 8 && !value[len];
+}
+
+/* Its own CID is for its children alone. A damaged one fits none of them. */
+static void vmdk_set_cid(const struct image *im, struct vmdk *v, const char *value)
+{
+    v->no_cid = !vmdk_cid(value, &v->cid);
+    if (v->no_cid)
+        msg_say(MSG_NOTE, "%s: its CID is damaged: '%.20s' (no child of it can be checked)", im->name, value);
+}
+
+/*
+ * One wrong character in "ffffffff" makes no parent, unless a parent is named: see vmdk_set_parent(). But "fffffffe" is
+ * a true CID.
+ */
+static bool vmdk_set_parent_cid(const struct image *im, struct vmdk *v, const char *value)
+{
+    unsigned wrong = 0;
+
+    for (const char *p = value; *p; p++)
+        wrong += *p != 'f' && *p != 'F';
+    v->odd_parent_cid = strlen(value) == 8 && wrong == 1;
+    if (vmdk_cid(value, &v->parent_cid) && (!v->odd_parent_cid || v->parent_cid == VMDK_NEW_CID)) {
+        v->odd_parent_cid = false;
+        return true;
+    }
+    if (v->odd_parent_cid)
+        msg_say(MSG_NOTE, "%s: its parent's CID is damaged, or very odd: '%s'", im->name, value);
+    return v->odd_parent_cid;
+}
+
+/* VirtualBox names the parent in no other way: its parentCID is ffffffff, and there is no hint. */
+static const struct {
+    const char *key;
+    bool parent;
+    enum identity_kind kind;
+} vmdk_uuids[] = {
+    { "ddb.uuid.image", false, ID_IMAGE }, { "ddb.uuid.modification", false, ID_STATE },
+    { "ddb.uuid.parent", true, ID_IMAGE }, { "ddb.uuid.parentmodification", true, ID_STATE },
+};
+
+/* As for the CID, one wrong character in a null UUID makes no parent. */
+static void vmdk_set_uuid(struct vmdk *v, bool parent, enum identity_kind kind, const char *value)
+{
+    uint8_t uuid[16];
+    unsigned wrong = 0;
+
+    for (const char *p = value; *p; p++)
+        wrong += !strchr("0-{}", *p);
+    if (wrong > 1 && text_parse_guid(value, uuid))
+        ext_set_id(parent ? &v->parent_id : &v->id, kind, uuid);
+    else if (wrong > 1 && parent && kind == ID_IMAGE)
+        v->odd_parent_uuid = true;
+}
+
+/* Could a line that makes no sense have been an extent, or have said that there is a parent? */
+static bool vmdk_line_matters(const char *line)
+{
+    if (strchr(line, '"') || strcasestr(line, "CID") || strcasestr(line, "parent") || strcasestr(line, "encrypt"))
+        return true;
+    for (size_t i = 0; i < ARRAY_LEN(vmdk_types); i++)
+        if (strcasestr(line, vmdk_types[i].word))
+            return true;
+    return false;
+}
+
+/* NAME = VALUE, perhaps in quotes. in_ddb: among the lines on the virtual hardware, of which none is needed. */
+static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_ddb)
+{
+    char *value = strchr(line, '='), *key = line;
+    size_t len;
+
+    if (value)
+        *value++ = 0;
+    key = vmdk_trim(key);
+    if (!value || key[strcspn(key, " \t\"")]) {
+        if (!in_ddb && (vmdk_line_matters(line) || (value && vmdk_line_matters(value))))
+            return vmdk_bad_line(im, "neither an extent nor a value", line);
+        if (!in_ddb)
+            msg_say(MSG_NOTE, "%s: a line of its descriptor says nothing known: '%.100s'", im->name, line);
+        return 0;
+    }
+    value = vmdk_trim(value);
+    len = strlen(value);
+    if (len >= 2 && value[0] == '"' && value[len - 1] == '"') {
+        value[len - 1] = 0;
+        value++;
+    }
+    if (strcasecmp(key, "version") == 0 && isdigit((unsigned char)*value) && (*value < '1' || *value > '4' || value[1]))
+        return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s', which is not supported",
+                       im->name, value);
+    if (strcasecmp(key, "CID") == 0)
+        vmdk_set_cid(im, v, value);
+    if (strcasecmp(key, "parentCID") == 0 && !vmdk_set_parent_cid(im, v, value))
+        return vmdk_bad_line(im, key, value);
+    if (vmdk_starts(key, "encryption"))
+        return fmt_encrypted(im, key, "VMware");
+    for (size_t i = 0; i < ARRAY_LEN(vmdk_uuids); i++)
+        if (strcasecmp(key, vmdk_uuids[i].key) == 0)
+            vmdk_set_uuid(v, vmdk_uuids[i].parent, vmdk_uuids[i].kind, value);
+    if (strcasecmp(key, "createType") == 0)
+        v->create_type = value;
+    if (strcasecmp(key, "encoding") == 0)
+        v->encoding = value;
+    if (strcasecmp(key, "parentFileNameHint") == 0)
+        v->hint = value;
+    return 0;
+}
+
+static int vmdk_parse(struct image *im, struct vmdk *v)
+{
+    size_t lines = 1;
+    bool in_ddb = false;
+    char *next;
+    int ret = 0;
+
+    for (const char *p = v->text; (p = strpbrk(p, VMDK_LINE_ENDS)) && lines <= MAX_PARTS; p++)
+        lines++;
+    v->extents = util_fault("extents") ? NULL : calloc(lines, sizeof(*v->extents));
+    if (!v->extents)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    for (char *line = v->text + vmdk_bom(v->text); line && !ret; line = next) {
+        next = strpbrk(line, VMDK_LINE_ENDS);
+        v->unlike_qemu |= next && next[0] == '\r' && next[1] != '\n';
+        if (next)
+            *next++ = 0;
+        line = vmdk_trim(line);
+        v->unlike_qemu |= !!strcasestr(line, "parentFileNameHint");
+        if (vmdk_starts(line, "#DDB") || vmdk_starts(line, "# The Disk Data Base"))
+            in_ddb = true;
+        if (*line && *line != '#')
+            ret = vmdk_is_extent_line(line) ? vmdk_parse_extent(im, v, line) : vmdk_parse_key(im, v, line, in_ddb);
+    }
+    if (!ret && !v->n_extents)
+        ret = msg_err(-EINVAL, "%s: a VMDK descriptor without extents", im->name);
+    return ret;
+}
+
+static void vmdk_cid_id(struct identity *id, uint32_t cid)
+{
+    uint32_t be = htobe32(cid);
+
+    id->known[ID_CID] = true;
+    memcpy(id->value[ID_CID], &be, sizeof(be));
+}
+
+static void vmdk_set_id(struct image *im, const struct vmdk *v)
+{
+    im->id = v->id;
+    if (!v->no_cid)
+        vmdk_cid_id(&im->id, v->cid);
+}
+
+static int vmdk_set_parent(struct image *im, const struct vmdk *v)
+{
+    bool cid = v->parent_cid != VMDK_NO_PARENT && v->parent_cid && !v->odd_parent_cid,
+         uuid = v->parent_id.known[ID_IMAGE];
+    char name[2048];
+    int ret;
+
+    vmdk_set_id(im, v);
+    if (!cid && !uuid && !v->odd_parent_uuid && !*v->hint)
+        return 0;
+    ext_set_parent(im, "vmdk");
+    if (uuid)
+        im->parent_id = v->parent_id;
+    if (cid || (*v->hint && !uuid))
+        vmdk_cid_id(&im->parent_id, v->parent_cid);
+    im->common_parent_id = !uuid && v->parent_cid == VMDK_NEW_CID;
+    ret = text_to_utf8(v->encoding, v->hint, name, sizeof(name)) ? ext_add_hint(im, name) : 0;
+    if (!ret)
+        ret = ext_add_hint(im, v->hint);        /* it may have been copied byte by byte */
+    return ret || !uuid ? ret : ext_add_uuid_hint(im, "vmdk");
+}
+
+/* -- sparse extents -- */
+
+static int vmdk_bad(const struct file *f, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile VMDK: %s (0x%" PRIx64 ")", f->path, what, value);
+}
+
+static int vmdk_read(struct file *f, uint64_t offset, void *buf, uint64_t len, const char *what)
+{
+    uint64_t done;
+
+    if (offset > f->size || len > f->size - offset)
+        return msg_err(-EINVAL, "%s: damaged or truncated VMDK: %s is past the end of the file (0x%" PRIx64 ")",
+                       f->path, what, offset);
+    return file_pread(f, buf, len, offset, &done);
+}
+
+static uint64_t vmdk_table_size(const struct vmdk_extent *e)
+{
+    return ((uint64_t)e->entry_size << e->table_bits);
+}
+
+/* Entries that the grain directory must have. */
+static uint64_t vmdk_directory_entries(const struct vmdk_extent *e)
+{
+    return ((e->capacity - 1) >> (e->grain_bits + e->table_bits)) + 1;
+}
+
+static uint32_t vmdk_log2(uint64_t value)
+{
+    return 63 - (uint32_t)__builtin_clzll(value);
+}
+
+/* What all sparse headers say: in sectors, and entries of a table. */
+static int vmdk_set_geometry(struct vmdk_extent *e, uint64_t capacity, uint64_t grain, uint64_t least_grain,
+                             uint64_t entries, uint64_t most_entries)
+{
+    if (!capacity || capacity > MAX_IMAGE_SIZE / VMDK_SECTOR)
+        return vmdk_bad(e->file, "the capacity", capacity);
+    if (grain < least_grain || grain > VMDK_MAX_GRAIN || (grain & (grain - 1)))
+        return vmdk_bad(e->file, "the grain size", grain);
+    if (!entries || entries > most_entries || (entries & (entries - 1)))
+        return vmdk_bad(e->file, "the size of a grain table", entries);
+    e->capacity = capacity * VMDK_SECTOR;
+    e->grain_bits = vmdk_log2(grain * VMDK_SECTOR);
+    e->table_bits = vmdk_log2(entries);
+    return 0;
+}
+
+/* Does a directory at this sector lie inside the file? If so sets *place, in bytes. */
+static bool vmdk_directory_fits(const struct vmdk_extent *e, uint64_t sector, uint64_t *place)
+{
+    uint64_t entries = vmdk_directory_entries(e);
+
+    if (sector < e->header_sectors || sector > e->file->size / VMDK_SECTOR ||
+        entries > (e->file->size - sector * VMDK_SECTOR) / e->entry_size)
+        return false;
+    *place = sector * VMDK_SECTOR;
+    return true;
+}
+
+/*
+ * Writers of two directories lay all the tables of each out in a row behind it. Are these as many as the capacity
+ * needs? A damaged capacity, grain size or table size shows here. VMDK_NO_ROW: they lie in another way.
+ */
+enum vmdk_row { VMDK_NO_ROW, VMDK_ROW, VMDK_ROW_TOO_SHORT, VMDK_ROW_TOO_LONG };
+
+/*
+ * Too long is a row whose directory goes on with one more table. But entries past those that are needed may be
+ * anything: there is no room for that table where the other directory begins behind the last one that is needed.
+ */
+static bool vmdk_is_padding(uint64_t directory, uint64_t other, uint64_t next, uint64_t table)
+{
+    return other > directory && other / VMDK_SECTOR >= next && other / VMDK_SECTOR < next + table;
+}
+
+static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, uint64_t directory, uint64_t other)
+{
+    uint64_t n = vmdk_directory_entries(e), table = (vmdk_table_size(e) + VMDK_SECTOR - 1) / VMDK_SECTOR,
+             after = directory / VMDK_SECTOR + (n * 4 + VMDK_SECTOR - 1) / VMDK_SECTOR;
+    uint32_t first, last, next = 0;
+
+    if (cache_le32(e->file, directory, &first) || cache_le32(e->file, directory + (n - 1) * 4, &last) ||
+        (n * 4 % VMDK_SECTOR && cache_le32(e->file, directory + n * 4, &next)))
+        return VMDK_NO_ROW;
+    if (first > directory / VMDK_SECTOR && first < after)
+        return VMDK_ROW_TOO_SHORT;  /* the tables begin where the directory goes on */
+    if (first != after)
+        return VMDK_NO_ROW;
+    if (last == first + (n - 1) * table)
+        return next != last + table || vmdk_is_padding(directory, other, next, table) ? VMDK_ROW : VMDK_ROW_TOO_LONG;
+    return last ? VMDK_NO_ROW : VMDK_ROW_TOO_SHORT;
+}
+
+/*
+ * Does something else than the header say how many tables there are? The descriptor knows the capacity, and all
+ * writers but a few have grains of 64 KiB and tables of 512.
+ */
+static bool vmdk_is_confirmed(const struct vmdk_extent *e)
+{
+    return e->size && e->size <= e->capacity && e->capacity - e->size < 1ull << e->grain_bits &&
+           e->grain_bits == VMDK_USUAL_GRAIN_BITS && 1 << e->table_bits == VMDK_HOSTED_ENTRIES;
+}
+
+/*
+ * Chooses between the directories at two sectors, of which one may be missing or damaged. A capacity that fits
+ * neither row of tables is damaged itself.
+ */
+static int vmdk_set_directories(struct vmdk_extent *e, uint64_t primary, uint64_t redundant, bool use_redundant)
+{
+    uint64_t *d = e->directory;
+    enum vmdk_row row[2] = { VMDK_NO_ROW, VMDK_NO_ROW };
+    bool both;
+
+    if ((!vmdk_directory_fits(e, primary, &d[0]) || use_redundant) && redundant != primary)
+        vmdk_directory_fits(e, redundant, &d[1]);
+    if (!d[0] && !d[1])
+        return vmdk_bad(e->file, "the grain directory is not inside the file, or too small for the capacity", primary);
+    both = d[0] && d[1];
+    for (int i = 0; i < 2 && both && !e->compressed; i++)
+        row[i] = vmdk_look_at_row(e, d[i], d[1 - i]);
+    for (int i = 0; i < 2; i++)     /* what goes on behind as many tables as the other one has is padding */
+        if (row[i] == VMDK_ROW_TOO_LONG && (row[1 - i] == VMDK_ROW || vmdk_is_confirmed(e)))
+            row[i] = VMDK_ROW;
+    if (row[0] >= VMDK_ROW_TOO_SHORT && row[1] >= VMDK_ROW_TOO_SHORT)
+        return vmdk_bad(e->file, row[0] == VMDK_ROW_TOO_LONG ? "the grain directory is for more than the capacity"
+                                                             : "the grain directory is too small for the capacity",
+                        e->capacity / VMDK_SECTOR);
+    if (row[0] != row[1] && (row[0] == VMDK_ROW || row[1] == VMDK_ROW))
+        d[row[0] == VMDK_ROW ? 1 : 0] = 0;
+    if (!d[0] || (use_redundant && redundant && !d[1]))
+        msg_say(MSG_NOTE, "%s: one of its two grain directories is damaged; the other one is used", e->file->path);
+    return 0;
+}
+
+/* Newlines that were changed on the way: so were those in the data. */
+static int vmdk_check_newlines(const struct vmdk_extent *e, const uint8_t *h)
+{
+    const uint8_t *nl = h + VMDK_OFF_NEWLINES;
+
+    if ((util_le32(h + VMDK_OFF_FLAGS) & VMDK_FLAG_NEWLINES) &&
+        (memcmp(nl, "\r\n \r", 4) == 0 || memcmp(nl, "\n \n", 3) == 0 || memcmp(nl, "\r \r\r", 4) == 0))
+        return msg_err(-EINVAL, "%s: was transferred as text, which changed its newlines and with them its data",
+                       e->file->path);
+    return 0;
+}
+
+/* Replaces the header by the footer: ... | footer marker | footer | end-of-stream marker, all one sector. */
+static int vmdk_find_footer(struct file *f, uint8_t h[VMDK_SECTOR])
+{
+    uint64_t end = f->size / VMDK_SECTOR;
+    uint8_t s[2 * VMDK_SECTOR] = { 0 }, *footer = s + VMDK_SECTOR;
+    int ret;
+
+    for (uint64_t back = 2; back < VMDK_FOOTER_BACK && back + 2 <= end; back++) {
+        ret = vmdk_read(f, (end - back - 1) * VMDK_SECTOR, s, sizeof(s), "the footer");
+        if (ret)
+            return ret;
+        if (util_le32(footer) != VMDK_HOSTED_MAGIC || util_le32(s + 8) != 0 || util_le32(s + 12) != VMDK_MARKER_FOOTER)
+            continue;
+        /* the capacity and the grain size; the entries of a table */
+        if (memcmp(footer + VMDK_OFF_CAPACITY, h + VMDK_OFF_CAPACITY, VMDK_OFF_DESCRIPTOR - VMDK_OFF_CAPACITY) != 0 ||
+            util_le32(footer + VMDK_OFF_ENTRIES) != util_le32(h + VMDK_OFF_ENTRIES))
+            return vmdk_bad(f, "the footer says something else than the header", util_le64(footer + VMDK_OFF_CAPACITY));
+        memcpy(h, footer, VMDK_SECTOR);
+        return 0;
+    }
+    return msg_err(-EINVAL, "%s: truncated VMDK: the footer, which says where its tables are, is not at the end",
+                   f->path);
+}
+
+static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t h[VMDK_SECTOR] = { 0 };
+    uint64_t descriptor, sectors;
+    uint32_t flags, version;
+    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+
+    if (!ret)
+        ret = vmdk_check_newlines(e, h);
+    if (!ret && util_le64(h + VMDK_OFF_DIRECTORY) == VMDK_AT_END)
+        ret = vmdk_find_footer(e->file, h);
+    if (ret)
+        return ret;
+    version = util_le32(h + VMDK_OFF_VERSION);
+    flags = util_le32(h + VMDK_OFF_FLAGS);
+    if (version < 1 || version > 3)
+        return msg_err(-EOPNOTSUPP, "%s: a VMDK extent of unknown version %u, which is not supported", e->file->path,
+                       version);
+    e->entry_size = 4;
+    ret = vmdk_set_geometry(e, util_le64(h + VMDK_OFF_CAPACITY), util_le64(h + VMDK_OFF_GRAIN), VMDK_HOSTED_GRAIN_MIN,
+                            util_le32(h + VMDK_OFF_ENTRIES), VMDK_HOSTED_ENTRIES);
+    if (ret)
+        return ret;
+    e->zero_grains = flags & VMDK_FLAG_ZERO_GRAINS;
+    e->compressed = flags & VMDK_FLAG_COMPRESSED;
+    e->markers = flags & VMDK_FLAG_MARKERS;
+    if (util_le16(h + VMDK_OFF_ALGORITHM) != (e->compressed ? 1 : 0))
+        return msg_err(-EOPNOTSUPP, "%s: the compression algorithm %u of a VMDK is not supported", e->file->path,
+                       util_le16(h + VMDK_OFF_ALGORITHM));
+    if (e->compressed && 1u << e->grain_bits > MAX_CLUSTER)
+        return vmdk_bad(e->file, "the size of compressed grains", 1u << e->grain_bits);
+    e->unclean = h[VMDK_OFF_UNCLEAN];
+    im->dirty |= e->unclean;
+    descriptor = util_le64(h + VMDK_OFF_DESCRIPTOR);
+    sectors = util_le64(h + VMDK_OFF_DESCRIPTOR_SIZE);
+    e->header_sectors = descriptor == 1 && sectors < VMDK_MAX_TEXT / VMDK_SECTOR ? 1 + sectors : 1;
+    e->first_grain = e->header_sectors * VMDK_SECTOR;
+    return vmdk_set_directories(e, util_le64(h + VMDK_OFF_DIRECTORY), util_le64(h + VMDK_OFF_REDUNDANT),
+                                flags & VMDK_FLAG_REDUNDANT);
+}
+
+/* A COWD header has the parent's name where that of a whole disk has its geometry, of which no number has 4 letters. */
+static int vmdk_cowd_parent(struct image *im, const uint8_t h[VMDK_COWD_HEADER])
+{
+    const char *name = (const char *)h + VMDK_COWD_OFF_PARENT;
+    size_t len = strnlen(name, 1024);
+
+    if (*im->backing_name || len < 4 || len == 1024)
+        return 0;
+    for (size_t i = 0; i < len; i++)
+        if ((uint8_t)name[i] < ' ')
+            return 0;
+    ext_set_parent(im, "vmdk");
+    return ext_add_hint(im, name);
+}
+
+static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t h[VMDK_COWD_HEADER] = { 0 };
+    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+
+    if (ret)
+        return ret;
+    if (util_le32(h + 4) != 1)
+        return msg_err(-EOPNOTSUPP, "%s: a COWD extent of unknown version %u, which is not supported", e->file->path,
+                       util_le32(h + 4));
+    e->entry_size = 4;
+    ret = vmdk_set_geometry(e, util_le32(h + VMDK_COWD_OFF_CAPACITY), util_le32(h + VMDK_COWD_OFF_GRAIN), 1,
+                            1 << VMDK_COWD_ENTRIES_BITS, 1 << VMDK_COWD_ENTRIES_BITS);
+    if (ret)
+        return ret;
+    e->unclean = util_le32(h + VMDK_COWD_OFF_UNCLEAN);
+    im->dirty |= e->unclean;
+    ret = vmdk_cowd_parent(im, h);
+    if (ret)
+        return ret;
+    e->first_grain = VMDK_COWD_HEADER;
+    e->header_sectors = VMDK_COWD_HEADER / VMDK_SECTOR;
+    if (util_le32(h + VMDK_COWD_OFF_ENTRIES) < vmdk_directory_entries(e))
+        return vmdk_bad(e->file, "the grain directory is too small for the capacity",
+                        util_le32(h + VMDK_COWD_OFF_ENTRIES));
+    return vmdk_set_directories(e, util_le32(h + VMDK_COWD_OFF_DIRECTORY), 0, false);
+}
+
+static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
+{
+    uint8_t h[VMDK_SECTOR] = { 0 }, vh[VMDK_SECTOR] = { 0 };
+    uint64_t at[4], end;            /* sectors: volatile header, directory, tables, grains; the directory's end */
+    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+
+    if (ret)
+        return ret;
+    if (util_le64(h + VMDK_SE_OFF_VERSION) != VMDK_SE_VERSION)
+        return msg_err(-EOPNOTSUPP, "%s: a seSparse extent of unknown version 0x%" PRIx64 ", which is not supported",
+                       e->file->path, util_le64(h + VMDK_SE_OFF_VERSION));
+    if (util_le64(h + VMDK_SE_OFF_FLAGS))
+        return msg_err(-EOPNOTSUPP, "%s: needs unknown seSparse features (flags 0x%" PRIx64 "), "
+                       "which are not supported", e->file->path, util_le64(h + VMDK_SE_OFF_FLAGS));
+    if (util_le64(h + VMDK_SE_OFF_GRAIN) != 1 << (VMDK_SE_GRAIN_BITS - 9))
+        return vmdk_bad(e->file, "the grain size", util_le64(h + VMDK_SE_OFF_GRAIN));
+    if (util_le64(h + VMDK_SE_OFF_TABLE) != VMDK_SE_TABLE / VMDK_SECTOR)
+        return vmdk_bad(e->file, "the size of a grain table", util_le64(h + VMDK_SE_OFF_TABLE));
+    for (int i = 0; i < 4; i++) {
+        static const uint8_t where[] = { VMDK_SE_OFF_VOLATILE, VMDK_SE_OFF_DIRECTORY, VMDK_SE_OFF_TABLES,
+                                         VMDK_SE_OFF_GRAINS };
+        at[i] = util_le64(h + where[i]);
+        if (!at[i] || at[i] > MAX_IMAGE_SIZE / VMDK_SECTOR)
+            return vmdk_bad(e->file, "a place in the header", at[i]);
+    }
+    ret = vmdk_read(e->file, at[0] * VMDK_SECTOR, vh, sizeof(vh), "the volatile header");
+    if (!ret && util_le64(vh) != VMDK_SE_VOLATILE_MAGIC)
+        ret = vmdk_bad(e->file, "the volatile header", util_le64(vh));
+    if (!ret && vh[VMDK_SE_OFF_REPLAY])
+        ret = msg_err(-EOPNOTSUPP, "%s: its journal was not replayed (a crash), which is not supported", e->file->path);
+    e->entry_size = 8;
+    if (!ret)
+        ret = vmdk_set_geometry(e, util_le64(h + VMDK_SE_OFF_CAPACITY), 1 << (VMDK_SE_GRAIN_BITS - 9), 1,
+                                1 << VMDK_SE_ENTRIES_BITS, 1 << VMDK_SE_ENTRIES_BITS);
+    if (ret)
+        return ret;
+    if (util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE) < (vmdk_directory_entries(e) * 8 + VMDK_SECTOR - 1) / VMDK_SECTOR)
+        return vmdk_bad(e->file, "the grain directory is too small for the capacity",
+                        util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE));
+    e->tables = at[2] * VMDK_SECTOR;
+    e->grains = e->first_grain = at[3] * VMDK_SECTOR;
+    e->header_sectors = at[0] + 1;
+    ret = vmdk_set_directories(e, at[1], 0, false);
+    /* In this order they lie, with the journal and other tables between them. */
+    end = at[1] + (vmdk_directory_entries(e) * 8 + VMDK_SECTOR - 1) / VMDK_SECTOR;
+    if (!ret && (at[2] < end || at[3] < at[2]))
+        ret = vmdk_bad(e->file, "tables in the wrong order, or one in another", at[2] < end ? at[2] : at[3]);
+    (void)im;
+    return ret;
+}
+
+/* Which sparse extent begins like this, if any? */
+static enum vmdk_kind vmdk_kind_of(const uint8_t *head, size_t len)
+{
+    if (len >= 4 && util_le32(head) == VMDK_HOSTED_MAGIC)
+        return VMDK_HOSTED;
+    if (len >= 4 && util_le32(head) == VMDK_COWD_MAGIC)
+        return VMDK_COWD;
+    return len >= 8 && util_le64(head) == VMDK_SE_MAGIC ? VMDK_SESPARSE : VMDK_BAD;
+}
+
+static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
+                            struct extent *ext);
+
+/*
+ * A last grain that the disk does not fill may have been compressed whole, or only as far as the disk goes.
+ * Nothing but decoding it tells.
+ */
+static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
+{
+    uint32_t grain = 1u << e->grain_bits, rest = (uint32_t)(e->capacity & (grain - 1));
+    uint64_t len, done;
+    struct extent ext;
+    uint8_t *out;
+
+    e->last_length = grain;
+    if (!e->compressed || !rest)
+        return 0;
+    vmdk_map_sparse(im, e, e->capacity - rest, rest, &ext);
+    if (ext.kind != EXT_COMPRESSED)
+        return 0;
+    out = util_fault("grain") ? NULL : malloc(grain);
+    len = util_min(ext.coded_length, MAX_CLUSTER);
+    if (!out || !codec_prepare(CODEC_ZLIB, len)) {
+        free(out);
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    }
+    if (file_pread(e->file, codec_own.coded, len, ext.offset, &done) == 0 && !codec_decode(CODEC_ZLIB, len, out, grain))
+        e->last_length = rest;
+    codec_let_go();
+    free(out);
+    return 0;
+}
+
+/* e->file is open. Reports what is wrong. alone: no other extent follows it, or is before it. */
+static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
+{
+    uint8_t head[8] = { 0 };
+    uint64_t grain, line = e->size;
+    int ret = vmdk_read(e->file, 0, head, sizeof(head), "the header");
+
+    if (ret)
+        return ret;
+    e->kind = vmdk_kind_of(head, sizeof(head));
+    ret = e->kind == VMDK_HOSTED     ? vmdk_open_hosted(im, e)
+          : e->kind == VMDK_COWD     ? vmdk_open_cowd(im, e)
+          : e->kind == VMDK_SESPARSE ? vmdk_open_sesparse(im, e)
+                                     : vmdk_bad(e->file, "not a sparse extent", util_le64(head));
+    if (ret)
+        return ret;
+    grain = 1ull << e->grain_bits;
+    if (line > e->capacity && line - e->capacity < grain && alone) {
+        msg_say(MSG_NOTE, "%s: its descriptor says %" PRIu64 " sectors, its header %" PRIu64 ", which counts",
+                e->file->path, line / VMDK_SECTOR, e->capacity / VMDK_SECTOR);
+        line = e->size = e->capacity;
+    }
+    if (line && (line > e->capacity || e->capacity - line >= grain))
+        return msg_err(-EINVAL, "%s: holds %" PRIu64 " sectors, but the descriptor says %" PRIu64
+                       ": extents are swapped, or one is damaged", e->file->path, e->capacity / VMDK_SECTOR,
+                       line / VMDK_SECTOR);
+    if (!line)
+        e->size = e->capacity;
+    if (!im->cluster_size)
+        im->cluster_size = (uint32_t)grain;
+    return vmdk_measure_last(im, e);
+}
+
+/* -- opening -- */
+
+/* Sets e->file, if need be by opening it. 1: there is no such file. */
+static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *e)
+{
+    char name[4 * PATH_MAX];
+    struct file *f;
+    int ret = -ENOENT;
+
+    for (struct vmdk_extent *other = v->extents; other < e; other++)
+        if (other->file && strcmp(other->name, e->name) == 0) {
+            e->file = other->file;
+            return e->kind == VMDK_FLAT && other->kind == VMDK_FLAT
+                       ? 0 : msg_err(-EINVAL, "%s: '%s' is named by two extents", im->name, e->name);
+        }
+    if (e->name[0] == '\\' || (isalpha((unsigned char)e->name[0]) && e->name[1] == ':'))
+        return msg_err(-EPERM, "%s: its extent '%s' is a path or a device of Windows", im->name, e->name);
+    if (im->n_files == MAX_PARTS)
+        return msg_err(-E2BIG, "%s: more than %d files", im->name, MAX_PARTS);
+    f = &im->files[im->n_files++];
+    f->fd = -1;
+    e->file = f;
+    if (text_to_utf8(v->encoding, e->name, name, sizeof(name)))
+        ret = fmt_open_named(im, f, name, "extent", NULL);
+    if (ret == -ENOENT)             /* it may have been copied byte by byte */
+        ret = fmt_open_named(im, f, e->name, "extent", NULL);
+    if (ret != -ENOENT)
+        return ret;
+    e->file = NULL;
+    im->n_files--;
+    return 1;
+}
+
+/* Cannot be served, but the rest of the disk can. Somebody has said why. */
+static void vmdk_give_up(struct vmdk_extent *e, const char *why)
+{
+    e->kind = VMDK_BAD;
+    e->why = why;
+}
+
+static int vmdk_open_extent(struct image *im, struct vmdk *v, struct vmdk_extent *e)
+{
+    int ret = 0;
+
+    if (e->no_access)
+        vmdk_give_up(e, "the descriptor allows no access to this extent");
+    if (e->kind == VMDK_BAD || e->kind == VMDK_ZERO)
+        return 0;
+    if (!e->file)
+        ret = vmdk_open_file(im, v, e);
+    if (ret > 0) {
+        msg_say(MSG_NOTE, "%s: its extent '%s' is missing: what is in it reads as errors", im->name, e->name);
+        vmdk_give_up(e, "in an extent whose file is missing");
+    }
+    if (ret || !e->file)
+        return ret < 0 ? ret : 0;
+    if (e->kind != VMDK_FLAT) {
+        ret = vmdk_open_sparse(im, e, v->n_extents == 1);
+        if (!ret || v->n_extents == 1 || ret == -ENOMEM || !e->size)     /* without a line nobody knows its length */
+            return ret;
+        vmdk_give_up(e, "in a damaged extent");
+    }
+    return 0;
+}
+
+/* Is a flat extent's file shorter than its line says, or not there? */
+static bool vmdk_is_flat_short(const struct vmdk *v)
+{
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        if (e->kind == VMDK_BAD || (e->kind == VMDK_FLAT && e->offset + e->size > e->file->size))
+            return true;
+    }
+    return false;
+}
+
+/*
+ * Flat files have no header: only their lengths tell that two were swapped. One that is shorter than its line
+ * may be truncated; one that is longer holds something else, unless it is just rounded up (to blocks).
+ */
+static int vmdk_check_flat(const struct image *im, const struct vmdk *v)
+{
+    unsigned users;
+
+    for (unsigned i = 0; i < v->n_extents && v->n_extents > 1; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        if (e->kind != VMDK_FLAT || e->offset || e->file->is_blk || e->file->size <= e->size)
+            continue;
+        users = 0;
+        for (unsigned j = 0; j < v->n_extents; j++)
+            users += v->extents[j].file == e->file;
+        if (users == 1 && (e->file->size - e->size >= VMDK_ROUNDED || vmdk_is_flat_short(v)))
+            return msg_err(-EINVAL, "%s: its extent '%s' has %" PRIu64 " bytes instead of %" PRIu64
+                           ": extents are swapped, or one is of another disk", im->name, e->name, e->file->size,
+                           e->size);
+    }
+    return 0;
+}
+
+/* Opens the extents, and lays them out in a row. */
+static int vmdk_open_extents(struct image *im, struct vmdk *v)
+{
+    unsigned good = 0;
+    uint64_t sum = 0;
+    int ret = 0;
+
+    for (unsigned i = 0; i < v->n_extents && !ret; i++) {
+        struct vmdk_extent *e = &v->extents[i];
+        ret = vmdk_open_extent(im, v, e);
+        if (!ret && e->size > MAX_IMAGE_SIZE - sum)
+            ret = msg_err(-EFBIG, "%s: the extents add up to more than a file can hold", im->name);
+        e->start = sum;
+        sum += ret ? 0 : e->size;
+        good += e->kind != VMDK_BAD;
+    }
+    if (!ret)
+        ret = vmdk_check_flat(im, v);
+    if (!ret && !good)
+        ret = msg_err(-ENOENT, "%s: none of its extents can be read", im->name);
+    im->size = sum;
+    if (!ret && im->dirty)
+        msg_say(MSG_NOTE, "%s: is marked dirty (not closed properly); reading it is safe", im->name);
+    return ret;
+}
+
+/* name-s001.vmdk: what the sparse extents of a split disk are called. */
+static bool vmdk_looks_like_part(const char *path)
+{
+    size_t len = strlen(path);
+
+    return len > 10 && strcasecmp(path + len - 5, ".vmdk") == 0 && path[len - 10] == '-' &&
+           (path[len - 9] | 0x20) == 's' && strspn(path + len - 8, "0123456789") == 3;
+}
+
+/* Sparse extents without a descriptor: in the order they were given. */
+static int vmdk_open_alone(struct image *im, struct vmdk *v)
+{
+    int ret;
+
+    if (im->n_files == 1 && im->opt->parts && vmdk_looks_like_part(im->name))
+        return msg_err(-EINVAL, "%s: is one extent of a disk and has no descriptor; name the descriptor, or all "
+                       "extents in their order, or take this one alone with --no-parts", im->name);
+    v->extents = util_fault("extents") ? NULL : calloc(im->n_files, sizeof(*v->extents));
+    if (!v->extents)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    v->n_extents = im->n_files;
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        v->extents[i].kind = VMDK_HOSTED;
+        v->extents[i].file = &im->files[i];
+        v->extents[i].type = "";
+    }
+    ret = vmdk_open_extents(im, v);
+    if (!ret && !*im->backing_name)
+        msg_say(MSG_NOTE, "%s: no descriptor, taken for the whole of a disk without a parent: if there is one, what it "
+                "holds reads as zeros", im->name);
+    return ret;
+}
+
+/* An embedded descriptor: one of its sparse extents is the file itself. */
+static int vmdk_find_self(struct image *im, struct vmdk *v)
+{
+    struct vmdk_extent *self = NULL;
+    unsigned sparse = 0;
+
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        struct vmdk_extent *e = &v->extents[i];
+        if (e->kind < VMDK_HOSTED)
+            continue;
+        if (!*e->name && self && !*self->name)
+            return msg_err(-EINVAL, "%s: several extents of its descriptor have no name", im->name);
+        if (sparse++ == 0 || !*e->name || (*self->name && strcmp(util_basename(im->name), e->name) == 0))
+            self = e;
+    }
+    if (!self || (sparse > 1 && *self->name && strcmp(util_basename(im->name), self->name) != 0))
+        return msg_err(-EINVAL, "%s: none of the extents of its descriptor is the file itself", im->name);
+    self->file = &im->files[0];
+    return 0;
+}
+
+/* Loads the descriptor's text; v->text stays NULL where there is none. */
+static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head)
+{
+    struct file *f = &im->files[0];
+    uint64_t at = 0, len = f->size, done;
+    int ret;
+
+    v->embedded = vmdk_kind_of(head, VMDK_SECTOR) == VMDK_HOSTED;
+    if (v->embedded) {
+        at = util_le64(head + VMDK_OFF_DESCRIPTOR);
+        len = util_le64(head + VMDK_OFF_DESCRIPTOR_SIZE);
+        if (!at || !len)
+            return 0;
+        if (at > f->size / VMDK_SECTOR || len > f->size / VMDK_SECTOR - at)
+            return at > MAX_IMAGE_SIZE / VMDK_SECTOR || len > MAX_IMAGE_SIZE / VMDK_SECTOR
+                       ? vmdk_bad(f, "the place of the descriptor", at)
+                       : fmt_refuse_table(im, f, "the place of the descriptor", at * VMDK_SECTOR, len * VMDK_SECTOR);
+        at *= VMDK_SECTOR;
+        len *= VMDK_SECTOR;
+    }
+    if (len > VMDK_MAX_TEXT)
+        return vmdk_bad(f, "the length of the descriptor", len);
+    v->text = util_fault("descriptor") ? NULL : calloc(1, len + 1);
+    if (!v->text)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = file_pread(f, v->text, len, at, &done);
+    if (!ret && v->embedded && !v->text[0]) {
+        free(v->text);
+        v->text = NULL;
+    }
+    return ret;
+}
+
+static void vmdk_free(struct vmdk *v)
+{
+    if (v) {
+        free(v->extents);
+        free(v->text);
+    }
+    free(v);
+}
+
+/* Reads and parses the descriptor, if there is one. */
+static int vmdk_read_text(struct image *im, struct vmdk *v)
+{
+    uint8_t head[2 * VMDK_SECTOR] = { 0 };
+    uint64_t done, len = util_min(im->files[0].size, sizeof(head));
+    int ret = file_pread(&im->files[0], head, len, 0, &done);
+
+    v->parent_cid = VMDK_NO_PARENT;
+    v->no_cid = true;
+    v->create_type = v->hint = v->encoding = "";
+    if (ret)
+        return ret;
+    if (vmdk_kind_of(head, len) == VMDK_BAD && !vmdk_is_descriptor(head, len))
+        return msg_err(-EINVAL, "%s: is not a VMDK image", im->name);
+    if (vmdk_kind_of(head, len) == VMDK_COWD || vmdk_kind_of(head, len) == VMDK_SESPARSE)
+        return 0;
+    ret = vmdk_load_text(im, v, head);
+    if (!ret && v->text && im->n_files > 1)
+        ret = msg_err(-EINVAL, "%s: has a descriptor, which names the files of the disk; give it alone", im->name);
+    return ret || !v->text ? ret : vmdk_parse(im, v);
+}
+
+static int vmdk_identify(struct image *im)
+{
+    struct vmdk *v = calloc(1, sizeof(*v));
+    int ret = v ? vmdk_read_text(im, v) : -ENOMEM;
+
+    if (!ret && v->text)
+        vmdk_set_id(im, v);
+    vmdk_free(v);
+    return ret;
+}
+
+static int vmdk_open(struct image *im)
+{
+    struct vmdk *v = im->state = util_fault("vmdk") ? NULL : calloc(1, sizeof(*v));
+    int ret;
+
+    if (!v)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = vmdk_read_text(im, v);
+    if (!ret && !v->text)
+        return vmdk_open_alone(im, v);
+    if (!ret)
+        ret = vmdk_set_parent(im, v);
+    if (!ret && v->embedded)
+        ret = vmdk_find_self(im, v);
+    return ret ? ret : vmdk_open_extents(im, v);
+}
+
+static int vmdk_probe(const struct probe *p)
+{
+    return vmdk_kind_of(p->head, p->head_len) != VMDK_BAD ? 100 : vmdk_is_descriptor(p->head, p->head_len) ? 90 : 0;
+}
+
+static void vmdk_close(struct image *im)
+{
+    vmdk_free(im->state);
+}
+
+/* -- mapping -- */
+
+/* What a grain table entry says. EXT_DATA: at `place` in the file. EXT_BACKING: nothing. EXT_BAD: `why`. */
+struct vmdk_grain {
+    enum extent_kind kind;
+    uint64_t place;
+    const char *why;
+    uint64_t end;                   /* EXT_BAD: not 0 where the file would have to reach so far */
+};
+
+static struct vmdk_grain vmdk_bad_grain(const char *why)
+{
+    return (struct vmdk_grain){ .kind = EXT_BAD, .why = why };
+}
+
+static struct vmdk_grain vmdk_read_entry(const struct vmdk_extent *e, uint64_t entry)
+{
+    struct vmdk_grain g = { .kind = EXT_DATA, .place = entry * VMDK_SECTOR };
+
+    if (e->kind == VMDK_SESPARSE) {
+        /* the type in the top 4 bits; the next 12 are the low ones of the grain's number */
+        g.place = (entry >> 48 & 0xfff) | (entry & 0xffffffffffff) << 12;
+        if (entry >> 60 == 1 || entry >> 60 == 2)
+            return (struct vmdk_grain){ .kind = EXT_ZERO };     /* unmapped by the guest, or zeros */
+        if (entry && entry >> 60 != 3)
+            return vmdk_bad_grain("its grain table entry is of an unknown type");
+        if (entry && g.place > (MAX_IMAGE_SIZE - e->grains) >> e->grain_bits)
+            return vmdk_bad_grain("its grain lies past the end of the file");
+        g.place = e->grains + (g.place << e->grain_bits);
+    }
+    if (!entry)
+        return (struct vmdk_grain){ .kind = EXT_BACKING };
+    if (entry == 1 && e->zero_grains)
+        return (struct vmdk_grain){ .kind = EXT_ZERO };
+    if (entry == 1 && e->kind == VMDK_HOSTED)
+        return vmdk_bad_grain("a zeroed grain in an extent that has none");
+    if (g.place < e->first_grain)
+        return vmdk_bad_grain("its grain table entry points into the header");
+    for (unsigned i = 0; i < 2; i++)
+        if (e->directory[i] && g.place < e->directory[i] + vmdk_directory_entries(e) * e->entry_size &&
+            g.place + (e->compressed ? VMDK_SECTOR : 1ull << e->grain_bits) > e->directory[i])
+            return vmdk_bad_grain("its grain table entry points into a grain directory");
+    if (g.place >= e->file->size)
+        return (struct vmdk_grain){ .kind = EXT_BAD, .why = "its grain lies past the end of the file",
+                                    .end = g.place + (e->compressed ? VMDK_SECTOR : 1ull << e->grain_bits) };
+    return g;
+}
+
+static int vmdk_load(const struct vmdk_extent *e, uint64_t place, uint64_t *value)
+{
+    uint32_t half;
+    int ret;
+
+    if (e->entry_size == 8)
+        return cache_le64(e->file, place, value);
+    ret = cache_le32(e->file, place, &half);
+    *value = half;
+    return ret;
+}
+
+/* Is the sector that this byte is in nothing but zeros, as copies of dying disks have it for what was unreadable? */
+static bool vmdk_is_wiped(const struct vmdk_extent *e, uint64_t place)
+{
+    uint64_t word;
+
+    place -= place % VMDK_SECTOR;
+    for (unsigned i = 0; i < VMDK_SECTOR; i += 8)
+        if (cache_le64(e->file, place + i, &word) || word)
+            return false;
+    return true;
+}
+
+/* One grain, by the entries at one or (place[1] not 0) two places. */
+static struct vmdk_grain vmdk_find_grain(const struct vmdk_extent *e, const uint64_t place[2])
+{
+    const char *unreadable = "its grain table cannot be read";
+    uint64_t entry[2] = { 0 };
+    int ret[2] = { vmdk_load(e, place[0], &entry[0]), place[1] ? vmdk_load(e, place[1], &entry[1]) : 0 };
+    struct vmdk_grain a = ret[0] ? vmdk_bad_grain(unreadable) : vmdk_read_entry(e, entry[0]), b;
+
+    if (!place[1] || (!ret[0] && !ret[1] && entry[0] == entry[1]))
+        return a;
+    b = ret[1] ? vmdk_bad_grain(unreadable) : vmdk_read_entry(e, entry[1]);
+    if (a.kind == EXT_BAD || b.kind == EXT_BAD)
+        return a.kind == EXT_BAD ? b : a;
+    if (e->unclean && a.kind != b.kind && (a.kind == EXT_DATA || b.kind == EXT_DATA))
+        return a.kind == EXT_DATA ? a : b;
+    if (vmdk_is_wiped(e, place[0]))
+        return b;
+    return vmdk_is_wiped(e, place[1]) ? a : vmdk_bad_grain("its two grain tables contradict each other");
+}
+
+/* Where the table lies (bytes) that a directory's entry names; 0: none. */
+static uint64_t vmdk_table_place(const struct vmdk_extent *e, uint64_t entry)
+{
+    if (e->kind != VMDK_SESPARSE || !entry)
+        return entry * VMDK_SECTOR;
+    return entry >> 32 == 0x10000000 ? e->tables + (entry & 0xffffffff) * VMDK_SE_TABLE : UINT64_MAX;
+}
+
+/*
+ * The tables (bytes, in the file) that both directories have for entry `index`: table[1] only besides
+ * table[0]; none: 0. Else says what is wrong.
+ */
+static const char *vmdk_find_tables(const struct vmdk_extent *e, uint64_t index, uint64_t table[2])
+{
+    uint64_t entry, place, size = vmdk_table_size(e);
+    const char *why = NULL;
+    unsigned n = 0;
+
+    table[0] = table[1] = 0;
+    for (unsigned i = 0; i < 2; i++) {
+        if (!e->directory[i])
+            continue;
+        if (vmdk_load(e, e->directory[i] + index * e->entry_size, &entry)) {
+            why = "its grain directory cannot be read";
+            continue;
+        }
+        if (!entry)
+            continue;
+        place = vmdk_table_place(e, entry);
+        if (place < VMDK_SECTOR || place > e->file->size || size > e->file->size - place)
+            why = "its grain directory entry is damaged";
+        else
+            table[n++] = place;
+    }
+    return n ? NULL : why;
+}
+
+/* A compressed grain. Its marker must be of this place: so a damaged table is found out. */
+static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t place, uint64_t offset, uint64_t length,
+                                struct extent *ext)
+{
+    uint64_t grain = 1ull << e->grain_bits, start = offset & ~(grain - 1), lba = start / VMDK_SECTOR;
+    uint32_t coded = (uint32_t)util_min(2 * grain, e->file->size - place);
+
+    if (e->markers) {
+        if (cache_le64(e->file, place, &lba) || cache_le32(e->file, place + 8, &coded)) {
+            ext_bad(ext, length, "its grain marker cannot be read");
+            return;
+        }
+        place += VMDK_MARKER_HEAD;
+    }
+    if (lba != start / VMDK_SECTOR)
+        ext_bad(ext, length, "its grain marker is of another place");
+    else if (!coded || coded > 2 * grain)
+        ext_bad(ext, length, "the length in its grain marker is damaged");
+    else if (place > e->file->size || coded > e->file->size - place)
+        ext_past(ext, length, "its compressed grain lies past the end of the file", e->file, place + coded);
+    else
+        *ext = (struct extent){
+            .kind = EXT_COMPRESSED, .length = length, .file = e->file, .offset = place, .codec = CODEC_ZLIB,
+            .coded_length = coded, .skip = (uint32_t)(offset - start),
+            .decoded_length = e->capacity - start < grain ? e->last_length : (uint32_t)grain,
+        };
+}
+
+/* `length` bytes from `offset` of the extent, all in the grain g. */
+static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, const struct vmdk_grain *g,
+                           uint64_t offset, uint64_t length, struct extent *ext)
+{
+    if (g->kind == EXT_BAD) {
+        ext_past(ext, length, g->why, g->end ? e->file : NULL, g->end);
+    } else if (g->kind != EXT_DATA) {
+        *ext = (struct extent){ .kind = *im->backing_name ? g->kind : EXT_ZERO, .length = length,
+                                .zeroed = g->kind == EXT_ZERO };
+    } else if (e->compressed) {
+        vmdk_map_compressed(e, g->place, offset, length, ext);
+    } else {
+        uint64_t place = g->place + (offset & ((1ull << e->grain_bits) - 1));
+        if (place >= e->file->size)
+            ext_past(ext, length, "its grain lies past the end of the file", e->file, place + length);
+        else
+            *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place),
+                                    .file = e->file, .offset = place };
+    }
+}
+
+static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
+                            struct extent *ext)
+{
+    uint64_t grain = 1ull << e->grain_bits, covered = grain << e->table_bits, table[2], place[2] = { 0 }, here, i;
+    const char *why = vmdk_find_tables(e, offset >> (e->grain_bits + e->table_bits), table);
+    struct vmdk_grain g = { .kind = EXT_BACKING };
+    struct extent next;
+
+    length = util_min(length, covered - (offset & (covered - 1)));
+    if (why) {
+        ext_bad(ext, length, why);
+        return;
+    }
+    if (!table[0]) {
+        vmdk_map_grain(im, e, &g, offset, length, ext);
+        return;
+    }
+    ext->length = 0;
+    for (unsigned n = 0; length && n < VMDK_LOOK_AHEAD; n++, offset += here, length -= here) {
+        i = (offset & (covered - 1)) >> e->grain_bits;
+        here = util_min(length, grain - (offset & (grain - 1)));
+        place[0] = table[0] + i * e->entry_size;
+        place[1] = table[1] ? table[1] + i * e->entry_size : 0;
+        g = vmdk_find_grain(e, place);
+        vmdk_map_grain(im, e, &g, offset, here, &next);
+        if (n == 0)
+            *ext = next;
+        else if (ext_continues(ext, &next, true))
+            ext->length += next.length;
+        else
+            break;
+        if (next.length < here || (ext->kind == EXT_BACKING && n >= VMDK_LOOK_AHEAD_HOLE))
+            break;                  /* cut by the end of the file */
+    }
+}
+
+static void vmdk_map_flat(const struct vmdk_extent *e, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    uint64_t place = e->offset + offset;
+    bool data = true;
+
+    if (place >= e->file->size) {
+        ext_bad(ext, length, "past the end of a truncated extent");
+        return;
+    }
+    *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place), .file = e->file,
+                            .offset = place };
+    if (exact)
+        file_seek_extent(e->file, place, ext->length, &data, &ext->length);
+    if (!data)
+        ext->kind = EXT_ZERO;
+}
+
+static int vmdk_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct vmdk *v = im->state;
+    const struct vmdk_extent *e;
+    unsigned low = 0, high = v->n_extents;
+
+    while (high - low > 1) {
+        unsigned mid = (low + high) / 2;
+        if (v->extents[mid].start <= offset)
+            low = mid;
+        else
+            high = mid;
+    }
+    e = &v->extents[low];
+    offset -= e->start;
+    length = util_min(length, e->size - offset);
+    if (e->kind == VMDK_BAD)
+        ext_bad(ext, length, e->why);
+    else if (e->kind == VMDK_ZERO)
+        *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    else if (e->kind == VMDK_FLAT)
+        vmdk_map_flat(e, offset, length, exact, ext);
+    else
+        vmdk_map_sparse(im, e, offset, length, ext);
+    return 0;
+}
+
+static void vmdk_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct vmdk_extent *e = by;
+    uint64_t table = vmdk_table_place(e, e->entry_size == 8 ? util_le64(bytes) : util_le32(bytes));
+
+    (void)im;
+    (void)i;
+    if (table && table < (uint64_t)MAX_IMAGE_SIZE)
+        c->claim(c, e->file, table, vmdk_table_size(e), "a grain table", 0);
+}
+
+/* All data too, where the extents are flat. */
+static bool vmdk_claims(struct image *im, struct claims *c)
+{
+    const struct vmdk *v = im->state;
+    bool all = true;
+
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        if (e->kind == VMDK_FLAT)   /* may be named twice, and overlap, because the descriptor says so */
+            c->claim(c, e->file, e->offset + e->size, 0, NULL, 0);
+        if (e->kind < VMDK_HOSTED)
+            continue;
+        all = false;
+        c->claim(c, e->file, 0, e->header_sectors * VMDK_SECTOR, "the header", 0);
+        for (unsigned k = 0; k < 2; k++) {
+            uint64_t n = vmdk_directory_entries(e);
+            if (!e->directory[k])
+                continue;
+            c->claim(c, e->file, e->directory[k], n * e->entry_size, "a grain directory", 0);
+            ext_claim_table(c, im, e, e->file, e->directory[k], n, e->entry_size, vmdk_claim_entry);
+        }
+    }
+    return all;
+}
+
+static void vmdk_info(struct image *im, struct out *out)
+{
+    const struct vmdk *v = im->state;
+
+    if (v->text) {
+        out_number(out, "cid", v->cid);
+        out_number(out, "parent-cid", v->parent_cid);
+        out_text(out, "create-type", v->create_type);
+    }
+    out_open(out, "extents", '[', false);
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        out_open(out, NULL, '{', false);
+        out_size(out, "virtual-size", e->size);
+        if (e->file || e->name)
+            out_text(out, "filename", e->file ? e->file->path : e->name);
+        if (e->kind >= VMDK_HOSTED)
+            out_size(out, "cluster-size", 1ull << e->grain_bits);
+        out_text(out, "format", e->type);
+        if (e->compressed)
+            out_flag(out, "compressed", true);
+        out_close(out);
+    }
+    out_close(out);
+}
+
+/* Of two grain directories QEMU asks the first one alone. */
+static bool vmdk_directories_agree(const struct vmdk_extent *e)
+{
+    uint64_t table[2], a, b;
+
+    for (uint64_t i = 0; e->directory[1] && i < vmdk_directory_entries(e); i++) {
+        if (!e->directory[0] || vmdk_find_tables(e, i, table))
+            return false;
+        if (!table[0])
+            continue;
+        for (uint64_t at = 0; at < vmdk_table_size(e); at += e->entry_size)
+            if (!table[1] || vmdk_load(e, table[0] + at, &a) || vmdk_load(e, table[1] + at, &b) || a != b)
+                return false;
+    }
+    return e->directory[0];
+}
+
+/*
+ * QEMU leaves out extents of zeros, and what it takes for no extent; the size of a sparse one is its header's. It
+ * takes parents by the path that is recorded, and none by UUID.
+ */
+static bool vmdk_as_qemu(struct image *im)
+{
+    const struct vmdk *v = im->state;
+
+    if (*im->backing_name || v->unlike_qemu)
+        return false;
+    for (unsigned i = 0; i < v->n_extents; i++) {
+        const struct vmdk_extent *e = &v->extents[i];
+        if (e->kind == VMDK_BAD || e->kind == VMDK_ZERO || (*e->type && !v->embedded && !e->exact))
+            return false;
+        for (const char *c = v->embedded || !e->name ? "" : e->name; *c; c++)
+            if (*c & 0x80)
+                return false;       /* perhaps in another encoding */
+        if (e->kind != VMDK_FLAT && (e->size != e->capacity || !vmdk_directories_agree(e)))
+            return false;
+    }
+    return true;
+}
+
+static const struct image_format vmdk_format = {
+    .name = "vmdk",
+    .describe = "VMware images: hosted, stream-optimized, COWD and seSparse extents, flat ones, split, with parents",
+    .writes = "overlay",
+    .probe = vmdk_probe,
+    .identify = vmdk_identify,
+    .open = vmdk_open,
+    .map = vmdk_map,
+    .claims = vmdk_claims,
+    .as_qemu = vmdk_as_qemu,
+    .info = vmdk_info,
+    .close = vmdk_close,
+};
+
+/* ******************************************************************************************************** *
+ * 20. Parallels
+ *
+ * QEMU docs/interop/parallels.rst and prl-xml.rst. All numbers are little-endian.
+ *
+ *   an image:  header | BAT: 4 bytes per cluster | clusters
+ *   a bundle:  directory NAME.hdd with DiskDescriptor.xml, which lists storages, each a range of the disk, for each
+ *              storage one image per snapshot, and the snapshots with their parents
+ *
+ * A cluster's place is in sectors, or in clusters where the magic ends in "Ext". What an image does not have is in
+ * the same storage's image of the parent snapshot: a stack of layers that never leaves this driver. An image by
+ * itself is a disk of one storage and one layer. Format extensions (dirty bitmaps) do not matter for reading.
+ * ******************************************************************************************************** */
+
+enum {
+    PRL_OFF_VERSION = 16,
+    PRL_OFF_CLUSTER = 28,           /* in sectors, as all sizes */
+    PRL_OFF_ENTRIES = 32,
+    PRL_OFF_SIZE = 36,              /* 8 bytes; without "Ext" only 4 of them count */
+    PRL_OFF_IN_USE = 44,
+    PRL_OFF_DATA = 48,
+    PRL_HEADER = 64,
+    PRL_VERSION = 2,
+    PRL_SECTOR = 512,
+    PRL_MAX_CLUSTER = INT32_MAX / 513,  /* sectors: QEMU's limit */
+    PRL_MAX_XML = 1 << 20,
+    PRL_MAX_FILES = 1024,           /* of a bundle: 2 TiB in the usual pieces of 2 GiB */
+    PRL_MAX_PATH = 256,             /* names of nested elements */
+};
+#define PRL_IN_USE 0x746f6e59u
+#define PRL_MAGIC "WithoutFreeSpace"
+#define PRL_MAGIC_EXT "WithouFreSpacExt"
+#define PRL_XML_NAME "DiskDescriptor.xml"
+#define PRL_XML_ROOT "/Parallels_disk_image"
+
+struct prl_layer {
+    struct file *file;
+    bool plain;                     /* a raw file: nothing of what follows but size */
+    uint64_t size;                  /* bytes it speaks about; UINT64_MAX: of all */
+    uint64_t first;                 /* no cluster lies before this, */
+    bool aligned;                   /* and all lie whole clusters behind it */
+    uint32_t cluster, unit;         /* bytes; unit: of the BAT's numbers */
+};
+
+struct prl {
+    unsigned n_storages, n_layers;
+    uint64_t *end;                  /* [n_storages]: bytes; storages follow each other */
+    struct prl_layer *layers;       /* [n_storages][n_layers], the top snapshot first */
+};
+
+/* -- the descriptor -- */
+
+struct prl_image {
+    unsigned storage;
+    bool plain, has_guid, has_type;
+    uint8_t guid[16];
+    const char *file;               /* in the text */
+};
+
+struct prl_xml {
+    char *text;
+    uint64_t disk_size;             /* sectors, as start and end */
+    bool has_top;
+    uint8_t top[16];
+    unsigned n_storages, n_images, n_shots;
+    struct { uint64_t start, end; } storages[PRL_MAX_FILES];
+    struct prl_image images[PRL_MAX_FILES];
+    struct { uint8_t guid[16], parent[16]; bool has_guid, has_parent; } shots[PRL_MAX_FILES];
+};
+
+static int prl_xml_bad(const struct image *im, const char *what, const char *value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": %s ('%.60s')", im->name, what, value);
+}
+
+/* Replaces the five entities that XML has by itself, in place. False: there are others. */
+static bool prl_xml_unescape(char *text)
+{
+    static const char *const names[] = { "amp;", "lt;", "gt;", "quot;", "apos;" };
+    char *to = text;
+    size_t i;
+
+    for (; *text; *to++ = *text++) {
+        if (*text != '&')
+            continue;
+        for (i = 0; i < ARRAY_LEN(names) && strncmp(text + 1, names[i], strlen(names[i])) != 0; i++)
+            continue;
+        if (i == ARRAY_LEN(names))
+            return false;
+        text += strlen(names[i]);
+        *text = "&<>\"'"[i];
+    }
+    *to = 0;
+    return true;
+}
+
+static int prl_xml_number(const struct image *im, const char *text, uint64_t *value)
+{
+    char *end = NULL;
+
+    errno = 0;
+    *value = isdigit((unsigned char)*text) ? strtoull(text, &end, 10) : 0;
+    if (!end || *end || errno || *value > (uint64_t)MAX_IMAGE_SIZE / PRL_SECTOR)
+        return prl_xml_bad(im, "a number of sectors", text);
+    return 0;
+}
+
+static int prl_xml_guid(const struct image *im, const char *text, uint8_t guid[16])
+{
+    return text_parse_guid(text, guid) ? 0 : prl_xml_bad(im, "a GUID", text);
+}
+
+static int prl_xml_image_value(const struct image *im, struct prl_image *i, const char *field, char *text)
+{
+    if (strcmp(field, "GUID") == 0) {
+        i->has_guid = true;
+        return prl_xml_guid(im, text, i->guid);
+    }
+    if (strcmp(field, "File") == 0) {
+        i->file = text;
+        return *text && prl_xml_unescape(text) ? 0 : prl_xml_bad(im, "a file's name", text);
+    }
+    if (strcmp(field, "Type") == 0) {
+        i->has_type = true;
+        i->plain = strcmp(text, "Plain") == 0;
+        return i->plain || strcmp(text, "Compressed") == 0
+                   ? 0 : msg_err(-EOPNOTSUPP, "%s: unknown type of an image ('%.60s'), which is not supported",
+                                 im->name, text);
+    }
+    return 0;
+}
+
+static int prl_xml_parameter(struct image *im, struct prl_xml *x, const char *field, const char *text)
+{
+    char how[80];
+    uint8_t guid[16] = { 0 };
+
+    if (strcmp(field, "Disk_size") == 0)
+        return prl_xml_number(im, text, &x->disk_size);
+    if (strcmp(field, "Padding") == 0 && strcmp(text, "0") != 0)
+        return msg_err(-EOPNOTSUPP, "%s: disks with padding are not supported ('%.60s')", im->name, text);
+    snprintf(how, sizeof(how), "by %.60s", text);
+    if (strcmp(field, "Encryption/Engine") == 0 && *text && !(text_parse_guid(text, guid) && text_is_null_id(guid)))
+        return fmt_encrypted(im, how, "Parallels Desktop");
+    return 0;
+}
+
+/* What follows the prefix, or NULL. */
+static const char *prl_after(const char *path, const char *prefix)
+{
+    size_t len = strlen(prefix);
+
+    return strncmp(path, prefix, len) == 0 ? path + len : NULL;
+}
+
+/* An element without others in it: its path and its text. */
+static int prl_xml_value(struct image *im, struct prl_xml *x, const char *path, char *text)
+{
+    const char *field;
+
+    if ((field = prl_after(path, PRL_XML_ROOT "/Disk_Parameters/")))
+        return prl_xml_parameter(im, x, field, text);
+    if ((field = prl_after(path, PRL_XML_ROOT "/StorageData/Storage/Image/")) && x->n_images)
+        return prl_xml_image_value(im, &x->images[x->n_images - 1], field, text);
+    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Start") == 0)
+        return prl_xml_number(im, text, &x->storages[x->n_storages - 1].start);
+    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/End") == 0)
+        return prl_xml_number(im, text, &x->storages[x->n_storages - 1].end);
+    if (strcmp(path, PRL_XML_ROOT "/Snapshots/Shot/GUID") == 0) {
+        x->shots[x->n_shots - 1].has_guid = true;
+        return prl_xml_guid(im, text, x->shots[x->n_shots - 1].guid);
+    }
+    if (strcmp(path, PRL_XML_ROOT "/Snapshots/Shot/ParentGUID") == 0) {
+        x->shots[x->n_shots - 1].has_parent = true;
+        return prl_xml_guid(im, text, x->shots[x->n_shots - 1].parent);
+    }
+    if (strcmp(path, PRL_XML_ROOT "/Snapshots/TopGUID") == 0 && *text) {
+        x->has_top = true;
+        return prl_xml_guid(im, text, x->top);
+    }
+    return 0;
+}
+
+static int prl_xml_begin(const struct image *im, struct prl_xml *x, const char *path)
+{
+    unsigned *n = strcmp(path, PRL_XML_ROOT "/StorageData/Storage") == 0         ? &x->n_storages
+                  : strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Image") == 0 ? &x->n_images
+                  : strcmp(path, PRL_XML_ROOT "/Snapshots/Shot") == 0            ? &x->n_shots
+                                                                                 : NULL;
+
+    if (!n)
+        return 0;
+    if (*n == PRL_MAX_FILES)
+        return prl_xml_bad(im, "too many of an element", util_basename(path));
+    if (n == &x->n_images)
+        x->images[x->n_images].storage = x->n_storages - 1;
+    (*n)++;
+    return 0;
+}
+
+/* The '>' that ends a tag; NULL: there is none. Attributes may have one in quotes. */
+static char *prl_xml_tag_end(char *p)
+{
+    for (; p && *p && *p != '>'; p++)
+        if ((*p == '"' || *p == '\'') && !(p = strchr(p + 1, *p)))
+            return NULL;
+    return p && *p ? p : NULL;
+}
+
+static char *prl_xml_trim(char *text)
+{
+    char *end;
+
+    text += strspn(text, " \t\r\n");
+    for (end = text + strlen(text); end > text && strchr(" \t\r\n", end[-1]); end--)
+        continue;
+    *end = 0;
+    return text;
+}
+
+/*
+ * One tag, from its '<' on; returns the place behind it in *next. path: the open elements, each after a slash.
+ * *text: where the text of the innermost one began, NULL once it had another in it.
+ */
+static int prl_xml_tag(struct image *im, struct prl_xml *x, char *path, char *tag, char **text, char **next)
+{
+    bool ends = tag[1] == '/', empty;
+    char *name = tag + 1 + ends, *close = prl_xml_tag_end(name), *last = strrchr(path, '/');
+    size_t len = strcspn(name, " \t\r\n/>"), open = strlen(path);
+    int ret = 0;
+
+    if (!close || !len || name + len > close)
+        return prl_xml_bad(im, "not a tag", tag);
+    *next = close + 1;
+    empty = close[-1] == '/';
+    if (ends) {
+        if (!last || strlen(last + 1) != len || strncmp(last + 1, name, len) != 0)
+            return prl_xml_bad(im, "the wrong element ends", tag);
+        *tag = 0;
+        if (*text)
+            ret = prl_xml_value(im, x, path, prl_xml_trim(*text));
+        *last = 0;
+        *text = NULL;
+        return ret;
+    }
+    if (open + 1 + len >= PRL_MAX_PATH)
+        return prl_xml_bad(im, "nested too deeply", tag);
+    snprintf(path + open, PRL_MAX_PATH - open, "/%.*s", (int)len, name);
+    ret = prl_xml_begin(im, x, path);
+    if (empty)
+        path[open] = 0;             /* no value is like no element */
+    *text = empty ? NULL : *next;
+    return ret;
+}
+
+/* No document types, no entities of its own, no CDATA: what Parallels writes has none. */
+static int prl_xml_parse(struct image *im, struct prl_xml *x)
+{
+    char path[PRL_MAX_PATH] = "", *tag, *next = x->text, *text = NULL;
+    int ret = 0;
+
+    while (!ret && (tag = strchr(next, '<'))) {
+        if (tag[1] == '?' || strncmp(tag, "<!--", 4) == 0) {
+            next = strstr(tag, tag[1] == '?' ? "?>" : "-->");   /* stays in the text around it: no value then */
+            if (!next)
+                return prl_xml_bad(im, "has no end", tag);
+        } else if (tag[1] == '!') {
+            return msg_err(-EOPNOTSUPP, "%s: declarations are not supported in a " PRL_XML_NAME " ('%.60s')", im->name,
+                           tag);
+        } else {
+            ret = prl_xml_tag(im, x, path, tag, &text, &next);
+        }
+    }
+    return ret || !*path ? ret : prl_xml_bad(im, "ends within an element", path);
+}
+
+static int prl_xml_load(struct image *im, struct prl_xml *x)
+{
+    struct file *f = &im->files[0];
+    uint64_t done;
+    int ret;
+
+    if (f->size > PRL_MAX_XML)
+        return msg_err(-EFBIG, "%s: too large for a " PRL_XML_NAME " (%" PRIu64 " bytes)", im->name, f->size);
+    x->text = calloc(1, f->size + 1);
+    if (!x->text)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = file_pread(f, x->text, f->size, 0, &done);
+    if (!ret && memchr(x->text, 0, f->size))
+        ret = msg_err(-EINVAL, "%s: " PRL_XML_NAME " is not in UTF-8", im->name);
+    return ret ? ret : prl_xml_parse(im, x);
+}
+
+/* -- from the descriptor to layers -- */
+
+static int prl_find_shot(const struct prl_xml *x, const uint8_t guid[16])
+{
+    for (unsigned i = 0; i < x->n_shots; i++)
+        if (memcmp(x->shots[i].guid, guid, 16) == 0)
+            return (int)i;
+    return -1;
+}
+
+/* The snapshot to show: the user's, or the current state, which is named in one of two ways. */
+static int prl_find_top(const struct image *im, const struct prl_xml *x, uint8_t guid[16])
+{
+    static const uint8_t current[16] = { 0x5f, 0xba, 0xab, 0xe3, 0x69, 0x58, 0x40, 0xff,
+                                         0x92, 0xa7, 0x86, 0x0e, 0x32, 0x9a, 0xab, 0x41 };
+    const char *wanted = im->depth == 0 ? im->opt->snapshot : NULL;
+
+    if (wanted)
+        return text_parse_guid(wanted, guid) && prl_find_shot(x, guid) >= 0
+                   ? 0 : msg_err(-ENOENT, "%s: has no snapshot '%s' (it has %u)", im->name, wanted, x->n_shots);
+    if (x->has_top || prl_find_shot(x, current) >= 0)
+        memcpy(guid, x->has_top ? x->top : current, 16);
+    else if (x->n_shots == 1)
+        memcpy(guid, x->shots[0].guid, 16);
+    else
+        return msg_err(-EINVAL, "%s: does not say which of its %u snapshots is the current one; --snapshot GUID does",
+                       im->name, x->n_shots);
+    return 0;
+}
+
+/* The chain of snapshots from the one to show down to the root. */
+static int prl_find_chain(const struct image *im, const struct prl_xml *x, uint8_t chain[MAX_CHAIN][16], unsigned *n)
+{
+    char hex[33];
+    int shot, ret;
+
+    *n = 0;
+    if (!x->n_shots && x->n_images == x->n_storages && (im->depth || !im->opt->snapshot)) {
+        memcpy(chain[(*n)++], x->images[0].guid, 16);
+        return 0;
+    }
+    ret = prl_find_top(im, x, chain[0]);
+    while (!ret) {
+        text_hex(chain[*n], 16, hex);
+        shot = prl_find_shot(x, chain[(*n)++]);
+        if (shot < 0 || !x->shots[shot].has_guid || !x->shots[shot].has_parent)
+            return prl_xml_bad(im, "no snapshot, or not all of it, for this GUID", hex);
+        if (text_is_null_id(x->shots[shot].parent))
+            return 0;
+        if (*n > x->n_shots || *n == MAX_CHAIN)
+            return prl_xml_bad(im, "snapshots in a circle, or too many, from", hex);
+        memcpy(chain[*n], x->shots[shot].parent, 16);
+    }
+    return ret;
+}
+
+static int prl_bad(const struct file *f, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile Parallels image: %s (0x%" PRIx64 ")", f->path, what, value);
+}
+
+/* Where clusters may lie. A data offset that is none is not needed: anywhere behind the BAT then. */
+static void prl_find_data(struct prl_layer *l, const uint8_t *h, uint64_t entries)
+{
+    uint64_t data = (uint64_t)util_le32(h + PRL_OFF_DATA) * PRL_SECTOR;
+    bool usable = data >= PRL_HEADER + 4 * entries && data <= l->file->size;
+
+    l->first = usable ? data : PRL_HEADER + 4 * entries;
+    l->aligned = usable && l->unit != l->cluster;
+}
+
+static int prl_open_layer(struct image *im, struct prl_layer *l)
+{
+    uint8_t h[PRL_HEADER] = { 0 };
+    uint64_t done, entries, sectors;
+    uint32_t cluster;
+    bool ext;
+    int ret = 0;
+
+    if (l->file->size >= PRL_HEADER)
+        ret = file_pread(l->file, h, PRL_HEADER, 0, &done);
+    if (ret)
+        return ret;
+    ext = memcmp(h, PRL_MAGIC_EXT, 16) == 0;
+    if (!ext && memcmp(h, PRL_MAGIC, 16) != 0)
+        return msg_err(-EINVAL, "%s: is not a Parallels image", l->file->path);
+    if (util_le32(h + PRL_OFF_VERSION) != PRL_VERSION)
+        return msg_err(-EOPNOTSUPP, "%s: Parallels image of unknown version %u, which is not supported", l->file->path,
+                       util_le32(h + PRL_OFF_VERSION));
+    cluster = util_le32(h + PRL_OFF_CLUSTER);
+    entries = util_le32(h + PRL_OFF_ENTRIES);
+    sectors = ext ? util_le64(h + PRL_OFF_SIZE) : util_le32(h + PRL_OFF_SIZE);
+    if (cluster == 0 || cluster > PRL_MAX_CLUSTER)
+        return prl_bad(l->file, "the cluster size", cluster);
+    if (entries > (l->file->size - PRL_HEADER) / 4)
+        return prl_bad(l->file, "the number of clusters, whose table does not fit into the file", entries);
+    if (sectors > entries * cluster || sectors > (uint64_t)MAX_IMAGE_SIZE / PRL_SECTOR)
+        return prl_bad(l->file, "the size, larger than all clusters together", sectors);
+    l->size = sectors * PRL_SECTOR;
+    l->cluster = cluster * PRL_SECTOR;
+    l->unit = ext ? l->cluster : PRL_SECTOR;
+    prl_find_data(l, h, entries);
+    if (util_le32(h + PRL_OFF_IN_USE) == PRL_IN_USE && !im->dirty) {
+        im->dirty = true;
+        msg_say(MSG_NOTE, "%s: is marked as in use (not closed properly); reading it is safe", l->file->path);
+    }
+    return 0;
+}
+
+static int prl_alloc(struct image *im, unsigned storages, unsigned layers)
+{
+    struct prl *p = im->state;
+
+    p->n_storages = storages;
+    p->n_layers = layers;
+    p->end = util_fault("parallels storages") ? NULL : calloc(storages, sizeof(*p->end));
+    p->layers = calloc((size_t)storages * layers, sizeof(*p->layers));
+    return p->end && p->layers ? 0 : msg_err(-ENOMEM, "%s: out of memory", im->name);
+}
+
+/* Opens a storage's image of one snapshot. Only the root may be a plain file: it has no holes. */
+static int prl_open_image(struct image *im, const struct prl_xml *x, unsigned storage, const uint8_t guid[16],
+                          bool root, struct prl_layer *l)
+{
+    const struct prl_image *found = NULL, *i;
+    char hex[33];
+    int ret;
+
+    text_hex(guid, 16, hex);
+    l->file = &im->files[im->n_files];
+    for (i = x->images; i < x->images + x->n_images; i++) {
+        if (i->storage != storage || memcmp(i->guid, guid, 16) != 0)
+            continue;
+        if (found || !i->has_guid || !i->has_type || !i->file)
+            return prl_xml_bad(im, "a storage's image is there twice, or lacks a part, of snapshot", hex);
+        found = i;
+    }
+    if (!found)
+        return prl_xml_bad(im, "a storage has no image of snapshot", hex);
+    if (found->plain && !root)
+        return prl_xml_bad(im, "a snapshot that is a plain file but has a parent", found->file);
+    l->file->fd = -1;
+    im->n_files++;
+    l->plain = found->plain;
+    l->size = UINT64_MAX;
+    ret = fmt_open_named(im, l->file, found->file, "image file", NULL);
+    if (ret == -ENOENT)
+        msg_err(ret, "%s: cannot open its image file '%s': %s", im->name, found->file, strerror(ENOENT));
+    return ret || l->plain ? ret : prl_open_layer(im, l);
+}
+
+/* The storage that begins where the last one ended. */
+static int prl_find_storage(const struct image *im, const struct prl_xml *x, uint64_t start, unsigned *storage)
+{
+    for (unsigned s = 0; s < x->n_storages; s++)
+        if (x->storages[s].start == start && x->storages[s].end > start) {
+            *storage = s;
+            return 0;
+        }
+    return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": no storage begins at sector %" PRIu64, im->name,
+                   start);
+}
+
+static int prl_open_storages(struct image *im, const struct prl_xml *x, uint8_t chain[][16], unsigned n_chain)
+{
+    struct prl *p = im->state;
+    struct prl_layer *l = p->layers;
+    uint64_t start = 0;
+    unsigned s = 0;
+    int ret = 0;
+
+    for (unsigned k = 0; k < p->n_storages && !ret; k++) {
+        ret = prl_find_storage(im, x, start, &s);
+        for (unsigned i = 0; i < n_chain && !ret; i++)
+            ret = prl_open_image(im, x, s, chain[i], i + 1 == n_chain, &l[i]);
+        if (ret)
+            return ret;
+        if (l->size / PRL_SECTOR < x->storages[s].end - start)
+            return prl_bad(l->file, "the size, smaller than its storage", l->size);
+        start = x->storages[s].end;
+        p->end[k] = start * PRL_SECTOR;
+        l += n_chain;
+    }
+    if (!x->disk_size || x->disk_size > start)
+        return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": a disk of %" PRIu64 " sectors, and storages "
+                       "of %" PRIu64, im->name, x->disk_size, start);
+    im->size = x->disk_size * PRL_SECTOR;
+    im->cluster_size = p->layers->cluster;
+    return ret;
+}
+
+static int prl_open_described(struct image *im, const struct prl_xml *x)
+{
+    uint8_t chain[MAX_CHAIN][16] = { 0 };
+    unsigned n = 0;
+    int ret;
+
+    if (!x->n_storages || !x->n_images)
+        return msg_err(-EINVAL, "%s: " PRL_XML_NAME " has no storages", im->name);
+    ret = prl_find_chain(im, x, chain, &n);
+    if (ret)
+        return ret;
+    if (x->n_storages * n > PRL_MAX_FILES)
+        return msg_err(-E2BIG, "%s: needs more than %d files", im->name, PRL_MAX_FILES);
+    ret = prl_alloc(im, x->n_storages, n);
+    return ret ? ret : prl_open_storages(im, x, chain, n);
+}
+
+static int prl_open_bundle(struct image *im)
+{
+    struct prl_xml *x = util_fault("parallels descriptor") ? NULL : calloc(1, sizeof(*x));
+    int ret;
+
+    if (!x)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = prl_xml_load(im, x);
+    if (!ret)
+        ret = prl_open_described(im, x);
+    free(x->text);
+    free(x);
+    return ret;
+}
+
+/*
+ * Does the descriptor beside a single image say that it is a snapshot over another one? Then its holes are not zeros.
+ * snapshot: that other one.
+ */
+static bool prl_is_over_another(struct image *im, const char *beside, uint8_t snapshot[16])
+{
+    struct prl_xml *x = util_fault("parallels snapshot") ? NULL : calloc(1, sizeof(*x));
+    struct file f = { .fd = -1 };
+    struct image text = { .format = im->format, .opt = im->opt, .files = &f, .n_files = 1, .name = beside };
+    const char *path = im->files[0].path;
+    char directory[PATH_MAX];
+    bool found = false;
+    int shot;
+
+    snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(path) - path), path);
+    msg_hushed++;
+    if (x && file_open_beneath(&f, *directory ? directory : ".", PRL_XML_NAME, beside, false) == 0)
+        prl_xml_load(&text, x);     /* of a damaged one what comes before the damage */
+    msg_hushed--;
+    for (unsigned i = 0; x && i < x->n_images && !found; i++) {
+        if (!x->images[i].file || strcmp(util_basename(x->images[i].file), util_basename(path)) != 0)
+            continue;
+        shot = prl_find_shot(x, x->images[i].guid);
+        found = shot >= 0 && !text_is_null_id(x->shots[shot].parent);
+        if (found)
+            memcpy(snapshot, x->shots[shot].parent, 16);
+    }
+    if (x)
+        free(x->text);
+    free(x);
+    file_forget(&f);
+    return found;
+}
+
+static int prl_open_single(struct image *im)
+{
+    struct prl *p = im->state;
+    const char *path = im->files[0].path;
+    char beside[PATH_MAX], uuid[37];
+    uint8_t snapshot[16];
+    int ret;
+
+    if (im->opt->snapshot && im->depth == 0)
+        return msg_err(-EINVAL, "%s: has no snapshots, so --snapshot is of no use", im->name);
+    ret = prl_alloc(im, 1, 1);
+    if (ret)
+        return ret;
+    p->layers->file = &im->files[0];
+    ret = prl_open_layer(im, p->layers);
+    if (ret)
+        return ret;
+    im->size = p->end[0] = p->layers->size;
+    im->cluster_size = p->layers->cluster;
+    if ((size_t)snprintf(beside, sizeof(beside), "%.*s" PRL_XML_NAME, (int)(util_basename(path) - path), path) >=
+            sizeof(beside) || access(beside, F_OK) < 0)
+        return 0;
+    if (prl_is_over_another(im, beside, snapshot)) {
+        text_uuid(snapshot, uuid);
+        snprintf(im->backing_name, sizeof(im->backing_name), "snapshot {%s}", uuid);
+        if (!im->opt->no_backing && !im->opt->top_only)
+            return msg_err(-EINVAL, "%s: holds only what changed since %s; its directory, as IMAGE, is the whole disk; "
+                           "--no-backing shows what is in it, with errors for the rest", im->name, im->backing_name);
+    } else if (im->depth == 0) {
+        msg_say(MSG_NOTE, "%s: shown alone; its directory, as IMAGE, is the whole disk with its snapshots", im->name);
+    }
+    return 0;
+}
+
+static bool prl_is_xml(const uint8_t *head, size_t len)
+{
+    if (len >= 3 && memcmp(head, "\xef\xbb\xbf", 3) == 0) {
+        head += 3;
+        len -= 3;
+    }
+    while (len && (*head == ' ' || *head == '\t' || *head == '\r' || *head == '\n')) {
+        head++;
+        len--;
+    }
+    return len && *head == '<' && memmem(head, len, PRL_XML_ROOT + 1, strlen(PRL_XML_ROOT) - 1);
+}
+
+static int prl_probe(const struct probe *p)
+{
+    return (p->head_len >= PRL_HEADER &&
+            (memcmp(p->head, PRL_MAGIC, 16) == 0 || memcmp(p->head, PRL_MAGIC_EXT, 16) == 0)) ||
+                   prl_is_xml(p->head, p->head_len) ? 100 : 0;
+}
+
+static int prl_open(struct image *im)
+{
+    struct prl *p = im->state = util_fault("parallels") ? NULL : calloc(1, sizeof(*p));
+    uint8_t head[4096];
+    uint64_t done, len = util_min(im->files[0].size, sizeof(head));
+    int ret;
+
+    if (!p)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: name the directory of a Parallels disk, not its files", im->name);
+    ret = file_pread(&im->files[0], head, len, 0, &done);
+    if (ret)
+        return ret;
+    return prl_is_xml(head, len) ? prl_open_bundle(im) : prl_open_single(im);
+}
+
+static void prl_close(struct image *im)
+{
+    struct prl *p = im->state;
+
+    if (p) {
+        free(p->end);
+        free(p->layers);
+    }
+    free(p);
+}
+
+/* -- mapping -- */
+
+static void prl_map_plain(const struct prl_layer *l, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    bool data = true;
+
+    if (offset >= l->file->size) {
+        ext_bad(ext, length, "lies past the end of its plain file");
+        return;
+    }
+    *ext = (struct extent){ .length = util_min(length, l->file->size - offset), .file = l->file, .offset = offset };
+    if (exact)
+        file_seek_extent(ext->file, offset, ext->length, &data, &ext->length);
+    ext->kind = data ? EXT_DATA : EXT_ZERO;
+    ext->owned = true;
+}
+
+/* One cluster of one layer, or the rest of it; offset counts from the storage's start. */
+static void prl_map_layer(const struct prl_layer *l, uint64_t offset, uint64_t length, struct extent *ext)
+{
+    uint64_t in_cluster = offset % l->cluster, host;
+    uint32_t entry;
+
+    *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
+    if (offset >= l->size)
+        return;                     /* a snapshot from when the disk was smaller */
+    ext->length = length = util_min(util_min(length, l->size - offset), l->cluster - in_cluster);
+    if (cache_le32(l->file, PRL_HEADER + offset / l->cluster * 4, &entry)) {
+        ext_bad(ext, length, "the BAT cannot be read");
+        return;
+    }
+    host = (uint64_t)entry * l->unit;
+    if (!entry)
+        return;
+    if (host < l->first || (l->aligned && (host - l->first) % l->cluster))
+        ext_bad(ext, length, "its BAT entry is damaged");
+    else if (host >= l->file->size || in_cluster >= l->file->size - host)
+        ext_bad(ext, length, "its cluster lies past the end of the file");
+    else
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, l->file->size - host - in_cluster),
+                                .file = l->file, .offset = host + in_cluster };
+}
+
+/* The first layer of the storage that has it. */
+static void prl_map_range(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    const struct prl *p = im->state;
+    const struct prl_layer *l;
+    unsigned low = 0, high = p->n_storages - 1, mid;
+    uint64_t start;
+
+    while (low < high) {
+        mid = (low + high) / 2;
+        if (offset < p->end[mid])
+            high = mid;
+        else
+            low = mid + 1;
+    }
+    start = low ? p->end[low - 1] : 0;
+    length = util_min(length, p->end[low] - offset);
+    l = p->layers + (size_t)low * p->n_layers;
+    *ext = (struct extent){ .length = length };
+    for (unsigned i = 0; i < p->n_layers; i++, l++) {
+        if (l->plain)
+            prl_map_plain(l, offset - start, length, exact, ext);
+        else
+            prl_map_layer(l, offset - start, length, ext);
+        if (ext->kind != EXT_BACKING)
+            return;
+        length = ext->length;
+    }
+    ext->kind = ext_hole(im);
+}
+
+static int prl_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
+{
+    return ext_merge(im, offset, length, exact, ext, prl_map_range);
+}
+
+static void prl_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
+{
+    const struct prl_layer *l = by;
+    uint32_t entry = util_le32(bytes);
+
+    (void)im;
+    if (entry)
+        c->claim(c, l->file, (uint64_t)entry * l->unit, util_min(l->cluster, l->size - i * l->cluster), NULL,
+                 i * l->cluster);
+}
+
+static bool prl_claims(struct image *im, struct claims *c)
+{
+    const struct prl *p = im->state;
+    const struct prl_layer *l = p->layers;
+
+    for (unsigned i = 0; i < p->n_storages; i++)
+        for (unsigned k = 0; k < p->n_layers; k++, l++) {
+            if (l->plain) {
+                c->claim(c, l->file, 0, p->end[i] - (i ? p->end[i - 1] : 0), NULL, i ? p->end[i - 1] : 0);
+                continue;
+            }
+            uint64_t n = (l->size + l->cluster - 1) / l->cluster;
+            c->claim(c, l->file, 0, PRL_HEADER + 4 * n, "the header and the BAT", 0);
+            ext_claim_table(c, im, l, l->file, PRL_HEADER, n, 4, prl_claim_entry);
+        }
+    return true;
+}
+
+/* QEMU knows single images only. */
+static bool prl_as_qemu(struct image *im)
+{
+    return im->n_files == 1;
+}
+
+static const struct image_format prl_format = {
+    .name = "parallels",
+    .describe = "Parallels images, and directories of them (.hdd) with storages and snapshots",
+    .writes = "overlay",
+    .probe = prl_probe,
+    .open = prl_open,
+    .map = prl_map,
+    .claims = prl_claims,
+    .as_qemu = prl_as_qemu,
+    .close = prl_close,
+};
+
+/* ******************************************************************************************************** *
+ * 21. qcow2
  *
  * QEMU docs/interop/qcow2.rst, versions 2 and 3, for reading. All numbers are big-endian.
  *
@@ -3547,7 +8461,7 @@ static int qcow2_read(struct image *im, uint64_t offset, void *buf, uint64_t len
     uint64_t done;
 
     if (offset > im->files[0].size || len > im->files[0].size - offset)
-        return ext_refuse_table(im, &im->files[0], what, offset, len);
+        return fmt_refuse_table(im, &im->files[0], what, offset, len);
     return file_pread(&im->files[0], buf, len, offset, &done);
 }
 
@@ -3589,13 +8503,13 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
         if (type == 0)
             break;
         if (n > len - at - 8)
-            return ext_refuse(im, "a header extension reaches past the first cluster", n);
+            return fmt_refuse(im, "a header extension reaches past the first cluster", n);
         if (type == QCOW2_EXT_BACKING_FORMAT &&
             !util_copy_name(im->backing_format, sizeof(im->backing_format), cluster + at + 8, n))
-            return ext_refuse(im, "the name of the backing format is too long", n);
+            return fmt_refuse(im, "the name of the backing format is too long", n);
         if (type == QCOW2_EXT_DATA_FILE &&
             !util_copy_name(q->data_name, sizeof(q->data_name), cluster + at + 8, n))
-            return ext_refuse(im, "the name of the data file is too long", n);
+            return fmt_refuse(im, "the name of the data file is too long", n);
         if (type == QCOW2_EXT_BITMAPS && n >= 24 && (q->autoclear & QCOW2_BITMAPS)) {
             q->n_bitmaps = util_be32(cluster + at + 8);
             q->bitmaps_size = util_be64(cluster + at + 16);
@@ -3615,7 +8529,7 @@ static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cl
         }
     }
     if (q->crypt == QCOW2_LUKS && !q->crypt_size)
-        return ext_refuse(im, "LUKS without its header", q->crypt_size);
+        return fmt_refuse(im, "LUKS without its header", q->crypt_size);
     return q->incompatible & ~known
                ? qcow2_unknown_feature(im, q->incompatible & ~known, features, features_len)
                : 0;
@@ -3628,27 +8542,27 @@ static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *
     if (q->version != 2 && q->version != 3)
         return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u, which is not supported", im->name, q->version);
     if (q->cluster_bits < 9 || q->cluster_bits > 21)
-        return ext_unsupported(im, "the cluster size, as a power of 2", q->cluster_bits);
+        return fmt_unsupported(im, "the cluster size, as a power of 2", q->cluster_bits);
     if (q->crypt > QCOW2_LUKS)
         return msg_err(-EOPNOTSUPP, "%s: is encrypted by method %u, which is not supported", im->name, q->crypt);
     if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) ||
         q->header_length > 1u << q->cluster_bits)
-        return ext_refuse(im, "the header's length", q->header_length);
+        return fmt_refuse(im, "the header's length", q->header_length);
     if (q->refcount_order > 6)
-        return ext_refuse(im, "the refcount width", q->refcount_order);
+        return fmt_refuse(im, "the refcount width", q->refcount_order);
     if (compression > 1 && (q->incompatible & QCOW2_COMPRESSION))
-        return ext_unsupported(im, "the compression type", compression);
+        return fmt_unsupported(im, "the compression type", compression);
     if ((compression != 0) != !!(q->incompatible & QCOW2_COMPRESSION))
-        return ext_refuse(im, "the compression type", compression);
+        return fmt_refuse(im, "the compression type", compression);
     q->codec = compression ? CODEC_ZSTD : CODEC_DEFLATE;
-    if (q->crypt && ext_encrypted(im, qcow2_crypt_names[q->crypt], "qemu-img convert"))
+    if (q->crypt && fmt_encrypted(im, qcow2_crypt_names[q->crypt], "qemu-img convert"))
         return -EOPNOTSUPP;
     if ((q->autoclear & QCOW2_RAW_DATA) && !(q->incompatible & QCOW2_DATA_FILE))
-        return ext_refuse(im, "raw external data without a data file", q->autoclear);
+        return fmt_refuse(im, "raw external data without a data file", q->autoclear);
     if (q->subclusters && q->cluster_bits < 14)
-        return ext_refuse(im, "subclusters need clusters of 16 KiB at least", q->cluster_bits);
+        return fmt_refuse(im, "subclusters need clusters of 16 KiB at least", q->cluster_bits);
     if (q->size > (uint64_t)MAX_IMAGE_SIZE)
-        return ext_refuse(im, "the size", q->size);
+        return fmt_refuse(im, "the size", q->size);
     return 0;
 }
 
@@ -3686,9 +8600,9 @@ static int qcow2_read_backing_name(struct image *im, const struct qcow2 *q, cons
         return 0;
     if (n > QCOW2_MAX_NAME || offset > 1u << q->cluster_bits || n > (1u << q->cluster_bits) - offset ||
         offset + n > len)
-        return ext_refuse(im, "the name of the backing file", n);
+        return fmt_refuse(im, "the name of the backing file", n);
     if (!util_copy_name(im->backing_name, sizeof(im->backing_name), cluster + offset, n))
-        return ext_refuse(im, "the name of the backing file", n);
+        return fmt_refuse(im, "the name of the backing file", n);
     return 0;
 }
 
@@ -3702,15 +8616,15 @@ static int qcow2_check_l1(struct image *im, const struct qcow2 *q)
              need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
 
     if (q->l1_entries > QCOW2_MAX_L1 / 8 || q->l1_entries < need)
-        return ext_refuse(im, "the size of the L1 table", q->l1_entries);
+        return fmt_refuse(im, "the size of the L1 table", q->l1_entries);
     if (need && (q->l1_offset % (1u << q->cluster_bits) || q->l1_offset > im->files[0].size || !q->l1_offset ||
                  need * 8 > im->files[0].size - q->l1_offset))
-        return ext_refuse_table(im, &im->files[0], "the place of the L1 table", q->l1_offset, need * 8);
+        return fmt_refuse_table(im, &im->files[0], "the place of the L1 table", q->l1_offset, need * 8);
     /* One of the two is wrong; a refcount table that cannot be true is not needed, and no witness. */
     if (need && q->l1_offset < q->refcounts + q->refcounts_size && q->refcounts < q->l1_offset + need * 8 &&
         q->refcounts % (1u << q->cluster_bits) == 0 && q->refcounts_size <= QCOW2_MAX_REFCOUNT_TABLE &&
         q->refcounts < im->files[0].size)
-        return ext_refuse(im, "the place of the L1 table, in the refcount table", q->l1_offset);
+        return fmt_refuse(im, "the place of the L1 table, in the refcount table", q->l1_offset);
     return 0;
 }
 
@@ -3735,7 +8649,7 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     name_len = util_be16(h + 14);
     extra_len = util_be32(h + 36);
     if (extra_len > 1024 || id_len >= sizeof(sn->id) || name_len >= sizeof(sn->name))
-        return ext_refuse(im, "a snapshot's entry", extra_len);
+        return fmt_refuse(im, "a snapshot's entry", extra_len);
     ret = qcow2_read(im, at + 40, extra, util_min(extra_len, 24), "the snapshot table reaches past the end");
     if (!ret)
         ret = qcow2_read(im, at + 40 + extra_len, sn->id, id_len, "the snapshot table reaches past the end");
@@ -3765,7 +8679,7 @@ static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const char *wan
     int ret;
 
     if (n > QCOW2_MAX_SNAPSHOTS)
-        return ext_refuse(im, "the number of snapshots", n);
+        return fmt_refuse(im, "the number of snapshots", n);
     for (int by_name = 0; by_name < 2; by_name++) {
         at = q->snapshots_offset;
         for (uint32_t i = 0; i < n; i++, at = sn.next) {
@@ -3777,7 +8691,7 @@ static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const char *wan
             q->l1_offset = sn.l1_offset;
             q->l1_entries = sn.l1_entries;
             q->size = sn.size;
-            return q->size > (uint64_t)MAX_IMAGE_SIZE ? ext_refuse(im, "the snapshot's size", q->size) : 0;
+            return q->size > (uint64_t)MAX_IMAGE_SIZE ? fmt_refuse(im, "the snapshot's size", q->size) : 0;
         }
     }
     return msg_err(-ENOENT, "%s: has no snapshot '%s' (it has %u)", im->name, wanted, n);
@@ -3798,10 +8712,8 @@ static int qcow2_open_data_file(struct image *im, struct qcow2 *q)
     im->n_files = 2;
     q->data = f;
     return user ? file_open(f, user, im->writable)
-                : img_open_named(im, f, q->data_name, "external data file", "--data-file");
+                : fmt_open_named(im, f, q->data_name, "external data file", "--data-file");
 }
-
-static int qcow2_begin_writing(struct image *im);
 
 static int qcow2_open(struct image *im)
 {
@@ -3846,23 +8758,10 @@ static int qcow2_open(struct image *im)
     im->size = q->size;
     im->cluster_size = 1u << q->cluster_bits;
     im->dirty = q->incompatible & QCOW2_DIRTY;
-    if (!ret && im->opt->overlay_of)
-        ret = img_check_overlay(im, im->opt->overlay_of);
-    if (!ret && im->writable && !im->opt->top_only)
-        return qcow2_begin_writing(im);
-    if (!ret && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
+    if (!ret && (!im->writable || im->opt->top_only) && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
         msg_say(MSG_NOTE, "%s: is marked %s; reading it is safe", im->name,
                 q->incompatible & QCOW2_CORRUPT ? "corrupt" : "dirty (not closed properly)");
     return ret;
-}
-
-static void qcow2_stop_writer(struct qcow2 *q);
-
-static void qcow2_close(struct image *im)
-{
-    if (im->state)
-        qcow2_stop_writer(im->state);
-    free(im->state);
 }
 
 /* In an external data file offset 0 is a place like any other; COPIED tells it from none. */
@@ -4047,7 +8946,7 @@ static int qcow2_list_snapshots(struct image *im, struct out *out)
     int ret = 0;
 
     if (q->n_snapshots > QCOW2_MAX_SNAPSHOTS)
-        return ext_refuse(im, "the number of snapshots", q->n_snapshots);
+        return fmt_refuse(im, "the number of snapshots", q->n_snapshots);
     if (q->n_snapshots)
         out_open(out, "snapshots", '[', false);
     for (uint32_t i = 0; i < q->n_snapshots && !(ret = qcow2_read_snapshot(im, q, at, &sn)); i++, at = sn.next) {
@@ -4084,7 +8983,7 @@ static int qcow2_read_bitmap(struct image *im, const struct qcow2 *q, uint64_t a
     int ret;
 
     if (q->bitmaps_offset > (uint64_t)INT64_MAX || q->bitmaps_size > (uint64_t)INT64_MAX || at + sizeof(h) > end)
-        return ext_refuse(im, "the size of the bitmap directory", q->bitmaps_size);
+        return fmt_refuse(im, "the size of the bitmap directory", q->bitmaps_size);
     ret = qcow2_read(im, at, h, sizeof(h), "the bitmap directory reaches past the end");
     if (ret)
         return ret;
@@ -4096,7 +8995,7 @@ static int qcow2_read_bitmap(struct image *im, const struct qcow2 *q, uint64_t a
     extra_len = util_be32(h + 20);
     b->next = at + (sizeof(h) + (uint64_t)extra_len + name_len + 7) / 8 * 8;
     if (name_len >= sizeof(b->name) || b->granularity_bits > 31 || b->next > end)
-        return ext_refuse(im, "an entry of the bitmap directory", name_len);
+        return fmt_refuse(im, "an entry of the bitmap directory", name_len);
     b->name[name_len] = 0;
     return qcow2_read(im, at + sizeof(h) + extra_len, b->name, name_len, "the bitmap directory reaches past the end");
 }
@@ -4799,11 +9698,11 @@ static int qcow2_check_begin(struct qcow2_check *k)
     k->table_offset = util_be64(h + 48);
     k->table_entries = (uint64_t)util_be32(h + 56) * cluster / 8;
     if (k->table_entries * 8 > QCOW2_MAX_REFCOUNT_TABLE)
-        return ext_refuse(k->im, "the size of the refcount table", k->table_entries);
+        return fmt_refuse(k->im, "the size of the refcount table", k->table_entries);
     if (k->table_offset % cluster || k->table_offset > (uint64_t)INT64_MAX)
-        return ext_refuse(k->im, "the place of the refcount table", k->table_offset);
+        return fmt_refuse(k->im, "the place of the refcount table", k->table_offset);
     if (k->l1_entries > QCOW2_MAX_L1 / 8 || k->l1_offset % cluster || k->l1_offset > (uint64_t)INT64_MAX)
-        return ext_refuse(k->im, "the place of the L1 table", k->l1_offset);
+        return fmt_refuse(k->im, "the place of the L1 table", k->l1_offset);
     k->length = (k->f->size + 511) / 512 * 512;
     k->n_clusters = (k->length + cluster - 1) / cluster;
     if (k->n_clusters > INT_MAX)
@@ -4875,7 +9774,7 @@ static void qcow2_find_holes(struct image *im)
 }
 
 /* ******************************************************************************************************** *
- * 11. qcow2 writing
+ * 22. qcow2 writing
  *
  * Guest data is written first, into clusters that nobody refers to. What refers to them is changed in memory, seen
  * by everybody at once, and goes to the file in commits:
@@ -4884,7 +9783,7 @@ static void qcow2_find_holes(struct image *im)
  *
  * so that at every instant the file holds an image that is whole, with leaks at worst. The first barrier covers the
  * data too, and what new tables were filled with. Clusters that nobody refers to any more are given back only when
- * that is durable, and when every request that might still use them is over (pool_grace_over()).
+ * that is durable, and when every request that might still use them is over (epoch_grace_over()).
  *
  * Who may write a range of host bytes, and until when. A cell is a cluster, or a subcluster where there are such:
  *   - A cell that is ours alone (COPIED, and allocated) is written in place by the image core, without any lock, by
@@ -4928,7 +9827,7 @@ struct qcow2_writer {
     struct qcow2_ranges freed;      /* by changes that are not in the file yet ... */
     struct qcow2_ranges dropped;    /* ... that a running commit writes ... */
     struct qcow2_ranges waiting;    /* ... that are durable: until `grace` is over */
-    struct pool_grace grace;
+    struct epoch_grace grace;
 };
 
 static _Thread_local uint8_t *qcow2_scratch;        /* MAX_CLUSTER bytes */
@@ -5273,7 +10172,7 @@ static int qcow2_reclaim_locked(struct image *im)
     uint64_t from = 0, to = 0;
     int ret = 0, r;
 
-    if (!w->waiting.n || !pool_grace_over(&w->grace))
+    if (!w->waiting.n || !epoch_grace_over(&w->grace))
         return 0;
     for (unsigned i = 0; i < w->waiting.n; i++)
         for (uint64_t c = 0; c < w->waiting.range[i].n; c++) {
@@ -5333,7 +10232,7 @@ static void qcow2_thaw_locked(struct image *im, bool good)
     }
     w->dropped.n = 0;
     if (good)
-        pool_begin_grace(&w->grace);
+        epoch_begin_grace(&w->grace);
 }
 
 /* With both locks held: nothing changes meanwhile. */
@@ -5905,7 +10804,7 @@ static int qcow2_start_writer(struct image *im)
     w->table_entries = (uint64_t)util_be32(h + 56) << q->cluster_bits >> 3;
     w->top = (im->files[0].size + qcow2_cluster(q) - 1) & ~(qcow2_cluster(q) - 1);
     if (!ret && (w->table_offset % qcow2_cluster(q) || !w->table_entries || w->table_offset >= im->files[0].size))
-        ret = ext_refuse(im, "the place of the refcount table", w->table_offset);
+        ret = fmt_refuse(im, "the place of the refcount table", w->table_offset);
     return ret;
 }
 
@@ -5921,6 +10820,13 @@ static void qcow2_stop_writer(struct qcow2 *q)
     pthread_cond_destroy(&q->w->idle);
     free(q->w);
     q->w = NULL;
+}
+
+static void qcow2_close(struct image *im)
+{
+    if (im->state)
+        qcow2_stop_writer(im->state);
+    free(im->state);
 }
 
 /* Of the features that others keep in step with the data (bitmaps), we know only raw external data. */
@@ -6455,6 +11361,7 @@ static const struct image_format qcow2_format = {
     .writable = true,
     .probe = qcow2_probe,
     .open = qcow2_open,
+    .begin_writing = qcow2_begin_writing,
     .map = qcow2_map,
     .write = qcow2_write,
     .zero = qcow2_zero,
@@ -6468,4271 +11375,20 @@ static const struct image_format qcow2_format = {
 };
 
 /* ******************************************************************************************************** *
- * 12. VDI
+ * 23. Probing
  *
- * VirtualBox, VDICore.h: versions 1.1 and 0.2. All numbers are little-endian.
- *
- *   text, signature, version | header | block map: 4 bytes per block | blocks, each after its extra data
- *
- * A map entry is the number of a block in the file, or says "not here" (what the parent has, zeros if there is
- * none) or "zeros". Dynamic and fixed images differ in nothing but that. A differencing image knows its parent by
- * UUID only. VirtualBox calls the files of snapshots {UUID}.vdi, but not that of the disk itself.
- * ******************************************************************************************************** */
-
-enum {
-    VDI_OFF_SIGNATURE = 64,
-    VDI_OFF_VERSION = 68,
-    VDI_HEADER = 456,               /* with the text; 0.2: */
-    VDI_HEADER_V0 = 420,
-    VDI_OFF_HEADER_SIZE = 72,       /* not in 0.2; counts from here */
-    VDI_HEADER_SIZE_MIN = 384,
-    VDI_OFF_TYPE = 76,              /* 0.2: 72 */
-    VDI_OFF_BLOCKS = 340,           /* where the map is; not in 0.2 */
-    VDI_OFF_DATA = 344,             /* where block 0 is; not in 0.2 */
-    VDI_OFF_SIZES = 368,            /* disk size, block size, extra data per block, number of blocks, ... */
-    VDI_OFF_UUIDS = 392,            /* its own, of its last change, the parent's, of the parent's last change */
-    VDI_OFF_V0_SIZES = 352,         /* without the extra data */
-    VDI_OFF_V0_UUIDS = 372,         /* without the last one */
-    VDI_TYPE_DYNAMIC = 1,
-    VDI_TYPE_FIXED = 2,
-    VDI_TYPE_UNDO = 3,
-    VDI_TYPE_DIFF = 4,
-    VDI_VERSION_0 = 0x00000002,
-    VDI_VERSION_1 = 0x00010001,
-    VDI_MIN_BLOCK = 512,
-    VDI_MAX_BLOCK = 1 << 30,        /* with as much extra data, all places in the file fit into 63 bits */
-};
-#define VDI_SIGNATURE 0xbeda107fu
-#define VDI_ENTRY_NONE 0xffffffffu
-#define VDI_ENTRY_ZERO 0xfffffffeu
-
-struct vdi {
-    uint32_t version, type, block_size, extra, blocks;
-    uint64_t map, data, disk_size;
-    bool differencing;
-};
-
-static int vdi_probe(const struct probe *p)
-{
-    return p->head_len >= VDI_OFF_VERSION + 4 && util_le32(p->head + VDI_OFF_SIGNATURE) == VDI_SIGNATURE ? 100 : 0;
-}
-
-/* The UUIDs, from h on: its own, of its last change, the parent's and, except in 0.2, of the parent's last change. */
-static void vdi_parse_uuids(struct image *im, const uint8_t *h, unsigned n)
-{
-    uint8_t uuid[16];
-
-    for (unsigned i = 0; i < n; i++) {
-        util_swap_guid(h + (size_t)16 * i, uuid);
-        ext_set_id(i < 2 ? &im->id : &im->parent_id, i % 2 ? ID_STATE : ID_IMAGE, uuid);
-    }
-}
-
-static void vdi_parse_v0(struct image *im, struct vdi *v, const uint8_t *h)
-{
-    v->type = util_le32(h + VDI_OFF_TYPE - 4);
-    v->disk_size = util_le64(h + VDI_OFF_V0_SIZES);
-    v->block_size = util_le32(h + VDI_OFF_V0_SIZES + 8);
-    v->blocks = util_le32(h + VDI_OFF_V0_SIZES + 12);
-    v->map = VDI_HEADER_V0;
-    v->data = v->map + 4ull * v->blocks;
-    vdi_parse_uuids(im, h + VDI_OFF_V0_UUIDS, 3);
-}
-
-static void vdi_parse_v1(struct image *im, struct vdi *v, const uint8_t *h)
-{
-    v->type = util_le32(h + VDI_OFF_TYPE);
-    v->map = util_le32(h + VDI_OFF_BLOCKS);
-    v->data = util_le32(h + VDI_OFF_DATA);
-    v->disk_size = util_le64(h + VDI_OFF_SIZES);
-    v->block_size = util_le32(h + VDI_OFF_SIZES + 8);
-    v->extra = util_le32(h + VDI_OFF_SIZES + 12);
-    v->blocks = util_le32(h + VDI_OFF_SIZES + 16);
-    vdi_parse_uuids(im, h + VDI_OFF_UUIDS, 4);
-}
-
-static int vdi_check_header(struct image *im, const struct vdi *v)
-{
-    uint64_t file_size = im->files[0].size;
-
-    if ((v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF) && im->parent_id.known[ID_IMAGE])
-        return ext_unsupported(im, "the image type", v->type);
-    if (v->block_size < VDI_MIN_BLOCK || v->block_size > VDI_MAX_BLOCK || (v->block_size & (v->block_size - 1)))
-        return ext_refuse(im, "the block size", v->block_size);
-    if (v->extra > v->block_size || (v->extra & (v->extra - 1)))
-        return ext_refuse(im, "the size of the extra data per block", v->extra);
-    /* Version 0.2 has no such fields; since then VirtualBox aligns both, and so does whoever else writes them. */
-    if (v->version != VDI_VERSION_0 && (v->map % 512 || v->map < VDI_HEADER))
-        return ext_refuse(im, "the place of the block map", v->map);
-    if (v->version != VDI_VERSION_0 && v->data % 512)
-        return ext_refuse(im, "the place of the data", v->data);
-    if (v->map > file_size || 4ull * v->blocks > file_size - v->map)
-        return ext_refuse(im, "the number of blocks, whose map does not fit into the file", v->blocks);
-    if (v->data < v->map + 4ull * v->blocks)
-        return ext_refuse(im, "the place of the data, inside the block map", v->data);
-    if (v->disk_size > (uint64_t)v->blocks * v->block_size)
-        return ext_refuse(im, "the disk size, larger than all blocks together", v->disk_size);
-    if (!v->differencing && im->parent_id.known[ID_IMAGE])
-        return ext_refuse(im, "a parent, in an image that is not a differencing one, of type", v->type);
-    if (v->differencing && !im->parent_id.known[ID_IMAGE] && !im->opt->force_parent)
-        return ext_refuse(im, "no parent's UUID, in a differencing image of type", v->type);
-    return 0;
-}
-
-static int vdi_read_header(struct image *im, struct vdi *v)
-{
-    uint8_t h[VDI_HEADER] = { 0 };
-    uint64_t done, len = util_min(im->files[0].size, sizeof(h));
-    int ret = file_pread(&im->files[0], h, len, 0, &done);
-
-    if (ret)
-        return ret;
-    if (util_le32(h + VDI_OFF_SIGNATURE) != VDI_SIGNATURE)
-        return msg_err(-EINVAL, "%s: is not a VDI image", im->name);
-    v->version = util_le32(h + VDI_OFF_VERSION);
-    if (v->version != VDI_VERSION_0 && v->version >> 16 != VDI_VERSION_1 >> 16)
-        return msg_err(-EOPNOTSUPP, "%s: VDI of unknown version %u.%u, which is not supported", im->name,
-                       v->version >> 16, v->version & 0xffff);
-    if (len < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
-        return ext_refuse(im, "the file ends in the header", len);
-    if (v->version != VDI_VERSION_0 && util_le32(h + VDI_OFF_HEADER_SIZE) < VDI_HEADER_SIZE_MIN)
-        ext_odd(im, "the header's size", util_le32(h + VDI_OFF_HEADER_SIZE));
-    (v->version == VDI_VERSION_0 ? vdi_parse_v0 : vdi_parse_v1)(im, v, h);
-    v->differencing = v->type == VDI_TYPE_UNDO || v->type == VDI_TYPE_DIFF;
-    if (v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF)
-        ext_odd(im, "the image type", v->type);
-    return vdi_check_header(im, v);
-}
-
-static int vdi_identify(struct image *im)
-{
-    struct vdi v = { 0 };
-
-    return vdi_read_header(im, &v);
-}
-
-/* The parent's file is not named in the image. */
-static int vdi_set_parent(struct image *im)
-{
-    ext_set_parent(im, "vdi");
-    return im->parent_id.known[ID_IMAGE] ? ext_add_uuid_hint(im, "vdi") : 0;
-}
-
-static void vdi_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
-{
-    const struct vdi *v = by;
-    uint64_t entry = util_le32(bytes), stored = (uint64_t)v->block_size + v->extra;
-
-    if (entry != VDI_ENTRY_NONE && entry != VDI_ENTRY_ZERO)
-        c->claim(c, &im->files[0], v->data + entry * stored,
-                 v->extra + util_min(v->block_size, im->size - i * v->block_size), NULL, i * v->block_size);
-}
-
-static bool vdi_claims(struct image *im, struct claims *c)
-{
-    const struct vdi *v = im->state;
-    uint64_t n = (im->size + v->block_size - 1) / v->block_size;
-
-    c->claim(c, &im->files[0], 0, v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER, "the header", 0);
-    c->claim(c, &im->files[0], v->map, 4ull * v->blocks, "the block map", 0);
-    ext_claim_table(c, im, v, &im->files[0], v->map, n, 4, vdi_claim_entry);
-    return true;
-}
-
-static int vdi_open(struct image *im)
-{
-    struct vdi *v = im->state = util_fault("vdi") ? NULL : calloc(1, sizeof(*v));
-    int ret;
-
-    if (!v)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        return msg_err(-EINVAL, "%s: a VDI image is one file", im->name);
-    ret = vdi_read_header(im, v);
-    if (!ret && v->differencing)
-        ret = vdi_set_parent(im);
-    im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
-    im->cluster_size = v->block_size;
-    return ret;
-}
-
-static void vdi_close(struct image *im)
-{
-    free(im->state);
-}
-
-/* What the map says about one block, or the rest of it. */
-/* A block of the file belongs to one entry. Zeros in a row are what is left of a sector that could not be copied. */
-static bool vdi_is_wiped(const struct image *im, uint32_t i)
-{
-    const struct vdi *v = im->state;
-    uint32_t entry;
-
-    return (i > 0 && cache_le32(&im->files[0], v->map + (i - 1) * 4ull, &entry) == 0 && entry == 0) ||
-           (i + 1 < v->blocks && cache_le32(&im->files[0], v->map + (i + 1) * 4ull, &entry) == 0 && entry == 0);
-}
-
-static void vdi_map_block(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    const struct vdi *v = im->state;
-    struct file *f = &im->files[0];
-    uint64_t in_block = offset & (v->block_size - 1), host;
-    uint32_t entry;
-
-    (void)exact;
-    length = util_min(length, v->block_size - in_block);
-    if (cache_le32(f, v->map + offset / v->block_size * 4, &entry)) {
-        ext_bad(ext, length, "the block map cannot be read");
-        return;
-    }
-    if (entry == 0 && vdi_is_wiped(im, (uint32_t)(offset / v->block_size))) {
-        ext_bad(ext, length, "its map entry was wiped: its neighbour has block 0, too");
-        return;
-    }
-    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
-    if (entry == VDI_ENTRY_NONE && v->differencing)
-        ext->kind = EXT_BACKING;
-    ext->zeroed = entry == VDI_ENTRY_ZERO;
-    if (entry == VDI_ENTRY_NONE || entry == VDI_ENTRY_ZERO)
-        return;
-    host = v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block;
-    if (host >= f->size)
-        ext_bad(ext, length, "its block lies past the end of the file");
-    else
-        *ext = (struct extent){
-            .kind = EXT_DATA, .length = util_min(length, f->size - host), .file = f, .offset = host,
-        };
-}
-
-static int vdi_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    return ext_merge(im, offset, length, exact, ext, vdi_map_block);
-}
-
-/* QEMU appends behind as many blocks as the header says there are: over others, if these are more. */
-static bool vdi_as_qemu(struct image *im)
-{
-    const struct vdi *v = im->state;
-    uint8_t allocated[4];
-    uint64_t done;
-    uint32_t entry;
-
-    if (v->version != VDI_VERSION_1 || v->differencing || v->extra ||
-        file_pread(&im->files[0], allocated, 4, VDI_OFF_SIZES + 20, &done))
-        return false;
-    for (uint64_t i = 0; i < v->blocks; i++)
-        if (cache_le32(&im->files[0], v->map + i * 4, &entry) ||
-            (entry < VDI_ENTRY_ZERO && entry >= util_le32(allocated)))
-            return false;
-    return true;
-}
-
-static const struct image_format vdi_format = {
-    .name = "vdi",
-    .describe = "VirtualBox images: dynamic, fixed, differencing",
-    .writes = "overlay",
-    .probe = vdi_probe,
-    .identify = vdi_identify,
-    .open = vdi_open,
-    .map = vdi_map,
-    .claims = vdi_claims,
-    .as_qemu = vdi_as_qemu,
-    .close = vdi_close,
-};
-
-/* ******************************************************************************************************** *
- * 13. QED
- *
- * QEMU docs/interop/qed_spec.rst. All numbers are little-endian.
- *
- *   header clusters | L1 table -> L2 tables (both of table_size clusters) -> clusters of data
- *
- * Only raw backing files have their format recorded; that of others is for the user to say.
- * ******************************************************************************************************** */
-
-enum {
-    QED_OFF_CLUSTER_SIZE = 4,
-    QED_OFF_TABLE_SIZE = 8,         /* in clusters, as the header's size */
-    QED_OFF_HEADER_SIZE = 12,
-    QED_OFF_FEATURES = 16,          /* compatible and autoclear features follow: safe to ignore */
-    QED_OFF_L1 = 40,
-    QED_OFF_SIZE = 48,
-    QED_OFF_NAME = 56,              /* offset and length of the backing file's name, 4 bytes each */
-    QED_HEADER = 64,
-    QED_BACKING = 1,
-    QED_NEED_CHECK = 2,
-    QED_BACKING_RAW = 4,
-    QED_MIN_CLUSTER = 1 << 12,
-    QED_MAX_CLUSTER = 1 << 26,
-    QED_MAX_TABLE = 16,
-    QED_MAX_NAME = 1023,
-    QED_ENTRY_ZERO = 1,
-};
-
-struct qed {
-    uint32_t cluster_bits, table_bits;          /* table_bits: log2 of the entries of a table */
-    uint64_t size, features, l1, first;         /* first: where the header's clusters end */
-};
-
-static int qed_probe(const struct probe *p)
-{
-    return p->head_len >= QED_HEADER && memcmp(p->head, "QED", 4) == 0 ? 100 : 0;
-}
-
-static bool qed_is_power_of_2(uint32_t value, uint32_t least, uint32_t most)
-{
-    return value >= least && value <= most && (value & (value - 1)) == 0;
-}
-
-static int qed_check_features(const struct image *im, uint64_t features)
-{
-    uint64_t unknown = features & ~(uint64_t)(QED_BACKING | QED_NEED_CHECK | QED_BACKING_RAW);
-    unsigned bit = 0;
-
-    if (!unknown)
-        return 0;
-    while (!(unknown >> bit & 1))
-        bit++;
-    return msg_err(-EOPNOTSUPP, "%s: needs an unknown QED feature (bit %u), which is not supported", im->name, bit);
-}
-
-/* As many entries of the L1 table as the size needs must be there; the table ends where it may. */
-static int qed_check_l1(const struct image *im, const struct qed *q)
-{
-    uint64_t file_size = im->files[0].size, covers = q->cluster_bits + q->table_bits, need;
-
-    if (q->size % 512 || q->size > (uint64_t)MAX_IMAGE_SIZE)
-        return ext_refuse(im, "the size", q->size);
-    need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
-    if (need > 1ull << q->table_bits)
-        return ext_refuse(im, "the size, more than the tables can hold", q->size);
-    if (q->l1 < q->first || q->l1 % (1u << q->cluster_bits) || q->l1 > file_size || need * 8 > file_size - q->l1)
-        return ext_refuse_table(im, &im->files[0], "the place of the L1 table", q->l1, need * 8);
-    return 0;
-}
-
-static int qed_read_header(struct image *im, struct qed *q, uint8_t h[QED_HEADER])
-{
-    uint32_t cluster, table, header_size;
-    uint64_t done;
-    int ret = 0;
-
-    if (im->files[0].size >= QED_HEADER)
-        ret = file_pread(&im->files[0], h, QED_HEADER, 0, &done);
-    if (ret)
-        return ret;
-    if (memcmp(h, "QED", 4) != 0)
-        return msg_err(-EINVAL, "%s: is not a QED image", im->name);
-    cluster = util_le32(h + QED_OFF_CLUSTER_SIZE);
-    table = util_le32(h + QED_OFF_TABLE_SIZE);
-    header_size = util_le32(h + QED_OFF_HEADER_SIZE);
-    q->features = util_le64(h + QED_OFF_FEATURES);
-    q->l1 = util_le64(h + QED_OFF_L1);
-    q->size = util_le64(h + QED_OFF_SIZE);
-    ret = qed_check_features(im, q->features);
-    if (ret)
-        return ret;
-    if (!qed_is_power_of_2(cluster, QED_MIN_CLUSTER, QED_MAX_CLUSTER))
-        return ext_refuse(im, "the cluster size", cluster);
-    if (!qed_is_power_of_2(table, 1, QED_MAX_TABLE))
-        return ext_refuse(im, "the table size", table);
-    if (!header_size)
-        return ext_refuse(im, "the header's size", header_size);
-    q->cluster_bits = (uint32_t)__builtin_ctz(cluster);
-    q->table_bits = q->cluster_bits + (uint32_t)__builtin_ctz(table) - 3;
-    q->first = (uint64_t)header_size << q->cluster_bits;
-    return qed_check_l1(im, q);
-}
-
-/* The name lies in the header's clusters. */
-static int qed_read_backing(struct image *im, const struct qed *q, const uint8_t *h)
-{
-    uint64_t offset = util_le32(h + QED_OFF_NAME), len = util_le32(h + QED_OFF_NAME + 4), done;
-    char name[QED_MAX_NAME];
-    int ret;
-
-    if (!(q->features & QED_BACKING))
-        return 0;
-    if (len == 0 || len > sizeof(name))
-        return ext_refuse(im, "the length of the backing file's name", len);
-    if (offset + len > q->first || offset + len > im->files[0].size)
-        return ext_refuse(im, "the place of the backing file's name", offset);
-    ret = file_pread(&im->files[0], name, len, offset, &done);
-    if (ret)
-        return ret;
-    if (!util_copy_name(im->backing_name, sizeof(im->backing_name), (const uint8_t *)name, (uint32_t)len))
-        return ext_refuse(im, "a zero in the backing file's name, of length", len);
-    if (q->features & QED_BACKING_RAW)
-        util_copy(im->backing_format, sizeof(im->backing_format), "raw");
-    return 0;
-}
-
-static int qed_open(struct image *im)
-{
-    struct qed *q = im->state = util_fault("qed") ? NULL : calloc(1, sizeof(*q));
-    uint8_t h[QED_HEADER] = { 0 };
-    int ret;
-
-    if (!q)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        return msg_err(-EINVAL, "%s: a QED image is one file", im->name);
-    ret = qed_read_header(im, q, h);
-    if (!ret)
-        ret = qed_read_backing(im, q, h);
-    if (ret)
-        return ret;
-    im->size = q->size;
-    im->cluster_size = 1u << q->cluster_bits;
-    im->dirty = q->features & QED_NEED_CHECK;
-    if (im->dirty)
-        msg_say(MSG_NOTE, "%s: is marked dirty (not closed properly); reading it is safe", im->name);
-    return 0;
-}
-
-static void qed_close(struct image *im)
-{
-    free(im->state);
-}
-
-/* The entry of a table for `index`. NULL: all is well, else why not. */
-static const char *qed_entry(struct file *f, uint64_t table, uint64_t index, uint64_t *entry)
-{
-    return cache_le64(f, table + index * 8, entry) ? "its tables cannot be read" : NULL;
-}
-
-/* What the tables say about one cluster, or the rest of it; without an L2 table, about all that it would cover. */
-static void qed_map_cluster(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    const struct qed *q = im->state;
-    struct file *f = &im->files[0];
-    uint64_t table_mask = (1ull << q->table_bits) - 1, cluster_mask = (1ull << q->cluster_bits) - 1;
-    uint64_t covers = (table_mask + 1) << q->cluster_bits, in_cluster = offset & cluster_mask, l2 = 0, host = 0;
-    uint64_t table = (table_mask + 1) * 8, end = 0;
-    const char *why;
-
-    (void)exact;
-    length = util_min(length, covers - (offset & (covers - 1)));
-    why = qed_entry(f, q->l1, offset >> q->cluster_bits >> q->table_bits, &l2);
-    if (!why && l2 && (l2 & cluster_mask || l2 < q->first))
-        why = "its L1 entry is damaged";
-    if (!why && l2 && (l2 >= f->size || table > f->size - l2)) {
-        why = "its L2 table lies past the end of the file";
-    } else if (!why && l2) {
-        length = util_min(length, cluster_mask + 1 - in_cluster);
-        why = qed_entry(f, l2, offset >> q->cluster_bits & table_mask, &host);
-    }
-    if (!why && host > QED_ENTRY_ZERO && (host & cluster_mask || host < q->first))
-        why = "its L2 entry is damaged";
-    else if (!why && host > QED_ENTRY_ZERO &&
-             (host + cluster_mask - q->l1 < table + cluster_mask || host + cluster_mask - l2 < table + cluster_mask))
-        why = "its cluster lies in the image's own tables";
-    else if (!why && host > QED_ENTRY_ZERO && (host >= f->size || in_cluster >= f->size - host)) {
-        end = util_min(host, MAX_IMAGE_SIZE) + in_cluster + length;
-        why = "its cluster lies past the end of the file";
-    }
-    if (why)
-        ext_past(ext, length, why, end ? f : NULL, end);
-    else if (host > QED_ENTRY_ZERO)
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_cluster), .file = f,
-                                .offset = host + in_cluster };
-    else
-        *ext = (struct extent){ .kind = host == QED_ENTRY_ZERO ? EXT_ZERO : ext_hole(im), .length = length,
-                                .zeroed = host == QED_ENTRY_ZERO };
-}
-
-static int qed_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    return ext_merge(im, offset, length, exact, ext, qed_map_cluster);
-}
-
-static void qed_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
-{
-    const struct qed *q = by;
-    uint64_t l2 = util_le64(bytes);
-
-    (void)i;
-    if (l2 && l2 % (1u << q->cluster_bits) == 0 && l2 <= (uint64_t)MAX_IMAGE_SIZE)
-        c->claim(c, &im->files[0], l2, 8ull << q->table_bits, "an L2 table", 0);
-}
-
-static bool qed_claims(struct image *im, struct claims *c)
-{
-    const struct qed *q = im->state;
-    uint64_t covers = q->cluster_bits + q->table_bits, n = q->size ? ((q->size - 1) >> covers) + 1 : 0;
-
-    c->claim(c, &im->files[0], 0, q->first, "the header", 0);
-    c->claim(c, &im->files[0], q->l1, n * 8, "the L1 table", 0);
-    ext_claim_table(c, im, q, &im->files[0], q->l1, n, 8, qed_claim_entry);
-    return false;
-}
-
-static const struct image_format qed_format = {
-    .name = "qed",
-    .describe = "QEMU's older format: backing chains",
-    .writes = "overlay",
-    .probe = qed_probe,
-    .open = qed_open,
-    .map = qed_map,
-    .claims = qed_claims,
-    .close = qed_close,
-};
-
-/* ******************************************************************************************************** *
- * 14. Parallels
- *
- * QEMU docs/interop/parallels.rst and prl-xml.rst. All numbers are little-endian.
- *
- *   an image:  header | BAT: 4 bytes per cluster | clusters
- *   a bundle:  folder NAME.hdd with DiskDescriptor.xml, which lists storages, each a range of the disk, for each
- *              storage one image per snapshot, and the snapshots with their parents
- *
- * A cluster's place is in sectors, or in clusters where the magic ends in "Ext". What an image does not have is in
- * the same storage's image of the parent snapshot: a stack of layers that never leaves this driver. An image by
- * itself is a disk of one storage and one layer. Format extensions (dirty bitmaps) do not matter for reading.
- * ******************************************************************************************************** */
-
-enum {
-    PRL_OFF_VERSION = 16,
-    PRL_OFF_CLUSTER = 28,           /* in sectors, as all sizes */
-    PRL_OFF_ENTRIES = 32,
-    PRL_OFF_SIZE = 36,              /* 8 bytes; without "Ext" only 4 of them count */
-    PRL_OFF_IN_USE = 44,
-    PRL_OFF_DATA = 48,
-    PRL_HEADER = 64,
-    PRL_VERSION = 2,
-    PRL_SECTOR = 512,
-    PRL_MAX_CLUSTER = INT32_MAX / 513,  /* sectors: QEMU's limit */
-    PRL_MAX_XML = 1 << 20,
-    PRL_MAX_FILES = 1024,           /* of a bundle: 2 TiB in the usual pieces of 2 GiB */
-    PRL_MAX_PATH = 256,             /* names of nested elements */
-};
-#define PRL_IN_USE 0x746f6e59u
-#define PRL_MAGIC "WithoutFreeSpace"
-#define PRL_MAGIC_EXT "WithouFreSpacExt"
-#define PRL_XML_NAME "DiskDescriptor.xml"
-#define PRL_XML_ROOT "/Parallels_disk_image"
-
-struct prl_layer {
-    struct file *file;
-    bool plain;                     /* a raw file: nothing of what follows but size */
-    uint64_t size;                  /* bytes it speaks about; UINT64_MAX: of all */
-    uint64_t first;                 /* no cluster lies before this, */
-    bool aligned;                   /* and all lie whole clusters behind it */
-    uint32_t cluster, unit;         /* bytes; unit: of the BAT's numbers */
-};
-
-struct prl {
-    unsigned n_storages, n_layers;
-    uint64_t *end;                  /* [n_storages]: bytes; storages follow each other */
-    struct prl_layer *layers;       /* [n_storages][n_layers], the top snapshot first */
-};
-
-/* -- the descriptor -- */
-
-struct prl_image {
-    unsigned storage;
-    bool plain, has_guid, has_type;
-    uint8_t guid[16];
-    const char *file;               /* in the text */
-};
-
-struct prl_xml {
-    char *text;
-    uint64_t disk_size;             /* sectors, as start and end */
-    bool has_top;
-    uint8_t top[16];
-    unsigned n_storages, n_images, n_shots;
-    struct { uint64_t start, end; } storages[PRL_MAX_FILES];
-    struct prl_image images[PRL_MAX_FILES];
-    struct { uint8_t guid[16], parent[16]; bool has_guid, has_parent; } shots[PRL_MAX_FILES];
-};
-
-static int prl_xml_bad(const struct image *im, const char *what, const char *value)
-{
-    return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": %s ('%.60s')", im->name, what, value);
-}
-
-/* Replaces the five entities that XML has by itself, in place. False: there are others. */
-static bool prl_xml_unescape(char *text)
-{
-    static const char *const names[] = { "amp;", "lt;", "gt;", "quot;", "apos;" };
-    char *to = text;
-    size_t i;
-
-    for (; *text; *to++ = *text++) {
-        if (*text != '&')
-            continue;
-        for (i = 0; i < ARRAY_LEN(names) && strncmp(text + 1, names[i], strlen(names[i])) != 0; i++)
-            continue;
-        if (i == ARRAY_LEN(names))
-            return false;
-        text += strlen(names[i]);
-        *text = "&<>\"'"[i];
-    }
-    *to = 0;
-    return true;
-}
-
-static int prl_xml_number(const struct image *im, const char *text, uint64_t *value)
-{
-    char *end = NULL;
-
-    errno = 0;
-    *value = isdigit((unsigned char)*text) ? strtoull(text, &end, 10) : 0;
-    if (!end || *end || errno || *value > (uint64_t)MAX_IMAGE_SIZE / PRL_SECTOR)
-        return prl_xml_bad(im, "a number of sectors", text);
-    return 0;
-}
-
-static int prl_xml_guid(const struct image *im, const char *text, uint8_t guid[16])
-{
-    return util_parse_guid(text, guid) ? 0 : prl_xml_bad(im, "a GUID", text);
-}
-
-static int prl_xml_image_value(const struct image *im, struct prl_image *i, const char *field, char *text)
-{
-    if (strcmp(field, "GUID") == 0) {
-        i->has_guid = true;
-        return prl_xml_guid(im, text, i->guid);
-    }
-    if (strcmp(field, "File") == 0) {
-        i->file = text;
-        return *text && prl_xml_unescape(text) ? 0 : prl_xml_bad(im, "a file's name", text);
-    }
-    if (strcmp(field, "Type") == 0) {
-        i->has_type = true;
-        i->plain = strcmp(text, "Plain") == 0;
-        return i->plain || strcmp(text, "Compressed") == 0
-                   ? 0 : msg_err(-EOPNOTSUPP, "%s: unknown type of an image ('%.60s'), which is not supported",
-                                 im->name, text);
-    }
-    return 0;
-}
-
-static int prl_xml_parameter(struct image *im, struct prl_xml *x, const char *field, const char *text)
-{
-    char how[80];
-    uint8_t guid[16] = { 0 };
-
-    if (strcmp(field, "Disk_size") == 0)
-        return prl_xml_number(im, text, &x->disk_size);
-    if (strcmp(field, "Padding") == 0 && strcmp(text, "0") != 0)
-        return msg_err(-EOPNOTSUPP, "%s: disks with padding are not supported ('%.60s')", im->name, text);
-    snprintf(how, sizeof(how), "by %.60s", text);
-    if (strcmp(field, "Encryption/Engine") == 0 && *text && !(util_parse_guid(text, guid) && util_is_null_id(guid)))
-        return ext_encrypted(im, how, "Parallels Desktop");
-    return 0;
-}
-
-/* What follows the prefix, or NULL. */
-static const char *prl_after(const char *path, const char *prefix)
-{
-    size_t len = strlen(prefix);
-
-    return strncmp(path, prefix, len) == 0 ? path + len : NULL;
-}
-
-/* An element without others in it: its path and its text. */
-static int prl_xml_value(struct image *im, struct prl_xml *x, const char *path, char *text)
-{
-    const char *field;
-
-    if ((field = prl_after(path, PRL_XML_ROOT "/Disk_Parameters/")))
-        return prl_xml_parameter(im, x, field, text);
-    if ((field = prl_after(path, PRL_XML_ROOT "/StorageData/Storage/Image/")) && x->n_images)
-        return prl_xml_image_value(im, &x->images[x->n_images - 1], field, text);
-    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Start") == 0)
-        return prl_xml_number(im, text, &x->storages[x->n_storages - 1].start);
-    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/End") == 0)
-        return prl_xml_number(im, text, &x->storages[x->n_storages - 1].end);
-    if (strcmp(path, PRL_XML_ROOT "/Snapshots/Shot/GUID") == 0) {
-        x->shots[x->n_shots - 1].has_guid = true;
-        return prl_xml_guid(im, text, x->shots[x->n_shots - 1].guid);
-    }
-    if (strcmp(path, PRL_XML_ROOT "/Snapshots/Shot/ParentGUID") == 0) {
-        x->shots[x->n_shots - 1].has_parent = true;
-        return prl_xml_guid(im, text, x->shots[x->n_shots - 1].parent);
-    }
-    if (strcmp(path, PRL_XML_ROOT "/Snapshots/TopGUID") == 0 && *text) {
-        x->has_top = true;
-        return prl_xml_guid(im, text, x->top);
-    }
-    return 0;
-}
-
-static int prl_xml_begin(const struct image *im, struct prl_xml *x, const char *path)
-{
-    unsigned *n = strcmp(path, PRL_XML_ROOT "/StorageData/Storage") == 0         ? &x->n_storages
-                  : strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Image") == 0 ? &x->n_images
-                  : strcmp(path, PRL_XML_ROOT "/Snapshots/Shot") == 0            ? &x->n_shots
-                                                                                 : NULL;
-
-    if (!n)
-        return 0;
-    if (*n == PRL_MAX_FILES)
-        return prl_xml_bad(im, "too many of an element", util_basename(path));
-    if (n == &x->n_images)
-        x->images[x->n_images].storage = x->n_storages - 1;
-    (*n)++;
-    return 0;
-}
-
-/* The '>' that ends a tag; NULL: there is none. Attributes may have one in quotes. */
-static char *prl_xml_tag_end(char *p)
-{
-    for (; p && *p && *p != '>'; p++)
-        if ((*p == '"' || *p == '\'') && !(p = strchr(p + 1, *p)))
-            return NULL;
-    return p && *p ? p : NULL;
-}
-
-static char *prl_xml_trim(char *text)
-{
-    char *end;
-
-    text += strspn(text, " \t\r\n");
-    for (end = text + strlen(text); end > text && strchr(" \t\r\n", end[-1]); end--)
-        continue;
-    *end = 0;
-    return text;
-}
-
-/*
- * One tag, from its '<' on; returns the place behind it in *next. path: the open elements, each after a slash.
- * *text: where the text of the innermost one began, NULL once it had another in it.
- */
-static int prl_xml_tag(struct image *im, struct prl_xml *x, char *path, char *tag, char **text, char **next)
-{
-    bool ends = tag[1] == '/', empty;
-    char *name = tag + 1 + ends, *close = prl_xml_tag_end(name), *last = strrchr(path, '/');
-    size_t len = strcspn(name, " \t\r\n/>"), open = strlen(path);
-    int ret = 0;
-
-    if (!close || !len || name + len > close)
-        return prl_xml_bad(im, "not a tag", tag);
-    *next = close + 1;
-    empty = close[-1] == '/';
-    if (ends) {
-        if (!last || strlen(last + 1) != len || strncmp(last + 1, name, len) != 0)
-            return prl_xml_bad(im, "the wrong element ends", tag);
-        *tag = 0;
-        if (*text)
-            ret = prl_xml_value(im, x, path, prl_xml_trim(*text));
-        *last = 0;
-        *text = NULL;
-        return ret;
-    }
-    if (open + 1 + len >= PRL_MAX_PATH)
-        return prl_xml_bad(im, "nested too deeply", tag);
-    snprintf(path + open, PRL_MAX_PATH - open, "/%.*s", (int)len, name);
-    ret = prl_xml_begin(im, x, path);
-    if (empty)
-        path[open] = 0;             /* no value is like no element */
-    *text = empty ? NULL : *next;
-    return ret;
-}
-
-/* No document types, no entities of its own, no CDATA: what Parallels writes has none. */
-static int prl_xml_parse(struct image *im, struct prl_xml *x)
-{
-    char path[PRL_MAX_PATH] = "", *tag, *next = x->text, *text = NULL;
-    int ret = 0;
-
-    while (!ret && (tag = strchr(next, '<'))) {
-        if (tag[1] == '?' || strncmp(tag, "<!--", 4) == 0) {
-            next = strstr(tag, tag[1] == '?' ? "?>" : "-->");   /* stays in the text around it: no value then */
-            if (!next)
-                return prl_xml_bad(im, "has no end", tag);
-        } else if (tag[1] == '!') {
-            return msg_err(-EOPNOTSUPP, "%s: declarations are not supported in a " PRL_XML_NAME " ('%.60s')", im->name,
-                           tag);
-        } else {
-            ret = prl_xml_tag(im, x, path, tag, &text, &next);
-        }
-    }
-    return ret || !*path ? ret : prl_xml_bad(im, "ends within an element", path);
-}
-
-static int prl_xml_load(struct image *im, struct prl_xml *x)
-{
-    struct file *f = &im->files[0];
-    uint64_t done;
-    int ret;
-
-    if (f->size > PRL_MAX_XML)
-        return msg_err(-EFBIG, "%s: too large for a " PRL_XML_NAME " (%" PRIu64 " bytes)", im->name, f->size);
-    x->text = calloc(1, f->size + 1);
-    if (!x->text)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = file_pread(f, x->text, f->size, 0, &done);
-    if (!ret && memchr(x->text, 0, f->size))
-        ret = msg_err(-EINVAL, "%s: " PRL_XML_NAME " is not in UTF-8", im->name);
-    return ret ? ret : prl_xml_parse(im, x);
-}
-
-/* -- from the descriptor to layers -- */
-
-static int prl_find_shot(const struct prl_xml *x, const uint8_t guid[16])
-{
-    for (unsigned i = 0; i < x->n_shots; i++)
-        if (memcmp(x->shots[i].guid, guid, 16) == 0)
-            return (int)i;
-    return -1;
-}
-
-/* The snapshot to show: the user's, or the current state, which is named in one of two ways. */
-static int prl_find_top(const struct image *im, const struct prl_xml *x, uint8_t guid[16])
-{
-    static const uint8_t current[16] = { 0x5f, 0xba, 0xab, 0xe3, 0x69, 0x58, 0x40, 0xff,
-                                         0x92, 0xa7, 0x86, 0x0e, 0x32, 0x9a, 0xab, 0x41 };
-    const char *wanted = im->depth == 0 ? im->opt->snapshot : NULL;
-
-    if (wanted)
-        return util_parse_guid(wanted, guid) && prl_find_shot(x, guid) >= 0
-                   ? 0 : msg_err(-ENOENT, "%s: has no snapshot '%s' (it has %u)", im->name, wanted, x->n_shots);
-    if (x->has_top || prl_find_shot(x, current) >= 0)
-        memcpy(guid, x->has_top ? x->top : current, 16);
-    else if (x->n_shots == 1)
-        memcpy(guid, x->shots[0].guid, 16);
-    else
-        return msg_err(-EINVAL, "%s: does not say which of its %u snapshots is the current one; --snapshot GUID does",
-                       im->name, x->n_shots);
-    return 0;
-}
-
-/* The chain of snapshots from the one to show down to the root. */
-static int prl_find_chain(const struct image *im, const struct prl_xml *x, uint8_t chain[MAX_CHAIN][16], unsigned *n)
-{
-    char hex[33];
-    int shot, ret;
-
-    *n = 0;
-    if (!x->n_shots && x->n_images == x->n_storages && (im->depth || !im->opt->snapshot)) {
-        memcpy(chain[(*n)++], x->images[0].guid, 16);
-        return 0;
-    }
-    ret = prl_find_top(im, x, chain[0]);
-    while (!ret) {
-        util_hex(chain[*n], 16, hex);
-        shot = prl_find_shot(x, chain[(*n)++]);
-        if (shot < 0 || !x->shots[shot].has_guid || !x->shots[shot].has_parent)
-            return prl_xml_bad(im, "no snapshot, or not all of it, for this GUID", hex);
-        if (util_is_null_id(x->shots[shot].parent))
-            return 0;
-        if (*n > x->n_shots || *n == MAX_CHAIN)
-            return prl_xml_bad(im, "snapshots in a circle, or too many, from", hex);
-        memcpy(chain[*n], x->shots[shot].parent, 16);
-    }
-    return ret;
-}
-
-static int prl_bad(const struct file *f, const char *what, uint64_t value)
-{
-    return msg_err(-EINVAL, "%s: damaged or hostile Parallels image: %s (0x%" PRIx64 ")", f->path, what, value);
-}
-
-/* Where clusters may lie. A data offset that is none is not needed: anywhere behind the BAT then. */
-static void prl_find_data(struct prl_layer *l, const uint8_t *h, uint64_t entries)
-{
-    uint64_t data = (uint64_t)util_le32(h + PRL_OFF_DATA) * PRL_SECTOR;
-    bool usable = data >= PRL_HEADER + 4 * entries && data <= l->file->size;
-
-    l->first = usable ? data : PRL_HEADER + 4 * entries;
-    l->aligned = usable && l->unit != l->cluster;
-}
-
-static int prl_open_layer(struct image *im, struct prl_layer *l)
-{
-    uint8_t h[PRL_HEADER] = { 0 };
-    uint64_t done, entries, sectors;
-    uint32_t cluster;
-    bool ext;
-    int ret = 0;
-
-    if (l->file->size >= PRL_HEADER)
-        ret = file_pread(l->file, h, PRL_HEADER, 0, &done);
-    if (ret)
-        return ret;
-    ext = memcmp(h, PRL_MAGIC_EXT, 16) == 0;
-    if (!ext && memcmp(h, PRL_MAGIC, 16) != 0)
-        return msg_err(-EINVAL, "%s: is not a Parallels image", l->file->path);
-    if (util_le32(h + PRL_OFF_VERSION) != PRL_VERSION)
-        return msg_err(-EOPNOTSUPP, "%s: Parallels image of unknown version %u, which is not supported", l->file->path,
-                       util_le32(h + PRL_OFF_VERSION));
-    cluster = util_le32(h + PRL_OFF_CLUSTER);
-    entries = util_le32(h + PRL_OFF_ENTRIES);
-    sectors = ext ? util_le64(h + PRL_OFF_SIZE) : util_le32(h + PRL_OFF_SIZE);
-    if (cluster == 0 || cluster > PRL_MAX_CLUSTER)
-        return prl_bad(l->file, "the cluster size", cluster);
-    if (entries > (l->file->size - PRL_HEADER) / 4)
-        return prl_bad(l->file, "the number of clusters, whose table does not fit into the file", entries);
-    if (sectors > entries * cluster || sectors > (uint64_t)MAX_IMAGE_SIZE / PRL_SECTOR)
-        return prl_bad(l->file, "the size, larger than all clusters together", sectors);
-    l->size = sectors * PRL_SECTOR;
-    l->cluster = cluster * PRL_SECTOR;
-    l->unit = ext ? l->cluster : PRL_SECTOR;
-    prl_find_data(l, h, entries);
-    if (util_le32(h + PRL_OFF_IN_USE) == PRL_IN_USE && !im->dirty) {
-        im->dirty = true;
-        msg_say(MSG_NOTE, "%s: is marked as in use (not closed properly); reading it is safe", l->file->path);
-    }
-    return 0;
-}
-
-static int prl_alloc(struct image *im, unsigned storages, unsigned layers)
-{
-    struct prl *p = im->state;
-
-    p->n_storages = storages;
-    p->n_layers = layers;
-    p->end = util_fault("parallels storages") ? NULL : calloc(storages, sizeof(*p->end));
-    p->layers = calloc((size_t)storages * layers, sizeof(*p->layers));
-    return p->end && p->layers ? 0 : msg_err(-ENOMEM, "%s: out of memory", im->name);
-}
-
-/* Opens a storage's image of one snapshot. Only the root may be a plain file: it has no holes. */
-static int prl_open_image(struct image *im, const struct prl_xml *x, unsigned storage, const uint8_t guid[16],
-                          bool root, struct prl_layer *l)
-{
-    const struct prl_image *found = NULL, *i;
-    char hex[33];
-    int ret;
-
-    util_hex(guid, 16, hex);
-    l->file = &im->files[im->n_files];
-    for (i = x->images; i < x->images + x->n_images; i++) {
-        if (i->storage != storage || memcmp(i->guid, guid, 16) != 0)
-            continue;
-        if (found || !i->has_guid || !i->has_type || !i->file)
-            return prl_xml_bad(im, "a storage's image is there twice, or lacks a part, of snapshot", hex);
-        found = i;
-    }
-    if (!found)
-        return prl_xml_bad(im, "a storage has no image of snapshot", hex);
-    if (found->plain && !root)
-        return prl_xml_bad(im, "a snapshot that is a plain file but has a parent", found->file);
-    l->file->fd = -1;
-    im->n_files++;
-    l->plain = found->plain;
-    l->size = UINT64_MAX;
-    ret = img_open_named(im, l->file, found->file, "image file", NULL);
-    if (ret == -ENOENT)
-        msg_err(ret, "%s: cannot open its image file '%s': %s", im->name, found->file, strerror(ENOENT));
-    return ret || l->plain ? ret : prl_open_layer(im, l);
-}
-
-/* The storage that begins where the last one ended. */
-static int prl_find_storage(const struct image *im, const struct prl_xml *x, uint64_t start, unsigned *storage)
-{
-    for (unsigned s = 0; s < x->n_storages; s++)
-        if (x->storages[s].start == start && x->storages[s].end > start) {
-            *storage = s;
-            return 0;
-        }
-    return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": no storage begins at sector %" PRIu64, im->name,
-                   start);
-}
-
-static int prl_open_storages(struct image *im, const struct prl_xml *x, uint8_t chain[][16], unsigned n_chain)
-{
-    struct prl *p = im->state;
-    struct prl_layer *l = p->layers;
-    uint64_t start = 0;
-    unsigned s = 0;
-    int ret = 0;
-
-    for (unsigned k = 0; k < p->n_storages && !ret; k++) {
-        ret = prl_find_storage(im, x, start, &s);
-        for (unsigned i = 0; i < n_chain && !ret; i++)
-            ret = prl_open_image(im, x, s, chain[i], i + 1 == n_chain, &l[i]);
-        if (ret)
-            return ret;
-        if (l->size / PRL_SECTOR < x->storages[s].end - start)
-            return prl_bad(l->file, "the size, smaller than its storage", l->size);
-        start = x->storages[s].end;
-        p->end[k] = start * PRL_SECTOR;
-        l += n_chain;
-    }
-    if (!x->disk_size || x->disk_size > start)
-        return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": a disk of %" PRIu64 " sectors, and storages "
-                       "of %" PRIu64, im->name, x->disk_size, start);
-    im->size = x->disk_size * PRL_SECTOR;
-    im->cluster_size = p->layers->cluster;
-    return ret;
-}
-
-static int prl_open_described(struct image *im, const struct prl_xml *x)
-{
-    uint8_t chain[MAX_CHAIN][16] = { 0 };
-    unsigned n = 0;
-    int ret;
-
-    if (!x->n_storages || !x->n_images)
-        return msg_err(-EINVAL, "%s: " PRL_XML_NAME " has no storages", im->name);
-    ret = prl_find_chain(im, x, chain, &n);
-    if (ret)
-        return ret;
-    if (x->n_storages * n > PRL_MAX_FILES)
-        return msg_err(-E2BIG, "%s: needs more than %d files", im->name, PRL_MAX_FILES);
-    ret = prl_alloc(im, x->n_storages, n);
-    return ret ? ret : prl_open_storages(im, x, chain, n);
-}
-
-static int prl_open_bundle(struct image *im)
-{
-    struct prl_xml *x = util_fault("parallels descriptor") ? NULL : calloc(1, sizeof(*x));
-    int ret;
-
-    if (!x)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = prl_xml_load(im, x);
-    if (!ret)
-        ret = prl_open_described(im, x);
-    free(x->text);
-    free(x);
-    return ret;
-}
-
-/*
- * Does the descriptor beside a single image say that it is a snapshot over another one? Then its holes are not zeros.
- * snapshot: that other one.
- */
-static bool prl_is_over_another(struct image *im, const char *beside, uint8_t snapshot[16])
-{
-    struct prl_xml *x = util_fault("parallels snapshot") ? NULL : calloc(1, sizeof(*x));
-    struct file f = { .fd = -1 };
-    struct image text = { .format = im->format, .opt = im->opt, .files = &f, .n_files = 1, .name = beside };
-    const char *path = im->files[0].path;
-    char folder[PATH_MAX];
-    bool found = false;
-    int shot;
-
-    snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(path) - path), path);
-    msg_hushed++;
-    if (x && file_open_beneath(&f, *folder ? folder : ".", PRL_XML_NAME, beside, false) == 0)
-        prl_xml_load(&text, x);     /* of a damaged one what comes before the damage */
-    msg_hushed--;
-    for (unsigned i = 0; x && i < x->n_images && !found; i++) {
-        if (!x->images[i].file || strcmp(util_basename(x->images[i].file), util_basename(path)) != 0)
-            continue;
-        shot = prl_find_shot(x, x->images[i].guid);
-        found = shot >= 0 && !util_is_null_id(x->shots[shot].parent);
-        if (found)
-            memcpy(snapshot, x->shots[shot].parent, 16);
-    }
-    if (x)
-        free(x->text);
-    free(x);
-    file_forget(&f);
-    return found;
-}
-
-static int prl_open_single(struct image *im)
-{
-    struct prl *p = im->state;
-    const char *path = im->files[0].path;
-    char beside[PATH_MAX], uuid[37];
-    uint8_t snapshot[16];
-    int ret;
-
-    if (im->opt->snapshot && im->depth == 0)
-        return msg_err(-EINVAL, "%s: has no snapshots, so --snapshot is of no use", im->name);
-    ret = prl_alloc(im, 1, 1);
-    if (ret)
-        return ret;
-    p->layers->file = &im->files[0];
-    ret = prl_open_layer(im, p->layers);
-    if (ret)
-        return ret;
-    im->size = p->end[0] = p->layers->size;
-    im->cluster_size = p->layers->cluster;
-    if ((size_t)snprintf(beside, sizeof(beside), "%.*s" PRL_XML_NAME, (int)(util_basename(path) - path), path) >=
-            sizeof(beside) || access(beside, F_OK) < 0)
-        return 0;
-    if (prl_is_over_another(im, beside, snapshot)) {
-        util_uuid_text(snapshot, uuid);
-        snprintf(im->backing_name, sizeof(im->backing_name), "snapshot {%s}", uuid);
-        if (!im->opt->no_backing && !im->opt->top_only)
-            return msg_err(-EINVAL, "%s: holds only what changed since %s; its folder, as IMAGE, is the whole disk; "
-                           "--no-backing shows what is in it, with errors for the rest", im->name, im->backing_name);
-    } else if (im->depth == 0) {
-        msg_say(MSG_NOTE, "%s: shown alone; its folder, as IMAGE, is the whole disk with its snapshots", im->name);
-    }
-    return 0;
-}
-
-static bool prl_is_xml(const uint8_t *head, size_t len)
-{
-    if (len >= 3 && memcmp(head, "\xef\xbb\xbf", 3) == 0) {
-        head += 3;
-        len -= 3;
-    }
-    while (len && (*head == ' ' || *head == '\t' || *head == '\r' || *head == '\n')) {
-        head++;
-        len--;
-    }
-    return len && *head == '<' && memmem(head, len, PRL_XML_ROOT + 1, strlen(PRL_XML_ROOT) - 1);
-}
-
-static int prl_probe(const struct probe *p)
-{
-    return (p->head_len >= PRL_HEADER &&
-            (memcmp(p->head, PRL_MAGIC, 16) == 0 || memcmp(p->head, PRL_MAGIC_EXT, 16) == 0)) ||
-                   prl_is_xml(p->head, p->head_len) ? 100 : 0;
-}
-
-static int prl_open(struct image *im)
-{
-    struct prl *p = im->state = util_fault("parallels") ? NULL : calloc(1, sizeof(*p));
-    uint8_t head[4096];
-    uint64_t done, len = util_min(im->files[0].size, sizeof(head));
-    int ret;
-
-    if (!p)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        return msg_err(-EINVAL, "%s: name the folder of a Parallels disk, not its files", im->name);
-    ret = file_pread(&im->files[0], head, len, 0, &done);
-    if (ret)
-        return ret;
-    return prl_is_xml(head, len) ? prl_open_bundle(im) : prl_open_single(im);
-}
-
-static void prl_close(struct image *im)
-{
-    struct prl *p = im->state;
-
-    if (p) {
-        free(p->end);
-        free(p->layers);
-    }
-    free(p);
-}
-
-/* -- mapping -- */
-
-static void prl_map_plain(const struct prl_layer *l, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    bool data = true;
-
-    if (offset >= l->file->size) {
-        ext_bad(ext, length, "lies past the end of its plain file");
-        return;
-    }
-    *ext = (struct extent){ .length = util_min(length, l->file->size - offset), .file = l->file, .offset = offset };
-    if (exact)
-        file_seek_extent(ext->file, offset, ext->length, &data, &ext->length);
-    ext->kind = data ? EXT_DATA : EXT_ZERO;
-    ext->owned = true;
-}
-
-/* One cluster of one layer, or the rest of it; offset counts from the storage's start. */
-static void prl_map_layer(const struct prl_layer *l, uint64_t offset, uint64_t length, struct extent *ext)
-{
-    uint64_t in_cluster = offset % l->cluster, host;
-    uint32_t entry;
-
-    *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
-    if (offset >= l->size)
-        return;                     /* a snapshot from when the disk was smaller */
-    ext->length = length = util_min(util_min(length, l->size - offset), l->cluster - in_cluster);
-    if (cache_le32(l->file, PRL_HEADER + offset / l->cluster * 4, &entry)) {
-        ext_bad(ext, length, "the BAT cannot be read");
-        return;
-    }
-    host = (uint64_t)entry * l->unit;
-    if (!entry)
-        return;
-    if (host < l->first || (l->aligned && (host - l->first) % l->cluster))
-        ext_bad(ext, length, "its BAT entry is damaged");
-    else if (host >= l->file->size || in_cluster >= l->file->size - host)
-        ext_bad(ext, length, "its cluster lies past the end of the file");
-    else
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, l->file->size - host - in_cluster),
-                                .file = l->file, .offset = host + in_cluster };
-}
-
-/* The first layer of the storage that has it. */
-static void prl_map_range(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    const struct prl *p = im->state;
-    const struct prl_layer *l;
-    unsigned low = 0, high = p->n_storages - 1, mid;
-    uint64_t start;
-
-    while (low < high) {
-        mid = (low + high) / 2;
-        if (offset < p->end[mid])
-            high = mid;
-        else
-            low = mid + 1;
-    }
-    start = low ? p->end[low - 1] : 0;
-    length = util_min(length, p->end[low] - offset);
-    l = p->layers + (size_t)low * p->n_layers;
-    *ext = (struct extent){ .length = length };
-    for (unsigned i = 0; i < p->n_layers; i++, l++) {
-        if (l->plain)
-            prl_map_plain(l, offset - start, length, exact, ext);
-        else
-            prl_map_layer(l, offset - start, length, ext);
-        if (ext->kind != EXT_BACKING)
-            return;
-        length = ext->length;
-    }
-    ext->kind = ext_hole(im);
-}
-
-static int prl_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    return ext_merge(im, offset, length, exact, ext, prl_map_range);
-}
-
-static void prl_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
-{
-    const struct prl_layer *l = by;
-    uint32_t entry = util_le32(bytes);
-
-    (void)im;
-    if (entry)
-        c->claim(c, l->file, (uint64_t)entry * l->unit, util_min(l->cluster, l->size - i * l->cluster), NULL,
-                 i * l->cluster);
-}
-
-static bool prl_claims(struct image *im, struct claims *c)
-{
-    const struct prl *p = im->state;
-    const struct prl_layer *l = p->layers;
-
-    for (unsigned i = 0; i < p->n_storages; i++)
-        for (unsigned k = 0; k < p->n_layers; k++, l++) {
-            if (l->plain) {
-                c->claim(c, l->file, 0, p->end[i] - (i ? p->end[i - 1] : 0), NULL, i ? p->end[i - 1] : 0);
-                continue;
-            }
-            uint64_t n = (l->size + l->cluster - 1) / l->cluster;
-            c->claim(c, l->file, 0, PRL_HEADER + 4 * n, "the header and the BAT", 0);
-            ext_claim_table(c, im, l, l->file, PRL_HEADER, n, 4, prl_claim_entry);
-        }
-    return true;
-}
-
-/* QEMU knows single images only. */
-static bool prl_as_qemu(struct image *im)
-{
-    return im->n_files == 1;
-}
-
-static const struct image_format prl_format = {
-    .name = "parallels",
-    .describe = "Parallels images, and folders of them (.hdd) with storages and snapshots",
-    .writes = "overlay",
-    .probe = prl_probe,
-    .open = prl_open,
-    .map = prl_map,
-    .claims = prl_claims,
-    .as_qemu = prl_as_qemu,
-    .close = prl_close,
-};
-
-/* ******************************************************************************************************** *
- * 15. VHD
- *
- * Microsoft "Virtual Hard Disk Image Format Specification" 1.0, for reading. All numbers are big-endian.
- *
- *   fixed      data | footer
- *   others     copy of the footer | dynamic header | block table | (bitmap | data) per block ... | footer
- *
- * A bit of a block's bitmap says whether its sector is in this image. Where it is not, a differencing image has it
- * from the parent; in a dynamic image the sector was never written, and is zeros. (QEMU takes no notice of the
- * bitmap of dynamic images, but writes it all set, as everybody does who does not track sectors.)
- *
- * The footer at the end counts; where it is lost or damaged, its copy at the front. The size is the footer's
- * "current size", except that Virtual PC, Virtual Server and old versions of QEMU count by the geometry; so do we
- * for them, unless the geometry is at its maximum, or larger than what is there.
- * ******************************************************************************************************** */
-
-enum {
-    VHD_SECTOR = 512,
-    VHD_FOOTER = 512,               /* 511 before Virtual PC 2004: the last, reserved byte is not there */
-    VHD_OFF_VERSION = 12,
-    VHD_OFF_HEADER = 16,
-    VHD_OFF_CREATOR = 28,
-    VHD_OFF_SIZE = 48,
-    VHD_OFF_GEOMETRY = 56,          /* cylinders: 2 bytes, heads, sectors per track */
-    VHD_OFF_TYPE = 60,
-    VHD_OFF_CHECKSUM = 64,
-    VHD_OFF_ID = 68,
-    VHD_FIXED = 2, VHD_DYNAMIC = 3, VHD_DIFFERENCING = 4,
-    VHD_HEADER = 1024,              /* the dynamic header */
-    VHD_HEAD_TABLE = 16,
-    VHD_HEAD_VERSION = 24,
-    VHD_HEAD_ENTRIES = 28,
-    VHD_HEAD_BLOCK = 32,
-    VHD_HEAD_CHECKSUM = 36,
-    VHD_HEAD_PARENT_ID = 40,
-    VHD_HEAD_PARENT_NAME = 64,      /* 512 bytes of UTF-16BE */
-    VHD_HEAD_LOCATORS = 576,        /* 8 of them: code, space, length, reserved: 4 bytes each; offset: 8 */
-    VHD_LOCATOR_MAX = 4096,
-    VHD_LOOK_AHEAD = 128,           /* blocks looked at for one extent */
-    VHD_MAX_BITMAPS = 8192,         /* read before an overlay is made: half a minute on a slow disk, usually 16 GiB */
-};
-#define VHD_NO_BLOCK 0xffffffffu
-#define VHD_MAX_GEOMETRY (65535ull * 16 * 255 * VHD_SECTOR)
-
-struct vhd {
-    uint32_t type, block_bits, bitmap_size, entries;
-    uint64_t table, header;
-    uint64_t end;                   /* of what can be data: the footer, or the file's end where that is lost */
-    char creator[5];
-    bool by_geometry;
-    uint8_t footer[VHD_FOOTER];     /* the one that counts */
-};
-
-/* The one's complement of the sum of all bytes but the checksum's own. */
-static uint32_t vhd_checksum(const uint8_t *bytes, size_t len, size_t own)
-{
-    uint32_t sum = 0;
-
-    for (size_t i = 0; i < len; i++)
-        sum += i >= own && i < own + 4 ? 0 : bytes[i];
-    return ~sum;
-}
-
-static bool vhd_is_footer(const uint8_t *bytes)
-{
-    return memcmp(bytes, "conectix", 8) == 0;
-}
-
-/* 511 bytes suffice. */
-static bool vhd_footer_is_good(const uint8_t *footer)
-{
-    return vhd_is_footer(footer) &&
-           util_be32(footer + VHD_OFF_CHECKSUM) == vhd_checksum(footer, VHD_FOOTER - 1, VHD_OFF_CHECKSUM);
-}
-
-/*
- * Certain: a footer of a fixed disk behind just as much data as it says. That beats whatever the guest may have
- * written at the start of its disk.
- */
-static int vhd_probe(const struct probe *p)
-{
-    const uint8_t *tail = p->tail + p->tail_len;
-
-    for (size_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= p->tail_len; len--)
-        if (vhd_is_footer(tail - len))
-            return vhd_footer_is_good(tail - len) && util_be32(tail - len + VHD_OFF_TYPE) == VHD_FIXED &&
-                           util_be64(tail - len + VHD_OFF_SIZE) == p->size - len
-                       ? 100 : 90;
-    return p->head_len >= VHD_FOOTER - 1 && vhd_is_footer(p->head) ? 100 : 0;
-}
-
-/* Reads the footer (511 or 512 bytes) at the end. False: none is there, or it is damaged; *seen says which. */
-static bool vhd_read_end(struct image *im, struct vhd *v, uint8_t *footer, bool *seen)
-{
-    struct file *f = &im->files[0];
-    uint64_t done;
-
-    for (uint64_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= f->size; len--) {
-        memset(footer, 0, VHD_FOOTER);
-        if (file_pread(f, footer, len, f->size - len, &done) || !vhd_is_footer(footer))
-            continue;
-        *seen = true;
-        v->end = f->size - len;
-        if (vhd_footer_is_good(footer))
-            return true;
-    }
-    v->end = f->size;
-    return false;
-}
-
-/* The copy at the front; fixed disks have none. */
-static bool vhd_read_front(struct image *im, uint8_t *footer, bool *seen)
-{
-    uint64_t done;
-
-    if (im->files[0].size < VHD_FOOTER || file_pread(&im->files[0], footer, VHD_FOOTER, 0, &done))
-        return false;
-    *seen |= vhd_is_footer(footer);
-    return vhd_footer_is_good(footer) && util_be32(footer + VHD_OFF_TYPE) != VHD_FIXED;
-}
-
-static int vhd_read_footer(struct image *im, struct vhd *v, uint8_t *footer)
-{
-    uint8_t front[VHD_FOOTER] = { 0 };
-    bool seen = false, good_end = vhd_read_end(im, v, footer, &seen),
-         good_front = vhd_read_front(im, front, &seen);
-
-    if (!seen)
-        return msg_err(-EINVAL, "%s: is not a VHD image", im->name);
-    if (!good_end && !good_front)
-        return msg_err(-EINVAL, "%s: damaged VHD: no footer of it has a good checksum; --format raw shows its bytes",
-                       im->name);
-    /* Behind a dynamic disk that has lost its end, the guest's own data may look like a footer. */
-    if (good_end && good_front && util_be32(footer + VHD_OFF_TYPE) == VHD_FIXED) {
-        good_end = util_be64(footer + VHD_OFF_SIZE) == v->end;
-        msg_say(MSG_NOTE, "%s: has the footer of a fixed disk at its end and one of another kind at its front; %s",
-                im->name, good_end ? "the first counts, since the size is right" : "the latter counts");
-    } else if (!good_end) {
-        msg_say(MSG_NOTE, "%s: the footer at its end is lost or damaged; its copy at the front is used", im->name);
-    }
-    if (!good_end) {
-        memcpy(footer, front, VHD_FOOTER);
-        v->end = im->files[0].size;
-    }
-    return 0;
-}
-
-static int vhd_check_footer(struct image *im, struct vhd *v, const uint8_t *footer)
-{
-    uint32_t version = util_be32(footer + VHD_OFF_VERSION);
-
-    v->type = util_be32(footer + VHD_OFF_TYPE);
-    if (version >> 16 != 1)
-        return msg_err(-EOPNOTSUPP, "%s: VHD of unknown version 0x%08x, which is not supported", im->name, version);
-    if (v->type < VHD_FIXED || v->type > VHD_DIFFERENCING)
-        return ext_unsupported(im, "the kind of disk", v->type);
-    ext_set_id(&im->id, ID_IMAGE, footer + VHD_OFF_ID);
-    memcpy(v->creator, footer + VHD_OFF_CREATOR, 4);
-    memcpy(v->footer, footer, VHD_FOOTER);
-    return 0;
-}
-
-/* reach: what the blocks, or the file, can hold. */
-static int vhd_set_size(struct image *im, struct vhd *v, const uint8_t *footer, uint64_t reach)
-{
-    static const char *const counts_by_geometry[] = { "vpc ", "vs  ", "qemu" };
-    const uint8_t *g = footer + VHD_OFF_GEOMETRY;
-    uint64_t current = util_be64(footer + VHD_OFF_SIZE);
-    uint64_t geometry = (uint64_t)util_be16(g) * g[2] * g[3] * VHD_SECTOR;
-
-    for (size_t i = 0; i < ARRAY_LEN(counts_by_geometry); i++)
-        v->by_geometry |= memcmp(v->creator, counts_by_geometry[i], 4) == 0;
-    v->by_geometry = v->by_geometry && geometry && geometry < VHD_MAX_GEOMETRY && geometry <= reach;
-    if (current > (uint64_t)MAX_IMAGE_SIZE)
-        return ext_refuse(im, "the size", current);
-    if (im->child && im->child->format == im->format) {     /* the child says how much of it is shown */
-        v->by_geometry = false;
-        current = geometry > current && geometry <= reach ? geometry : current;
-    }
-    im->size = v->by_geometry ? geometry : current;
-    return 0;
-}
-
-static bool vhd_overlaps(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
-{
-    return a < b + b_len && b < a + a_len;
-}
-
-static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
-{
-    uint32_t block = util_be32(h + VHD_HEAD_BLOCK);
-    uint64_t bits, size = im->files[0].size;
-
-    if (memcmp(h, "cxsparse", 8) != 0)
-        return ext_refuse(im, "the place of the dynamic header", v->header);
-    if (util_be32(h + VHD_HEAD_VERSION) >> 16 != 1)
-        return ext_unsupported(im, "the version of the dynamic header", util_be32(h + VHD_HEAD_VERSION));
-    if (block < VHD_SECTOR || block & (block - 1))
-        return ext_refuse(im, "the block size", block);
-    v->table = util_be64(h + VHD_HEAD_TABLE);
-    v->entries = util_be32(h + VHD_HEAD_ENTRIES);
-    if (v->table % VHD_SECTOR || v->table > size || v->table < VHD_FOOTER)
-        return ext_refuse_table(im, &im->files[0], "the place of the block table", v->table, VHD_SECTOR);
-    if ((uint64_t)v->entries * 4 > size - v->table)
-        return ext_refuse(im, "more table entries than the file holds", v->entries);
-    if (vhd_overlaps(v->table, (uint64_t)v->entries * 4, v->header, VHD_HEADER))
-        return ext_refuse(im, "the place of the block table, in the dynamic header", v->table);
-    v->block_bits = (uint32_t)__builtin_ctz(block);
-    bits = block / VHD_SECTOR;
-    v->bitmap_size = (uint32_t)((bits / 8 + VHD_SECTOR - 1) / VHD_SECTOR * VHD_SECTOR);
-    if (bits < 8)
-        v->bitmap_size = VHD_SECTOR;
-    im->cluster_size = block;
-    return 0;
-}
-
-/* "file://HOST/PATH", in place: the path with its %XX decoded; relative to the child where the host is ".". */
-static bool vhd_file_url(char *url)
-{
-    char *to = url, *from = url + 7, pair[3] = "";
-
-    if (strncasecmp(url, "file://", 7) != 0)
-        return false;
-    if (strncmp(from, "./", 2) == 0 || strncmp(from, "../", 3) == 0)
-        from += from[1] == '/' ? 2 : 0;
-    else
-        from += strcspn(from, "/");
-    for (; *from; to++) {
-        bool coded = from[0] == '%' && isxdigit((unsigned char)from[1]) && isxdigit((unsigned char)from[2]);
-        if (coded)
-            memcpy(pair, from + 1, 2);
-        *to = coded ? (char)strtoul(pair, NULL, 16) : *from;
-        from += coded ? 3 : 1;
-    }
-    *to = 0;
-    return true;
-}
-
-/* One parent locator. What cannot be read is left out: there are other names, and the parent is known by its UUID. */
-static int vhd_read_locator(struct image *im, const uint8_t *locator)
-{
-    uint8_t path[VHD_LOCATOR_MAX];
-    char name[2 * VHD_LOCATOR_MAX];
-    struct file *f = &im->files[0];
-    uint32_t len = util_be32(locator + 8);
-    uint64_t at = util_be64(locator + 16), done;
-
-    if (len > sizeof(path) || at > f->size || len > f->size - at || file_pread(f, path, len, at, &done))
-        return 0;
-    /* W2ru and W2ku are in UTF-16; the older Wi2r and Wi2k may be. */
-    if (locator[1] == '2' || (locator[0] == 'W' && len >= 2 && !path[1]))
-        return util_utf16_text(path, len, false, name, sizeof(name)) ? ext_add_hint(im, name) : 0;
-    snprintf(name, sizeof(name), "%.*s", (int)len, (const char *)path);
-    return locator[0] == 'W' || vhd_file_url(name) ? ext_add_hint(im, name) : 0;
-}
-
-/* The locators in the order of the specification, then the name in the header. */
-static int vhd_read_parent(struct image *im, const uint8_t *h)
-{
-    static const char *const codes[] = { "W2ru", "W2ku", "MacX", "Wi2r", "Wi2k" };
-    char name[1024];
-    int ret = 0;
-
-    ext_set_id(&im->parent_id, ID_IMAGE, h + VHD_HEAD_PARENT_ID);
-    ext_set_parent(im, im->parent_id.known[ID_IMAGE] ? "vpc" : "");
-    for (size_t kind = 0; kind < ARRAY_LEN(codes); kind++)
-        for (size_t i = 0; i < 8 && !ret; i++)
-            if (memcmp(h + VHD_HEAD_LOCATORS + 24 * i, codes[kind], 4) == 0)
-                ret = vhd_read_locator(im, h + VHD_HEAD_LOCATORS + 24 * i);
-    if (!ret && util_utf16_text(h + VHD_HEAD_PARENT_NAME, 512, true, name, sizeof(name)))
-        ret = ext_add_hint(im, name);
-    return ret;
-}
-
-static int vhd_identify(struct image *im)
-{
-    struct vhd v = { 0 };
-    uint8_t footer[VHD_FOOTER] = { 0 };
-    int ret = vhd_read_footer(im, &v, footer);
-
-    return ret ? ret : vhd_check_footer(im, &v, footer);
-}
-
-/*
- * There is no second copy of the dynamic header. Where its checksum is wrong, what reading needs of it must be
- * confirmed by something else: the number of blocks and their size by the footer's size, which they hold with nothing
- * to spare, and the table by where everybody puts it. A parent is known by its identity.
- */
-static int vhd_check_sum(const struct image *im, const struct vhd *v, const uint8_t *h)
-{
-    uint32_t sum = util_be32(h + VHD_HEAD_CHECKSUM);
-    bool confirmed = v->table == v->header + VHD_HEADER && im->size <= (uint64_t)v->entries << v->block_bits &&
-                     im->size > (uint64_t)(v->entries - 1) << v->block_bits;
-
-    if (sum == vhd_checksum(h, VHD_HEADER, VHD_HEAD_CHECKSUM))
-        return 0;
-    if (!confirmed)
-        return ext_refuse(im, "the checksum of the dynamic header", sum);
-    ext_odd(im, "the checksum of the dynamic header", sum);
-    return 0;
-}
-
-static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *footer)
-{
-    uint8_t header[VHD_HEADER];
-    struct file *f = &im->files[0];
-    uint64_t reach, done;
-    int ret;
-
-    v->header = util_be64(footer + VHD_OFF_HEADER);
-    if (f->size < VHD_HEADER || v->header > f->size - VHD_HEADER)
-        return ext_refuse_table(im, f, "the place of the dynamic header", v->header, VHD_HEADER);
-    ret = file_pread(f, header, VHD_HEADER, v->header, &done);
-    if (!ret)
-        ret = vhd_check_header(im, v, header);
-    if (ret)
-        return ret;
-    reach = (uint64_t)v->entries << v->block_bits;
-    ret = vhd_set_size(im, v, footer, reach);
-    if (!ret && im->size > reach)
-        ret = ext_refuse(im, "too few table entries for its size", v->entries);
-    if (!ret)
-        ret = vhd_check_sum(im, v, header);
-    if (ret || (v->type == VHD_DYNAMIC && util_is_null_id(header + VHD_HEAD_PARENT_ID)))
-        return ret;
-    if (v->type == VHD_DYNAMIC)     /* zeros for what the parent has would be the worse mistake */
-        msg_say(MSG_NOTE, "%s: says that it is dynamic, but has a parent's UUID: read as differencing", im->name);
-    return vhd_read_parent(im, header);
-}
-
-static int vhd_open(struct image *im)
-{
-    struct vhd *v = im->state = util_fault("vhd") ? NULL : calloc(1, sizeof(*v));
-    uint8_t footer[VHD_FOOTER] = { 0 };
-    int ret;
-
-    if (!v)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        return msg_err(-EINVAL, "%s: a VHD image is one file", im->name);
-    ret = vhd_read_footer(im, v, footer);
-    if (!ret)
-        ret = vhd_check_footer(im, v, footer);
-    if (ret)
-        return ret;
-    ret = v->type == VHD_FIXED ? vhd_set_size(im, v, footer, v->end) : vhd_open_dynamic(im, v, footer);
-    if (!ret && v->by_geometry && im->size != util_be64(footer + VHD_OFF_SIZE))
-        msg_say(MSG_NOTE, "%s: made by a program that counts by the geometry, so %" PRIu64 " bytes and not %" PRIu64,
-                im->name, (uint64_t)im->size, util_be64(footer + VHD_OFF_SIZE));
-    return ret;
-}
-
-static void vhd_close(struct image *im)
-{
-    free(im->state);
-}
-
-static int vhd_hole(const struct image *im, struct extent *ext, uint64_t length)
-{
-    *ext = (struct extent){ .kind = ext_hole(im), .length = length };
-    return 0;
-}
-
-/* Appends to ext what follows it, if both are one extent; the first is always taken. */
-static bool vhd_append(struct extent *ext, const struct extent *next)
-{
-    if (ext->length == 0) {
-        *ext = *next;
-        return true;
-    }
-    if (!ext_continues(ext, next, false))
-        return false;
-    ext->length += next->length;
-    return true;
-}
-
-/* length bytes from in_block on of the block that lies at `start` with its bitmap. */
-static int vhd_map_block(struct image *im, const struct vhd *v, uint64_t start, uint64_t in_block, uint64_t length,
-                         struct extent *ext)
-{
-    uint64_t all = v->bitmap_size + (1ull << v->block_bits), sectors, data = start + v->bitmap_size + in_block;
-    bool here;
-
-    if (vhd_overlaps(start, all, 0, VHD_FOOTER) || vhd_overlaps(start, all, v->header, VHD_HEADER) ||
-        vhd_overlaps(start, all, v->table, (uint64_t)v->entries * 4))
-        return ext_bad(ext, length, "its block lies in the image's own tables");
-    if (start >= v->end || v->bitmap_size > v->end - start)
-        return ext_bad(ext, length, "its block lies past the end of the file");
-    sectors = (in_block + length - 1) / VHD_SECTOR - in_block / VHD_SECTOR + 1;
-    if (cache_bits(&im->files[0], start, in_block / VHD_SECTOR, sectors, true, &here, &sectors))
-        return ext_bad(ext, length, "the bitmap of its block cannot be read");
-    length = util_min(length, sectors * VHD_SECTOR - in_block % VHD_SECTOR);
-    if (!here)
-        return vhd_hole(im, ext, length);
-    if (data >= v->end)
-        return ext_bad(ext, length, "its block lies past the end of the file");
-    *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - data), .file = &im->files[0],
-                            .offset = data };
-    return 0;
-}
-
-static int vhd_map_dynamic(struct image *im, uint64_t offset, uint64_t left, struct extent *ext)
-{
-    const struct vhd *v = im->state;
-    uint64_t block = 1ull << v->block_bits, here;
-    struct extent next;
-    uint32_t entry;
-
-    ext->length = 0;
-    for (unsigned n = 0; left && n < VHD_LOOK_AHEAD; n++, left -= next.length, offset += next.length) {
-        here = util_min(left, block - (offset & (block - 1)));
-        if (cache_be32(&im->files[0], v->table + (offset >> v->block_bits) * 4, &entry))
-            ext_bad(&next, here, "the block table cannot be read");
-        else if (entry == VHD_NO_BLOCK)
-            vhd_hole(im, &next, here);
-        else
-            vhd_map_block(im, v, (uint64_t)entry * VHD_SECTOR, offset & (block - 1), here, &next);
-        if (!vhd_append(ext, &next))
-            break;
-    }
-    return 0;
-}
-
-static int vhd_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    const struct vhd *v = im->state;
-    bool data = true;
-
-    if (v->type != VHD_FIXED)
-        return vhd_map_dynamic(im, offset, length, ext);
-    if (offset >= v->end)
-        return ext_bad(ext, length, "past the end of the file");
-    *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - offset), .file = &im->files[0],
-                            .offset = offset };
-    if (exact)
-        file_seek_extent(ext->file, offset, ext->length, &data, &ext->length);
-    ext->kind = data ? EXT_DATA : EXT_ZERO;
-    return 0;
-}
-
-static void vhd_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
-{
-    const struct vhd *v = by;
-    uint64_t start = (uint64_t)util_be32(bytes) * VHD_SECTOR, block = 1ull << v->block_bits;
-
-    if (util_be32(bytes) == VHD_NO_BLOCK)
-        return;
-    c->claim(c, &im->files[0], start, v->bitmap_size, "the bitmap of a block", 0);
-    c->claim(c, &im->files[0], start + v->bitmap_size, util_min(block, im->size - i * block), NULL, i * block);
-}
-
-static bool vhd_claims(struct image *im, struct claims *c)
-{
-    const struct vhd *v = im->state;
-    struct file *f = &im->files[0];
-
-    if (v->end < f->size)
-        c->claim(c, f, v->end, f->size - v->end, "the footer", 0);
-    if (v->type == VHD_FIXED) {
-        c->claim(c, f, 0, im->size, NULL, 0);
-        return true;
-    }
-    c->claim(c, f, 0, VHD_FOOTER, "the copy of the footer", 0);
-    c->claim(c, f, v->header, VHD_HEADER, "the dynamic header", 0);
-    c->claim(c, f, v->table, (uint64_t)v->entries * 4, "the block table", 0);
-    ext_claim_table(c, im, v, f, v->table, (im->size + (1ull << v->block_bits) - 1) >> v->block_bits, 4,
-                    vhd_claim_entry);
-    return true;
-}
-
-static void vhd_info(struct image *im, struct out *out)
-{
-    static const char *const kinds[] = { "fixed", "dynamic", "differencing" };
-    const struct vhd *v = im->state;
-    char id[33];
-
-    util_hex(im->id.value[ID_IMAGE], 16, id);
-    out_text(out, "subformat", kinds[v->type - VHD_FIXED]);
-    out_text(out, "creator", v->creator);
-    out_text(out, "size-by", v->by_geometry ? "geometry" : "current size");
-    out_text(out, "id", id);
-}
-
-/*
- * Bytes of the disk as QEMU counts: by the current size for these creators and with the largest geometry, else by the
- * geometry. 0: some versions of it this way, others that way.
- */
-static uint64_t vhd_qemu_size(const struct vhd *v)
-{
-    static const char *const by_size[] = { "win ", "qem2", "d2v ", "tap", "CTXS" };
-    const uint8_t *g = v->footer + VHD_OFF_GEOMETRY;
-    uint64_t current = util_be64(v->footer + VHD_OFF_SIZE) & -512ull;
-    uint64_t geometry = (uint64_t)util_be16(g) * g[2] * g[3] * VHD_SECTOR;
-
-    for (size_t i = 0; i < ARRAY_LEN(by_size); i++)
-        if (memcmp(v->creator, by_size[i], 4) == 0)
-            return current;
-    if (memcmp(v->creator, "wa\0", 4) == 0 && current != geometry && geometry != VHD_MAX_GEOMETRY)
-        return 0;
-    return geometry == VHD_MAX_GEOMETRY ? current : geometry;
-}
-
-/* Is every sector of every block there? QEMU shows what lies where they are not. */
-static bool vhd_bits_are_set(struct image *im)
-{
-    const struct vhd *v = im->state;
-    uint64_t block = 1ull << v->block_bits, read = 0, end;
-    struct extent ext;
-    uint32_t entry;
-
-    for (uint64_t at = 0; at < im->size; at = end) {
-        end = util_min(at + block, im->size);
-        if (cache_be32(&im->files[0], v->table + (at >> v->block_bits) * 4, &entry))
-            return false;
-        if (entry == VHD_NO_BLOCK)
-            continue;
-        if (++read > VHD_MAX_BITMAPS)
-            return false;
-        for (uint64_t from = at; from < end; from += ext.length) {
-            ext = (struct extent){ .kind = EXT_BAD };
-            vhd_map_block(im, v, (uint64_t)entry * VHD_SECTOR, from - at, end - from, &ext);
-            if (ext.kind != EXT_DATA)
-                return false;
-        }
-    }
-    return true;
-}
-
-/*
- * QEMU looks at the front first, for the footer or its copy; and it knows no parents. It puts new blocks behind the
- * table and the blocks: over a header that lies there.
- */
-static bool vhd_as_qemu(struct image *im)
-{
-    const struct vhd *v = im->state;
-    uint8_t front[VHD_FOOTER];
-    uint64_t done;
-
-    if (v->type == VHD_DIFFERENCING || vhd_qemu_size(v) != im->size || im->files[0].size < VHD_FOOTER ||
-        file_pread(&im->files[0], front, VHD_FOOTER, 0, &done))
-        return false;
-    if (v->type == VHD_FIXED)
-        return !vhd_is_footer(front) && v->end == im->files[0].size - VHD_FOOTER;
-    return memcmp(front, v->footer, VHD_FOOTER) == 0 && v->header < v->table && v->block_bits >= 12 &&
-           vhd_bits_are_set(im);
-}
-
-static const struct image_format vhd_format = {
-    .name = "vpc",
-    .describe = "VHD images of Virtual PC, Hyper-V, Azure: fixed, dynamic, differencing",
-    .writes = "overlay",
-    .probe = vhd_probe,
-    .identify = vhd_identify,
-    .open = vhd_open,
-    .map = vhd_map,
-    .claims = vhd_claims,
-    .as_qemu = vhd_as_qemu,
-    .info = vhd_info,
-    .close = vhd_close,
-};
-
-/* ******************************************************************************************************** *
- * 16. VHDX
- *
- * [MS-VHDX] "Virtual Hard Disk v2 File Format", for reading. All numbers are little-endian.
- *
- *   identifier | two headers | two region tables | (at 1 MiB:) log, metadata, block table (BAT), blocks, in any order
- *   BAT: the entries of a chunk (2^23 sectors), then one for the sector bitmap block of the chunk, and so on
- *
- * A log that is still to be replayed is replayed in memory: what it replaces becomes patches of the file, which every
- * reader sees from there on; the file itself stays as it is. So the log comes right after the headers, which alone
- * are never in it.
- * ******************************************************************************************************** */
-
-enum {
-    VHDX_MIB = 1 << 20,             /* everything behind the headers is aligned to it */
-    VHDX_HEADER_AT = 64 << 10,      /* the second one lies 64 KiB further; likewise the region tables */
-    VHDX_HEADER = 4096,
-    VHDX_HEADER_USED = 32,          /* what reading needs of it: from the id of its data ... */
-    VHDX_HEADER_USED_END = 80,      /* ... to the place of the log */
-    VHDX_REGIONS_AT = 192 << 10,
-    VHDX_TABLE = 64 << 10,          /* a region table, or the metadata table */
-    VHDX_MAX_ENTRIES = 2047,        /* of either */
-    VHDX_MIN_BLOCK = 1 << 20,
-    VHDX_MAX_BLOCK = 256 << 20,
-    VHDX_CHUNK_BITS = 23,           /* log2 of the sectors of a chunk */
-    VHDX_LOG_PAGE = 4096,
-    VHDX_LOG_HEADER = 64,
-    VHDX_LOG_DESCRIPTOR = 32,
-    VHDX_LOG_SPARE = 64 << 20,      /* read at most 16 times the log and this: a whole ring takes 8 times */
-    VHDX_ENTRY_RESERVED = 0xffff8,
-    VHDX_LOOK_AHEAD = 128,          /* blocks looked at for one extent */
-    VHDX_MAX_LOCATOR = 64 << 10,
-    VHDX_HAS_PARENT = 2,
-    VHDX_META_USER = 1, VHDX_META_REQUIRED = 4,
-};
-#define VHDX_MAX_SIZE (64ull << 40)
-
-/* States of payload blocks; a sector bitmap block is present (6) or not (0). */
-/* UNMAPPED_095: what the draft of version 0.95 had for UNMAPPED */
-enum { VHDX_ABSENT, VHDX_UNDEFINED, VHDX_ZERO, VHDX_UNMAPPED, VHDX_UNMAPPED_095 = 5, VHDX_PRESENT, VHDX_PARTIAL };
-
-/* GUIDs as they lie in the file. */
-static const uint8_t vhdx_guid_bat[] = { 0x66, 0x77, 0xc2, 0x2d, 0x23, 0xf6, 0x00, 0x42,
-                                         0x9d, 0x64, 0x11, 0x5e, 0x9b, 0xfd, 0x4a, 0x08 };
-static const uint8_t vhdx_guid_metadata[] = { 0x06, 0xa2, 0x7c, 0x8b, 0x90, 0x47, 0x9a, 0x4b,
-                                              0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e };
-static const uint8_t vhdx_guid_locator[] = { 0xb7, 0xef, 0x4a, 0xb0, 0x9e, 0xd1, 0x81, 0x4a,
-                                             0xb7, 0x89, 0x25, 0xb8, 0xe9, 0x44, 0x59, 0x13 };
-
-enum vhdx_item { VHDX_PARAMETERS, VHDX_SIZE, VHDX_SECTOR, VHDX_PHYSICAL, VHDX_ID, VHDX_LOCATOR, VHDX_ITEMS };
-static const struct {
-    uint8_t guid[16];
-    uint32_t length;                /* at least */
-    bool needed;
-    const char *what;
-} vhdx_items[VHDX_ITEMS] = {
-    { { 0x37, 0x67, 0xa1, 0xca, 0x36, 0xfa, 0x43, 0x4d, 0xb3, 0xb6, 0x33, 0xf0, 0xaa, 0x44, 0xe7, 0x6b }, 8, true,
-      "the file parameters" },
-    { { 0x24, 0x42, 0xa5, 0x2f, 0x1b, 0xcd, 0x76, 0x48, 0xb2, 0x11, 0x5d, 0xbe, 0xd8, 0x3b, 0xf4, 0xb8 }, 8, true,
-      "the disk's size" },
-    { { 0x1d, 0xbf, 0x41, 0x81, 0x6f, 0xa9, 0x09, 0x47, 0xba, 0x47, 0xf2, 0x33, 0xa8, 0xfa, 0xab, 0x5f }, 4, true,
-      "the sector size" },
-    { { 0xc7, 0x48, 0xa3, 0xcd, 0x5d, 0x44, 0x71, 0x44, 0x9c, 0xc9, 0xe9, 0x88, 0x52, 0x51, 0xc5, 0x56 }, 4, false,
-      "the physical sector size" },
-    { { 0xab, 0x12, 0xca, 0xbe, 0xe6, 0xb2, 0x23, 0x45, 0x93, 0xef, 0xc3, 0x09, 0xe0, 0x00, 0xc7, 0x46 }, 16, false,
-      "the disk's id" },
-    { { 0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c }, 20, false,
-      "the parent locator" },
-};
-
-struct vhdx_range {
-    uint64_t offset, length;        /* length 0: there is none */
-};
-
-struct vhdx {
-    uint32_t block_bits, sector_bits, chunk_bits;   /* chunk_bits: log2 of the blocks of a chunk */
-    uint32_t version, log_version;
-    uint8_t log_guid[16];
-    struct vhdx_range log, metadata, bat, item[VHDX_ITEMS];
-    uint64_t flushed;               /* the log's last word on how long the file was; 0: there was none */
-    bool has_parent;
-};
-
-static int vhdx_probe(const struct probe *p)
-{
-    return p->head_len >= 8 && memcmp(p->head, "vhdxfile", 8) == 0 ? 100 : 0;
-}
-
-static int vhdx_unknown(const struct image *im, const char *what, const uint8_t *guid)
-{
-    uint8_t uuid[16];
-    char text[37];
-
-    util_swap_guid(guid, uuid);
-    util_uuid_text(uuid, text);
-    return msg_err(-EOPNOTSUPP, "%s: needs an unknown VHDX %s {%s}, which is not supported", im->name, what, text);
-}
-
-/* CRC-32C (Castagnoli), bit by bit reversed; begins with ~0 and is inverted at the end. */
-static uint32_t vhdx_crc(uint32_t crc, const uint8_t *bytes, size_t len)
-{
-    static uint32_t table[256];     /* filled at open, by the only thread there is then */
-
-    for (uint32_t i = 0; !table[255] && i < 256; i++) {
-        uint32_t c = i;
-        for (unsigned bit = 0; bit < 8; bit++)
-            c = c >> 1 ^ (c & 1 ? 0x82f63b78 : 0);
-        table[i] = c;
-    }
-    for (size_t i = 0; i < len; i++)
-        crc = table[(crc ^ bytes[i]) & 0xff] ^ crc >> 8;
-    return crc;
-}
-
-/* Signature, then the checksum of all with the checksum itself as zeros. */
-static bool vhdx_is_good(const uint8_t *bytes, size_t len, const char *signature)
-{
-    static const uint8_t zeros[4];
-
-    return memcmp(bytes, signature, 4) == 0 &&
-           ~vhdx_crc(vhdx_crc(vhdx_crc(~0u, bytes, 4), zeros, 4), bytes + 8, len - 8) == util_le32(bytes + 4);
-}
-
-/* Two headers: the good one with the higher sequence number is the current one. room: 64 KiB */
-static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
-{
-    struct file *f = &im->files[0];
-    const uint8_t *h = NULL;
-    uint8_t uuid[16];
-    uint64_t done;
-
-    for (uint64_t i = 0; i < 2; i++) {
-        uint8_t *candidate = room + i * VHDX_HEADER;
-        uint64_t at = VHDX_HEADER_AT + i * VHDX_TABLE;
-        if (at + VHDX_HEADER > f->size || file_pread(f, candidate, VHDX_HEADER, at, &done) ||
-            !vhdx_is_good(candidate, VHDX_HEADER, "head"))
-            continue;
-        if (h && util_le64(candidate + 8) == util_le64(h + 8) &&
-            memcmp(candidate + VHDX_HEADER_USED, h + VHDX_HEADER_USED, VHDX_HEADER_USED_END - VHDX_HEADER_USED) != 0)
-            return ext_refuse(im, "two different headers with one sequence number", util_le64(h + 8));
-        if (!h || util_le64(candidate + 8) > util_le64(h + 8))
-            h = candidate;
-    }
-    if (!h)
-        return file_pread(f, room, util_min(8, f->size), 0, &done) || memcmp(room, "vhdxfile", 8) != 0
-                   ? msg_err(-EINVAL, "%s: is not a VHDX image", im->name)
-                   : f->size < VHDX_HEADER_AT + 2 * VHDX_TABLE
-                   ? ext_refuse_table(im, f, "the place of its headers", VHDX_HEADER_AT, 2ull * VHDX_TABLE)
-                   : msg_err(-EINVAL, "%s: damaged VHDX: neither of its headers has a good checksum", im->name);
-    v->log_version = util_le16(h + 64);
-    v->version = util_le16(h + 66);
-    if (v->version != 1)
-        return msg_err(-EOPNOTSUPP, "%s: VHDX of unknown version %u, which is not supported", im->name, v->version);
-    util_swap_guid(h + 32, uuid);
-    ext_set_id(&im->id, ID_IMAGE, uuid);                /* changes with the data: what children remember */
-    memcpy(v->log_guid, h + 48, sizeof(v->log_guid));
-    v->log = (struct vhdx_range){ .offset = util_le64(h + 72), .length = util_le32(h + 68) };
-    im->dirty = !util_is_null_id(v->log_guid);
-    return 0;
-}
-
-/* -- the log -- */
-
-/*
- * A ring of entries, each a header with descriptors and then pages of data, in units of 4 KiB. Entries with the
- * header's log GUID and consecutive sequence numbers form a sequence; a sequence is whole when its last entry's tail
- * lies in it. Of the whole ones that with the highest number counts, from its tail on.
- */
-struct vhdx_log {
-    struct image *im;
-    const uint8_t *guid;
-    uint64_t offset, length;
-    uint64_t budget;                /* bytes that may still be read: garbage must not keep us for ever; see spent */
-    bool spent;                     /* the budget did not suffice: what was found so far may not be all */
-};
-
-struct vhdx_entry {
-    uint64_t sequence, flushed, last, at, length, tail;
-    uint32_t checksum, descriptors;
-};
-
-static int vhdx_log_bad(const struct image *im, const char *what)
-{
-    return msg_err(-EINVAL, "%s: was not closed properly, and its log cannot be replayed: %s; --ignore-log reads what "
-                   "is there without it", im->name, what);
-}
-
-/* at: may be past the end of the ring */
-static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, uint8_t page[VHDX_LOG_PAGE])
-{
-    uint64_t done;
-
-    log->spent |= log->budget < VHDX_LOG_PAGE || (log->budget % VHDX_MIB == 0 && util_interrupted());
-    if (log->spent)
-        return false;
-    log->budget -= VHDX_LOG_PAGE;
-    return file_pread(&log->im->files[0], page, VHDX_LOG_PAGE, log->offset + at % log->length, &done) == 0;
-}
-
-static bool vhdx_entry_header(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
-{
-    uint8_t page[VHDX_LOG_PAGE];
-
-    if (!vhdx_log_read(log, at, page) || memcmp(page, "loge", 4) != 0 || memcmp(page + 32, log->guid, 16) != 0)
-        return false;
-    *e = (struct vhdx_entry){
-        .at = at % log->length, .checksum = util_le32(page + 4), .length = util_le32(page + 8),
-        .tail = util_le32(page + 12), .sequence = util_le64(page + 16), .descriptors = util_le32(page + 24),
-        .flushed = util_le64(page + 48), .last = util_le64(page + 56),
-    };
-    return e->length && e->length <= log->length && e->length % VHDX_LOG_PAGE == 0 && e->tail < log->length &&
-           e->tail % VHDX_LOG_PAGE == 0 && e->sequence &&
-           VHDX_LOG_HEADER + (uint64_t)e->descriptors * VHDX_LOG_DESCRIPTOR <= e->length;
-}
-
-static bool vhdx_entry_sum(struct vhdx_log *log, const struct vhdx_entry *e)
-{
-    uint8_t page[VHDX_LOG_PAGE];
-    uint32_t crc = ~0u;
-
-    for (uint64_t done = 0; done < e->length; done += VHDX_LOG_PAGE) {
-        if (!vhdx_log_read(log, e->at + done, page))
-            return false;
-        if (done == 0)
-            memset(page + 4, 0, 4);
-        crc = vhdx_crc(crc, page, VHDX_LOG_PAGE);
-    }
-    return ~crc == e->checksum;
-}
-
-static int vhdx_apply_zeros(struct file *f, uint64_t offset, uint64_t length)
-{
-    int ret = 0;
-
-    for (; length && !ret; offset += VHDX_LOG_PAGE, length -= VHDX_LOG_PAGE)
-        ret = file_patch(f, offset, NULL);
-    return ret;
-}
-
-/*
- * The page of data that belongs to a descriptor. Its own first and last bytes, which the sequence number replaced,
- * are in the descriptor. -EINVAL: it is not of this entry.
- */
-static int vhdx_data_page(struct vhdx_log *log, const struct vhdx_entry *e, uint64_t at, const uint8_t *descriptor,
-                          uint8_t page[VHDX_LOG_PAGE])
-{
-    if (at + VHDX_LOG_PAGE > e->length || !vhdx_log_read(log, e->at + at, page) || memcmp(page, "data", 4) != 0 ||
-        util_le32(page + 4) != e->sequence >> 32 || util_le32(page + VHDX_LOG_PAGE - 4) != (uint32_t)e->sequence)
-        return -EINVAL;
-    memcpy(page, descriptor + 8, 8);
-    memcpy(page + VHDX_LOG_PAGE - 4, descriptor + 4, 4);
-    return 0;
-}
-
-/* Goes through the descriptors of an entry, to check them or to apply them. -EINVAL: the entry is not valid. */
-static int vhdx_entry_walk(struct vhdx_log *log, const struct vhdx_entry *e, bool apply)
-{
-    uint8_t page[VHDX_LOG_PAGE], data[VHDX_LOG_PAGE];
-    uint64_t at = VHDX_LOG_HEADER, end = at + (uint64_t)e->descriptors * VHDX_LOG_DESCRIPTOR, offset, length;
-    uint64_t data_at = (end + VHDX_LOG_PAGE - 1) / VHDX_LOG_PAGE * VHDX_LOG_PAGE;
-    struct file *f = &log->im->files[0];
-    int ret = 0;
-
-    for (bool first = true; at < end && !ret; at += VHDX_LOG_DESCRIPTOR, first = false) {
-        const uint8_t *d = page + at % VHDX_LOG_PAGE;
-        if ((first || at % VHDX_LOG_PAGE == 0) && !vhdx_log_read(log, e->at + at / VHDX_LOG_PAGE * VHDX_LOG_PAGE, page))
-            return -EINVAL;
-        offset = util_le64(d + 16);
-        length = util_le64(d + 8);
-        if (util_le64(d + 24) != e->sequence || offset % VHDX_LOG_PAGE || offset > (uint64_t)MAX_IMAGE_SIZE / 2)
-            return -EINVAL;
-        if (memcmp(d, "zero", 4) == 0) {
-            if (length % VHDX_LOG_PAGE || length > (uint64_t)MAX_IMAGE_SIZE / 2)
-                return -EINVAL;
-            ret = apply ? vhdx_apply_zeros(f, offset, length) : 0;
-        } else if (memcmp(d, "desc", 4) == 0) {
-            ret = vhdx_data_page(log, e, data_at, d, data);
-            data_at += VHDX_LOG_PAGE;
-            if (!ret && apply)
-                ret = file_patch(f, offset, data);
-        } else {
-            return -EINVAL;
-        }
-    }
-    return ret;
-}
-
-static bool vhdx_entry_valid(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
-{
-    return vhdx_entry_header(log, at, e) && vhdx_entry_sum(log, e) && vhdx_entry_walk(log, e, false) == 0;
-}
-
-/* The length of the run of consecutive entries from start on; 0: none. *last is its last one. */
-static uint64_t vhdx_log_run(struct vhdx_log *log, uint64_t start, struct vhdx_entry *last)
-{
-    struct vhdx_entry e;
-    uint64_t length = 0;
-
-    while (length < log->length && vhdx_entry_valid(log, start + length, &e) &&
-           (!length || e.sequence == last->sequence + 1) && e.length <= log->length - length) {
-        *last = e;
-        length += e.length;
-    }
-    return length;
-}
-
-/* Is the tail of the run's last entry one of its entries? */
-static bool vhdx_log_is_whole(struct vhdx_log *log, uint64_t start, uint64_t length, uint64_t tail)
-{
-    struct vhdx_entry e;
-
-    for (uint64_t at = 0; at < length; at += e.length) {
-        if ((start + at) % log->length == tail)
-            return true;
-        if (!vhdx_entry_header(log, start + at, &e))
-            return false;
-    }
-    return false;
-}
-
-/* The last entry of the active sequence. False: there is none. */
-static bool vhdx_log_find(struct vhdx_log *log, struct vhdx_entry *head)
-{
-    struct vhdx_entry last = { 0 };
-    bool found = false;
-    uint64_t run;
-
-    /* No whole sequence begins inside of a run: it would end where the run does, with the same tail. */
-    for (uint64_t start = 0; start < log->length; start += run ? run : VHDX_LOG_PAGE) {
-        run = vhdx_log_run(log, start, &last);
-        if (run && (!found || last.sequence > head->sequence) &&
-            vhdx_log_is_whole(log, start, run, last.tail)) {
-            *head = last;
-            found = true;
-        }
-    }
-    return found;
-}
-
-/* Applies the entries from the tail of `head` up to itself. */
-static int vhdx_log_apply(struct vhdx_log *log, const struct vhdx_entry *head)
-{
-    struct file *f = &log->im->files[0];
-    uint64_t flushed = 0, last = 0, total = 0;
-    struct vhdx_entry e = { .at = UINT64_MAX };
-    unsigned n = 0;
-    int ret = 0;
-
-    log->budget = 4 * log->length + VHDX_MIB;       /* also what ends this, should the file change underneath */
-    for (; !ret && e.at != head->at; total += e.length, n++) {
-        ret = vhdx_entry_header(log, head->tail + total, &e) ? vhdx_entry_walk(log, &e, true) : -EINVAL;
-        flushed = e.flushed > flushed ? e.flushed : flushed;
-        last = e.last > last ? e.last : last;
-    }
-    if (ret == -ENOMEM)
-        return msg_err(ret, "%s: out of memory", log->im->name);
-    if (ret == -E2BIG || last > (uint64_t)MAX_IMAGE_SIZE)
-        return vhdx_log_bad(log->im, "it changes more than is plausible");
-    if (ret)
-        return vhdx_log_bad(log->im, "it was changed meanwhile");
-    msg_say(MSG_NOTE, "%s: was not closed properly: its log (%u entries, %u pages) is replayed in memory; the file is "
-            "not changed", log->im->name, n, f->n_patches);
-    ((struct vhdx *)log->im->state)->flushed = flushed;
-    if (last > f->size && flushed <= f->size)
-        file_extend(f, last);       /* with zeros, as whoever replays the log on disk does */
-    return 0;
-}
-
-static int vhdx_replay(struct image *im, const struct vhdx *v)
-{
-    struct file *f = &im->files[0];
-    struct vhdx_log log = { .im = im, .guid = v->log_guid, .offset = v->log.offset, .length = v->log.length,
-                            .budget = 16 * v->log.length + VHDX_LOG_SPARE };
-    struct vhdx_entry head = { 0 };
-    bool found;
-
-    if (im->opt->ignore_log) {
-        msg_say(MSG_NOTE, "%s: was not closed properly, and its log is ignored: what was changed last may be wrong",
-                im->name);
-        return 0;
-    }
-    if (v->log_version)
-        return vhdx_log_bad(im, "it is of an unknown version");
-    if (!log.length || log.length % VHDX_MIB || log.offset % VHDX_MIB || log.offset < VHDX_MIB ||
-        log.offset > f->size || log.length > f->size - log.offset)
-        return vhdx_log_bad(im, "it is not where it should be");
-    found = vhdx_log_find(&log, &head);
-    if (util_interrupted())
-        return msg_err(-EINTR, "interrupted");
-    if (!found || log.spent)
-        return vhdx_log_bad(im, log.spent ? "too much garbage in it" : "no whole sequence in it");
-    return vhdx_log_apply(&log, &head);
-}
-
-/* -- regions, metadata -- */
-
-static bool vhdx_overlaps(const struct vhdx_range *r, uint64_t offset, uint64_t length)
-{
-    return offset < r->offset + r->length && r->offset < offset + length;
-}
-
-static int vhdx_check_regions(struct image *im, struct vhdx *v, const uint8_t *table)
-{
-    uint32_t n = util_le32(table + 8);
-
-    if (n > VHDX_MAX_ENTRIES)
-        return ext_refuse(im, "the number of regions", n);
-    for (uint32_t i = 0; i < n; i++) {
-        const uint8_t *e = table + 16 + (size_t)32 * i;
-        uint64_t offset = util_le64(e + 16), length = util_le32(e + 24);
-        struct vhdx_range *r = memcmp(e, vhdx_guid_bat, 16) == 0        ? &v->bat
-                               : memcmp(e, vhdx_guid_metadata, 16) == 0 ? &v->metadata
-                                                                        : NULL;
-        if (!r && util_le32(e + 28) & 1)
-            return vhdx_unknown(im, "region", e);
-        if (!r)
-            continue;
-        if (r->length)
-            return ext_refuse(im, "a region that is there twice", offset);
-        if (!length || length % VHDX_MIB || offset % VHDX_MIB || offset < VHDX_MIB ||
-            offset > (uint64_t)MAX_IMAGE_SIZE - length)
-            return ext_refuse(im, "the place of a region", length % VHDX_MIB || !length ? length : offset);
-        *r = (struct vhdx_range){ offset, length };
-    }
-    if (!v->bat.length || !v->metadata.length)
-        return ext_refuse(im, v->bat.length ? "no metadata region" : "no block table", n);
-    if (vhdx_overlaps(&v->bat, v->metadata.offset, v->metadata.length))
-        return ext_refuse(im, "regions that overlap", v->bat.offset);
-    if (v->log.offset < (uint64_t)MAX_IMAGE_SIZE && v->log.length &&
-        (vhdx_overlaps(&v->log, v->bat.offset, v->bat.length) ||
-         vhdx_overlaps(&v->log, v->metadata.offset, v->metadata.length)))
-        return ext_refuse(im, "a region in the log", v->log.offset);
-    return 0;
-}
-
-static int vhdx_read_regions(struct image *im, struct vhdx *v, uint8_t *room)
-{
-    struct file *f = &im->files[0];
-    uint64_t done;
-
-    for (uint64_t i = 0; i < 2; i++) {
-        uint64_t at = VHDX_REGIONS_AT + i * VHDX_TABLE;
-        if (at + VHDX_TABLE <= f->size && file_pread(f, room, VHDX_TABLE, at, &done) == 0 &&
-            vhdx_is_good(room, VHDX_TABLE, "regi"))
-            return vhdx_check_regions(im, v, room);
-    }
-    return msg_err(-EINVAL, "%s: damaged VHDX: neither of its region tables has a good checksum", im->name);
-}
-
-static int vhdx_check_item(struct image *im, struct vhdx *v, const uint8_t *e)
-{
-    uint64_t offset = util_le32(e + 16), length = util_le32(e + 20);
-    uint32_t bits = util_le32(e + 24);
-    size_t i = 0;
-
-    while (i < VHDX_ITEMS && (bits & VHDX_META_USER || memcmp(e, vhdx_items[i].guid, 16) != 0))
-        i++;
-    if (i == VHDX_ITEMS)
-        return bits & VHDX_META_REQUIRED ? vhdx_unknown(im, "metadata item", e) : 0;
-    if (i == VHDX_PHYSICAL || i == VHDX_ID)
-        return 0;                   /* reading needs neither, whatever they say */
-    if (offset < VHDX_TABLE || offset > v->metadata.length || length > v->metadata.length - offset)
-        return ext_refuse(im, "the place of a metadata item", offset);
-    if (length < vhdx_items[i].length || v->item[i].length)
-        return ext_refuse(im, vhdx_items[i].what, length);
-    v->item[i] = (struct vhdx_range){ v->metadata.offset + offset, length };
-    return 0;
-}
-
-static int vhdx_read_metadata(struct image *im, struct vhdx *v, uint8_t *room)
-{
-    struct file *f = &im->files[0];
-    uint64_t done;
-    uint32_t n;
-    int ret = 0;
-
-    if (v->metadata.offset > f->size || f->size - v->metadata.offset < VHDX_TABLE)
-        return ext_refuse(im, "the metadata lies past the end of the file", v->metadata.offset);
-    if (file_pread(f, room, VHDX_TABLE, v->metadata.offset, &done))
-        return -EIO;
-    n = util_le16(room + 10);
-    if (memcmp(room, "metadata", 8) != 0 || n > VHDX_MAX_ENTRIES)
-        return ext_refuse(im, "the metadata table", n);
-    for (uint32_t i = 0; i < n && !ret; i++)
-        ret = vhdx_check_item(im, v, room + 32 + (size_t)32 * i);
-    for (size_t i = 0; i < VHDX_ITEMS && !ret; i++)
-        if (vhdx_items[i].needed && !v->item[i].length)
-            ret = msg_err(-EINVAL, "%s: damaged VHDX: lacks %s", im->name, vhdx_items[i].what);
-    return ret;
-}
-
-/* The first `len` bytes (at most) of an item; zeros where there is none. */
-static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item item, uint8_t *bytes, uint64_t len)
-{
-    struct file *f = &im->files[0];
-    uint64_t done, offset = v->item[item].offset;
-
-    memset(bytes, 0, len);
-    len = util_min(len, v->item[item].length);
-    if (offset > f->size || len > f->size - offset)
-        return ext_refuse(im, "a metadata item lies past the end of the file", offset);
-    return file_pread(f, bytes, len, offset, &done);
-}
-
-static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, uint64_t size, uint32_t sector)
-{
-    if (block < VHDX_MIN_BLOCK || block > VHDX_MAX_BLOCK || block & (block - 1))
-        return ext_refuse(im, "the block size", block);
-    if (sector != 512 && sector != 4096)
-        return ext_refuse(im, "the sector size", sector);
-    if (size > VHDX_MAX_SIZE || size % sector)
-        return ext_refuse(im, "the disk's size", size);
-    v->block_bits = (uint32_t)__builtin_ctz(block);
-    v->sector_bits = (uint32_t)__builtin_ctz(sector);
-    v->chunk_bits = VHDX_CHUNK_BITS + v->sector_bits - v->block_bits;
-    im->size = size;
-    im->cluster_size = block;
-    im->sector_size = sector;
-    return 0;
-}
-
-/* Entries that the block table must have. */
-static uint64_t vhdx_bat_entries(const struct image *im, const struct vhdx *v)
-{
-    uint64_t blocks = (im->size + (1ull << v->block_bits) - 1) >> v->block_bits;
-
-    if (blocks && v->has_parent)
-        return (((blocks - 1) >> v->chunk_bits) + 1) * ((1ull << v->chunk_bits) + 1);
-    return blocks ? blocks + ((blocks - 1) >> v->chunk_bits) : 0;
-}
-
-/* The block table must be whole, and large enough for the size. */
-static int vhdx_check_bat(struct image *im, const struct vhdx *v)
-{
-    uint64_t entries = vhdx_bat_entries(im, v);
-
-    if (entries * 8 > v->bat.length)
-        return ext_refuse(im, "the block table is too small for the size", v->bat.length);
-    if (v->bat.offset > im->files[0].size || entries * 8 > im->files[0].size - v->bat.offset)
-        return ext_refuse(im, "the block table lies past the end of the file", v->bat.offset);
-    return 0;
-}
-
-static int vhdx_read_items(struct image *im, struct vhdx *v)
-{
-    uint8_t parameters[8], size[8], sector[4];
-    int ret = vhdx_read_item(im, v, VHDX_PARAMETERS, parameters, sizeof(parameters));
-
-    if (!ret)
-        ret = vhdx_read_item(im, v, VHDX_SIZE, size, sizeof(size));
-    if (!ret)
-        ret = vhdx_read_item(im, v, VHDX_SECTOR, sector, sizeof(sector));
-    if (ret)
-        return ret;
-    v->has_parent = util_le32(parameters + 4) & VHDX_HAS_PARENT || v->item[VHDX_LOCATOR].length;
-    ret = vhdx_check_sizes(im, v, util_le32(parameters), util_le64(size), util_le32(sector));
-    return ret ? ret : vhdx_check_bat(im, v);
-}
-
-/* -- parents -- */
-
-static bool vhdx_key_is(const uint8_t *key, size_t len, const char *name)
-{
-    size_t n = strlen(name);
-
-    if (len != 2 * n)
-        return false;
-    for (size_t i = 0; i < n; i++)
-        if (util_le16(key + 2 * i) != (unsigned char)name[i])
-            return false;
-    return true;
-}
-
-/* Key and value of entry i of the locator. False: they do not lie in it. */
-static bool vhdx_locator_value(const uint8_t *locator, uint64_t len, const char *key, const uint8_t **value,
-                               size_t *value_len)
-{
-    uint32_t n = util_le16(locator + 18);
-
-    for (uint32_t i = 0; i < n && 20 + (uint64_t)12 * (i + 1) <= len; i++) {
-        const uint8_t *e = locator + 20 + (size_t)12 * i;
-        uint64_t key_at = util_le32(e), value_at = util_le32(e + 4);
-        uint32_t key_len = util_le16(e + 8);
-        *value_len = util_le16(e + 10);
-        if (key_at + key_len > len || value_at + *value_len > len || !vhdx_key_is(locator + key_at, key_len, key))
-            continue;
-        *value = locator + value_at;
-        return true;
-    }
-    return false;
-}
-
-/* The value of a key as text. */
-static bool vhdx_locator_text(const uint8_t *locator, uint64_t len, const char *key, char *text, size_t room)
-{
-    const uint8_t *value;
-    size_t n;
-
-    return vhdx_locator_value(locator, len, key, &value, &n) && util_utf16_text(value, n, false, text, room);
-}
-
-static int vhdx_parse_locator(struct image *im, const uint8_t *locator, uint64_t len)
-{
-    static const char *const paths[] = { "relative_path", "volume_path", "absolute_win32_path" };
-    char text[3072];
-    uint8_t uuid[16];
-    int ret = 0;
-
-    if (memcmp(locator, vhdx_guid_locator, 16) != 0)
-        return vhdx_unknown(im, "parent locator", locator);
-    ext_set_parent(im, "vhdx");
-    if (vhdx_locator_text(locator, len, "parent_linkage", text, sizeof(text)) && util_parse_guid(text, uuid))
-        ext_set_id(&im->parent_id, ID_IMAGE, uuid);
-    im->has_other_parent = vhdx_locator_text(locator, len, "parent_linkage2", text, sizeof(text)) &&
-                           util_parse_guid(text, im->other_parent) && !util_is_null_id(im->other_parent);
-    for (size_t i = 0; i < ARRAY_LEN(paths) && !ret; i++)
-        if (vhdx_locator_text(locator, len, paths[i], text, sizeof(text)))
-            ret = ext_add_hint(im, text);
-    return ret;
-}
-
-static int vhdx_read_parent(struct image *im, const struct vhdx *v, uint8_t *room)
-{
-    uint64_t len = v->item[VHDX_LOCATOR].length;
-    int ret;
-
-    if (!v->has_parent)
-        return 0;
-    if (!len || len > VHDX_MAX_LOCATOR)
-        return ext_refuse(im, "the length of the parent locator", len);
-    ret = vhdx_read_item(im, v, VHDX_LOCATOR, room, len);
-    return ret ? ret : vhdx_parse_locator(im, room, len);
-}
-
-static int vhdx_identify(struct image *im)
-{
-    struct vhdx v = { 0 };
-    uint8_t *room = malloc(VHDX_TABLE);
-    int ret = room ? vhdx_read_headers(im, &v, room) : -ENOMEM;
-
-    free(room);
-    return ret;
-}
-
-static int vhdx_open(struct image *im)
-{
-    struct vhdx *v = im->state = util_fault("vhdx") ? NULL : calloc(1, sizeof(*v));
-    uint8_t *room = v ? malloc(VHDX_TABLE) : NULL;
-    int ret = 0;
-
-    if (!room)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        ret = msg_err(-EINVAL, "%s: a VHDX image is one file", im->name);
-    if (!ret)
-        ret = vhdx_read_headers(im, v, room);
-    if (!ret && im->dirty)
-        ret = vhdx_replay(im, v);
-    if (!ret)
-        ret = vhdx_read_regions(im, v, room);
-    if (!ret)
-        ret = vhdx_read_metadata(im, v, room);
-    if (!ret)
-        ret = vhdx_read_items(im, v);
-    if (!ret)
-        ret = vhdx_read_parent(im, v, room);
-    free(room);
-    return ret;
-}
-
-static void vhdx_close(struct image *im)
-{
-    free(im->state);
-}
-
-/* -- reading -- */
-
-/* Where a block may not lie. NULL: there. */
-static const char *vhdx_misplaced(const struct image *im, const struct vhdx *v, uint64_t offset, uint64_t length)
-{
-    if (offset < VHDX_MIB)
-        return "its block lies in the header";
-    if (offset >= im->files[0].size)
-        return "its block lies past the end of the file";
-    if (vhdx_overlaps(&v->bat, offset, length) || vhdx_overlaps(&v->metadata, offset, length) ||
-        (v->log.offset <= im->files[0].size && vhdx_overlaps(&v->log, offset, length)))
-        return "its block lies in the image's own tables";
-    return NULL;
-}
-
-static void vhdx_map_data(struct image *im, const struct vhdx *v, uint64_t host, uint64_t in_block, uint64_t length,
-                          struct extent *ext)
-{
-    struct file *f = &im->files[0];
-    const char *why = vhdx_misplaced(im, v, host, 1ull << v->block_bits);
-
-    if (!why && in_block >= f->size - host)
-        why = "its block lies past the end of the file";
-    if (why)
-        ext_bad(ext, length, why);
-    else
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_block), .file = f,
-                                .offset = host + in_block };
-}
-
-/* A block of which only those sectors are here whose bits in the chunk's sector bitmap are set. */
-static void vhdx_map_partial(struct image *im, const struct vhdx *v, uint64_t block, uint64_t host, uint64_t in_block,
-                             uint64_t length, struct extent *ext)
-{
-    uint64_t chunk = block >> v->chunk_bits, in_chunk = block & ((1ull << v->chunk_bits) - 1), bitmap, first, n;
-    uint64_t index = (chunk + 1) * ((1ull << v->chunk_bits) + 1) - 1, sector = 1ull << v->sector_bits;
-    const char *why;
-    bool here;
-
-    if (cache_le64(&im->files[0], v->bat.offset + index * 8, &bitmap)) {
-        ext_bad(ext, length, "the block table cannot be read");
-        return;
-    }
-    why = vhdx_misplaced(im, v, bitmap & -(uint64_t)VHDX_MIB, VHDX_MIB);
-    if ((bitmap & (VHDX_MIB - 1)) != VHDX_PRESENT)
-        why = "its sector bitmap is not there";
-    else if (!why && im->files[0].size - (bitmap & -(uint64_t)VHDX_MIB) < VHDX_MIB)
-        why = "its sector bitmap lies past the end of the file";
-    first = (in_chunk << (v->block_bits - v->sector_bits)) + (in_block >> v->sector_bits);
-    n = ((in_block + length - 1) >> v->sector_bits) - (in_block >> v->sector_bits) + 1;
-    if (!why && cache_bits(&im->files[0], bitmap & -(uint64_t)VHDX_MIB, first, n, false, &here, &n))
-        why = "its sector bitmap cannot be read";
-    if (why) {
-        ext_bad(ext, length, why);
-        return;
-    }
-    length = util_min(length, n * sector - (in_block & (sector - 1)));
-    if (here)
-        vhdx_map_data(im, v, host, in_block, length, ext);
-    else
-        *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
-}
-
-/*
- * Blocks whose contents are "undefined" or "unmapped" may read as anything but the parent's data: zeros, as with
- * everyone else.
- */
-static void vhdx_map_entry(struct image *im, const struct vhdx *v, uint64_t block, uint64_t entry, uint64_t in_block,
-                           uint64_t length, struct extent *ext)
-{
-    uint32_t state = entry & 7;
-    uint64_t host = entry & -(uint64_t)VHDX_MIB;
-
-    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
-    if (entry & VHDX_ENTRY_RESERVED)
-        ext_bad(ext, length, "its block table entry has reserved bits set");
-    else if (state == VHDX_ABSENT && v->has_parent)
-        ext->kind = EXT_BACKING;
-    else if (state <= VHDX_UNMAPPED || state == VHDX_UNMAPPED_095)
-        ;
-    else if (state == VHDX_PRESENT)
-        vhdx_map_data(im, v, host, in_block, length, ext);
-    else if (state == VHDX_PARTIAL && v->has_parent)
-        vhdx_map_partial(im, v, block, host, in_block, length, ext);
-    else
-        ext_bad(ext, length, "its block is in a state that cannot be");
-}
-
-static int vhdx_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    const struct vhdx *v = im->state;
-    uint64_t size = 1ull << v->block_bits, left = length, block, here, entry;
-    struct extent next;
-
-    (void)exact;
-    ext->length = 0;
-    for (unsigned n = 0; left && n < VHDX_LOOK_AHEAD; n++, left -= next.length, offset += next.length) {
-        block = offset >> v->block_bits;
-        here = util_min(left, size - (offset & (size - 1)));
-        if (cache_le64(&im->files[0], v->bat.offset + (block + (block >> v->chunk_bits)) * 8, &entry))
-            ext_bad(&next, here, "the block table cannot be read");
-        else
-            vhdx_map_entry(im, v, block, entry, offset & (size - 1), here, &next);
-        if (!vhd_append(ext, &next))
-            break;
-    }
-    return 0;
-}
-
-static void vhdx_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
-{
-    const struct vhdx *v = by;
-    uint64_t entry = util_le64(bytes), chunk = (1ull << v->chunk_bits) + 1, host = entry & -(uint64_t)VHDX_MIB;
-    uint64_t start = (i - i / chunk) << v->block_bits, state = entry & 7;
-
-    if (entry & VHDX_ENTRY_RESERVED || host > (uint64_t)MAX_IMAGE_SIZE)
-        return;
-    if (i % chunk == chunk - 1 && state == VHDX_PRESENT)
-        c->claim(c, &im->files[0], host, VHDX_MIB, "a sector bitmap block", 0);
-    else if (i % chunk != chunk - 1 && start < im->size && (state == VHDX_PRESENT || state == VHDX_PARTIAL))
-        c->claim(c, &im->files[0], host, util_min(1ull << v->block_bits, im->size - start), NULL, start);
-}
-
-static bool vhdx_claims(struct image *im, struct claims *c)
-{
-    const struct vhdx *v = im->state;
-    struct file *f = &im->files[0];
-
-    c->claim(c, f, 0, VHDX_MIB, "the header", 0);
-    if (v->log.offset >= VHDX_MIB && v->log.offset <= f->size)
-        c->claim(c, f, v->log.offset, v->log.length, "the log", 0);
-    c->claim(c, f, v->metadata.offset, v->metadata.length, "the metadata", 0);
-    c->claim(c, f, v->bat.offset, v->bat.length, "the block table", 0);
-    c->claim(c, f, v->flushed, 0, NULL, 0);
-    ext_claim_table(c, im, v, f, v->bat.offset, vhdx_bat_entries(im, v), 8, vhdx_claim_entry);
-    return true;
-}
-
-static void vhdx_info(struct image *im, struct out *out)
-{
-    const struct vhdx *v = im->state;
-    char id[33];
-
-    util_hex(im->id.value[ID_IMAGE], 16, id);
-    out_text(out, "subformat", v->has_parent ? "differencing" : "fixed or dynamic");
-    out_number(out, "sector-size", 1u << v->sector_bits);
-    out_text(out, "data-write-id", id);
-    if (im->dirty)
-        out_number(out, "replayed-pages", im->files[0].n_patches);
-}
-
-/* QEMU knows no parents, and replays a log only in the file. */
-static bool vhdx_as_qemu(struct image *im)
-{
-    return !((const struct vhdx *)im->state)->has_parent && !im->dirty;
-}
-
-static const struct image_format vhdx_format = {
-    .name = "vhdx",
-    .describe = "VHDX images of Hyper-V: fixed, dynamic, differencing; the log is replayed in memory",
-    .writes = "overlay",
-    .probe = vhdx_probe,
-    .identify = vhdx_identify,
-    .open = vhdx_open,
-    .map = vhdx_map,
-    .claims = vhdx_claims,
-    .as_qemu = vhdx_as_qemu,
-    .info = vhdx_info,
-    .close = vhdx_close,
-};
-
-/* ******************************************************************************************************** *
- * 17. VMDK
- *
- * VMware "Virtual Disk Format 5.0"; COWD and seSparse: the documentation of libvmdk and QEMU. All numbers are
- * little-endian; most places are sectors of 512 bytes.
- *
- *   descriptor  text: CID, parent, and one line for each extent of the disk, in order. A file of its own, or
- *               inside the sparse extent that is the whole disk, which is then meant whatever name it says
- *   flat        bytes of a file from some sector on
- *   hosted      "KDMV": header | descriptor | redundant grain directory, its tables | grain directory, its
- *               tables | grains. streamOptimized: compressed grains, each behind a marker with its place and
- *               length; then tables, directory, and a footer that repeats the header and says where they are
- *   COWD        header | grain directory | tables of 4096 entries and grains, as they came
- *   seSparse    header | volatile header | ... | grain directory | tables | ... | grains; entries of 8 bytes
- *
- *   grain directory entry -> grain table; grain table entry -> grain; 0: what the parent has
- *
- * Where an extent has two directories, both are asked. Writers keep them equal, so that where they differ one
- * is damaged: the one that cannot be true loses, and so does a sector of zeros (a bad sector of the disk that
- * the image was on); else it is an error. Only after a crash (unclean) the entry that has data is taken.
- * ******************************************************************************************************** */
-
-enum {
-    VMDK_SECTOR = 512,
-    VMDK_MAX_TEXT = 1 << 20,        /* bytes of a descriptor: MAX_PARTS lines need less */
-    VMDK_MAX_GRAIN = 1 << 17,       /* sectors: 64 MiB; 128 is usual */
-    VMDK_LOOK_AHEAD = 1024,         /* entries looked at for one extent: grains of COWD are one sector */
-    VMDK_LOOK_AHEAD_HOLE = 128,     /* what a parent may cut to pieces is looked up again and again */
-    VMDK_ROUNDED = 1 << 16,         /* bytes that a file may be longer than its extent and yet be just that */
-    VMDK_FOOTER_BACK = 128,         /* sectors at the end in which the footer is looked for */
-
-    VMDK_HOSTED_MAGIC = 0x564d444b, /* "KDMV" */
-    VMDK_HOSTED_GRAIN_MIN = 8,      /* sectors */
-    VMDK_HOSTED_ENTRIES = 512,      /* of a grain table, at most */
-    VMDK_USUAL_GRAIN_BITS = 16,
-    VMDK_OFF_VERSION = 4, VMDK_OFF_FLAGS = 8, VMDK_OFF_CAPACITY = 12, VMDK_OFF_GRAIN = 20, VMDK_OFF_DESCRIPTOR = 28,
-    VMDK_OFF_DESCRIPTOR_SIZE = 36, VMDK_OFF_ENTRIES = 44, VMDK_OFF_REDUNDANT = 48, VMDK_OFF_DIRECTORY = 56,
-    VMDK_OFF_UNCLEAN = 72, VMDK_OFF_NEWLINES = 73, VMDK_OFF_ALGORITHM = 77,
-    VMDK_FLAG_NEWLINES = 1, VMDK_FLAG_REDUNDANT = 2, VMDK_FLAG_ZERO_GRAINS = 4, VMDK_FLAG_COMPRESSED = 1 << 16,
-    VMDK_FLAG_MARKERS = 1 << 17,
-    VMDK_MARKER_HEAD = 12,          /* of a grain: u64 sector of the disk, u32 length of what follows */
-    VMDK_MARKER_FOOTER = 3,         /* u64 sectors, u32 0, u32 type */
-
-    VMDK_COWD_MAGIC = 0x44574f43,   /* "COWD" */
-    VMDK_COWD_ENTRIES_BITS = 12,
-    VMDK_COWD_OFF_CAPACITY = 12, VMDK_COWD_OFF_GRAIN = 16, VMDK_COWD_OFF_DIRECTORY = 20, VMDK_COWD_OFF_ENTRIES = 24,
-    VMDK_COWD_OFF_PARENT = 32, VMDK_COWD_OFF_UNCLEAN = 1648, VMDK_COWD_HEADER = 2048,
-
-    VMDK_SE_GRAIN_BITS = 12,        /* nothing else was ever written: 4 KiB, tables of 4096 entries */
-    VMDK_SE_ENTRIES_BITS = 12,
-    VMDK_SE_TABLE = 32768,          /* bytes */
-    VMDK_SE_OFF_VERSION = 8, VMDK_SE_OFF_CAPACITY = 16, VMDK_SE_OFF_GRAIN = 24, VMDK_SE_OFF_TABLE = 32,
-    VMDK_SE_OFF_FLAGS = 40, VMDK_SE_OFF_VOLATILE = 80, VMDK_SE_OFF_DIRECTORY = 128, VMDK_SE_OFF_DIRECTORY_SIZE = 136,
-    VMDK_SE_OFF_TABLES = 144, VMDK_SE_OFF_GRAINS = 192,
-    VMDK_SE_OFF_REPLAY = 24,        /* of the volatile header */
-};
-#define VMDK_SE_MAGIC 0xcafebabeu
-#define VMDK_SE_VOLATILE_MAGIC 0xcafecafeu
-#define VMDK_SE_VERSION 0x0000000200000001u
-#define VMDK_NO_PARENT 0xffffffffu
-#define VMDK_NEW_CID 0xfffffffeu    /* of every disk that was never written, and of all that some programs make */
-#define VMDK_LINE_ENDS "\r\n"       /* of a descriptor: either, or both */
-#define VMDK_AT_END UINT64_MAX      /* place of the grain directory: the footer says it */
-
-enum vmdk_kind { VMDK_BAD, VMDK_ZERO, VMDK_FLAT, VMDK_HOSTED, VMDK_COWD, VMDK_SESPARSE };
-
-struct vmdk_extent {
-    enum vmdk_kind kind;
-    bool no_access, zero_grains, compressed, markers, unclean;
-    bool exact;                     /* QEMU takes the line for an extent: it minds the case of its words */
-    uint64_t start, size;           /* bytes: in the disk */
-    struct file *file;
-    const char *why;                /* VMDK_BAD */
-    const char *type, *name;        /* in the descriptor's text: of the line; "" and NULL without one */
-    uint64_t offset;                /* VMDK_FLAT: bytes, in file */
-    /* sparse: */
-    uint64_t capacity;              /* bytes: by its header; its last grain may reach past `size` */
-    uint32_t grain_bits, table_bits, entry_size;    /* log2 of a grain's bytes, of a table's entries; 4 or 8 */
-    uint32_t last_length;           /* compressed: what the last grain decodes to */
-    uint64_t directory[2];          /* bytes: of the one or two grain directories; 0: none */
-    uint64_t header_sectors;        /* with the descriptor: no directory lies before */
-    uint64_t first_grain;           /* bytes: what lies before is not data for sure */
-    uint64_t tables, grains;        /* seSparse, bytes: entries count from here */
-};
-
-struct vmdk {
-    struct vmdk_extent *extents;
-    unsigned n_extents;
-    uint32_t cid, parent_cid;
-    bool no_cid, odd_parent_cid;    /* damaged: the latter means none, if there is no other sign of a parent */
-    char *text;                     /* the descriptor, cut into lines; NULL: none */
-    bool embedded;                  /* in the extent that is the whole disk */
-    const char *create_type, *hint, *encoding;      /* in text, or "" */
-    struct identity id, parent_id;  /* VirtualBox's UUIDs, from the disk data base */
-    bool odd_parent_uuid;           /* there is one, but it cannot be read */
-    bool unlike_qemu;               /* QEMU reads the text differently: lines end at \n, keys count in comments, too */
-};
-
-/* -- the descriptor -- */
-
-static char *vmdk_trim(char *text)
-{
-    size_t len;
-
-    text += strspn(text, " \t");
-    len = strlen(text);
-    while (len && strchr(" \t\r", text[len - 1]))
-        text[--len] = 0;
-    return text;
-}
-
-static bool vmdk_starts(const char *line, const char *word)
-{
-    return strncasecmp(line, word, strlen(word)) == 0;
-}
-
-/* Text that begins like a descriptor: the usual comment, or a version and, soon, a CID. */
-/* The bytes of a byte order mark in UTF-8, which editors put there. */
-static size_t vmdk_bom(const char *text)
-{
-    return strncmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
-}
-
-static bool vmdk_is_descriptor(const uint8_t *bytes, size_t len)
-{
-    char head[1024];
-    const char *p = head;
-    bool comment;
-
-    len = util_min(len, sizeof(head) - 1);
-    memcpy(head, bytes, len);
-    head[len] = 0;
-    p += vmdk_bom(head);
-    while (p) {
-        p += strspn(p, " \t" VMDK_LINE_ENDS);
-        comment = *p == '#';
-        if (comment && vmdk_starts(p + 1 + strspn(p + 1, " \t"), "Disk DescriptorFile"))
-            return true;
-        if (!comment)
-            return vmdk_starts(p, "version") && p[7 + strspn(p + 7, " \t")] == '=' && strcasestr(p, "CID");
-        p = strpbrk(p, VMDK_LINE_ENDS);
-    }
-    return false;
-}
-
-static int vmdk_bad_line(const struct image *im, const char *what, const char *line)
-{
-    return msg_err(-EINVAL, "%s: damaged or hostile VMDK descriptor: %s: '%.200s'", im->name, what, line);
-}
-
-/* A decimal number up to the next blank; moves on to what follows. */
-static bool vmdk_number(char **p, uint64_t most, uint64_t *value)
-{
-    char *at = *p;
-
-    if (!isdigit((unsigned char)*at))
-        return false;
-    for (*value = 0; isdigit((unsigned char)*at); at++) {
-        *value = *value * 10 + (uint64_t)(*at - '0');
-        if (*value > most)
-            return false;
-    }
-    if (*at && *at != ' ' && *at != '\t')
-        return false;
-    *p = at + strspn(at, " \t");
-    return true;
-}
-
-/* Cuts the word at *p off; moves on to what follows. */
-static char *vmdk_word(char **p)
-{
-    char *word = *p;
-
-    *p += strcspn(*p, " \t");
-    if (**p)
-        *(*p)++ = 0;
-    *p += strspn(*p, " \t");
-    return word;
-}
-
-static bool vmdk_is_extent_line(const char *line)
-{
-    static const char *const access[] = { "RW", "RDONLY", "NOACCESS" };
-
-    for (size_t i = 0; i < ARRAY_LEN(access); i++)
-        if (vmdk_starts(line, access[i]) && strchr(" \t", line[strlen(access[i])]))
-            return true;            /* strchr finds the end of the string too */
-    return false;
-}
-
-static const struct {
-    const char *word;
-    enum vmdk_kind kind;            /* of the sparse ones the file's own magic decides */
-} vmdk_types[] = {
-    { "FLAT", VMDK_FLAT }, { "VMFS", VMDK_FLAT }, { "ZERO", VMDK_ZERO }, { "SPARSE", VMDK_HOSTED },
-    { "VMFSSPARSE", VMDK_COWD }, { "SESPARSE", VMDK_SESPARSE }, { "VMFSRDM", VMDK_BAD }, { "VMFSRAW", VMDK_BAD },
-    { "VMFSPASSTHROUGHRDM", VMDK_BAD }, { "VMFSPASSTHROUGHRAW", VMDK_BAD },
-};
-
-/* ACCESS SECTORS TYPE ["FILE" [SECTOR [...]]] */
-static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
-{
-    struct vmdk_extent *e = &v->extents[v->n_extents];
-    char shown[201], *p = line, *end;
-    const char *access;
-    uint64_t sectors, sector = 0;
-    size_t type = 0;
-    bool placed;
-
-    util_copy(shown, sizeof(shown), line);
-    if (v->n_extents == MAX_PARTS)
-        return msg_err(-E2BIG, "%s: more than %d extents", im->name, MAX_PARTS);
-    access = vmdk_word(&p);
-    e->no_access = vmdk_starts(access, "NOACCESS");
-    if (!vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sectors) || !sectors)
-        return vmdk_bad_line(im, "the size of an extent", shown);
-    e->size = sectors * VMDK_SECTOR;
-    e->type = vmdk_word(&p);
-    while (type < ARRAY_LEN(vmdk_types) && strcasecmp(e->type, vmdk_types[type].word) != 0)
-        type++;
-    if (type == ARRAY_LEN(vmdk_types))
-        return !*e->type ? vmdk_bad_line(im, "the type of an extent", shown)
-                         : msg_err(-EOPNOTSUPP, "%s: the type of an extent, %.40s, is not supported", im->name,
-                                   e->type);
-    e->kind = vmdk_types[type].kind;
-    e->exact = strcmp(access, "RW") == 0 && strcmp(e->type, vmdk_types[type].word) == 0;
-    if (e->kind == VMDK_BAD)
-        return msg_err(-EOPNOTSUPP, "%s: an extent of type %s: its data are on a device, not in the image, "
-                       "which is not supported", im->name, e->type);
-    end = *p == '"' ? strchr(p + 1, '"') : NULL;
-    if (end) {
-        *end = 0;
-        e->name = p + 1;
-        p = end + 1 + strspn(end + 1, " \t");
-    }
-    if (e->kind == VMDK_HOSTED && v->embedded && (e->name || !*p) && !(e->name && *e->name))
-        e->name = "";               /* as FreeBSD's mkimg has it: the file itself, see vmdk_find_self() */
-    else if (e->kind == VMDK_ZERO ? !!*p : !e->name || !*e->name)
-        return vmdk_bad_line(im, "the file of an extent", shown);
-    placed = *p && (e->kind == VMDK_FLAT || strcmp(p, "0") == 0);
-    if (placed && !vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sector))
-        return vmdk_bad_line(im, "the place of an extent in its file", shown);
-    e->offset = sector * VMDK_SECTOR;
-    if ((*p && !placed) || (e->kind == VMDK_FLAT && !placed && strcasecmp(e->type, "FLAT") == 0))
-        return vmdk_bad_line(im, "a malformed extent", shown);
-    v->n_extents++;
-    return 0;
-}
-
-static bool vmdk_cid(const char *value, uint32_t *cid)
-{
-    size_t len = strspn(value, "0123456789abcdefABCDEF");
-
-    *cid = (uint32_t)strtoul(value, NULL, 16);
-    return len && len <= 8 && !value[len];
-}
-
-/* Its own CID is for its children alone. A damaged one fits none of them. */
-static void vmdk_set_cid(const struct image *im, struct vmdk *v, const char *value)
-{
-    v->no_cid = !vmdk_cid(value, &v->cid);
-    if (v->no_cid)
-        msg_say(MSG_NOTE, "%s: its CID is damaged: '%.20s' (no child of it can be checked)", im->name, value);
-}
-
-/*
- * One wrong character in "ffffffff" makes no parent, unless a parent is named: see vmdk_set_parent(). But "fffffffe" is
- * a true CID.
- */
-static bool vmdk_set_parent_cid(const struct image *im, struct vmdk *v, const char *value)
-{
-    unsigned wrong = 0;
-
-    for (const char *p = value; *p; p++)
-        wrong += *p != 'f' && *p != 'F';
-    v->odd_parent_cid = strlen(value) == 8 && wrong == 1;
-    if (vmdk_cid(value, &v->parent_cid) && (!v->odd_parent_cid || v->parent_cid == VMDK_NEW_CID)) {
-        v->odd_parent_cid = false;
-        return true;
-    }
-    if (v->odd_parent_cid)
-        msg_say(MSG_NOTE, "%s: its parent's CID is damaged, or very odd: '%s'", im->name, value);
-    return v->odd_parent_cid;
-}
-
-/* VirtualBox names the parent in no other way: its parentCID is ffffffff, and there is no hint. */
-static const struct {
-    const char *key;
-    bool parent;
-    enum identity_kind kind;
-} vmdk_uuids[] = {
-    { "ddb.uuid.image", false, ID_IMAGE }, { "ddb.uuid.modification", false, ID_STATE },
-    { "ddb.uuid.parent", true, ID_IMAGE }, { "ddb.uuid.parentmodification", true, ID_STATE },
-};
-
-/* As for the CID, one wrong character in a null UUID makes no parent. */
-static void vmdk_set_uuid(struct vmdk *v, bool parent, enum identity_kind kind, const char *value)
-{
-    uint8_t uuid[16];
-    unsigned wrong = 0;
-
-    for (const char *p = value; *p; p++)
-        wrong += !strchr("0-{}", *p);
-    if (wrong > 1 && util_parse_guid(value, uuid))
-        ext_set_id(parent ? &v->parent_id : &v->id, kind, uuid);
-    else if (wrong > 1 && parent && kind == ID_IMAGE)
-        v->odd_parent_uuid = true;
-}
-
-/* Could a line that makes no sense have been an extent, or have said that there is a parent? */
-static bool vmdk_line_matters(const char *line)
-{
-    if (strchr(line, '"') || strcasestr(line, "CID") || strcasestr(line, "parent") || strcasestr(line, "encrypt"))
-        return true;
-    for (size_t i = 0; i < ARRAY_LEN(vmdk_types); i++)
-        if (strcasestr(line, vmdk_types[i].word))
-            return true;
-    return false;
-}
-
-/* NAME = VALUE, perhaps in quotes. in_ddb: among the lines on the virtual hardware, of which none is needed. */
-static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_ddb)
-{
-    char *value = strchr(line, '='), *key = line;
-    size_t len;
-
-    if (value)
-        *value++ = 0;
-    key = vmdk_trim(key);
-    if (!value || key[strcspn(key, " \t\"")]) {
-        if (!in_ddb && (vmdk_line_matters(line) || (value && vmdk_line_matters(value))))
-            return vmdk_bad_line(im, "neither an extent nor a value", line);
-        if (!in_ddb)
-            msg_say(MSG_NOTE, "%s: a line of its descriptor says nothing known: '%.100s'", im->name, line);
-        return 0;
-    }
-    value = vmdk_trim(value);
-    len = strlen(value);
-    if (len >= 2 && value[0] == '"' && value[len - 1] == '"') {
-        value[len - 1] = 0;
-        value++;
-    }
-    if (strcasecmp(key, "version") == 0 && isdigit((unsigned char)*value) && (*value < '1' || *value > '4' || value[1]))
-        return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s', which is not supported",
-                       im->name, value);
-    if (strcasecmp(key, "CID") == 0)
-        vmdk_set_cid(im, v, value);
-    if (strcasecmp(key, "parentCID") == 0 && !vmdk_set_parent_cid(im, v, value))
-        return vmdk_bad_line(im, key, value);
-    if (vmdk_starts(key, "encryption"))
-        return ext_encrypted(im, key, "VMware");
-    for (size_t i = 0; i < ARRAY_LEN(vmdk_uuids); i++)
-        if (strcasecmp(key, vmdk_uuids[i].key) == 0)
-            vmdk_set_uuid(v, vmdk_uuids[i].parent, vmdk_uuids[i].kind, value);
-    if (strcasecmp(key, "createType") == 0)
-        v->create_type = value;
-    if (strcasecmp(key, "encoding") == 0)
-        v->encoding = value;
-    if (strcasecmp(key, "parentFileNameHint") == 0)
-        v->hint = value;
-    return 0;
-}
-
-static int vmdk_parse(struct image *im, struct vmdk *v)
-{
-    size_t lines = 1;
-    bool in_ddb = false;
-    char *next;
-    int ret = 0;
-
-    for (const char *p = v->text; (p = strpbrk(p, VMDK_LINE_ENDS)) && lines <= MAX_PARTS; p++)
-        lines++;
-    v->extents = util_fault("extents") ? NULL : calloc(lines, sizeof(*v->extents));
-    if (!v->extents)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    for (char *line = v->text + vmdk_bom(v->text); line && !ret; line = next) {
-        next = strpbrk(line, VMDK_LINE_ENDS);
-        v->unlike_qemu |= next && next[0] == '\r' && next[1] != '\n';
-        if (next)
-            *next++ = 0;
-        line = vmdk_trim(line);
-        v->unlike_qemu |= !!strcasestr(line, "parentFileNameHint");
-        if (vmdk_starts(line, "#DDB") || vmdk_starts(line, "# The Disk Data Base"))
-            in_ddb = true;
-        if (*line && *line != '#')
-            ret = vmdk_is_extent_line(line) ? vmdk_parse_extent(im, v, line) : vmdk_parse_key(im, v, line, in_ddb);
-    }
-    if (!ret && !v->n_extents)
-        ret = msg_err(-EINVAL, "%s: a VMDK descriptor without extents", im->name);
-    return ret;
-}
-
-static void vmdk_cid_id(struct identity *id, uint32_t cid)
-{
-    uint32_t be = htobe32(cid);
-
-    id->known[ID_CID] = true;
-    memcpy(id->value[ID_CID], &be, sizeof(be));
-}
-
-static void vmdk_set_id(struct image *im, const struct vmdk *v)
-{
-    im->id = v->id;
-    if (!v->no_cid)
-        vmdk_cid_id(&im->id, v->cid);
-}
-
-static int vmdk_set_parent(struct image *im, const struct vmdk *v)
-{
-    bool cid = v->parent_cid != VMDK_NO_PARENT && v->parent_cid && !v->odd_parent_cid,
-         uuid = v->parent_id.known[ID_IMAGE];
-    char name[2048];
-    int ret;
-
-    vmdk_set_id(im, v);
-    if (!cid && !uuid && !v->odd_parent_uuid && !*v->hint)
-        return 0;
-    ext_set_parent(im, "vmdk");
-    if (uuid)
-        im->parent_id = v->parent_id;
-    if (cid || (*v->hint && !uuid))
-        vmdk_cid_id(&im->parent_id, v->parent_cid);
-    im->common_parent_id = !uuid && v->parent_cid == VMDK_NEW_CID;
-    ret = util_to_utf8(v->encoding, v->hint, name, sizeof(name)) ? ext_add_hint(im, name) : 0;
-    if (!ret)
-        ret = ext_add_hint(im, v->hint);        /* it may have been copied byte by byte */
-    return ret || !uuid ? ret : ext_add_uuid_hint(im, "vmdk");
-}
-
-/* -- sparse extents -- */
-
-static int vmdk_bad(const struct file *f, const char *what, uint64_t value)
-{
-    return msg_err(-EINVAL, "%s: damaged or hostile VMDK: %s (0x%" PRIx64 ")", f->path, what, value);
-}
-
-static int vmdk_read(struct file *f, uint64_t offset, void *buf, uint64_t len, const char *what)
-{
-    uint64_t done;
-
-    if (offset > f->size || len > f->size - offset)
-        return msg_err(-EINVAL, "%s: damaged or truncated VMDK: %s is past the end of the file (0x%" PRIx64 ")",
-                       f->path, what, offset);
-    return file_pread(f, buf, len, offset, &done);
-}
-
-static uint64_t vmdk_table_size(const struct vmdk_extent *e)
-{
-    return ((uint64_t)e->entry_size << e->table_bits);
-}
-
-/* Entries that the grain directory must have. */
-static uint64_t vmdk_directory_entries(const struct vmdk_extent *e)
-{
-    return ((e->capacity - 1) >> (e->grain_bits + e->table_bits)) + 1;
-}
-
-static uint32_t vmdk_log2(uint64_t value)
-{
-    return 63 - (uint32_t)__builtin_clzll(value);
-}
-
-/* What all sparse headers say: in sectors, and entries of a table. */
-static int vmdk_set_geometry(struct vmdk_extent *e, uint64_t capacity, uint64_t grain, uint64_t least_grain,
-                             uint64_t entries, uint64_t most_entries)
-{
-    if (!capacity || capacity > MAX_IMAGE_SIZE / VMDK_SECTOR)
-        return vmdk_bad(e->file, "the capacity", capacity);
-    if (grain < least_grain || grain > VMDK_MAX_GRAIN || (grain & (grain - 1)))
-        return vmdk_bad(e->file, "the grain size", grain);
-    if (!entries || entries > most_entries || (entries & (entries - 1)))
-        return vmdk_bad(e->file, "the size of a grain table", entries);
-    e->capacity = capacity * VMDK_SECTOR;
-    e->grain_bits = vmdk_log2(grain * VMDK_SECTOR);
-    e->table_bits = vmdk_log2(entries);
-    return 0;
-}
-
-/* Does a directory at this sector lie inside the file? If so sets *place, in bytes. */
-static bool vmdk_directory_fits(const struct vmdk_extent *e, uint64_t sector, uint64_t *place)
-{
-    uint64_t entries = vmdk_directory_entries(e);
-
-    if (sector < e->header_sectors || sector > e->file->size / VMDK_SECTOR ||
-        entries > (e->file->size - sector * VMDK_SECTOR) / e->entry_size)
-        return false;
-    *place = sector * VMDK_SECTOR;
-    return true;
-}
-
-/*
- * Writers of two directories lay all the tables of each out in a row behind it. Are these as many as the capacity
- * needs? A damaged capacity, grain size or table size shows here. VMDK_NO_ROW: they lie in another way.
- */
-enum vmdk_row { VMDK_NO_ROW, VMDK_ROW, VMDK_ROW_TOO_SHORT, VMDK_ROW_TOO_LONG };
-
-/*
- * Too long is a row whose directory goes on with one more table. But entries past those that are needed may be
- * anything: there is no room for that table where the other directory begins behind the last one that is needed.
- */
-static bool vmdk_is_padding(uint64_t directory, uint64_t other, uint64_t next, uint64_t table)
-{
-    return other > directory && other / VMDK_SECTOR >= next && other / VMDK_SECTOR < next + table;
-}
-
-static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, uint64_t directory, uint64_t other)
-{
-    uint64_t n = vmdk_directory_entries(e), table = (vmdk_table_size(e) + VMDK_SECTOR - 1) / VMDK_SECTOR,
-             after = directory / VMDK_SECTOR + (n * 4 + VMDK_SECTOR - 1) / VMDK_SECTOR;
-    uint32_t first, last, next = 0;
-
-    if (cache_le32(e->file, directory, &first) || cache_le32(e->file, directory + (n - 1) * 4, &last) ||
-        (n * 4 % VMDK_SECTOR && cache_le32(e->file, directory + n * 4, &next)))
-        return VMDK_NO_ROW;
-    if (first > directory / VMDK_SECTOR && first < after)
-        return VMDK_ROW_TOO_SHORT;  /* the tables begin where the directory goes on */
-    if (first != after)
-        return VMDK_NO_ROW;
-    if (last == first + (n - 1) * table)
-        return next != last + table || vmdk_is_padding(directory, other, next, table) ? VMDK_ROW : VMDK_ROW_TOO_LONG;
-    return last ? VMDK_NO_ROW : VMDK_ROW_TOO_SHORT;
-}
-
-/*
- * Does something else than the header say how many tables there are? The descriptor knows the capacity, and all
- * writers but a few have grains of 64 KiB and tables of 512.
- */
-static bool vmdk_is_confirmed(const struct vmdk_extent *e)
-{
-    return e->size && e->size <= e->capacity && e->capacity - e->size < 1ull << e->grain_bits &&
-           e->grain_bits == VMDK_USUAL_GRAIN_BITS && 1 << e->table_bits == VMDK_HOSTED_ENTRIES;
-}
-
-/*
- * Chooses between the directories at two sectors, of which one may be missing or damaged. A capacity that fits
- * neither row of tables is damaged itself.
- */
-static int vmdk_set_directories(struct vmdk_extent *e, uint64_t primary, uint64_t redundant, bool use_redundant)
-{
-    uint64_t *d = e->directory;
-    enum vmdk_row row[2] = { VMDK_NO_ROW, VMDK_NO_ROW };
-    bool both;
-
-    if ((!vmdk_directory_fits(e, primary, &d[0]) || use_redundant) && redundant != primary)
-        vmdk_directory_fits(e, redundant, &d[1]);
-    if (!d[0] && !d[1])
-        return vmdk_bad(e->file, "the grain directory is not inside the file, or too small for the capacity", primary);
-    both = d[0] && d[1];
-    for (int i = 0; i < 2 && both && !e->compressed; i++)
-        row[i] = vmdk_look_at_row(e, d[i], d[1 - i]);
-    for (int i = 0; i < 2; i++)     /* what goes on behind as many tables as the other one has is padding */
-        if (row[i] == VMDK_ROW_TOO_LONG && (row[1 - i] == VMDK_ROW || vmdk_is_confirmed(e)))
-            row[i] = VMDK_ROW;
-    if (row[0] >= VMDK_ROW_TOO_SHORT && row[1] >= VMDK_ROW_TOO_SHORT)
-        return vmdk_bad(e->file, row[0] == VMDK_ROW_TOO_LONG ? "the grain directory is for more than the capacity"
-                                                             : "the grain directory is too small for the capacity",
-                        e->capacity / VMDK_SECTOR);
-    if (row[0] != row[1] && (row[0] == VMDK_ROW || row[1] == VMDK_ROW))
-        d[row[0] == VMDK_ROW ? 1 : 0] = 0;
-    if (!d[0] || (use_redundant && redundant && !d[1]))
-        msg_say(MSG_NOTE, "%s: one of its two grain directories is damaged; the other one is used", e->file->path);
-    return 0;
-}
-
-/* Newlines that were changed on the way: so were those in the data. */
-static int vmdk_check_newlines(const struct vmdk_extent *e, const uint8_t *h)
-{
-    const uint8_t *nl = h + VMDK_OFF_NEWLINES;
-
-    if ((util_le32(h + VMDK_OFF_FLAGS) & VMDK_FLAG_NEWLINES) &&
-        (memcmp(nl, "\r\n \r", 4) == 0 || memcmp(nl, "\n \n", 3) == 0 || memcmp(nl, "\r \r\r", 4) == 0))
-        return msg_err(-EINVAL, "%s: was transferred as text, which changed its newlines and with them its data",
-                       e->file->path);
-    return 0;
-}
-
-/* Replaces the header by the footer: ... | footer marker | footer | end-of-stream marker, all one sector. */
-static int vmdk_find_footer(struct file *f, uint8_t h[VMDK_SECTOR])
-{
-    uint64_t end = f->size / VMDK_SECTOR;
-    uint8_t s[2 * VMDK_SECTOR] = { 0 }, *footer = s + VMDK_SECTOR;
-    int ret;
-
-    for (uint64_t back = 2; back < VMDK_FOOTER_BACK && back + 2 <= end; back++) {
-        ret = vmdk_read(f, (end - back - 1) * VMDK_SECTOR, s, sizeof(s), "the footer");
-        if (ret)
-            return ret;
-        if (util_le32(footer) != VMDK_HOSTED_MAGIC || util_le32(s + 8) != 0 || util_le32(s + 12) != VMDK_MARKER_FOOTER)
-            continue;
-        /* the capacity and the grain size; the entries of a table */
-        if (memcmp(footer + VMDK_OFF_CAPACITY, h + VMDK_OFF_CAPACITY, VMDK_OFF_DESCRIPTOR - VMDK_OFF_CAPACITY) != 0 ||
-            util_le32(footer + VMDK_OFF_ENTRIES) != util_le32(h + VMDK_OFF_ENTRIES))
-            return vmdk_bad(f, "the footer says something else than the header", util_le64(footer + VMDK_OFF_CAPACITY));
-        memcpy(h, footer, VMDK_SECTOR);
-        return 0;
-    }
-    return msg_err(-EINVAL, "%s: truncated VMDK: the footer, which says where its tables are, is not at the end",
-                   f->path);
-}
-
-static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
-{
-    uint8_t h[VMDK_SECTOR] = { 0 };
-    uint64_t descriptor, sectors;
-    uint32_t flags, version;
-    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
-
-    if (!ret)
-        ret = vmdk_check_newlines(e, h);
-    if (!ret && util_le64(h + VMDK_OFF_DIRECTORY) == VMDK_AT_END)
-        ret = vmdk_find_footer(e->file, h);
-    if (ret)
-        return ret;
-    version = util_le32(h + VMDK_OFF_VERSION);
-    flags = util_le32(h + VMDK_OFF_FLAGS);
-    if (version < 1 || version > 3)
-        return msg_err(-EOPNOTSUPP, "%s: a VMDK extent of unknown version %u, which is not supported", e->file->path,
-                       version);
-    e->entry_size = 4;
-    ret = vmdk_set_geometry(e, util_le64(h + VMDK_OFF_CAPACITY), util_le64(h + VMDK_OFF_GRAIN), VMDK_HOSTED_GRAIN_MIN,
-                            util_le32(h + VMDK_OFF_ENTRIES), VMDK_HOSTED_ENTRIES);
-    if (ret)
-        return ret;
-    e->zero_grains = flags & VMDK_FLAG_ZERO_GRAINS;
-    e->compressed = flags & VMDK_FLAG_COMPRESSED;
-    e->markers = flags & VMDK_FLAG_MARKERS;
-    if (util_le16(h + VMDK_OFF_ALGORITHM) != (e->compressed ? 1 : 0))
-        return msg_err(-EOPNOTSUPP, "%s: the compression algorithm %u of a VMDK is not supported", e->file->path,
-                       util_le16(h + VMDK_OFF_ALGORITHM));
-    if (e->compressed && 1u << e->grain_bits > MAX_CLUSTER)
-        return vmdk_bad(e->file, "the size of compressed grains", 1u << e->grain_bits);
-    e->unclean = h[VMDK_OFF_UNCLEAN];
-    im->dirty |= e->unclean;
-    descriptor = util_le64(h + VMDK_OFF_DESCRIPTOR);
-    sectors = util_le64(h + VMDK_OFF_DESCRIPTOR_SIZE);
-    e->header_sectors = descriptor == 1 && sectors < VMDK_MAX_TEXT / VMDK_SECTOR ? 1 + sectors : 1;
-    e->first_grain = e->header_sectors * VMDK_SECTOR;
-    return vmdk_set_directories(e, util_le64(h + VMDK_OFF_DIRECTORY), util_le64(h + VMDK_OFF_REDUNDANT),
-                                flags & VMDK_FLAG_REDUNDANT);
-}
-
-/* A COWD header has the parent's name where that of a whole disk has its geometry, of which no number has 4 letters. */
-static int vmdk_cowd_parent(struct image *im, const uint8_t h[VMDK_COWD_HEADER])
-{
-    const char *name = (const char *)h + VMDK_COWD_OFF_PARENT;
-    size_t len = strnlen(name, 1024);
-
-    if (*im->backing_name || len < 4 || len == 1024)
-        return 0;
-    for (size_t i = 0; i < len; i++)
-        if ((uint8_t)name[i] < ' ')
-            return 0;
-    ext_set_parent(im, "vmdk");
-    return ext_add_hint(im, name);
-}
-
-static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
-{
-    uint8_t h[VMDK_COWD_HEADER] = { 0 };
-    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
-
-    if (ret)
-        return ret;
-    if (util_le32(h + 4) != 1)
-        return msg_err(-EOPNOTSUPP, "%s: a COWD extent of unknown version %u, which is not supported", e->file->path,
-                       util_le32(h + 4));
-    e->entry_size = 4;
-    ret = vmdk_set_geometry(e, util_le32(h + VMDK_COWD_OFF_CAPACITY), util_le32(h + VMDK_COWD_OFF_GRAIN), 1,
-                            1 << VMDK_COWD_ENTRIES_BITS, 1 << VMDK_COWD_ENTRIES_BITS);
-    if (ret)
-        return ret;
-    e->unclean = util_le32(h + VMDK_COWD_OFF_UNCLEAN);
-    im->dirty |= e->unclean;
-    ret = vmdk_cowd_parent(im, h);
-    if (ret)
-        return ret;
-    e->first_grain = VMDK_COWD_HEADER;
-    e->header_sectors = VMDK_COWD_HEADER / VMDK_SECTOR;
-    if (util_le32(h + VMDK_COWD_OFF_ENTRIES) < vmdk_directory_entries(e))
-        return vmdk_bad(e->file, "the grain directory is too small for the capacity",
-                        util_le32(h + VMDK_COWD_OFF_ENTRIES));
-    return vmdk_set_directories(e, util_le32(h + VMDK_COWD_OFF_DIRECTORY), 0, false);
-}
-
-static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
-{
-    uint8_t h[VMDK_SECTOR] = { 0 }, vh[VMDK_SECTOR] = { 0 };
-    uint64_t at[4], end;            /* sectors: volatile header, directory, tables, grains; the directory's end */
-    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
-
-    if (ret)
-        return ret;
-    if (util_le64(h + VMDK_SE_OFF_VERSION) != VMDK_SE_VERSION)
-        return msg_err(-EOPNOTSUPP, "%s: a seSparse extent of unknown version 0x%" PRIx64 ", which is not supported",
-                       e->file->path, util_le64(h + VMDK_SE_OFF_VERSION));
-    if (util_le64(h + VMDK_SE_OFF_FLAGS))
-        return msg_err(-EOPNOTSUPP, "%s: needs unknown seSparse features (flags 0x%" PRIx64 "), "
-                       "which are not supported", e->file->path, util_le64(h + VMDK_SE_OFF_FLAGS));
-    if (util_le64(h + VMDK_SE_OFF_GRAIN) != 1 << (VMDK_SE_GRAIN_BITS - 9))
-        return vmdk_bad(e->file, "the grain size", util_le64(h + VMDK_SE_OFF_GRAIN));
-    if (util_le64(h + VMDK_SE_OFF_TABLE) != VMDK_SE_TABLE / VMDK_SECTOR)
-        return vmdk_bad(e->file, "the size of a grain table", util_le64(h + VMDK_SE_OFF_TABLE));
-    for (int i = 0; i < 4; i++) {
-        static const uint8_t where[] = { VMDK_SE_OFF_VOLATILE, VMDK_SE_OFF_DIRECTORY, VMDK_SE_OFF_TABLES,
-                                         VMDK_SE_OFF_GRAINS };
-        at[i] = util_le64(h + where[i]);
-        if (!at[i] || at[i] > MAX_IMAGE_SIZE / VMDK_SECTOR)
-            return vmdk_bad(e->file, "a place in the header", at[i]);
-    }
-    ret = vmdk_read(e->file, at[0] * VMDK_SECTOR, vh, sizeof(vh), "the volatile header");
-    if (!ret && util_le64(vh) != VMDK_SE_VOLATILE_MAGIC)
-        ret = vmdk_bad(e->file, "the volatile header", util_le64(vh));
-    if (!ret && vh[VMDK_SE_OFF_REPLAY])
-        ret = msg_err(-EOPNOTSUPP, "%s: its journal was not replayed (a crash), which is not supported", e->file->path);
-    e->entry_size = 8;
-    if (!ret)
-        ret = vmdk_set_geometry(e, util_le64(h + VMDK_SE_OFF_CAPACITY), 1 << (VMDK_SE_GRAIN_BITS - 9), 1,
-                                1 << VMDK_SE_ENTRIES_BITS, 1 << VMDK_SE_ENTRIES_BITS);
-    if (ret)
-        return ret;
-    if (util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE) < (vmdk_directory_entries(e) * 8 + VMDK_SECTOR - 1) / VMDK_SECTOR)
-        return vmdk_bad(e->file, "the grain directory is too small for the capacity",
-                        util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE));
-    e->tables = at[2] * VMDK_SECTOR;
-    e->grains = e->first_grain = at[3] * VMDK_SECTOR;
-    e->header_sectors = at[0] + 1;
-    ret = vmdk_set_directories(e, at[1], 0, false);
-    /* In this order they lie, with the journal and other tables between them. */
-    end = at[1] + (vmdk_directory_entries(e) * 8 + VMDK_SECTOR - 1) / VMDK_SECTOR;
-    if (!ret && (at[2] < end || at[3] < at[2]))
-        ret = vmdk_bad(e->file, "tables in the wrong order, or one in another", at[2] < end ? at[2] : at[3]);
-    (void)im;
-    return ret;
-}
-
-/* Which sparse extent begins like this, if any? */
-static enum vmdk_kind vmdk_kind_of(const uint8_t *head, size_t len)
-{
-    if (len >= 4 && util_le32(head) == VMDK_HOSTED_MAGIC)
-        return VMDK_HOSTED;
-    if (len >= 4 && util_le32(head) == VMDK_COWD_MAGIC)
-        return VMDK_COWD;
-    return len >= 8 && util_le64(head) == VMDK_SE_MAGIC ? VMDK_SESPARSE : VMDK_BAD;
-}
-
-static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
-                            struct extent *ext);
-
-/*
- * A last grain that the disk does not fill may have been compressed whole, or only as far as the disk goes.
- * Nothing but decoding it tells.
- */
-static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
-{
-    uint32_t grain = 1u << e->grain_bits, rest = (uint32_t)(e->capacity & (grain - 1));
-    uint64_t len, done;
-    struct extent ext;
-    uint8_t *out;
-
-    e->last_length = grain;
-    if (!e->compressed || !rest)
-        return 0;
-    vmdk_map_sparse(im, e, e->capacity - rest, rest, &ext);
-    if (ext.kind != EXT_COMPRESSED)
-        return 0;
-    out = util_fault("grain") ? NULL : malloc(grain);
-    len = util_min(ext.coded_length, MAX_CLUSTER);
-    if (!out || !codec_prepare(CODEC_ZLIB, len)) {
-        free(out);
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    }
-    if (file_pread(e->file, codec_own.coded, len, ext.offset, &done) == 0 && !codec_decode(CODEC_ZLIB, len, out, grain))
-        e->last_length = rest;
-    codec_let_go();
-    free(out);
-    return 0;
-}
-
-/* e->file is open. Reports what is wrong. alone: no other extent follows it, or is before it. */
-static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
-{
-    uint8_t head[8] = { 0 };
-    uint64_t grain, line = e->size;
-    int ret = vmdk_read(e->file, 0, head, sizeof(head), "the header");
-
-    if (ret)
-        return ret;
-    e->kind = vmdk_kind_of(head, sizeof(head));
-    ret = e->kind == VMDK_HOSTED     ? vmdk_open_hosted(im, e)
-          : e->kind == VMDK_COWD     ? vmdk_open_cowd(im, e)
-          : e->kind == VMDK_SESPARSE ? vmdk_open_sesparse(im, e)
-                                     : vmdk_bad(e->file, "not a sparse extent", util_le64(head));
-    if (ret)
-        return ret;
-    grain = 1ull << e->grain_bits;
-    if (line > e->capacity && line - e->capacity < grain && alone) {
-        msg_say(MSG_NOTE, "%s: its descriptor says %" PRIu64 " sectors, its header %" PRIu64 ", which counts",
-                e->file->path, line / VMDK_SECTOR, e->capacity / VMDK_SECTOR);
-        line = e->size = e->capacity;
-    }
-    if (line && (line > e->capacity || e->capacity - line >= grain))
-        return msg_err(-EINVAL, "%s: holds %" PRIu64 " sectors, but the descriptor says %" PRIu64
-                       ": extents are swapped, or one is damaged", e->file->path, e->capacity / VMDK_SECTOR,
-                       line / VMDK_SECTOR);
-    if (!line)
-        e->size = e->capacity;
-    if (!im->cluster_size)
-        im->cluster_size = (uint32_t)grain;
-    return vmdk_measure_last(im, e);
-}
-
-/* -- opening -- */
-
-/* Sets e->file, if need be by opening it. 1: there is no such file. */
-static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *e)
-{
-    char name[4 * PATH_MAX];
-    struct file *f;
-    int ret = -ENOENT;
-
-    for (struct vmdk_extent *other = v->extents; other < e; other++)
-        if (other->file && strcmp(other->name, e->name) == 0) {
-            e->file = other->file;
-            return e->kind == VMDK_FLAT && other->kind == VMDK_FLAT
-                       ? 0 : msg_err(-EINVAL, "%s: '%s' is named by two extents", im->name, e->name);
-        }
-    if (e->name[0] == '\\' || (isalpha((unsigned char)e->name[0]) && e->name[1] == ':'))
-        return msg_err(-EPERM, "%s: its extent '%s' is a path or a device of Windows", im->name, e->name);
-    if (im->n_files == MAX_PARTS)
-        return msg_err(-E2BIG, "%s: more than %d files", im->name, MAX_PARTS);
-    f = &im->files[im->n_files++];
-    f->fd = -1;
-    e->file = f;
-    if (util_to_utf8(v->encoding, e->name, name, sizeof(name)))
-        ret = img_open_named(im, f, name, "extent", NULL);
-    if (ret == -ENOENT)             /* it may have been copied byte by byte */
-        ret = img_open_named(im, f, e->name, "extent", NULL);
-    if (ret != -ENOENT)
-        return ret;
-    e->file = NULL;
-    im->n_files--;
-    return 1;
-}
-
-/* Cannot be served, but the rest of the disk can. Somebody has said why. */
-static void vmdk_give_up(struct vmdk_extent *e, const char *why)
-{
-    e->kind = VMDK_BAD;
-    e->why = why;
-}
-
-static int vmdk_open_extent(struct image *im, struct vmdk *v, struct vmdk_extent *e)
-{
-    int ret = 0;
-
-    if (e->no_access)
-        vmdk_give_up(e, "the descriptor allows no access to this extent");
-    if (e->kind == VMDK_BAD || e->kind == VMDK_ZERO)
-        return 0;
-    if (!e->file)
-        ret = vmdk_open_file(im, v, e);
-    if (ret > 0) {
-        msg_say(MSG_NOTE, "%s: its extent '%s' is missing: what is in it reads as errors", im->name, e->name);
-        vmdk_give_up(e, "in an extent whose file is missing");
-    }
-    if (ret || !e->file)
-        return ret < 0 ? ret : 0;
-    if (e->kind != VMDK_FLAT) {
-        ret = vmdk_open_sparse(im, e, v->n_extents == 1);
-        if (!ret || v->n_extents == 1 || ret == -ENOMEM || !e->size)     /* without a line nobody knows its length */
-            return ret;
-        vmdk_give_up(e, "in a damaged extent");
-    }
-    return 0;
-}
-
-/* Is a flat extent's file shorter than its line says, or not there? */
-static bool vmdk_is_flat_short(const struct vmdk *v)
-{
-    for (unsigned i = 0; i < v->n_extents; i++) {
-        const struct vmdk_extent *e = &v->extents[i];
-        if (e->kind == VMDK_BAD || (e->kind == VMDK_FLAT && e->offset + e->size > e->file->size))
-            return true;
-    }
-    return false;
-}
-
-/*
- * Flat files have no header: only their lengths tell that two were swapped. One that is shorter than its line
- * may be truncated; one that is longer holds something else, unless it is just rounded up (to blocks).
- */
-static int vmdk_check_flat(const struct image *im, const struct vmdk *v)
-{
-    unsigned users;
-
-    for (unsigned i = 0; i < v->n_extents && v->n_extents > 1; i++) {
-        const struct vmdk_extent *e = &v->extents[i];
-        if (e->kind != VMDK_FLAT || e->offset || e->file->is_blk || e->file->size <= e->size)
-            continue;
-        users = 0;
-        for (unsigned j = 0; j < v->n_extents; j++)
-            users += v->extents[j].file == e->file;
-        if (users == 1 && (e->file->size - e->size >= VMDK_ROUNDED || vmdk_is_flat_short(v)))
-            return msg_err(-EINVAL, "%s: its extent '%s' has %" PRIu64 " bytes instead of %" PRIu64
-                           ": extents are swapped, or one is of another disk", im->name, e->name, e->file->size,
-                           e->size);
-    }
-    return 0;
-}
-
-/* Opens the extents, and lays them out in a row. */
-static int vmdk_open_extents(struct image *im, struct vmdk *v)
-{
-    unsigned good = 0;
-    uint64_t sum = 0;
-    int ret = 0;
-
-    for (unsigned i = 0; i < v->n_extents && !ret; i++) {
-        struct vmdk_extent *e = &v->extents[i];
-        ret = vmdk_open_extent(im, v, e);
-        if (!ret && e->size > MAX_IMAGE_SIZE - sum)
-            ret = msg_err(-EFBIG, "%s: the extents add up to more than a file can hold", im->name);
-        e->start = sum;
-        sum += ret ? 0 : e->size;
-        good += e->kind != VMDK_BAD;
-    }
-    if (!ret)
-        ret = vmdk_check_flat(im, v);
-    if (!ret && !good)
-        ret = msg_err(-ENOENT, "%s: none of its extents can be read", im->name);
-    im->size = sum;
-    if (!ret && im->dirty)
-        msg_say(MSG_NOTE, "%s: is marked dirty (not closed properly); reading it is safe", im->name);
-    return ret;
-}
-
-/* name-s001.vmdk: what the sparse extents of a split disk are called. */
-static bool vmdk_looks_like_part(const char *path)
-{
-    size_t len = strlen(path);
-
-    return len > 10 && strcasecmp(path + len - 5, ".vmdk") == 0 && path[len - 10] == '-' &&
-           (path[len - 9] | 0x20) == 's' && strspn(path + len - 8, "0123456789") == 3;
-}
-
-/* Sparse extents without a descriptor: in the order they were given. */
-static int vmdk_open_alone(struct image *im, struct vmdk *v)
-{
-    int ret;
-
-    if (im->n_files == 1 && im->opt->parts && vmdk_looks_like_part(im->name))
-        return msg_err(-EINVAL, "%s: is one extent of a disk and has no descriptor; name the descriptor, or all "
-                       "extents in their order, or take this one alone with --no-parts", im->name);
-    v->extents = util_fault("extents") ? NULL : calloc(im->n_files, sizeof(*v->extents));
-    if (!v->extents)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    v->n_extents = im->n_files;
-    for (unsigned i = 0; i < v->n_extents; i++) {
-        v->extents[i].kind = VMDK_HOSTED;
-        v->extents[i].file = &im->files[i];
-        v->extents[i].type = "";
-    }
-    ret = vmdk_open_extents(im, v);
-    if (!ret && !*im->backing_name)
-        msg_say(MSG_NOTE, "%s: no descriptor, taken for the whole of a disk without a parent: if there is one, what it "
-                "holds reads as zeros", im->name);
-    return ret;
-}
-
-/* An embedded descriptor: one of its sparse extents is the file itself. */
-static int vmdk_find_self(struct image *im, struct vmdk *v)
-{
-    struct vmdk_extent *self = NULL;
-    unsigned sparse = 0;
-
-    for (unsigned i = 0; i < v->n_extents; i++) {
-        struct vmdk_extent *e = &v->extents[i];
-        if (e->kind < VMDK_HOSTED)
-            continue;
-        if (!*e->name && self && !*self->name)
-            return msg_err(-EINVAL, "%s: several extents of its descriptor have no name", im->name);
-        if (sparse++ == 0 || !*e->name || (*self->name && strcmp(util_basename(im->name), e->name) == 0))
-            self = e;
-    }
-    if (!self || (sparse > 1 && *self->name && strcmp(util_basename(im->name), self->name) != 0))
-        return msg_err(-EINVAL, "%s: none of the extents of its descriptor is the file itself", im->name);
-    self->file = &im->files[0];
-    return 0;
-}
-
-/* Loads the descriptor's text; v->text stays NULL where there is none. */
-static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head)
-{
-    struct file *f = &im->files[0];
-    uint64_t at = 0, len = f->size, done;
-    int ret;
-
-    v->embedded = vmdk_kind_of(head, VMDK_SECTOR) == VMDK_HOSTED;
-    if (v->embedded) {
-        at = util_le64(head + VMDK_OFF_DESCRIPTOR);
-        len = util_le64(head + VMDK_OFF_DESCRIPTOR_SIZE);
-        if (!at || !len)
-            return 0;
-        if (at > f->size / VMDK_SECTOR || len > f->size / VMDK_SECTOR - at)
-            return at > MAX_IMAGE_SIZE / VMDK_SECTOR || len > MAX_IMAGE_SIZE / VMDK_SECTOR
-                       ? vmdk_bad(f, "the place of the descriptor", at)
-                       : ext_refuse_table(im, f, "the place of the descriptor", at * VMDK_SECTOR, len * VMDK_SECTOR);
-        at *= VMDK_SECTOR;
-        len *= VMDK_SECTOR;
-    }
-    if (len > VMDK_MAX_TEXT)
-        return vmdk_bad(f, "the length of the descriptor", len);
-    v->text = util_fault("descriptor") ? NULL : calloc(1, len + 1);
-    if (!v->text)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = file_pread(f, v->text, len, at, &done);
-    if (!ret && v->embedded && !v->text[0]) {
-        free(v->text);
-        v->text = NULL;
-    }
-    return ret;
-}
-
-static void vmdk_free(struct vmdk *v)
-{
-    if (v) {
-        free(v->extents);
-        free(v->text);
-    }
-    free(v);
-}
-
-/* Reads and parses the descriptor, if there is one. */
-static int vmdk_read_text(struct image *im, struct vmdk *v)
-{
-    uint8_t head[2 * VMDK_SECTOR] = { 0 };
-    uint64_t done, len = util_min(im->files[0].size, sizeof(head));
-    int ret = file_pread(&im->files[0], head, len, 0, &done);
-
-    v->parent_cid = VMDK_NO_PARENT;
-    v->no_cid = true;
-    v->create_type = v->hint = v->encoding = "";
-    if (ret)
-        return ret;
-    if (vmdk_kind_of(head, len) == VMDK_BAD && !vmdk_is_descriptor(head, len))
-        return msg_err(-EINVAL, "%s: is not a VMDK image", im->name);
-    if (vmdk_kind_of(head, len) == VMDK_COWD || vmdk_kind_of(head, len) == VMDK_SESPARSE)
-        return 0;
-    ret = vmdk_load_text(im, v, head);
-    if (!ret && v->text && im->n_files > 1)
-        ret = msg_err(-EINVAL, "%s: has a descriptor, which names the files of the disk; give it alone", im->name);
-    return ret || !v->text ? ret : vmdk_parse(im, v);
-}
-
-static int vmdk_identify(struct image *im)
-{
-    struct vmdk *v = calloc(1, sizeof(*v));
-    int ret = v ? vmdk_read_text(im, v) : -ENOMEM;
-
-    if (!ret && v->text)
-        vmdk_set_id(im, v);
-    vmdk_free(v);
-    return ret;
-}
-
-static int vmdk_open(struct image *im)
-{
-    struct vmdk *v = im->state = util_fault("vmdk") ? NULL : calloc(1, sizeof(*v));
-    int ret;
-
-    if (!v)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = vmdk_read_text(im, v);
-    if (!ret && !v->text)
-        return vmdk_open_alone(im, v);
-    if (!ret)
-        ret = vmdk_set_parent(im, v);
-    if (!ret && v->embedded)
-        ret = vmdk_find_self(im, v);
-    return ret ? ret : vmdk_open_extents(im, v);
-}
-
-static int vmdk_probe(const struct probe *p)
-{
-    return vmdk_kind_of(p->head, p->head_len) != VMDK_BAD ? 100 : vmdk_is_descriptor(p->head, p->head_len) ? 90 : 0;
-}
-
-static void vmdk_close(struct image *im)
-{
-    vmdk_free(im->state);
-}
-
-/* -- mapping -- */
-
-/* What a grain table entry says. EXT_DATA: at `place` in the file. EXT_BACKING: nothing. EXT_BAD: `why`. */
-struct vmdk_grain {
-    enum extent_kind kind;
-    uint64_t place;
-    const char *why;
-    uint64_t end;                   /* EXT_BAD: not 0 where the file would have to reach so far */
-};
-
-static struct vmdk_grain vmdk_bad_grain(const char *why)
-{
-    return (struct vmdk_grain){ .kind = EXT_BAD, .why = why };
-}
-
-static struct vmdk_grain vmdk_read_entry(const struct vmdk_extent *e, uint64_t entry)
-{
-    struct vmdk_grain g = { .kind = EXT_DATA, .place = entry * VMDK_SECTOR };
-
-    if (e->kind == VMDK_SESPARSE) {
-        /* the type in the top 4 bits; the next 12 are the low ones of the grain's number */
-        g.place = (entry >> 48 & 0xfff) | (entry & 0xffffffffffff) << 12;
-        if (entry >> 60 == 1 || entry >> 60 == 2)
-            return (struct vmdk_grain){ .kind = EXT_ZERO };     /* unmapped by the guest, or zeros */
-        if (entry && entry >> 60 != 3)
-            return vmdk_bad_grain("its grain table entry is of an unknown type");
-        if (entry && g.place > (MAX_IMAGE_SIZE - e->grains) >> e->grain_bits)
-            return vmdk_bad_grain("its grain lies past the end of the file");
-        g.place = e->grains + (g.place << e->grain_bits);
-    }
-    if (!entry)
-        return (struct vmdk_grain){ .kind = EXT_BACKING };
-    if (entry == 1 && e->zero_grains)
-        return (struct vmdk_grain){ .kind = EXT_ZERO };
-    if (entry == 1 && e->kind == VMDK_HOSTED)
-        return vmdk_bad_grain("a zeroed grain in an extent that has none");
-    if (g.place < e->first_grain)
-        return vmdk_bad_grain("its grain table entry points into the header");
-    for (unsigned i = 0; i < 2; i++)
-        if (e->directory[i] && g.place < e->directory[i] + vmdk_directory_entries(e) * e->entry_size &&
-            g.place + (e->compressed ? VMDK_SECTOR : 1ull << e->grain_bits) > e->directory[i])
-            return vmdk_bad_grain("its grain table entry points into a grain directory");
-    if (g.place >= e->file->size)
-        return (struct vmdk_grain){ .kind = EXT_BAD, .why = "its grain lies past the end of the file",
-                                    .end = g.place + (e->compressed ? VMDK_SECTOR : 1ull << e->grain_bits) };
-    return g;
-}
-
-static int vmdk_load(const struct vmdk_extent *e, uint64_t place, uint64_t *value)
-{
-    uint32_t half;
-    int ret;
-
-    if (e->entry_size == 8)
-        return cache_le64(e->file, place, value);
-    ret = cache_le32(e->file, place, &half);
-    *value = half;
-    return ret;
-}
-
-/* Is the sector that this byte is in nothing but zeros, as copies of dying disks have it for what was unreadable? */
-static bool vmdk_is_wiped(const struct vmdk_extent *e, uint64_t place)
-{
-    uint64_t word;
-
-    place -= place % VMDK_SECTOR;
-    for (unsigned i = 0; i < VMDK_SECTOR; i += 8)
-        if (cache_le64(e->file, place + i, &word) || word)
-            return false;
-    return true;
-}
-
-/* One grain, by the entries at one or (place[1] not 0) two places. */
-static struct vmdk_grain vmdk_find_grain(const struct vmdk_extent *e, const uint64_t place[2])
-{
-    const char *unreadable = "its grain table cannot be read";
-    uint64_t entry[2] = { 0 };
-    int ret[2] = { vmdk_load(e, place[0], &entry[0]), place[1] ? vmdk_load(e, place[1], &entry[1]) : 0 };
-    struct vmdk_grain a = ret[0] ? vmdk_bad_grain(unreadable) : vmdk_read_entry(e, entry[0]), b;
-
-    if (!place[1] || (!ret[0] && !ret[1] && entry[0] == entry[1]))
-        return a;
-    b = ret[1] ? vmdk_bad_grain(unreadable) : vmdk_read_entry(e, entry[1]);
-    if (a.kind == EXT_BAD || b.kind == EXT_BAD)
-        return a.kind == EXT_BAD ? b : a;
-    if (e->unclean && a.kind != b.kind && (a.kind == EXT_DATA || b.kind == EXT_DATA))
-        return a.kind == EXT_DATA ? a : b;
-    if (vmdk_is_wiped(e, place[0]))
-        return b;
-    return vmdk_is_wiped(e, place[1]) ? a : vmdk_bad_grain("its two grain tables contradict each other");
-}
-
-/* Where the table lies (bytes) that a directory's entry names; 0: none. */
-static uint64_t vmdk_table_place(const struct vmdk_extent *e, uint64_t entry)
-{
-    if (e->kind != VMDK_SESPARSE || !entry)
-        return entry * VMDK_SECTOR;
-    return entry >> 32 == 0x10000000 ? e->tables + (entry & 0xffffffff) * VMDK_SE_TABLE : UINT64_MAX;
-}
-
-/*
- * The tables (bytes, in the file) that both directories have for entry `index`: table[1] only besides
- * table[0]; none: 0. Else says what is wrong.
- */
-static const char *vmdk_find_tables(const struct vmdk_extent *e, uint64_t index, uint64_t table[2])
-{
-    uint64_t entry, place, size = vmdk_table_size(e);
-    const char *why = NULL;
-    unsigned n = 0;
-
-    table[0] = table[1] = 0;
-    for (unsigned i = 0; i < 2; i++) {
-        if (!e->directory[i])
-            continue;
-        if (vmdk_load(e, e->directory[i] + index * e->entry_size, &entry)) {
-            why = "its grain directory cannot be read";
-            continue;
-        }
-        if (!entry)
-            continue;
-        place = vmdk_table_place(e, entry);
-        if (place < VMDK_SECTOR || place > e->file->size || size > e->file->size - place)
-            why = "its grain directory entry is damaged";
-        else
-            table[n++] = place;
-    }
-    return n ? NULL : why;
-}
-
-/* A compressed grain. Its marker must be of this place: so a damaged table is found out. */
-static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t place, uint64_t offset, uint64_t length,
-                                struct extent *ext)
-{
-    uint64_t grain = 1ull << e->grain_bits, start = offset & ~(grain - 1), lba = start / VMDK_SECTOR;
-    uint32_t coded = (uint32_t)util_min(2 * grain, e->file->size - place);
-
-    if (e->markers) {
-        if (cache_le64(e->file, place, &lba) || cache_le32(e->file, place + 8, &coded)) {
-            ext_bad(ext, length, "its grain marker cannot be read");
-            return;
-        }
-        place += VMDK_MARKER_HEAD;
-    }
-    if (lba != start / VMDK_SECTOR)
-        ext_bad(ext, length, "its grain marker is of another place");
-    else if (!coded || coded > 2 * grain)
-        ext_bad(ext, length, "the length in its grain marker is damaged");
-    else if (place > e->file->size || coded > e->file->size - place)
-        ext_past(ext, length, "its compressed grain lies past the end of the file", e->file, place + coded);
-    else
-        *ext = (struct extent){
-            .kind = EXT_COMPRESSED, .length = length, .file = e->file, .offset = place, .codec = CODEC_ZLIB,
-            .coded_length = coded, .skip = (uint32_t)(offset - start),
-            .decoded_length = e->capacity - start < grain ? e->last_length : (uint32_t)grain,
-        };
-}
-
-/* `length` bytes from `offset` of the extent, all in the grain g. */
-static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, const struct vmdk_grain *g,
-                           uint64_t offset, uint64_t length, struct extent *ext)
-{
-    if (g->kind == EXT_BAD) {
-        ext_past(ext, length, g->why, g->end ? e->file : NULL, g->end);
-    } else if (g->kind != EXT_DATA) {
-        *ext = (struct extent){ .kind = *im->backing_name ? g->kind : EXT_ZERO, .length = length,
-                                .zeroed = g->kind == EXT_ZERO };
-    } else if (e->compressed) {
-        vmdk_map_compressed(e, g->place, offset, length, ext);
-    } else {
-        uint64_t place = g->place + (offset & ((1ull << e->grain_bits) - 1));
-        if (place >= e->file->size)
-            ext_past(ext, length, "its grain lies past the end of the file", e->file, place + length);
-        else
-            *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place),
-                                    .file = e->file, .offset = place };
-    }
-}
-
-static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
-                            struct extent *ext)
-{
-    uint64_t grain = 1ull << e->grain_bits, covered = grain << e->table_bits, table[2], place[2] = { 0 }, here, i;
-    const char *why = vmdk_find_tables(e, offset >> (e->grain_bits + e->table_bits), table);
-    struct vmdk_grain g = { .kind = EXT_BACKING };
-    struct extent next;
-
-    length = util_min(length, covered - (offset & (covered - 1)));
-    if (why) {
-        ext_bad(ext, length, why);
-        return;
-    }
-    if (!table[0]) {
-        vmdk_map_grain(im, e, &g, offset, length, ext);
-        return;
-    }
-    ext->length = 0;
-    for (unsigned n = 0; length && n < VMDK_LOOK_AHEAD; n++, offset += here, length -= here) {
-        i = (offset & (covered - 1)) >> e->grain_bits;
-        here = util_min(length, grain - (offset & (grain - 1)));
-        place[0] = table[0] + i * e->entry_size;
-        place[1] = table[1] ? table[1] + i * e->entry_size : 0;
-        g = vmdk_find_grain(e, place);
-        vmdk_map_grain(im, e, &g, offset, here, &next);
-        if (n == 0)
-            *ext = next;
-        else if (ext_continues(ext, &next, true))
-            ext->length += next.length;
-        else
-            break;
-        if (next.length < here || (ext->kind == EXT_BACKING && n >= VMDK_LOOK_AHEAD_HOLE))
-            break;                  /* cut by the end of the file */
-    }
-}
-
-static void vmdk_map_flat(const struct vmdk_extent *e, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    uint64_t place = e->offset + offset;
-    bool data = true;
-
-    if (place >= e->file->size) {
-        ext_bad(ext, length, "past the end of a truncated extent");
-        return;
-    }
-    *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place), .file = e->file,
-                            .offset = place };
-    if (exact)
-        file_seek_extent(e->file, place, ext->length, &data, &ext->length);
-    if (!data)
-        ext->kind = EXT_ZERO;
-}
-
-static int vmdk_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    const struct vmdk *v = im->state;
-    const struct vmdk_extent *e;
-    unsigned low = 0, high = v->n_extents;
-
-    while (high - low > 1) {
-        unsigned mid = (low + high) / 2;
-        if (v->extents[mid].start <= offset)
-            low = mid;
-        else
-            high = mid;
-    }
-    e = &v->extents[low];
-    offset -= e->start;
-    length = util_min(length, e->size - offset);
-    if (e->kind == VMDK_BAD)
-        ext_bad(ext, length, e->why);
-    else if (e->kind == VMDK_ZERO)
-        *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
-    else if (e->kind == VMDK_FLAT)
-        vmdk_map_flat(e, offset, length, exact, ext);
-    else
-        vmdk_map_sparse(im, e, offset, length, ext);
-    return 0;
-}
-
-static void vmdk_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
-{
-    const struct vmdk_extent *e = by;
-    uint64_t table = vmdk_table_place(e, e->entry_size == 8 ? util_le64(bytes) : util_le32(bytes));
-
-    (void)im;
-    (void)i;
-    if (table && table < (uint64_t)MAX_IMAGE_SIZE)
-        c->claim(c, e->file, table, vmdk_table_size(e), "a grain table", 0);
-}
-
-/* All data too, where the extents are flat. */
-static bool vmdk_claims(struct image *im, struct claims *c)
-{
-    const struct vmdk *v = im->state;
-    bool all = true;
-
-    for (unsigned i = 0; i < v->n_extents; i++) {
-        const struct vmdk_extent *e = &v->extents[i];
-        if (e->kind == VMDK_FLAT)   /* may be named twice, and overlap, because the descriptor says so */
-            c->claim(c, e->file, e->offset + e->size, 0, NULL, 0);
-        if (e->kind < VMDK_HOSTED)
-            continue;
-        all = false;
-        c->claim(c, e->file, 0, e->header_sectors * VMDK_SECTOR, "the header", 0);
-        for (unsigned k = 0; k < 2; k++) {
-            uint64_t n = vmdk_directory_entries(e);
-            if (!e->directory[k])
-                continue;
-            c->claim(c, e->file, e->directory[k], n * e->entry_size, "a grain directory", 0);
-            ext_claim_table(c, im, e, e->file, e->directory[k], n, e->entry_size, vmdk_claim_entry);
-        }
-    }
-    return all;
-}
-
-static void vmdk_info(struct image *im, struct out *out)
-{
-    const struct vmdk *v = im->state;
-
-    if (v->text) {
-        out_number(out, "cid", v->cid);
-        out_number(out, "parent-cid", v->parent_cid);
-        out_text(out, "create-type", v->create_type);
-    }
-    out_open(out, "extents", '[', false);
-    for (unsigned i = 0; i < v->n_extents; i++) {
-        const struct vmdk_extent *e = &v->extents[i];
-        out_open(out, NULL, '{', false);
-        out_size(out, "virtual-size", e->size);
-        if (e->file || e->name)
-            out_text(out, "filename", e->file ? e->file->path : e->name);
-        if (e->kind >= VMDK_HOSTED)
-            out_size(out, "cluster-size", 1ull << e->grain_bits);
-        out_text(out, "format", e->type);
-        if (e->compressed)
-            out_flag(out, "compressed", true);
-        out_close(out);
-    }
-    out_close(out);
-}
-
-/* Of two grain directories QEMU asks the first one alone. */
-static bool vmdk_directories_agree(const struct vmdk_extent *e)
-{
-    uint64_t table[2], a, b;
-
-    for (uint64_t i = 0; e->directory[1] && i < vmdk_directory_entries(e); i++) {
-        if (!e->directory[0] || vmdk_find_tables(e, i, table))
-            return false;
-        if (!table[0])
-            continue;
-        for (uint64_t at = 0; at < vmdk_table_size(e); at += e->entry_size)
-            if (!table[1] || vmdk_load(e, table[0] + at, &a) || vmdk_load(e, table[1] + at, &b) || a != b)
-                return false;
-    }
-    return e->directory[0];
-}
-
-/*
- * QEMU leaves out extents of zeros, and what it takes for no extent; the size of a sparse one is its header's. It
- * takes parents by the path that is recorded, and none by UUID.
- */
-static bool vmdk_as_qemu(struct image *im)
-{
-    const struct vmdk *v = im->state;
-
-    if (*im->backing_name || v->unlike_qemu)
-        return false;
-    for (unsigned i = 0; i < v->n_extents; i++) {
-        const struct vmdk_extent *e = &v->extents[i];
-        if (e->kind == VMDK_BAD || e->kind == VMDK_ZERO || (*e->type && !v->embedded && !e->exact))
-            return false;
-        for (const char *c = v->embedded || !e->name ? "" : e->name; *c; c++)
-            if (*c & 0x80)
-                return false;       /* perhaps in another encoding */
-        if (e->kind != VMDK_FLAT && (e->size != e->capacity || !vmdk_directories_agree(e)))
-            return false;
-    }
-    return true;
-}
-
-static const struct image_format vmdk_format = {
-    .name = "vmdk",
-    .describe = "VMware images: hosted, stream-optimized, COWD and seSparse extents, flat ones, split, with parents",
-    .writes = "overlay",
-    .probe = vmdk_probe,
-    .identify = vmdk_identify,
-    .open = vmdk_open,
-    .map = vmdk_map,
-    .claims = vmdk_claims,
-    .as_qemu = vmdk_as_qemu,
-    .info = vmdk_info,
-    .close = vmdk_close,
-};
-
-/* ******************************************************************************************************** *
- * 18. Damage
- *
- * What could not be read, for --error-map: a sorted list of ranges, written as a ddrescue mapfile whenever a
- * second has passed since the last time, and at the end. Positions count from the start of what is shown. The
- * list has an end: when it is full, a new range is joined to its neighbour, and what lies between counts as bad.
- * ******************************************************************************************************** */
-
-static struct {
-    pthread_mutex_t lock;           /* protects all of it */
-    int fd;                         /* -1: nobody wants to know */
-    struct ranges bad;
-    uint64_t from, size;            /* what is shown */
-    time_t written;
-    bool failed;
-} bad_list = { .lock = PTHREAD_MUTEX_INITIALIZER, .fd = -1 };
-
-/* An existing file may be the map of another rescue: it is not overwritten. */
-static int bad_start(const char *path, uint64_t from, uint64_t size)
-{
-    bad_list.bad.range = util_fault("error map") ? NULL : calloc(MAX_RANGES, sizeof(struct range));
-    if (!bad_list.bad.range)
-        return msg_err(-ENOMEM, "%s: out of memory", path);
-    bad_list.from = from;
-    bad_list.size = size;
-    bad_list.fd = util_fault("error map file") ? -1 : open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-    if (bad_list.fd < 0)
-        return msg_err(-errno, "%s: cannot make the error map: %s", path, strerror(errno));
-    return 0;
-}
-
-static void bad_stop(void)
-{
-    util_close(&bad_list.fd);
-    free(bad_list.bad.range);
-    bad_list.bad = (struct ranges){ NULL, 0 };
-}
-
-static bool bad_put(FILE *f, uint64_t start, uint64_t end, char status)
-{
-    return start >= end || fprintf(f, "0x%08" PRIX64 "  0x%08" PRIX64 "  %c\n", start, end - start, status) > 0;
-}
-
-static void bad_write_locked(void)
-{
-    char *text = NULL;
-    size_t len = 0;
-    FILE *f = open_memstream(&text, &len);
-    uint64_t at = 0;
-    bool good = f && fprintf(f, "# Mapfile. Created by fuseexp %s: - could not be read, + is the rest\n"
-                             "# current_pos  current_status  current_pass\n0x%08" PRIX64 "     +               1\n"
-                             "#      pos        size  status\n", FUSEEXP_VERSION, bad_list.size) > 0;
-
-    for (unsigned i = 0; i < bad_list.bad.n && good; at = bad_list.bad.range[i++].end)
-        good = bad_put(f, at, bad_list.bad.range[i].start, '+') &&
-               bad_put(f, bad_list.bad.range[i].start, bad_list.bad.range[i].end, '-');
-    good = good && bad_put(f, at, bad_list.size, '+');
-    if (f)
-        good = fclose(f) == 0 && good;
-    good = good && !util_fault_op("map") && pwrite(bad_list.fd, text, len, 0) == (ssize_t)len &&
-           ftruncate(bad_list.fd, (off_t)len) == 0;
-    if (!good && !bad_list.failed)
-        msg_serving(0, "the error map cannot be written: %s", strerror(errno));
-    bad_list.failed = !good;
-    free(text);
-    bad_list.written = time(NULL);
-}
-
-/* Writes what there is to write. False: the map is not what it should be. */
-static bool bad_finish(void)
-{
-    bool good;
-
-    pthread_mutex_lock(&bad_list.lock);
-    if (bad_list.fd >= 0)
-        bad_write_locked();
-    good = !bad_list.failed;
-    pthread_mutex_unlock(&bad_list.lock);
-    return good;
-}
-
-/* Notes [start, end) of what is shown. In a full list it is joined to its neighbour. */
-static void bad_note_locked(uint64_t start, uint64_t end)
-{
-    const struct range *near;
-    unsigned i;
-
-    if (util_range_add(&bad_list.bad, start, end))
-        return;
-    i = util_range_after(&bad_list.bad, start);
-    near = &bad_list.bad.range[i - (i == bad_list.bad.n)];
-    util_range_add(&bad_list.bad, util_min(start, near->start), end > near->end ? end : near->end);
-}
-
-static void bad_note(uint64_t offset, uint64_t len)
-{
-    uint64_t start = offset > bad_list.from ? offset - bad_list.from : 0;
-    uint64_t end = util_min(offset + len - bad_list.from, bad_list.size);
-
-    pthread_mutex_lock(&bad_list.lock);
-    if (bad_list.fd >= 0 && offset + len > bad_list.from && start < end) {
-        bad_note_locked(start, end);
-        if (bad_list.written != time(NULL))
-            bad_write_locked();
-    }
-    pthread_mutex_unlock(&bad_list.lock);
-}
-
-/* ******************************************************************************************************** *
- * 19. Image core
- *
- * The only user of the drivers. Finds the format, walks extents, and knows nothing of FUSE or partitions.
+ * Finds the driver of a file, and the parts of a set. Refuses containers that would look like a broken disk.
  * ******************************************************************************************************** */
 
 /*
  * In the order of who wins when two are equally certain. VHD comes before what is told by its head: a guest writes
  * the head of its fixed disk, but not the footer behind it.
  */
-static const struct image_format *const img_formats[] = {
+static const struct image_format *const probe_formats[] = {
     &raw_format, &vhd_format, &vhdx_format, &qcow2_format, &vmdk_format, &vdi_format, &qed_format, &prl_format,
 };
 
-enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
+enum { PROBE_HEAD = 4096, PROBE_TAIL = 512 };
 
 /*
  * -- containers that are not read --
@@ -10742,7 +11398,7 @@ enum { IMG_PROBE_HEAD = 4096, IMG_PROBE_TAIL = 512 };
  * alone must be text from its beginning to its end, as far as the head goes, and be small.
  */
 
-static bool img_is_text(const struct probe *p)
+static bool probe_is_text(const struct probe *p)
 {
     for (size_t i = 0; i < p->head_len; i++)
         if ((p->head[i] < ' ' && !strchr("\t\r\n", p->head[i])) || !p->head[i] || p->head[i] == 0x7f)
@@ -10751,7 +11407,7 @@ static bool img_is_text(const struct probe *p)
 }
 
 /* `len` digits of base 8 or 16, no other characters. */
-static bool img_is_digits(const uint8_t *bytes, size_t len, unsigned base)
+static bool probe_is_digits(const uint8_t *bytes, size_t len, unsigned base)
 {
     for (size_t i = 0; i < len; i++)
         if (base == 16 ? !isxdigit(bytes[i]) : bytes[i] < '0' || bytes[i] > '7')
@@ -10760,7 +11416,7 @@ static bool img_is_digits(const uint8_t *bytes, size_t len, unsigned base)
 }
 
 /* A member's header of 512 bytes, whatever its flavour: the sum of its bytes, its own field taken as blanks. */
-static bool img_is_tar(const struct probe *p)
+static bool probe_is_tar(const struct probe *p)
 {
     uint32_t sum = 0, want = 0;
     size_t i = 148;
@@ -10769,52 +11425,52 @@ static bool img_is_tar(const struct probe *p)
         return false;
     while (i < 155 && p->head[i] == ' ')
         i++;
-    if (i == 155 || !img_is_digits(p->head + i, 1, 8))
+    if (i == 155 || !probe_is_digits(p->head + i, 1, 8))
         return false;
-    for (; i < 156 && img_is_digits(p->head + i, 1, 8); i++)
+    for (; i < 156 && probe_is_digits(p->head + i, 1, 8); i++)
         want = want * 8 + p->head[i] - '0';
     for (i = 0; i < 512; i++)
         sum += i >= 148 && i < 156 ? ' ' : p->head[i];
     return sum == want;
 }
 
-static bool img_is_ova(const struct probe *p)
+static bool probe_is_ova(const struct probe *p)
 {
     const char *name = (const char *)p->head;
     size_t len = strnlen(name, 100);
 
-    return img_is_tar(p) && len > 4 && strncasecmp(name + len - 4, ".ovf", 4) == 0;
+    return probe_is_tar(p) && len > 4 && strncasecmp(name + len - 4, ".ovf", 4) == 0;
 }
 
-static bool img_is_gzip(const struct probe *p)
+static bool probe_is_gzip(const struct probe *p)
 {
     return p->head_len >= 10 && !(p->head[3] & 0xe0);
 }
 
-static bool img_is_bzip2(const struct probe *p)
+static bool probe_is_bzip2(const struct probe *p)
 {
     return p->head_len >= 10 && p->head[3] >= '1' && p->head[3] <= '9' &&
            (memcmp(p->head + 4, "1AY&SY", 6) == 0 || memcmp(p->head + 4, "\x17\x72\x45\x38\x50\x90", 6) == 0);
 }
 
-static bool img_is_lz4(const struct probe *p)
+static bool probe_is_lz4(const struct probe *p)
 {
     return p->head_len >= 7 && p->head[4] >> 6 == 1 && !(p->head[4] & 2) && !(p->head[5] & 0x8f) && p->head[5] >= 0x40;
 }
 
 /* Blocks of 8 MiB and their lengths. */
-static bool img_is_lz4_legacy(const struct probe *p)
+static bool probe_is_lz4_legacy(const struct probe *p)
 {
     return p->head_len >= 8 && util_le32(p->head + 4) && util_le32(p->head + 4) <= (8 << 20) + (8 << 20) / 255 + 16;
 }
 
-static bool img_is_lzip(const struct probe *p)
+static bool probe_is_lzip(const struct probe *p)
 {
     return p->head_len >= 6 && p->head[4] <= 1 && (p->head[5] & 0x1f) >= 12 && (p->head[5] & 0x1f) <= 29;
 }
 
 /* The usual properties; a dictionary of 2^n or 3 * 2^n bytes; a size that is not known or can be; a coder's 0. */
-static bool img_is_lzma(const struct probe *p)
+static bool probe_is_lzma(const struct probe *p)
 {
     uint32_t dictionary = p->head_len >= 18 ? util_le32(p->head + 1) : 0, bit = dictionary & -dictionary;
     uint64_t size = p->head_len >= 18 ? util_le64(p->head + 5) : 0;
@@ -10824,7 +11480,7 @@ static bool img_is_lzma(const struct probe *p)
 }
 
 /* Frames to be skipped, of zstd or lz4, before one that is not. */
-static bool img_is_skippable(const struct probe *p)
+static bool probe_is_skippable(const struct probe *p)
 {
     size_t at = 0;
 
@@ -10835,16 +11491,16 @@ static bool img_is_skippable(const struct probe *p)
                                            memcmp(p->head + at, "\x04\x22\x4d\x18", 4) == 0);
 }
 
-static bool img_is_cpio(const struct probe *p)
+static bool probe_is_cpio(const struct probe *p)
 {
     if (p->head_len < 110 || p->head[4] != '0')
         return false;
-    return p->head[5] == '7' ? img_is_digits(p->head, 76, 8)
-                             : (p->head[5] == '1' || p->head[5] == '2') && img_is_digits(p->head, 110, 16);
+    return p->head[5] == '7' ? probe_is_digits(p->head, 76, 8)
+                             : (p->head[5] == '1' || p->head[5] == '2') && probe_is_digits(p->head, 110, 16);
 }
 
 /* dump(8): 1 KiB of numbers, in either byte order, that add up to a constant. */
-static bool img_is_dump(const struct probe *p)
+static bool probe_is_dump(const struct probe *p)
 {
     uint32_t le = 0, be = 0;
 
@@ -10855,29 +11511,29 @@ static bool img_is_dump(const struct probe *p)
     return le == 84446 || be == 84446;
 }
 
-static bool img_is_fsarchiver(const struct probe *p)
+static bool probe_is_fsarchiver(const struct probe *p)
 {
     return memmem(p->head, p->head_len, "FsArCh_00", 9);
 }
 
-static bool img_is_nvram(const struct probe *p)
+static bool probe_is_nvram(const struct probe *p)
 {
     return p->size <= (1 << 20);
 }
 
-static bool img_is_ghost(const struct probe *p)
+static bool probe_is_ghost(const struct probe *p)
 {
     return p->head_len >= 512 && !(p->head[3] & 0xf7);
 }
 
 /* A map of GNU ddrescue: the position and status of the run, and at least one range; with comments. */
-static bool img_is_mapfile(const struct probe *p)
+static bool probe_is_mapfile(const struct probe *p)
 {
     char text[4096 + 1], *line = text, *next, status;
     long long at, size;
     unsigned n = 0;
 
-    if (!img_is_text(p) || p->head_len >= sizeof(text))
+    if (!probe_is_text(p) || p->head_len >= sizeof(text))
         return false;
     memcpy(text, p->head, p->head_len);
     text[p->head_len] = 0;
@@ -10893,9 +11549,9 @@ static bool img_is_mapfile(const struct probe *p)
 }
 
 #define IMG_UNPACK "unpack it first"
-#define IMG_NAME_DISK "name the file of the disk that it tells of"
-#define IMG_CONVERT "qemu-img convert makes a raw image of it"
-#define IMG_RESTORE "its own program restores the disk"
+#define PROBE_NAME_DISK "name the file of the disk that it tells of"
+#define PROBE_CONVERT "qemu-img convert makes a raw image of it"
+#define PROBE_RESTORE "its own program restores the disk"
 
 static const struct {
     const char *name;
@@ -10906,12 +11562,12 @@ static const struct {
     uint8_t length;
     bool tail;                      /* offset counts from the start of the last 512 bytes */
     const char *magic;
-} img_foreign[] = {
-    { "a qcow image (version 1)", IMG_CONVERT, NULL, NULL, 0, 4, false, "QFI\xfb" },
+} probe_foreign[] = {
+    { "a qcow image (version 1)", PROBE_CONVERT, NULL, NULL, 0, 4, false, "QFI\xfb" },
     { "a VMDK descriptor in UTF-16", "save it in UTF-8", NULL, NULL, 0, 10, false, "\xff\xfe#\0 \0D\0i\0" },
     { "a VMDK descriptor in UTF-16", "save it in UTF-8", NULL, NULL, 0, 10, false, "\xfe\xff\0#\0 \0D\0i" },
     { "an EWF (E01, S01) image", "ewfmount or ewfexport shows the disk", NULL, NULL, 0, 8, false, "EVF\t\r\n\xff\0" },
-    { "an EWF delta file", IMG_NAME_DISK, NULL, NULL, 0, 8, false, "MVF\t\r\n\xff\0" },
+    { "an EWF delta file", PROBE_NAME_DISK, NULL, NULL, 0, 8, false, "MVF\t\r\n\xff\0" },
     { "an EWF logical (L01) image", "it holds files, not a disk", NULL, NULL, 0, 8, false, "LVF\t\r\n\xff\0" },
     { "an EWF2 (Ex01) image", "ewfmount or ewfexport of libewf shows the disk", NULL, NULL, 0, 8, false,
       "EVF2\r\n\x81\0" },
@@ -10919,8 +11575,8 @@ static const struct {
     { "an AFF image", "affuse or affconvert -r shows the disk", NULL, NULL, 0, 8, false, "AFF10\r\n\0" },
     { "an AD1 image", "FTK Imager reads it; it holds files, not a disk", NULL, NULL, 0, 15, false, "ADSEGMENTEDFILE" },
     { "an image that FTK encrypted", "FTK Imager decrypts it, given the key", NULL, NULL, 0, 8, false, "ADCRYPT\0" },
-    { "a Bochs image", IMG_CONVERT, NULL, NULL, 0, 22, false, "Bochs Virtual HD Image" },
-    { "a cloop image", IMG_CONVERT, NULL, NULL, 0, 12, false, "#!/bin/sh\n#V" },
+    { "a Bochs image", PROBE_CONVERT, NULL, NULL, 0, 22, false, "Bochs Virtual HD Image" },
+    { "a cloop image", PROBE_CONVERT, NULL, NULL, 0, 12, false, "#!/bin/sh\n#V" },
     { "a COW file of User Mode Linux or QEMU", "uml_moo merges it with its backing file", NULL, NULL, 0, 7, false,
       "OOOM\0\0\0" },
     { "a COW file of User Mode Linux", "uml_moo merges it with its backing file", NULL, NULL, 0, 8, false,
@@ -10939,75 +11595,76 @@ static const struct {
       "partclone-image" },
     { "an ntfsclone image", "ntfsclone -r -O RAW FILE makes a raw image of it", NULL, NULL, 0, 16, false,
       "\0ntfsclone-image" },
-    { "a partimage image", IMG_RESTORE, NULL, NULL, 0, 16, false, "PaRtImAgE-VoLuMe" },
-    { "an FSArchiver archive", IMG_RESTORE, NULL, img_is_fsarchiver, 0, 4, false, "FsA0" },
-    { "a dump of files", "restore(8) unpacks it", NULL, img_is_dump, 24, 4, false, "\x6c\xea\0\0" },
-    { "a dump of files", "restore(8) unpacks it", NULL, img_is_dump, 24, 4, false, "\0\0\xea\x6c" },
-    { "a dump of files", "restore(8) unpacks it", NULL, img_is_dump, 24, 4, false, "\x19\x01\x54\x19" },
-    { "a dump of files", "restore(8) unpacks it", NULL, img_is_dump, 24, 4, false, "\x19\x54\x01\x19" },
+    { "a partimage image", PROBE_RESTORE, NULL, NULL, 0, 16, false, "PaRtImAgE-VoLuMe" },
+    { "an FSArchiver archive", PROBE_RESTORE, NULL, probe_is_fsarchiver, 0, 4, false, "FsA0" },
+    { "a dump of files", "restore(8) unpacks it", NULL, probe_is_dump, 24, 4, false, "\x6c\xea\0\0" },
+    { "a dump of files", "restore(8) unpacks it", NULL, probe_is_dump, 24, 4, false, "\0\0\xea\x6c" },
+    { "a dump of files", "restore(8) unpacks it", NULL, probe_is_dump, 24, 4, false, "\x19\x01\x54\x19" },
+    { "a dump of files", "restore(8) unpacks it", NULL, probe_is_dump, 24, 4, false, "\x19\x54\x01\x19" },
     { "a Windows image (WIM, ESD)", "wimapply of wimlib unpacks it", NULL, NULL, 0, 8, false, "MSWIM\0\0\0" },
     { "a Windows image (WIM, ESD)", "wimapply of wimlib unpacks it", NULL, NULL, 0, 8, false, "WLPWM\0\0\0" },
-    { "a Norton Ghost image", IMG_RESTORE, NULL, img_is_ghost, 0, 3, false, "\xfe\xef\x01" },
-    { "an Acronis True Image backup", IMG_RESTORE, NULL, NULL, 0, 4, false, "\xb4nhD" },
-    { "an Acronis True Image backup", IMG_RESTORE, NULL, NULL, 0, 8, false, "\xce\x24\xb9\xa2\x20\0\0\0" },
-    { "an Acronis True Image backup", IMG_RESTORE, NULL, NULL, 0, 8, false, "\xcd\x20\xaa\xaa\x02\0\0\0" },
+    { "a Norton Ghost image", PROBE_RESTORE, NULL, probe_is_ghost, 0, 3, false, "\xfe\xef\x01" },
+    { "an Acronis True Image backup", PROBE_RESTORE, NULL, NULL, 0, 4, false, "\xb4nhD" },
+    { "an Acronis True Image backup", PROBE_RESTORE, NULL, NULL, 0, 8, false, "\xce\x24\xb9\xa2\x20\0\0\0" },
+    { "an Acronis True Image backup", PROBE_RESTORE, NULL, NULL, 0, 8, false, "\xcd\x20\xaa\xaa\x02\0\0\0" },
     { "a Proxmox backup (VMA)", "vma extract unpacks it", NULL, NULL, 0, 8, false, "VMA\0\0\0\0\x01" },
-    { "a saved state of VMware", IMG_NAME_DISK, NULL, NULL, 0, 4, false, "\xd0\xbe\xd0\xbe" },
-    { "a saved state of VMware", IMG_NAME_DISK, NULL, NULL, 0, 4, false, "\xd1\xba\xd1\xba" },
-    { "a saved state of VMware", IMG_NAME_DISK, NULL, NULL, 0, 4, false, "\xd2\xbe\xd2\xbe" },
-    { "a saved state of VMware", IMG_NAME_DISK, NULL, NULL, 0, 4, false, "\xd3\xbe\xd3\xbe" },
-    { "a VMware .nvram file", IMG_NAME_DISK, NULL, img_is_nvram, 0, 4, false, "MRVN" },
-    { "a saved state of VirtualBox", IMG_NAME_DISK, NULL, NULL, 0, 22, false, "\x7fVirtualBox SavedState" },
-    { "a saved state of QEMU", IMG_NAME_DISK, NULL, NULL, 0, 7, false, "QEVM\0\0\0" },
-    { "a saved state of libvirt", IMG_NAME_DISK, NULL, NULL, 0, 16, false, "LibvirtQemudSave" },
-    { "a tar archive with a virtual machine (OVA)", "tar -xf unpacks it; the .vmdk in it is the disk", NULL, img_is_ova,
+    { "a saved state of VMware", PROBE_NAME_DISK, NULL, NULL, 0, 4, false, "\xd0\xbe\xd0\xbe" },
+    { "a saved state of VMware", PROBE_NAME_DISK, NULL, NULL, 0, 4, false, "\xd1\xba\xd1\xba" },
+    { "a saved state of VMware", PROBE_NAME_DISK, NULL, NULL, 0, 4, false, "\xd2\xbe\xd2\xbe" },
+    { "a saved state of VMware", PROBE_NAME_DISK, NULL, NULL, 0, 4, false, "\xd3\xbe\xd3\xbe" },
+    { "a VMware .nvram file", PROBE_NAME_DISK, NULL, probe_is_nvram, 0, 4, false, "MRVN" },
+    { "a saved state of VirtualBox", PROBE_NAME_DISK, NULL, NULL, 0, 22, false, "\x7fVirtualBox SavedState" },
+    { "a saved state of QEMU", PROBE_NAME_DISK, NULL, NULL, 0, 7, false, "QEVM\0\0\0" },
+    { "a saved state of libvirt", PROBE_NAME_DISK, NULL, NULL, 0, 16, false, "LibvirtQemudSave" },
+    { "a tar archive with a virtual machine (OVA)", "tar -xf unpacks it; the .vmdk in it is the disk", NULL,
+      probe_is_ova,
       0, 0, false, "" },
-    { "a tar archive with a virtual machine (XVA)", IMG_UNPACK, NULL, img_is_tar, 0, 8, false, "ova.xml\0" },
-    { "a tar archive", "tar -xf unpacks it", NULL, img_is_tar, 0, 0, false, "" },
-    { "a cpio archive", IMG_UNPACK, NULL, img_is_cpio, 0, 4, false, "0707" },
+    { "a tar archive with a virtual machine (XVA)", IMG_UNPACK, NULL, probe_is_tar, 0, 8, false, "ova.xml\0" },
+    { "a tar archive", "tar -xf unpacks it", NULL, probe_is_tar, 0, 0, false, "" },
+    { "a cpio archive", IMG_UNPACK, NULL, probe_is_cpio, 0, 4, false, "0707" },
     { "an ar archive (.deb is one)", IMG_UNPACK, NULL, NULL, 0, 8, false, "!<arch>\n" },
     { "a rar archive", IMG_UNPACK, NULL, NULL, 0, 6, false, "Rar!\x1a\x07" },
     { "a 7z archive", IMG_UNPACK, NULL, NULL, 0, 6, false, "7z\xbc\xaf\x27\x1c" },
     { "a zip archive (AFF4 is one)", IMG_UNPACK, NULL, NULL, 0, 4, false, "PK\x03\x04" },
     { "a zip archive", IMG_UNPACK, NULL, NULL, 0, 8, false, "PK\x07\x08PK\x03\x04" },
     { "a cabinet archive", IMG_UNPACK, NULL, NULL, 0, 8, false, "MSCF\0\0\0\0" },
-    { "a gzip-compressed file", "gunzip -k unpacks it", NULL, img_is_gzip, 0, 3, false, "\x1f\x8b\x08" },
-    { "a bzip2-compressed file", "bunzip2 -k unpacks it", NULL, img_is_bzip2, 0, 3, false, "BZh" },
+    { "a gzip-compressed file", "gunzip -k unpacks it", NULL, probe_is_gzip, 0, 3, false, "\x1f\x8b\x08" },
+    { "a bzip2-compressed file", "bunzip2 -k unpacks it", NULL, probe_is_bzip2, 0, 3, false, "BZh" },
     { "an xz-compressed file", "unxz -k unpacks it", NULL, NULL, 0, 6, false, "\xfd" "7zXZ\0" },
-    { "an lzma-compressed file", "unlzma -k unpacks it", NULL, img_is_lzma, 0, 3, false, "\x5d\0\0" },
+    { "an lzma-compressed file", "unlzma -k unpacks it", NULL, probe_is_lzma, 0, 3, false, "\x5d\0\0" },
     { "a zstd-compressed file", "unzstd unpacks it", NULL, NULL, 0, 4, false, "\x28\xb5\x2f\xfd" },
-    { "a zstd- or lz4-compressed file", "unzstd or unlz4 unpacks it", NULL, img_is_skippable, 1, 3, false,
+    { "a zstd- or lz4-compressed file", "unzstd or unlz4 unpacks it", NULL, probe_is_skippable, 1, 3, false,
       "\x2a\x4d\x18" },
-    { "an lz4-compressed file", "unlz4 unpacks it", NULL, img_is_lz4, 0, 4, false, "\x04\x22\x4d\x18" },
-    { "an lz4-compressed file", "unlz4 unpacks it", NULL, img_is_lz4_legacy, 0, 4, false, "\x02\x21\x4c\x18" },
+    { "an lz4-compressed file", "unlz4 unpacks it", NULL, probe_is_lz4, 0, 4, false, "\x04\x22\x4d\x18" },
+    { "an lz4-compressed file", "unlz4 unpacks it", NULL, probe_is_lz4_legacy, 0, 4, false, "\x02\x21\x4c\x18" },
     { "an lzop-compressed file", "lzop -d unpacks it", NULL, NULL, 0, 9, false, "\x89LZO\0\r\n\x1a\n" },
-    { "an lzip-compressed file", "lzip -dk unpacks it", NULL, img_is_lzip, 0, 4, false, "LZIP" },
+    { "an lzip-compressed file", "lzip -dk unpacks it", NULL, probe_is_lzip, 0, 4, false, "LZIP" },
     { "an lrzip-compressed file", "lrzip -d unpacks it", NULL, NULL, 0, 5, false, "LRZI\0" },
     { "a compressed ISO image (ISZ)", IMG_UNPACK, NULL, NULL, 0, 5, false, "IsZ!\x40" },
     { "a file encrypted by openssl", "openssl enc -d decrypts it", NULL, NULL, 0, 8, false, "Salted__" },
     { "a file encrypted by age", "age -d decrypts it", NULL, NULL, 0, 20, false, "age-encryption.org/v" },
-    { "a mapfile of GNU ddrescue", "name the image itself", NULL, img_is_mapfile, 0, 0, false, "" },
+    { "a mapfile of GNU ddrescue", "name the image itself", NULL, probe_is_mapfile, 0, 0, false, "" },
     { "a mapfile of GNU ddrescue", "name the image itself", "# Rescue Logfile. Created by", NULL, 0, 0, false, "" },
-    { "a .vmx file (settings of a VMware machine)", IMG_NAME_DISK, "config.version", NULL, 0, 0, false, "" },
-    { "a .vmx file (settings of a VMware machine)", IMG_NAME_DISK, "virtualHW.version", NULL, 0, 0, false, "" },
-    { "a .vmsd file (list of snapshots of VMware)", IMG_NAME_DISK, "snapshot.", NULL, 0, 9, false, ".encoding" },
-    { "a file of settings of VMware", IMG_NAME_DISK, "=", NULL, 0, 9, false, ".encoding" },
-    { "a .vmxf file (settings of VMware)", IMG_NAME_DISK, "<Foundry", NULL, 0, 0, false, "" },
-    { "a .vbox file (settings of a VirtualBox machine)", IMG_NAME_DISK, "<VirtualBox", NULL, 0, 0, false, "" },
-    { "a description of a virtual machine (OVF)", IMG_NAME_DISK, "http://schemas.dmtf.org/ovf/", NULL, 0, 0, false,
+    { "a .vmx file (settings of a VMware machine)", PROBE_NAME_DISK, "config.version", NULL, 0, 0, false, "" },
+    { "a .vmx file (settings of a VMware machine)", PROBE_NAME_DISK, "virtualHW.version", NULL, 0, 0, false, "" },
+    { "a .vmsd file (list of snapshots of VMware)", PROBE_NAME_DISK, "snapshot.", NULL, 0, 9, false, ".encoding" },
+    { "a file of settings of VMware", PROBE_NAME_DISK, "=", NULL, 0, 9, false, ".encoding" },
+    { "a .vmxf file (settings of VMware)", PROBE_NAME_DISK, "<Foundry", NULL, 0, 0, false, "" },
+    { "a .vbox file (settings of a VirtualBox machine)", PROBE_NAME_DISK, "<VirtualBox", NULL, 0, 0, false, "" },
+    { "a description of a virtual machine (OVF)", PROBE_NAME_DISK, "http://schemas.dmtf.org/ovf/", NULL, 0, 0, false,
       "" },
-    { "a description of a virtual machine (OVF)", IMG_NAME_DISK, "<Envelope", NULL, 0, 0, false, "" },
-    { "a file of settings of a Parallels machine", IMG_NAME_DISK, "<ParallelsVirtualMachine", NULL, 0, 0, false, "" },
-    { "a description of a libvirt machine", IMG_NAME_DISK, "<domain", NULL, 0, 1, false, "<" },
+    { "a description of a virtual machine (OVF)", PROBE_NAME_DISK, "<Envelope", NULL, 0, 0, false, "" },
+    { "a file of settings of a Parallels machine", PROBE_NAME_DISK, "<ParallelsVirtualMachine", NULL, 0, 0, false, "" },
+    { "a description of a libvirt machine", PROBE_NAME_DISK, "<domain", NULL, 0, 1, false, "<" },
     { "an Info.plist of an Apple sparse bundle", "hdiutil convert makes a raw image of it",
       "com.apple.diskimage.sparsebundle", NULL, 0, 0, false, "" },
-    { "an XML file", IMG_NAME_DISK, "<?xml", NULL, 0, 5, false, "<?xml" },
-    { "an XML file", IMG_NAME_DISK, "<?xml", NULL, 0, 8, false, "\xef\xbb\xbf<?xml" },
-    { "an XML file in UTF-16", IMG_NAME_DISK, NULL, NULL, 0, 12, false, "\xff\xfe<\0?\0x\0m\0l\0" },
+    { "an XML file", PROBE_NAME_DISK, "<?xml", NULL, 0, 5, false, "<?xml" },
+    { "an XML file", PROBE_NAME_DISK, "<?xml", NULL, 0, 8, false, "\xef\xbb\xbf<?xml" },
+    { "an XML file in UTF-16", PROBE_NAME_DISK, NULL, NULL, 0, 12, false, "\xff\xfe<\0?\0x\0m\0l\0" },
 };
 
 /* The name of the piece after this one. False: it is not called like a piece. */
-static bool img_next_piece(const char *path, char next[PATH_MAX])
+static bool probe_next_piece(const char *path, char next[PATH_MAX])
 {
     const char *base = util_basename(path);
     int stem = (int)strlen(path), digits = 0, letters = 0;
@@ -11026,53 +11683,53 @@ static bool img_next_piece(const char *path, char next[PATH_MAX])
 }
 
 /* Is it the foreign container number i? */
-static bool img_is_foreign(const struct probe *p, size_t i)
+static bool probe_is_foreign(const struct probe *p, size_t i)
 {
-    const uint8_t *bytes = img_foreign[i].tail ? p->tail : p->head;
-    size_t len = img_foreign[i].tail ? p->tail_len : p->head_len;
-    const char *text = img_foreign[i].text;
+    const uint8_t *bytes = probe_foreign[i].tail ? p->tail : p->head;
+    size_t len = probe_foreign[i].tail ? p->tail_len : p->head_len;
+    const char *text = probe_foreign[i].text;
 
-    return (size_t)img_foreign[i].offset + img_foreign[i].length <= len &&
-           memcmp(bytes + img_foreign[i].offset, img_foreign[i].magic, img_foreign[i].length) == 0 &&
-           (!text || (img_is_text(p) && memmem(p->head, p->head_len, text, strlen(text)))) &&
-           (!img_foreign[i].check || img_foreign[i].check(p));
+    return (size_t)probe_foreign[i].offset + probe_foreign[i].length <= len &&
+           memcmp(bytes + probe_foreign[i].offset, probe_foreign[i].magic, probe_foreign[i].length) == 0 &&
+           (!text || (probe_is_text(p) && memmem(p->head, p->head_len, text, strlen(text)))) &&
+           (!probe_foreign[i].check || probe_foreign[i].check(p));
 }
 
 /* Refuses what is told to be a container that is not read. */
-static int img_check_foreign(const struct image *im, const struct probe *p)
+static int probe_check_foreign(const struct image *im, const struct probe *p)
 {
     char next[PATH_MAX];
-    bool piece = img_next_piece(im->name, next) && access(next, F_OK) == 0;
+    bool piece = probe_next_piece(im->name, next) && access(next, F_OK) == 0;
 
-    for (size_t i = 0; i < ARRAY_LEN(img_foreign); i++)
-        if (img_is_foreign(p, i))
+    for (size_t i = 0; i < ARRAY_LEN(probe_foreign); i++)
+        if (probe_is_foreign(p, i))
             return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read: %s%s; --format raw shows "
-                           "its bytes", im->name, img_foreign[i].name, img_foreign[i].way_out,
+                           "its bytes", im->name, probe_foreign[i].name, probe_foreign[i].way_out,
                            piece ? ", when its pieces are joined" : "");
     return 0;
 }
 
 /* Before a recorded format that QEMU is to refuse. With the longest one 15 bytes at most, or QEMU does not tell. */
-static const char img_not_for_qemu[] = "fx-";
+static const char probe_not_for_qemu[] = "fx-";
 
 /* The format that an overlay or a backing file has recorded, in our words. */
-static const char *img_recorded_format(const char *word)
+static const char *probe_recorded_format(const char *word)
 {
-    size_t len = sizeof(img_not_for_qemu) - 1;
+    size_t len = sizeof(probe_not_for_qemu) - 1;
 
-    return strncmp(word, img_not_for_qemu, len) == 0 ? word + len : word;
+    return strncmp(word, probe_not_for_qemu, len) == 0 ? word + len : word;
 }
 
-static const struct image_format *img_format_named(const char *name)
+static const struct image_format *probe_format_named(const char *name)
 {
-    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++)
-        if (strcmp(name, img_formats[i]->name) == 0)
-            return img_formats[i];
+    for (size_t i = 0; i < ARRAY_LEN(probe_formats); i++)
+        if (strcmp(name, probe_formats[i]->name) == 0)
+            return probe_formats[i];
     return NULL;
 }
 
 /* By another name, or in capitals: what may have been meant. */
-static int img_unknown_format(const char *name)
+static int probe_unknown_format(const char *name)
 {
     static const char *const others[][2] = {
         { "vhd", "vpc" }, { "img", "raw" }, { "dd", "raw" }, { "iso", "raw" }, { "hdd", "parallels" },
@@ -11080,9 +11737,9 @@ static int img_unknown_format(const char *name)
     };
     const char *meant = NULL;
 
-    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++)
-        if (strcasecmp(name, img_formats[i]->name) == 0)
-            meant = img_formats[i]->name;
+    for (size_t i = 0; i < ARRAY_LEN(probe_formats); i++)
+        if (strcasecmp(name, probe_formats[i]->name) == 0)
+            meant = probe_formats[i]->name;
     for (size_t i = 0; i < ARRAY_LEN(others); i++)
         if (strcasecmp(name, others[i][0]) == 0)
             meant = others[i][1];
@@ -11091,74 +11748,74 @@ static int img_unknown_format(const char *name)
 }
 
 /* The format that is most certain; raw, if nothing else is. */
-static const struct image_format *img_most_certain(const struct probe *p)
+static const struct image_format *probe_most_certain(const struct probe *p)
 {
     const struct image_format *format = NULL;
     int best = 0, score;
 
-    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++) {
-        score = img_formats[i]->probe(p);
+    for (size_t i = 0; i < ARRAY_LEN(probe_formats); i++) {
+        score = probe_formats[i]->probe(p);
         if (score > best) {
             best = score;
-            format = img_formats[i];
+            format = probe_formats[i];
         }
     }
     return format;
 }
 
 /* Sets im->format: the one named, or the most certain. Raw by default is said aloud: it is an assumption. */
-static int img_probe(struct image *im, const char *wanted)
+static int probe_image(struct image *im, const char *wanted)
 {
-    uint8_t head[IMG_PROBE_HEAD], tail[IMG_PROBE_TAIL];
+    uint8_t head[PROBE_HEAD], tail[PROBE_TAIL];
     struct file *first = &im->files[0], *last = &im->files[im->n_files - 1];
     struct probe p = { head, tail, util_min(first->size, sizeof(head)), util_min(last->size, sizeof(tail)),
                        first->size };
     uint64_t done;
 
     if (wanted)
-        im->format = img_format_named(wanted);
+        im->format = probe_format_named(wanted);
     if (wanted)
-        return im->format ? 0 : img_unknown_format(wanted);
+        return im->format ? 0 : probe_unknown_format(wanted);
 
     /* A head that cannot be read must not lead to a guess: on a dying disk it may have been any format. */
     if (file_pread(first, head, p.head_len, 0, &done) ||
         file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
         return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it",
                        im->name);
-    im->format = img_most_certain(&p);
+    im->format = probe_most_certain(&p);
     if (im->format != &raw_format)
         return 0;
     if (strcmp(util_basename(first->path), PRL_XML_NAME) == 0)
         return msg_err(-EINVAL, "%s: is damaged or not in UTF-8, so nothing says which image files belong together; "
                        "they can be opened alone", im->name);
-    if (img_check_foreign(im, &p))
+    if (probe_check_foreign(im, &p))
         return -EMEDIUMTYPE;
     if (!first->is_blk && first->size)
         msg_say(MSG_NOTE, "%s: raw disk image assumed (--format raw silences this)", im->name);
     return 0;
 }
 
-/* Folders that hold a disk which is not read. */
-static int img_check_foreign_folder(const char *path)
+/* Directories that hold a disk which is not read. */
+static int probe_check_foreign_directory(const char *path)
 {
     static const struct {
         const char *file, *name, *way_out;
-    } folders[] = {
+    } directories[] = {
         { "bands", "an Apple sparse bundle", "hdiutil convert or sparsebundlefs shows the disk" },
-        { "clonezilla-img", "a folder of Clonezilla", "name the image of a partition in it" },
+        { "clonezilla-img", "a directory of Clonezilla", "name the image of a partition in it" },
     };
     char inside[PATH_MAX];
 
-    for (size_t i = 0; i < ARRAY_LEN(folders); i++)
-        if ((size_t)snprintf(inside, sizeof(inside), "%s/%s", path, folders[i].file) < sizeof(inside) &&
+    for (size_t i = 0; i < ARRAY_LEN(directories); i++)
+        if ((size_t)snprintf(inside, sizeof(inside), "%s/%s", path, directories[i].file) < sizeof(inside) &&
             access(inside, F_OK) == 0)
-            return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read: %s", path, folders[i].name,
-                           folders[i].way_out);
+            return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read: %s", path, directories[i].name,
+                           directories[i].way_out);
     return 0;
 }
 
-/* A Parallels disk is a folder: its descriptor stands for it. Other folders are refused by file_open(). */
-static int img_add_file(struct image *im, const char *path)
+/* A Parallels disk is a directory: its descriptor stands for it. Other directories are refused by file_open(). */
+static int probe_add_file(struct image *im, const char *path)
 {
     char inside[PATH_MAX];
     struct stat st;
@@ -11168,7 +11825,7 @@ static int img_add_file(struct image *im, const char *path)
         return msg_err(-E2BIG, "%s: more than %d parts", im->name, MAX_PARTS);
     if (stat(path, &st) < 0 || !S_ISDIR(st.st_mode))
         return file_open(&im->files[im->n_files++], path, im->writable);
-    if (img_check_foreign_folder(path))
+    if (probe_check_foreign_directory(path))
         return -EMEDIUMTYPE;
     if ((size_t)snprintf(inside, sizeof(inside), "%s/" PRL_XML_NAME, path) >= sizeof(inside) ||
         access(inside, F_OK) < 0)
@@ -11176,14 +11833,14 @@ static int img_add_file(struct image *im, const char *path)
     ret = file_open_beneath(&im->files[im->n_files++], path, PRL_XML_NAME, inside, false);
     if (ret && !im->files[im->n_files - 1].path)
         msg_err(ret, "%s: %s", inside,
-                ret == -EXDEV || ret == -ELOOP ? "leads out of its folder" : strerror(-ret));
+                ret == -EXDEV || ret == -ELOOP ? "leads out of its directory" : strerror(-ret));
     return ret;
 }
 
 /*
  * Opens the parts that follow the first one. A gap in the numbering is a lost part, not the end of the set.
  */
-static int img_find_parts(struct image *im)
+static int probe_find_parts(struct image *im)
 {
     char name[PATH_MAX], missing[PATH_MAX] = "";
     int ret;
@@ -11198,7 +11855,7 @@ static int img_find_parts(struct image *im)
         }
         if (gap)
             return msg_err(-ENOENT, "%s: missing, though %s is there", missing, util_basename(name));
-        ret = img_add_file(im, name);
+        ret = probe_add_file(im, name);
         if (ret)
             return ret;
         im->found_parts = true;
@@ -11216,35 +11873,35 @@ static int img_find_parts(struct image *im)
  * piece alone seems to be truncated, and all together would be taken for the extents of one disk.
  */
 
-#define IMG_JOIN "join them: fuseexp --format raw PIECE... JOINED shows them as one file, and then fuseexp JOINED " \
+#define PROBE_JOIN "join them: fuseexp --format raw PIECE... JOINED shows them as one file, and then fuseexp JOINED " \
                  "MOUNTPOINT its disk; --no-parts takes %s"
 
 /* Is there a next piece? It is no longer than the first, and no image by itself, as numbered snapshots are. */
-static bool img_has_next_piece(const struct image *im, char next[PATH_MAX])
+static bool probe_has_next_piece(const struct image *im, char next[PATH_MAX])
 {
-    uint8_t head[IMG_PROBE_HEAD];
+    uint8_t head[PROBE_HEAD];
     struct probe p = { head, head, 0, 0, 0 };
     struct stat st = { 0 };
     ssize_t n = -1;
     int fd;
 
-    if (!img_next_piece(im->name, next) || (fd = open(next, O_RDONLY | O_CLOEXEC | O_NONBLOCK)) < 0)
+    if (!probe_next_piece(im->name, next) || (fd = open(next, O_RDONLY | O_CLOEXEC | O_NONBLOCK)) < 0)
         return false;
     if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
         n = pread(fd, head, sizeof(head), 0);
     util_close(&fd);
     p.head_len = n > 0 ? (size_t)n : 0;
     p.size = (uint64_t)st.st_size;
-    return n > 0 && p.size <= im->files[0].size && img_most_certain(&p) == &raw_format;
+    return n > 0 && p.size <= im->files[0].size && probe_most_certain(&p) == &raw_format;
 }
 
 /*
  * Are several files the pieces of one? The extents of a VMDK are images of its format, each of them; a descriptor is
  * shorter than what it describes, but no piece is longer than the first.
  */
-static bool img_are_pieces(const struct image *im)
+static bool probe_are_pieces(const struct image *im)
 {
-    uint8_t head[IMG_PROBE_HEAD];
+    uint8_t head[PROBE_HEAD];
     bool each = true;
     uint64_t done;
 
@@ -11252,15 +11909,16 @@ static bool img_are_pieces(const struct image *im)
         struct probe p = { head, head, util_min(im->files[i].size, sizeof(head)), 0, im->files[i].size };
         if (p.size > im->files[0].size)
             return false;
-        each = each && file_pread(&im->files[i], head, p.head_len, 0, &done) == 0 && img_most_certain(&p) == im->format;
+        each = each && file_pread(&im->files[i], head, p.head_len, 0, &done) == 0 &&
+               probe_most_certain(&p) == im->format;
     }
     return !each;
 }
 
 /* The parts of a split image were found by name: only now its end is known. A fixed VHD has nothing but a footer. */
-static int img_check_end(const struct image *im)
+static int probe_check_end(const struct image *im)
 {
-    uint8_t tail[IMG_PROBE_TAIL];
+    uint8_t tail[PROBE_TAIL];
     struct file *last = &im->files[im->n_files - 1];
     struct probe p = { tail, tail, 0, util_min(last->size, sizeof(tail)), last->size };
     const struct image_format *format;
@@ -11268,34 +11926,367 @@ static int img_check_end(const struct image *im)
 
     if (file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
         return 0;                   /* read errors of the disk are told where they are read */
-    format = img_most_certain(&p);
+    format = probe_most_certain(&p);
     if (format == &raw_format)
-        return img_check_foreign(im, &p);
-    return msg_err(-EINVAL, "%s: the pieces of a %s image; " IMG_JOIN, im->name, format->name, "the first alone");
+        return probe_check_foreign(im, &p);
+    return msg_err(-EINVAL, "%s: the pieces of a %s image; " PROBE_JOIN, im->name, format->name, "the first alone");
 }
 
-static int img_check_pieces(const struct image *im)
+static int probe_check_pieces(const struct image *im)
 {
     bool raw = im->format == &raw_format, several = im->n_files > 1;
     size_t len = strlen(im->name);
     char next[PATH_MAX];
 
-    if (several && !raw && img_are_pieces(im))
-        return msg_err(-EINVAL, "%s: a %s image is one file; if these files are its pieces, " IMG_JOIN, im->name,
+    if (several && !raw && probe_are_pieces(im))
+        return msg_err(-EINVAL, "%s: a %s image is one file; if these files are its pieces, " PROBE_JOIN, im->name,
                        im->format->name, "the list as it is");
     if (several)
-        return raw && im->found_parts && !im->opt->format ? img_check_end(im) : 0;
+        return raw && im->found_parts && !im->opt->format ? probe_check_end(im) : 0;
     if (im->files[0].is_blk)
         return 0;
     if (raw && (im->opt->format || len < 4 || strcasecmp(im->name + len - 4, ".vhd") != 0))
         return 0;                   /* the head of a disk: the parts of split images were looked for */
-    if (!img_has_next_piece(im, next))
+    if (!probe_has_next_piece(im, next))
         return 0;
-    return msg_err(-EINVAL, "%s: looks like the first piece of a %s image, since %s is there; " IMG_JOIN, im->name,
+    return msg_err(-EINVAL, "%s: looks like the first piece of a %s image, since %s is there; " PROBE_JOIN, im->name,
                    raw ? "vpc" : im->format->name, util_basename(next), "it alone");
 }
 
-static void img_close_one(struct image *im)
+/* ******************************************************************************************************** *
+ * 24. Checks
+ *
+ * What can be said of any format by its map and its claims.
+ * ******************************************************************************************************** */
+
+/*
+ * -- the look at an image that was just opened --
+ *
+ * What its tables use is held against the lengths of its files, and against itself, for as long as a user does not
+ * notice. A file that was cut off is told now, not by the first program that meets the end; a table or a block that
+ * lies in another one means that some of the disk is wrong, and no read would ever tell. --check looks at everything.
+ */
+
+enum {
+    CHECK_LOOK_MS = 100,              /* for a whole chain */
+    CHECK_STRIPES = 1 << 10,          /* of the disk, looked at in an order that has something of each part early */
+    CHECK_MAX_RANGES = 1 << 19,       /* after merging: 12 MiB, given back at once */
+};
+#define CHECK_STRIPE_MIN (1ull << 20)
+#define CHECK_LOOK_FAR (1ull << 30)   /* nothing lies further behind the file's end than this and the disk's size */
+
+static unsigned check_look_ms = CHECK_LOOK_MS;
+
+struct check_range {
+    const struct file *file;
+    uint64_t start, end;
+};
+
+struct check_look {
+    struct claims claims;           /* first: claim() gets its address */
+    struct image *im;
+    uint64_t *needed;               /* [n_files]: bytes that it should have */
+    struct check_range *ranges;
+    size_t n, room;
+};
+
+static bool check_look_has_room(struct check_look *l)
+{
+    size_t room = l->room ? 2 * l->room : 1024;
+    struct check_range *more;
+
+    if (l->ranges && l->n < l->room)
+        return true;
+    more = room <= CHECK_MAX_RANGES ? realloc(l->ranges, room * sizeof(*more)) : NULL;
+    l->claims.stopped |= !more;
+    if (!more)
+        return false;
+    l->ranges = more;
+    l->room = room;
+    return true;
+}
+
+/* A range that is far behind the end is a damaged entry, and reads as an error. */
+static void check_look_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
+                           uint64_t guest)
+{
+    struct check_look *l = (struct check_look *)c;
+    uint64_t end = offset + length, *needed = &l->needed[f - l->im->files];
+    struct check_range *last = l->n ? &l->ranges[l->n - 1] : NULL;
+
+    (void)what;
+    (void)guest;
+    if (end < offset || end > (uint64_t)MAX_IMAGE_SIZE || end > f->size + l->im->size + CHECK_LOOK_FAR)
+        return;
+    *needed = end > *needed ? end : *needed;
+    end = util_min(end, f->size);
+    if (!length || offset >= end || !l->im->format->claims)
+        return;
+    if (last && last->file == f && last->end == offset)
+        last->end = end;
+    else if (check_look_has_room(l))
+        l->ranges[l->n++] = (struct check_range){ f, offset, end };
+}
+
+/* A number of CHECK_STRIPES bit by bit reversed: 0, then the half, then the quarters ... */
+static uint64_t check_stripe(unsigned i)
+{
+    uint64_t reversed = 0;
+
+    for (unsigned bit = 1; bit < CHECK_STRIPES; bit <<= 1, i >>= 1)
+        reversed = reversed << 1 | (i & 1);
+    return reversed;
+}
+
+/* The data, where no flat table says it. From the end on, as that is what was written last. */
+static void check_look_at_map(struct check_look *l)
+{
+    uint64_t size = l->im->size, stripe = (size / CHECK_STRIPES + CHECK_STRIPE_MIN) & -CHECK_STRIPE_MIN, start, end;
+    struct extent ext;
+
+    for (unsigned i = 0; i < CHECK_STRIPES; i++) {
+        start = (CHECK_STRIPES - 1 - check_stripe(i)) * stripe;
+        end = start < size ? start + util_min(stripe, size - start) : start;
+        for (; start < end && !ext_time_is_up(&l->claims); start += ext.length) {
+            ext = (struct extent){ .kind = EXT_BAD };
+            if (l->im->format->map(l->im, start, end - start, false, &ext))
+                return;
+            if (ext.kind == EXT_DATA)
+                check_look_claim(&l->claims, ext.file, ext.offset, ext.length, NULL, 0);
+            else if (ext.kind == EXT_BAD && ext.file)
+                check_look_claim(&l->claims, ext.file, ext.offset, 0, NULL, 0);
+        }
+    }
+}
+
+static int check_compare_ranges(const void *a, const void *b)
+{
+    const struct check_range *x = a, *y = b;
+
+    if (x->file != y->file)
+        return x->file < y->file ? -1 : 1;
+    return x->start < y->start ? -1 : x->start > y->start;
+}
+
+/* Bytes that are claimed more than once. */
+static uint64_t check_look_twice(struct check_look *l)
+{
+    uint64_t twice = 0, reached = 0;
+
+    if (l->n)
+        qsort(l->ranges, l->n, sizeof(*l->ranges), check_compare_ranges);
+    for (size_t i = 0; i < l->n; i++) {
+        const struct check_range *r = &l->ranges[i];
+        if (i && r->file != r[-1].file)
+            reached = 0;
+        if (r->start < reached)
+            twice += util_min(r->end, reached) - r->start;
+        reached = r->end > reached ? r->end : reached;
+    }
+    return twice;
+}
+
+static int check_look_tell(struct check_look *l)
+{
+    struct image *im = l->im;
+    uint64_t twice = check_look_twice(l);
+
+    for (unsigned i = 0; i < im->n_files; i++) {
+        im->damaged |= l->needed[i] > im->files[i].size;
+        if (l->needed[i] > im->files[i].size)
+            msg_say(MSG_NOTE, "%s: is shorter than its tables say: %s%" PRIu64 " bytes are missing at its end, behind %"
+                    PRIu64 "; what was there reads as errors", im->files[i].path, l->claims.stopped ? "at least " : "",
+                    l->needed[i] - im->files[i].size, (uint64_t)im->files[i].size);
+    }
+    im->damaged |= twice;
+    if (!twice)
+        return 0;
+    if (im->opt->strict)
+        return msg_err(-EIO, "%s: damaged (--strict): %" PRIu64 " bytes of its file are used twice", im->name, twice);
+    msg_say(MSG_ERROR, "%s: is damaged: %" PRIu64 " bytes of its file are used twice, as two parts of the disk or as "
+            "tables too, so some of what is shown is wrong (--check says where)", im->name, twice);
+    return 0;
+}
+
+/* One image, until the clock says `until`. */
+static int check_look(struct image *im, uint64_t until)
+{
+    struct check_look l = { .claims = { .claim = check_look_claim, .until = until }, .im = im };
+    uint64_t sets;
+    int ret;
+
+    if (im->format == &raw_format || im->size == 0)
+        return 0;
+    l.needed = util_fault("look") ? NULL : calloc(im->n_files, sizeof(*l.needed));
+    if (!l.needed)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    sets = im->writable ? 0 : cache_narrow();
+    if (!im->format->claims || !im->format->claims(im, &l.claims))
+        check_look_at_map(&l);
+    if (sets)
+        cache_widen(sets);
+    ret = check_look_tell(&l);
+    free(l.ranges);
+    free(l.needed);
+    return ret;
+}
+
+/* All images of a chain. One that somebody else may be writing to is longer by now than it was. */
+static int check_look_at_chain(struct image *im)
+{
+    uint64_t until = util_clock() + check_look_ms * 1000000ull;
+    int ret = 0;
+
+    for (; im && im->opt->lock && !ret; im = im->backing)
+        ret = check_look(im, until);
+    return ret;
+}
+
+/*
+ * -- what --check does for formats that have no check of their own --
+ *
+ * What cannot be read, and what is used twice. The second is looked for with a bit for every sector of every
+ * file: first for the metadata that the driver claims, then for data. Of a compressed cluster, whose length is a bound,
+ * only the sector in which it begins.
+ */
+
+struct check_image {
+    struct claims claims;           /* first: claim() gets its address */
+    bool all_claimed;               /* the data, too: not marked when map() says it */
+    struct image *im;
+    struct check *c;
+    uint64_t unit;                  /* what is counted in: clusters */
+    uint64_t allocated, compressed; /* bytes of the disk */
+    uint64_t **used;                /* one bitmap per file, made when it is needed */
+    const struct file *after;       /* where the last extent ended: what follows there is not fragmented */
+    uint64_t after_offset;
+};
+
+static bool check_bitmap(struct check_image *k, unsigned file)
+{
+    uint64_t bytes = (k->im->files[file].size / 512 / 64 + 1) * 8;
+
+    if (!k->used[file])
+        k->used[file] = util_map(bytes);
+    return k->used[file];
+}
+
+/* Marks sectors from `at` up to `end`, as far as the file goes. How many bytes were marked before? */
+static uint64_t check_mark(struct check_image *k, const struct file *f, uint64_t at, uint64_t end)
+{
+    unsigned file = (unsigned)(f - k->im->files);
+    uint64_t twice = 0, all = ~0ull;
+
+    if (!check_bitmap(k, file)) {
+        k->c->errors++;
+        return 0;
+    }
+    end = util_min(end, (f->size + 511) / 512);
+    for (uint64_t n; at < end; at += n) {
+        uint64_t *word = &k->used[file][at / 64], mask;
+        n = util_min(64 - at % 64, end - at);
+        mask = all >> (64 - n) << at % 64;
+        twice += (uint64_t)__builtin_popcountll(*word & mask);
+        *word |= mask;
+    }
+    return twice * 512;
+}
+
+static void check_twice(struct check_image *k, uint64_t twice, const struct file *f, uint64_t offset, uint64_t length,
+                            const char *what, uint64_t guest)
+{
+    uint64_t clusters = (twice + k->unit - 1) / k->unit;
+
+    if (twice && what)
+        out_finding(k->c, k->im->name, false, clusters, "%s, 0x%" PRIx64 " bytes: %s at 0x%" PRIx64 " is used for "
+                    "something else, too", what, length, util_basename(f->path), offset);
+    else if (twice)
+        out_finding(k->c, k->im->name, false, clusters, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: %s at 0x%" PRIx64
+                    " is used for something else, too", guest, length, util_basename(f->path), offset);
+}
+
+/* Metadata takes all of its last sector; of data only whole sectors are marked. */
+static void check_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
+                            uint64_t guest)
+{
+    struct check_image *k = (struct check_image *)c;
+    uint64_t twice;
+
+    if (!length || offset >= f->size)
+        return;
+    length = util_min(length, f->size - offset);
+    twice = what ? check_mark(k, f, offset / 512, (offset + length + 511) / 512)
+                 : check_mark(k, f, (offset + 511) / 512, (offset + length) / 512);
+    check_twice(k, twice, f, offset, length, what, guest);
+}
+
+static void check_extent(struct check_image *k, uint64_t at, const struct extent *ext)
+{
+    uint64_t clusters = (ext->length + k->unit - 1) / k->unit, twice;
+
+    if (ext->kind == EXT_BAD)
+        out_finding(k->c, k->im->name, false, clusters, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: %s", at,
+                    ext->length, ext->why);
+    if (ext->kind == EXT_COMPRESSED)
+        k->compressed += ext->length;
+    if (ext->kind != EXT_DATA && ext->kind != EXT_COMPRESSED)
+        return;
+    k->allocated += ext->length;
+    k->c->fragmented += (k->after && (k->after != ext->file || k->after_offset != ext->offset)) ||
+                        ext->kind == EXT_COMPRESSED;
+    k->after = ext->file;
+    k->after_offset = ext->offset + (ext->kind == EXT_DATA ? ext->length : ext->coded_length);
+    if (ext->file == &k->im->files[0] && k->after_offset > k->c->image_end)
+        k->c->image_end = util_min(k->after_offset, ext->file->size);
+    if (k->all_claimed)
+        return;
+    twice = ext->kind == EXT_DATA ? check_mark(k, ext->file, (ext->offset + 511) / 512,
+                                                   (ext->offset + ext->length) / 512)
+                                  : check_mark(k, ext->file, ext->offset / 512, ext->offset / 512 + 1);
+    check_twice(k, twice, ext->file, ext->offset, ext->length, NULL, at);
+}
+
+/* Counts what is wrong with the top image. -EOPNOTSUPP: nothing in the format can be. */
+static int check_image(struct image *im, struct check *c)
+{
+    struct check_image k = { .claims = { .claim = check_claim }, .im = im, .c = c,
+                           .unit = im->cluster_size ? im->cluster_size : 65536 };
+    uint64_t size = im->size;
+    struct extent ext;
+    int ret = 0;
+
+    if (im->format == &raw_format)
+        return -EOPNOTSUPP;
+    if (im->format->check && !util_fault_op("check"))
+        return im->format->check(im, c);
+    k.used = calloc(im->n_files, sizeof(*k.used));
+    if (!k.used)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    k.all_claimed = im->format->claims && im->format->claims(im, &k.claims);
+    for (uint64_t at = 0; at < size; at += ext.length) {
+        ext = (struct extent){ .kind = EXT_BAD };
+        ret = im->format->map(im, at, size - at, false, &ext);
+        if (ret)
+            break;
+        check_extent(&k, at, &ext);
+        out_progress_show(at, size);
+    }
+    c->total = (size + k.unit - 1) / k.unit;
+    c->allocated = (k.allocated + k.unit - 1) / k.unit;
+    c->compressed = (k.compressed + k.unit - 1) / k.unit;
+    for (unsigned i = 0; i < im->n_files; i++)
+        util_unmap(k.used[i], (im->files[i].size / 512 / 64 + 1) * 8);
+    free(k.used);
+    return ret ? msg_err(ret, "%s: what lies where could not be found out: %s", im->name, strerror(-ret)) : 0;
+}
+
+/* ******************************************************************************************************** *
+ * 25. Chains
+ *
+ * Opens, finds parents by name and by identity, closes. Knows nothing of FUSE or partitions.
+ * ******************************************************************************************************** */
+
+static void chain_close_one(struct image *im)
 {
     if (im->format && im->format->close)
         im->format->close(im);
@@ -11309,20 +12300,20 @@ static void img_close_one(struct image *im)
     memset(im, 0, sizeof(*im));
 }
 
-static void img_close(struct image *im)
+static void chain_close(struct image *im)
 {
     struct image *next = im->backing;
 
-    img_close_one(im);
+    chain_close_one(im);
     while ((im = next)) {
         next = im->backing;
-        img_close_one(im);
+        chain_close_one(im);
         free(im);
     }
 }
 
 /* Holds files and a lock; the caller has set writable, growable, opt, depth and child. */
-static int img_begin(struct image *im, const char *name)
+static int chain_begin(struct image *im, const char *name)
 {
     im->name = name;
     im->files = util_fault("file table") ? NULL : calloc(MAX_PARTS, sizeof(*im->files));
@@ -11333,8 +12324,14 @@ static int img_begin(struct image *im, const char *name)
     return 0;
 }
 
+/* The last step that may change the image: all that can refuse it has been looked at. */
+static int chain_begin_writing(struct image *im)
+{
+    return im->writable && !im->opt->top_only && im->format->begin_writing ? im->format->begin_writing(im) : 0;
+}
+
 /* Once the files are open: parts, locks, the driver. */
-static int img_finish(struct image *im)
+static int chain_finish(struct image *im)
 {
     unsigned locked = 0;
     int ret = 0;
@@ -11356,322 +12353,9 @@ static int img_finish(struct image *im)
     return ret;
 }
 
-static int img_open_backing(struct image *im);
-
-/*
- * -- the look at an image that was just opened --
- *
- * What its tables use is held against the lengths of its files, and against itself, for as long as a user does not
- * notice. A file that was cut off is told now, not by the first program that meets the end; a table or a block that
- * lies in another one means that some of the disk is wrong, and no read would ever tell. --check looks at everything.
- */
-
-enum {
-    IMG_LOOK_MS = 100,              /* for a whole chain */
-    IMG_STRIPES = 1 << 10,          /* of the disk, looked at in an order that has something of each part early */
-    IMG_MAX_RANGES = 1 << 19,       /* after merging: 12 MiB, given back at once */
-};
-#define IMG_STRIPE_MIN (1ull << 20)
-#define IMG_LOOK_FAR (1ull << 30)   /* nothing lies further behind the file's end than this and the disk's size */
-
-static unsigned img_look_ms = IMG_LOOK_MS;
-
-struct img_range {
-    const struct file *file;
-    uint64_t start, end;
-};
-
-struct img_look {
-    struct claims claims;           /* first: claim() gets its address */
-    struct image *im;
-    uint64_t *needed;               /* [n_files]: bytes that it should have */
-    struct img_range *ranges;
-    size_t n, room;
-};
-
-static bool img_look_has_room(struct img_look *l)
-{
-    size_t room = l->room ? 2 * l->room : 1024;
-    struct img_range *more;
-
-    if (l->ranges && l->n < l->room)
-        return true;
-    more = room <= IMG_MAX_RANGES ? realloc(l->ranges, room * sizeof(*more)) : NULL;
-    l->claims.stopped |= !more;
-    if (!more)
-        return false;
-    l->ranges = more;
-    l->room = room;
-    return true;
-}
-
-/* A range that is far behind the end is a damaged entry, and reads as an error. */
-static void img_look_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
-                           uint64_t guest)
-{
-    struct img_look *l = (struct img_look *)c;
-    uint64_t end = offset + length, *needed = &l->needed[f - l->im->files];
-    struct img_range *last = l->n ? &l->ranges[l->n - 1] : NULL;
-
-    (void)what;
-    (void)guest;
-    if (end < offset || end > (uint64_t)MAX_IMAGE_SIZE || end > f->size + l->im->size + IMG_LOOK_FAR)
-        return;
-    *needed = end > *needed ? end : *needed;
-    end = util_min(end, f->size);
-    if (!length || offset >= end || !l->im->format->claims)
-        return;
-    if (last && last->file == f && last->end == offset)
-        last->end = end;
-    else if (img_look_has_room(l))
-        l->ranges[l->n++] = (struct img_range){ f, offset, end };
-}
-
-/* A number of IMG_STRIPES bit by bit reversed: 0, then the half, then the quarters ... */
-static uint64_t img_stripe(unsigned i)
-{
-    uint64_t reversed = 0;
-
-    for (unsigned bit = 1; bit < IMG_STRIPES; bit <<= 1, i >>= 1)
-        reversed = reversed << 1 | (i & 1);
-    return reversed;
-}
-
-/* The data, where no flat table says it. From the end on, as that is what was written last. */
-static void img_look_at_map(struct img_look *l)
-{
-    uint64_t size = l->im->size, stripe = (size / IMG_STRIPES + IMG_STRIPE_MIN) & -IMG_STRIPE_MIN, start, end;
-    struct extent ext;
-
-    for (unsigned i = 0; i < IMG_STRIPES; i++) {
-        start = (IMG_STRIPES - 1 - img_stripe(i)) * stripe;
-        end = start < size ? start + util_min(stripe, size - start) : start;
-        for (; start < end && !ext_time_is_up(&l->claims); start += ext.length) {
-            ext = (struct extent){ .kind = EXT_BAD };
-            if (l->im->format->map(l->im, start, end - start, false, &ext))
-                return;
-            if (ext.kind == EXT_DATA)
-                img_look_claim(&l->claims, ext.file, ext.offset, ext.length, NULL, 0);
-            else if (ext.kind == EXT_BAD && ext.file)
-                img_look_claim(&l->claims, ext.file, ext.offset, 0, NULL, 0);
-        }
-    }
-}
-
-static int img_compare_ranges(const void *a, const void *b)
-{
-    const struct img_range *x = a, *y = b;
-
-    if (x->file != y->file)
-        return x->file < y->file ? -1 : 1;
-    return x->start < y->start ? -1 : x->start > y->start;
-}
-
-/* Bytes that are claimed more than once. */
-static uint64_t img_look_twice(struct img_look *l)
-{
-    uint64_t twice = 0, reached = 0;
-
-    if (l->n)
-        qsort(l->ranges, l->n, sizeof(*l->ranges), img_compare_ranges);
-    for (size_t i = 0; i < l->n; i++) {
-        const struct img_range *r = &l->ranges[i];
-        if (i && r->file != r[-1].file)
-            reached = 0;
-        if (r->start < reached)
-            twice += util_min(r->end, reached) - r->start;
-        reached = r->end > reached ? r->end : reached;
-    }
-    return twice;
-}
-
-static int img_look_tell(struct img_look *l)
-{
-    struct image *im = l->im;
-    uint64_t twice = img_look_twice(l);
-
-    for (unsigned i = 0; i < im->n_files; i++) {
-        im->damaged |= l->needed[i] > im->files[i].size;
-        if (l->needed[i] > im->files[i].size)
-            msg_say(MSG_NOTE, "%s: is shorter than its tables say: %s%" PRIu64 " bytes are missing at its end, behind %"
-                    PRIu64 "; what was there reads as errors", im->files[i].path, l->claims.stopped ? "at least " : "",
-                    l->needed[i] - im->files[i].size, (uint64_t)im->files[i].size);
-    }
-    im->damaged |= twice;
-    if (!twice)
-        return 0;
-    if (im->opt->strict)
-        return msg_err(-EIO, "%s: damaged (--strict): %" PRIu64 " bytes of its file are used twice", im->name, twice);
-    msg_say(MSG_ERROR, "%s: is damaged: %" PRIu64 " bytes of its file are used twice, as two parts of the disk or as "
-            "tables too, so some of what is shown is wrong (--check says where)", im->name, twice);
-    return 0;
-}
-
-/* One image, until the clock says `until`. */
-static int img_look(struct image *im, uint64_t until)
-{
-    struct img_look l = { .claims = { .claim = img_look_claim, .until = until }, .im = im };
-    uint64_t sets;
-    int ret;
-
-    if (im->format == &raw_format || im->size == 0)
-        return 0;
-    l.needed = util_fault("look") ? NULL : calloc(im->n_files, sizeof(*l.needed));
-    if (!l.needed)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    sets = im->writable ? 0 : cache_narrow();
-    if (!im->format->claims || !im->format->claims(im, &l.claims))
-        img_look_at_map(&l);
-    if (sets)
-        cache_widen(sets);
-    ret = img_look_tell(&l);
-    free(l.ranges);
-    free(l.needed);
-    return ret;
-}
-
-/* All images of a chain. One that somebody else may be writing to is longer by now than it was. */
-static int img_look_at_chain(struct image *im)
-{
-    uint64_t until = util_clock() + img_look_ms * 1000000ull;
-    int ret = 0;
-
-    for (; im && im->opt->lock && !ret; im = im->backing)
-        ret = img_look(im, until);
-    return ret;
-}
-
-/*
- * An option that has no meaning for this image was meant for another one: better no disk than the wrong one.
- */
-static int img_check_options(const struct image *im)
-{
-    const struct image_options *opt = im->opt;
-
-    if (im->format != &qcow2_format && (opt->data_file || (opt->snapshot && im->format != &prl_format)))
-        return msg_err(-EINVAL, "%s: is %s, so --%s is of no use", im->name, im->format->name,
-                       opt->data_file ? "data-file" : "snapshot");
-    if ((opt->n_backing || opt->backing_format) && !*im->backing_name)
-        return msg_err(-EINVAL, "%s: has no backing file, so --backing is of no use", im->name);
-    return 0;
-}
-
-/* Leaves im half-built on failure: img_close() is due all the same. Set before: writable, growable. */
-static int img_open(struct image *im, char *const *paths, unsigned n_paths, const struct image_options *opt)
-{
-    int ret;
-
-    im->opt = opt;
-    im->n_given = n_paths;
-    ret = img_begin(im, paths[0]);
-    for (unsigned i = 0; i < n_paths && !ret; i++)
-        ret = img_add_file(im, paths[i]);
-    if (!ret)
-        ret = img_probe(im, opt->format);
-    if (!ret && opt->parts)
-        ret = img_find_parts(im);
-    if (!ret && opt->parts)
-        ret = img_check_pieces(im);
-    if (!ret)
-        ret = img_finish(im);
-    if (!ret)
-        ret = img_check_options(im);
-    if (!ret)
-        ret = img_open_backing(im);
-    return ret ? ret : img_look_at_chain(im);
-}
-
-/* Names that are no plain file name of this host, or could be meant as something else. */
-static bool img_is_url(const char *name)
-{
-    size_t n = strcspn(name, ":/");
-
-    return name[n] == ':' && n > 1;
-}
-
-/* Is `path` (absolute, resolved) below the folder that the user allowed? */
-static bool img_is_allowed(const struct image_options *opt, const char *path)
-{
-    char folder[PATH_MAX];
-    size_t len;
-
-    if (!opt->allow_external || !realpath(opt->allow_external, folder))
-        return false;
-    len = strlen(folder);
-    return strncmp(folder, path, len) == 0 && (path[len] == '/' || len == 1);
-}
-
-/* Opens `name` below the image's folder: that, or the one file whose name differs in letter case only. */
-static int img_open_below(const struct image *im, struct file *f, const char *folder, const char *name,
-                          const char *shown, bool writable, char matches[512])
-{
-    char fixed[PATH_MAX] = "", other[2 * PATH_MAX];
-    int ret = file_open_beneath(f, folder, name, shown, writable), cased;
-
-    if (ret != -ENOENT)
-        return ret;
-    cased = file_fix_case(folder, name, fixed, matches, 512);
-    if (cased || strcmp(fixed, name) == 0)
-        return cased == -ENOTUNIQ ? cased : ret;
-    snprintf(other, sizeof(other), "%.*s%s", (int)(strlen(shown) - strlen(name)), shown, fixed);
-    ret = file_open_beneath(f, folder, fixed, other, writable);
-    if (!ret)
-        msg_say(MSG_NOTE, "%s: '%s', which it names, is called '%s' here", im->name, name, fixed);
-    return ret;
-}
-
-/*
- * Opens into f what the image calls `name`. The image does not choose freely: beside it, or below it, or
- * where the user allowed it. `what` and `option` are for the message; NULL: there is no such option, and that there is
- * no such file (-ENOENT) is for the caller to say.
- */
-static int img_open_named(struct image *im, struct file *f, const char *name, const char *what,
-                          const char *option)
-{
-    char folder[PATH_MAX], shown[PATH_MAX + 1024], real[PATH_MAX], matches[512], *slash, another[96] = "", or[64] = "";
-    bool writable = im->writable && f >= im->files && f < im->files + MAX_PARTS;    /* of its own, no backing file */
-    int ret;
-
-    if (option && (im->depth == 0 || im->has_hints)) {
-        snprintf(another, sizeof(another), "; %s FILE names another", option);
-        snprintf(or, sizeof(or), "%s FILE or ", option);
-    } else if (option) {                    /* one alone would name that of the image on top, and leave this one out */
-        snprintf(another, sizeof(another), "; %s is for the image on top%s", option,
-                 strcmp(option, "--backing") == 0 ? ", a second one for the one below" : " only");
-    }
-    if (strncmp(name, "file:", 5) == 0 && strncmp(name, "file://", 7) != 0)
-        name += 5;
-    if (img_is_url(name))
-        return msg_err(-EPERM, "%s: its %s '%s' is not a plain file name%s", im->name, what, name, another);
-    if (!util_copy(folder, sizeof(folder), im->files[0].path))
-        return msg_err(-ENAMETOOLONG, "%s: path too long", im->name);
-    slash = strrchr(folder, '/');
-    snprintf(shown, sizeof(shown), "%.*s%s", name[0] == '/' || !slash ? 0 : (int)(slash - folder + 1), folder,
-             name);
-    if (slash)
-        slash[slash == folder] = 0;
-    if (realpath(shown, real) && img_is_allowed(im->opt, real))
-        return file_open(f, real, writable);
-    f->fd = -1;
-    if (name[0] == '/' || im->files[0].is_blk)
-        return msg_err(-EPERM,
-                       "%s: its %s is '%s', outside of its folder; %s--allow-external DIR allows it",
-                       im->name, what, name, or);
-    ret = img_open_below(im, f, slash ? folder : ".", name, shown, writable, matches);
-    if (ret == -EXDEV || ret == -ELOOP)
-        return msg_err(ret,
-                       "%s: its %s '%s' leads out of its folder; %s--allow-external DIR allows it",
-                       im->name, what, name, or);
-    if (ret == -ENOTUNIQ)
-        return msg_err(ret, "%s: its %s '%s' is not there, but several that differ from it in letter case only: %s%s",
-                       im->name, what, name, matches, another);
-    if (ret && (option || ret != -ENOENT))
-        msg_err(ret, "%s: cannot open its %s '%s': %s%s", im->name, what, name, strerror(-ret), another);
-    return ret;
-}
 
 /* A chain that bites its tail would be endless. */
-static int img_check_loop(const struct image *im)
+static int chain_check_loop(const struct image *im)
 {
     if (im->depth >= MAX_CHAIN)
         return msg_err(-ELOOP, "%s: a backing chain of more than %d images", im->name, MAX_CHAIN);
@@ -11683,7 +12367,7 @@ static int img_check_loop(const struct image *im)
 }
 
 /* Of a backing file that was cut short, zeros would be shown for what is missing. */
-static int img_check_backing_size(const struct image *im, const struct image *base)
+static int chain_check_backing_size(const struct image *im, const struct image *base)
 {
     if (base->size >= im->backing_size)
         return 0;
@@ -11701,15 +12385,15 @@ static int img_check_backing_size(const struct image *im, const struct image *ba
  * Where a child records its parent's identity, the parent is the first of these that has it, read as the child's
  * format:
  *   1. a file that --backing names
- *   2. the names recorded, in the order of the format's specification: as a path below the child's folder (or below
- *      --allow-external), then the last component beside the child, then in the folder of --allow-external
- *   3. the one file in the child's folder; two would be a guess
+ *   2. the names recorded, in the order of the format's specification: as a path below the child's directory (or below
+ *      --allow-external), then the last component beside the child, then in the directory of --allow-external
+ *   3. the one file in the child's directory; two would be a guess
  * A name alone proves nothing, so that what is found there is opened only if its identity fits. If nothing fits, what
  * was nearest is opened all the same, to say what is wrong with it, or because of --force-parent. Where no identity is
  * recorded (qcow2, QED) the name decides; the next --backing stands for it.
  */
 
-static bool img_knows_parent(const struct image *im)
+static bool chain_knows_parent(const struct image *im)
 {
     const bool *known = im->parent_id.known;
 
@@ -11717,7 +12401,7 @@ static bool img_knows_parent(const struct image *im)
 }
 
 /* The first value in which `id` is not the identity of im's parent; ID_KINDS: it is. */
-static enum identity_kind img_mismatch(const struct image *im, const struct identity *id)
+static enum identity_kind chain_mismatch(const struct image *im, const struct identity *id)
 {
     const struct identity *want = &im->parent_id;
 
@@ -11731,25 +12415,25 @@ static enum identity_kind img_mismatch(const struct image *im, const struct iden
     return ID_KINDS;
 }
 
-static const char *img_id_text(const struct identity *id, enum identity_kind kind, char text[37])
+static const char *chain_id_text(const struct identity *id, enum identity_kind kind, char text[37])
 {
     if (!id->known[kind])
         util_copy(text, 37, "none");
     else if (kind == ID_CID)
-        util_hex(id->value[kind], 4, text);
+        text_hex(id->value[kind], 4, text);
     else
-        util_uuid_text(id->value[kind], text);
+        text_uuid(id->value[kind], text);
     return text;
 }
 
 /* The value that tells most about im's parent. */
-static const char *img_parent_text(const struct image *im, char text[37])
+static const char *chain_parent_text(const struct image *im, char text[37])
 {
-    return img_id_text(&im->parent_id, im->parent_id.known[ID_IMAGE] ? ID_IMAGE : ID_CID, text);
+    return chain_id_text(&im->parent_id, im->parent_id.known[ID_IMAGE] ? ID_IMAGE : ID_CID, text);
 }
 
 /* The identity of a file, taken for this format. Silent; the file stays open. */
-static int img_identify(const struct image *child, const struct image_format *format, struct file *f,
+static int chain_identify(const struct image *child, const struct image_format *format, struct file *f,
                         struct identity *id)
 {
     struct image im = { .format = format, .opt = child->opt, .files = f, .n_files = 1, .name = f->path };
@@ -11763,22 +12447,22 @@ static int img_identify(const struct image *child, const struct image_format *fo
     return ret;
 }
 
-static bool img_is_file(const struct image *im, const struct stat *st)
+static bool chain_is_file(const struct image *im, const struct stat *st)
 {
     return im->files[0].st.st_dev == st->st_dev && im->files[0].st.st_ino == st->st_ino;
 }
 
 /* Is f, which was just opened, the parent? Else it is closed. -ELOOP: it is in the chain; -ESTALE: another image. */
-static int img_try_file(const struct image *im, const struct image_format *format, struct file *f)
+static int chain_try_file(const struct image *im, const struct image_format *format, struct file *f)
 {
     struct identity id;
     int ret = 0;
 
     for (const struct image *c = im; c && !ret; c = c->child)
-        ret = img_is_file(c, &f->st) ? -ELOOP : 0;
+        ret = chain_is_file(c, &f->st) ? -ELOOP : 0;
     if (!ret)
-        ret = img_identify(im, format, f, &id);
-    if (!ret && img_mismatch(im, &id) != ID_KINDS)
+        ret = chain_identify(im, format, f, &id);
+    if (!ret && chain_mismatch(im, &id) != ID_KINDS)
         ret = -ESTALE;
     if (ret)
         file_forget(f);
@@ -11786,7 +12470,7 @@ static int img_try_file(const struct image *im, const struct image_format *forma
 }
 
 /* The first --backing that is not in the chain that ends with im, counted from 1; 0: there is none. */
-static unsigned img_next_given(const struct image *im, unsigned after)
+static unsigned chain_next_given(const struct image *im, unsigned after)
 {
     const struct image *c;
 
@@ -11800,10 +12484,10 @@ static unsigned img_next_given(const struct image *im, unsigned after)
 }
 
 /* Sets the format of im's backing file; given: the user named the file. It is never guessed: see section 4. */
-static int img_set_backing_format(const struct image *im, struct image *base, bool given)
+static int chain_set_backing_format(const struct image *im, struct image *base, bool given)
 {
     bool user = im->opt->backing_format && (!*im->backing_format || (im->depth == 0 && given));
-    const char *format = img_recorded_format(user ? im->opt->backing_format : im->backing_format);
+    const char *format = probe_recorded_format(user ? im->opt->backing_format : im->backing_format);
 
     if (!*format && im->has_hints)
         return msg_err(-EINVAL, "%s: records no identity of its parent '%s', as for a raw one; --backing-format raw "
@@ -11813,7 +12497,8 @@ static int img_set_backing_format(const struct image *im, struct image *base, bo
                        "%s: does not say which format its backing file '%s' has; --backing-format NAME does",
                        im->name, im->backing_name);
     /* QEMU's drivers for files and devices: nothing is interpreted. */
-    base->format = img_format_named(strcmp(format, "file") == 0 || strcmp(format, "host_device") == 0 ? "raw" : format);
+    base->format = probe_format_named(strcmp(format, "file") == 0 || strcmp(format, "host_device") == 0 ? "raw"
+                                                                                                        : format);
     if (!base->format)
         return msg_err(-EMEDIUMTYPE,
                        "%s: its backing file '%s' is of format %s, which this version does not read",
@@ -11821,28 +12506,28 @@ static int img_set_backing_format(const struct image *im, struct image *base, bo
     return 0;
 }
 
-static int img_take_given(const struct image *im, struct image *base, unsigned given)
+static int chain_take_given(const struct image *im, struct image *base, unsigned given)
 {
-    int ret = img_set_backing_format(im, base, true);
+    int ret = chain_set_backing_format(im, base, true);
 
     base->given = given;
     return ret ? ret : file_open(&base->files[0], im->opt->backing[given - 1], false);
 }
 
 /* The --backing whose identity fits. */
-static int img_try_given(const struct image *im, struct image *base)
+static int chain_try_given(const struct image *im, struct image *base)
 {
     struct file *f = &base->files[0];
     int ret = -ENOENT;
 
-    for (unsigned i = img_next_given(im, 0); i; i = img_next_given(im, i)) {
+    for (unsigned i = chain_next_given(im, 0); i; i = chain_next_given(im, i)) {
         msg_hushed++;
-        ret = img_take_given(im, base, i);
+        ret = chain_take_given(im, base, i);
         msg_hushed--;
         if (ret)
             file_forget(f);
         else
-            ret = img_try_file(im, base->format, f);
+            ret = chain_try_file(im, base->format, f);
         if (!ret)
             return 0;
         base->given = 0;
@@ -11850,17 +12535,17 @@ static int img_try_given(const struct image *im, struct image *base)
     return ret;
 }
 
-enum img_hint_way { IMG_HINT_PATH, IMG_HINT_BESIDE, IMG_HINT_ALLOWED, IMG_HINT_WAYS };
+enum chain_hint_way { CHAIN_HINT_PATH, CHAIN_HINT_BESIDE, CHAIN_HINT_ALLOWED, CHAIN_HINT_WAYS };
 
 /* A path to try for a recorded name. False: this way there is none. */
-static bool img_hint_path(const struct image *im, const char *hint, enum img_hint_way way, char path[PATH_MAX])
+static bool chain_hint_path(const struct image *im, const char *hint, enum chain_hint_way way, char path[PATH_MAX])
 {
     const char *last = util_basename(hint);
     bool windows = (isalpha((unsigned char)hint[0]) && hint[1] == ':') || strncmp(hint, "//", 2) == 0;
 
-    if (way == IMG_HINT_PATH)
+    if (way == CHAIN_HINT_PATH)
         return last != hint && !windows && util_copy(path, PATH_MAX, hint);
-    if (way == IMG_HINT_BESIDE)
+    if (way == CHAIN_HINT_BESIDE)
         return util_copy(path, PATH_MAX, last);
     return im->opt->allow_external && realpath(im->opt->allow_external, path) && strlen(path) + strlen(last) < 1023 &&
            util_copy(path + strlen(path), 1024, "/") && util_copy(path + strlen(path), 1024, last);
@@ -11870,25 +12555,25 @@ static bool img_hint_path(const struct image *im, const char *hint, enum img_hin
  * Opens what one of the recorded names leads to, if its identity fits. near: else a name that leads to another image,
  * or to one that may not be opened.
  */
-static int img_try_hints(struct image *im, struct image *base, char near[PATH_MAX])
+static int chain_try_hints(struct image *im, struct image *base, char near[PATH_MAX])
 {
     enum { MISSING, FORBIDDEN, OPENED } rank, best = MISSING;
     struct file *f = &base->files[0];
     char path[PATH_MAX], full[2 * PATH_MAX];
-    int ret = -ENOENT, folder = (int)(util_basename(im->files[0].path) - im->files[0].path);
+    int ret = -ENOENT, directory = (int)(util_basename(im->files[0].path) - im->files[0].path);
 
-    for (unsigned i = 0; i < im->n_hints * IMG_HINT_WAYS; i++) {
-        if (!img_hint_path(im, im->hints[i / IMG_HINT_WAYS], i % IMG_HINT_WAYS, path))
+    for (unsigned i = 0; i < im->n_hints * CHAIN_HINT_WAYS; i++) {
+        if (!chain_hint_path(im, im->hints[i / CHAIN_HINT_WAYS], i % CHAIN_HINT_WAYS, path))
             continue;
         msg_hushed++;
-        ret = img_open_named(im, f, path, "parent", NULL);
+        ret = fmt_open_named(im, f, path, "parent", NULL);
         msg_hushed--;
-        snprintf(full, sizeof(full), "%.*s%s", *path == '/' ? 0 : folder, im->files[0].path, path);
+        snprintf(full, sizeof(full), "%.*s%s", *path == '/' ? 0 : directory, im->files[0].path, path);
         rank = !ret ? OPENED : ret != -ENOENT && access(full, F_OK) == 0 ? FORBIDDEN : MISSING;
         if (ret)
             file_forget(f);
         else
-            ret = img_try_file(im, base->format, f);
+            ret = chain_try_file(im, base->format, f);
         if (!ret && strcmp(util_basename(f->path), util_basename(path)) != 0)
             msg_say(MSG_NOTE, "%s: its parent '%s' is called '%s' here", im->name, path, util_basename(f->path));
         if (!ret || ret == -ENOMEM)
@@ -11901,9 +12586,9 @@ static int img_try_hints(struct image *im, struct image *base, char near[PATH_MA
     return ret;
 }
 
-static bool img_could_be(const struct image_format *format, struct file *f)
+static bool chain_could_be(const struct image_format *format, struct file *f)
 {
-    uint8_t head[IMG_PROBE_HEAD], tail[IMG_PROBE_TAIL];
+    uint8_t head[PROBE_HEAD], tail[PROBE_TAIL];
     struct probe p = { head, tail, util_min(f->size, sizeof(head)), util_min(f->size, sizeof(tail)), f->size };
     uint64_t done;
 
@@ -11912,10 +12597,10 @@ static bool img_could_be(const struct image_format *format, struct file *f)
 }
 
 /*
- * One file of the child's folder; f: what was found so far; -ENOTUNIQ: twin is another one. Links are followed only as
- * far as the folder reaches.
+ * One file of the child's directory; f: what was found so far; -ENOTUNIQ: twin is another one. Links are followed as
+ * far as the directory reaches.
  */
-static int img_try_neighbour(const struct image *im, const struct image_format *format, const char *folder,
+static int chain_try_neighbour(const struct image *im, const struct image_format *format, const char *directory,
                              const char *name, struct file *f, char twin[PATH_MAX])
 {
     struct file other = { .fd = -1 };
@@ -11925,13 +12610,13 @@ static int img_try_neighbour(const struct image *im, const struct image_format *
 
     if ((size_t)snprintf(shown, sizeof(shown), "%.*s%s", (int)(util_basename(path) - path), path, name) <
         sizeof(shown))
-        ret = file_open_beneath(&other, folder, name, shown, false);
-    if (!ret && !img_could_be(format, &other))
+        ret = file_open_beneath(&other, directory, name, shown, false);
+    if (!ret && !chain_could_be(format, &other))
         ret = -EMEDIUMTYPE;
     if (ret)
         file_forget(&other);
     else
-        ret = img_try_file(im, format, &other);
+        ret = chain_try_file(im, format, &other);
     if (ret)
         return ret == -ENOMEM ? ret : 0;
     if (f->fd < 0) {
@@ -11946,10 +12631,10 @@ static int img_try_neighbour(const struct image *im, const struct image_format *
 }
 
 /* The file beside im that is its parent by its identity, if there is just one. -ENOTUNIQ: twin is another. */
-static int img_search_folder(const struct image *im, struct image *base, char twin[PATH_MAX])
+static int chain_search_directory(const struct image *im, struct image *base, char twin[PATH_MAX])
 {
     const char *path = im->files[0].path;
-    char folder[PATH_MAX];
+    char directory[PATH_MAX];
     struct dirent *e;
     unsigned n = 0;
     DIR *dir;
@@ -11957,13 +12642,13 @@ static int img_search_folder(const struct image *im, struct image *base, char tw
 
     if (im->files[0].is_blk)
         return -ENOENT;
-    snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(path) - path), path);
-    dir = util_fault("folder") ? NULL : opendir(*folder ? folder : ".");
+    snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(path) - path), path);
+    dir = util_fault("directory") ? NULL : opendir(*directory ? directory : ".");
     msg_hushed++;
     while (dir && !ret && (e = readdir(dir))) {
         if (e->d_type != DT_REG && e->d_type != DT_LNK && e->d_type != DT_UNKNOWN)
             continue;
-        ret = n++ < MAX_NEIGHBOURS ? img_try_neighbour(im, base->format, *folder ? folder : ".", e->d_name,
+        ret = n++ < MAX_NEIGHBOURS ? chain_try_neighbour(im, base->format, *directory ? directory : ".", e->d_name,
                                                        &base->files[0], twin)
                                    : -E2BIG;
     }
@@ -11974,13 +12659,13 @@ static int img_search_folder(const struct image *im, struct image *base, char tw
 }
 
 /*
- * No file fits. Opens the nearest all the same: its identity is wrong, which img_check_identity() refuses or, if that
+ * No file fits. Opens the nearest all the same: its identity is wrong, which chain_check_identity() refuses or, if that
  * is forced, accepts.
  */
-static int img_take_nearest(struct image *im, struct image *base, const char *near, const char *twin, int why)
+static int chain_take_nearest(struct image *im, struct image *base, const char *near, const char *twin, int why)
 {
     struct file *f = &base->files[0];
-    unsigned next = img_next_given(im, 0);
+    unsigned next = chain_next_given(im, 0);
     char uuid[37], found[PATH_MAX] = "";
     const char *beside;
 
@@ -11990,10 +12675,10 @@ static int img_take_nearest(struct image *im, struct image *base, const char *ne
     if (why == -ENOMEM)
         return msg_err(why, "%s: out of memory", im->name);
     if (next)
-        return img_take_given(im, base, next);
+        return chain_take_given(im, base, next);
     if (*near && (im->opt->force_parent || why != -ENOTUNIQ))
-        return img_open_named(im, f, near, "backing file", "--backing");
-    img_parent_text(im, uuid);
+        return fmt_open_named(im, f, near, "backing file", "--backing");
+    chain_parent_text(im, uuid);
     if (why == -ENOTUNIQ)
         return msg_err(why, "%s: its parent may be '%s' or '%s', which have the same identity %s; --backing FILE says "
                        "which", im->name, found, twin, uuid);
@@ -12008,34 +12693,34 @@ static int img_take_nearest(struct image *im, struct image *base, const char *ne
                    im->name, im->backing_name, strerror(ENOENT), beside, uuid);
 }
 
-static bool img_is_further_down(const struct image *im, const char *path);
+static bool chain_is_further_down(const struct image *im, const char *path);
 
 /* Opens the file of im's backing image, and sets its format. */
-static int img_find_parent(struct image *im, struct image *base)
+static int chain_find_parent(struct image *im, struct image *base)
 {
     const struct image_options *opt = im->opt;
-    bool known = img_knows_parent(im);
-    unsigned next = img_next_given(im, 0);
+    bool known = chain_knows_parent(im);
+    unsigned next = chain_next_given(im, 0);
     char near[PATH_MAX] = "", twin[PATH_MAX] = "";
     int ret;
 
-    if (known && img_try_given(im, base) == 0)
+    if (known && chain_try_given(im, base) == 0)
         return 0;
-    if (next && (!known || opt->force_parent) && !img_is_further_down(im, opt->backing[next - 1]))
-        return img_take_given(im, base, next);
-    ret = img_set_backing_format(im, base, false);
+    if (next && (!known || opt->force_parent) && !chain_is_further_down(im, opt->backing[next - 1]))
+        return chain_take_given(im, base, next);
+    ret = chain_set_backing_format(im, base, false);
     if (ret)
         return ret;
     if (!im->has_hints)
-        return img_open_named(im, &base->files[0], im->backing_name, "backing file", "--backing");
+        return fmt_open_named(im, &base->files[0], im->backing_name, "backing file", "--backing");
     if (!known && *im->backing_format && !opt->force_parent)
         return msg_err(-EINVAL, "%s: does not record its parent's identity; --force-parent takes any", im->name);
-    ret = img_try_hints(im, base, near);
+    ret = chain_try_hints(im, base, near);
     if (!ret || ret == -ENOMEM || !known)
-        return ret ? img_take_nearest(im, base, near, twin, ret) : 0;
-    ret = im->common_parent_id ? -ENOENT : img_search_folder(im, base, twin);
+        return ret ? chain_take_nearest(im, base, near, twin, ret) : 0;
+    ret = im->common_parent_id ? -ENOENT : chain_search_directory(im, base, twin);
     if (ret)
-        return img_take_nearest(im, base, near, twin, ret);
+        return chain_take_nearest(im, base, near, twin, ret);
     msg_say(MSG_NOTE, "%s: its parent, recorded as '%s', is %s by its identity", im->name, im->backing_name,
             base->files[0].path);
     return 0;
@@ -12045,16 +12730,16 @@ static int img_find_parent(struct image *im, struct image *base)
  * A file that is not the parent. It may be, changed, if its name is the only one recorded, or if it is the right one in
  * another state; then --force-parent is offered. Else it could as well be an ancestor further down.
  */
-static int img_say_mismatch(const struct image *im, const char *name, const struct identity *id, bool offer)
+static int chain_say_mismatch(const struct image *im, const char *name, const struct identity *id, bool offer)
 {
-    enum identity_kind kind = img_mismatch(im, id);
+    enum identity_kind kind = chain_mismatch(im, id);
     char want[37], got[37];
 
     for (unsigned i = 0; i < im->n_hints && kind != ID_STATE; i++)
         offer &= strcasecmp(util_basename(im->hints[i]), util_basename(name)) == 0;
     offer &= kind == ID_STATE || im->n_hints;
-    img_id_text(&im->parent_id, kind, want);
-    img_id_text(id, kind, got);
+    chain_id_text(&im->parent_id, kind, want);
+    chain_id_text(id, kind, got);
     return kind == ID_STATE
                ? msg_err(-EINVAL, "%s: was changed after %s was made from it: its modification UUID is %s instead of "
                          "%s%s", name, im->name, got, want, offer ? "; --force-parent takes it all the same" : "")
@@ -12064,41 +12749,41 @@ static int img_say_mismatch(const struct image *im, const char *name, const stru
 }
 
 /* A differencing disk over another parent than its own would be a wrong disk that looks right. */
-static int img_check_identity(const struct image *im, const struct image *base)
+static int chain_check_identity(const struct image *im, const struct image *base)
 {
-    enum identity_kind kind = img_mismatch(im, &base->id);
+    enum identity_kind kind = chain_mismatch(im, &base->id);
     char want[37], got[37];
 
     if (kind == ID_KINDS)
         return 0;
     if (!im->opt->force_parent)
-        return img_say_mismatch(im, base->name, &base->id, true);
+        return chain_say_mismatch(im, base->name, &base->id, true);
     msg_say(MSG_NOTE, "%s: taken for the parent of %s, whose identity is %s instead of %s", base->name, im->name,
-            img_id_text(&base->id, kind, got), img_id_text(&im->parent_id, kind, want));
+            chain_id_text(&base->id, kind, got), chain_id_text(&im->parent_id, kind, want));
     return 0;
 }
 
-static int img_open_one_backing(struct image *im, struct image *base)
+static int chain_open_one_backing(struct image *im, struct image *base)
 {
-    int ret = img_begin(base, im->backing_name);
+    int ret = chain_begin(base, im->backing_name);
 
     if (ret)
         return ret;
     base->n_files = 1;
     base->files[0].fd = -1;
-    ret = img_find_parent(im, base);
+    ret = chain_find_parent(im, base);
     if (ret)
         return ret;
     base->name = base->files[0].path;
-    ret = img_check_loop(base);
+    ret = chain_check_loop(base);
     if (!ret)
-        ret = img_finish(base);
+        ret = chain_finish(base);
     if (!ret)
-        ret = img_check_identity(im, base);
-    return ret ? ret : img_check_backing_size(im, base);
+        ret = chain_check_identity(im, base);
+    return ret ? ret : chain_check_backing_size(im, base);
 }
 
-static struct image *img_add_backing(struct image *im)
+static struct image *chain_add_backing(struct image *im)
 {
     struct image *base = util_fault("backing image") ? NULL : calloc(1, sizeof(*base));
 
@@ -12115,7 +12800,7 @@ static struct image *img_add_backing(struct image *im)
  * Is this file an image of the chain below the parent of im, as the images record it? Taken for the parent it would
  * leave out those between. Silent; only where a --backing is about to be taken that nothing proves right.
  */
-static bool img_is_further_down(const struct image *im, const char *path)
+static bool chain_is_further_down(const struct image *im, const char *path)
 {
     struct image_options recorded = *im->opt;
     struct image top = *im, *cur = &top, *base;
@@ -12130,25 +12815,25 @@ static bool img_is_further_down(const struct image *im, const char *path)
     top.backing = NULL;
     msg_hushed++;
     ret = file_open(&f, path, false);
-    while (!ret && !found && *cur->backing_name && (base = img_add_backing(cur))) {
-        ret = img_open_one_backing(cur, base);
-        found = !ret && ((cur != &top && img_is_file(base, &f.st)) ||
-                         (img_knows_parent(base) && img_identify(base, base->format, &f, &id) == 0 &&
-                          img_mismatch(base, &id) == ID_KINDS));
+    while (!ret && !found && *cur->backing_name && (base = chain_add_backing(cur))) {
+        ret = chain_open_one_backing(cur, base);
+        found = !ret && ((cur != &top && chain_is_file(base, &f.st)) ||
+                         (chain_knows_parent(base) && chain_identify(base, base->format, &f, &id) == 0 &&
+                          chain_mismatch(base, &id) == ID_KINDS));
         cur = base;
     }
     msg_hushed--;
     file_close(&f);
     if (top.backing)
-        img_close(top.backing);
+        chain_close(top.backing);
     free(top.backing);
     return found;
 }
 
 /* Once the chain that ends with im is open: a --backing that is not in it was meant for something. */
-static int img_check_given(const struct image *im)
+static int chain_check_given(const struct image *im)
 {
-    unsigned next = img_next_given(im, 0);
+    unsigned next = chain_next_given(im, 0);
     const struct image *best = NULL;
     struct file f = { .fd = -1 };
     struct identity id, best_id = { 0 };
@@ -12161,21 +12846,21 @@ static int img_check_given(const struct image *im)
     msg_hushed++;
     ret = file_open(&f, path, false);
     for (const struct image *c = im->child; c && !ret; c = c->child)
-        if (!(best && img_mismatch(best, &best_id) == ID_STATE) && img_identify(c, c->format, &f, &id) == 0 &&
-            img_mismatch(c, &id) != ID_KINDS) {
+        if (!(best && chain_mismatch(best, &best_id) == ID_STATE) && chain_identify(c, c->format, &f, &id) == 0 &&
+            chain_mismatch(c, &id) != ID_KINDS) {
             best = c;
             best_id = id;
         }
     file_forget(&f);
     msg_hushed--;
     if (best)
-        return img_say_mismatch(best, path, &best_id, false);
+        return chain_say_mismatch(best, path, &best_id, false);
     while (im->child)
         im = im->child;
     return msg_err(-EINVAL, "%s: is no image of the chain of %s, so --backing is of no use", path, im->name);
 }
 
-static int img_open_backing(struct image *im)
+static int chain_open_backing(struct image *im)
 {
     struct image *base;
     int ret = 0;
@@ -12188,13 +12873,89 @@ static int img_open_backing(struct image *im)
                     im->backing_name);
             return 0;
         }
-        base = img_add_backing(im);
+        base = chain_add_backing(im);
         if (!base)
             return msg_err(-ENOMEM, "%s: out of memory", im->name);
-        ret = img_open_one_backing(im, base);
+        ret = chain_open_one_backing(im, base);
     }
-    return ret ? ret : img_check_given(im);
+    return ret ? ret : chain_check_given(im);
 }
+
+/*
+ * An option that has no meaning for this image was meant for another one: better no disk than the wrong one.
+ */
+static int chain_check_options(const struct image *im)
+{
+    const struct image_options *opt = im->opt;
+
+    if (im->format != &qcow2_format && (opt->data_file || (opt->snapshot && im->format != &prl_format)))
+        return msg_err(-EINVAL, "%s: is %s, so --%s is of no use", im->name, im->format->name,
+                       opt->data_file ? "data-file" : "snapshot");
+    if ((opt->n_backing || opt->backing_format) && !*im->backing_name)
+        return msg_err(-EINVAL, "%s: has no backing file, so --backing is of no use", im->name);
+    return 0;
+}
+
+/* Leaves im half-built on failure: chain_close() is due all the same. Set before: writable, growable. */
+static int chain_open(struct image *im, char *const *paths, unsigned n_paths, const struct image_options *opt)
+{
+    int ret;
+
+    im->opt = opt;
+    im->n_given = n_paths;
+    ret = chain_begin(im, paths[0]);
+    for (unsigned i = 0; i < n_paths && !ret; i++)
+        ret = probe_add_file(im, paths[i]);
+    if (!ret)
+        ret = probe_image(im, opt->format);
+    if (!ret && opt->parts)
+        ret = probe_find_parts(im);
+    if (!ret && opt->parts)
+        ret = probe_check_pieces(im);
+    if (!ret)
+        ret = chain_finish(im);
+    if (!ret)
+        ret = chain_check_options(im);
+    if (!ret)
+        ret = chain_begin_writing(im);
+    if (!ret)
+        ret = chain_open_backing(im);
+    return ret ? ret : check_look_at_chain(im);
+}
+
+/* So that bad sectors can be looked into where the sandbox forbids opening. What cannot be opened is no failure. */
+static int chain_open_direct(struct image *im)
+{
+    for (; im; im = im->backing)
+        for (unsigned i = 0; i < im->n_files; i++)
+            file_open_direct(&im->files[i]);
+    return 0;
+}
+
+/* --strict: follows every entry of every table before anything is shown. */
+static int chain_check_strict(struct image *im)
+{
+    struct extent ext;
+    unsigned n = 0;
+    int ret;
+
+    for (uint64_t offset = 0; offset < im->size; offset += ext.length) {
+        ret = ++n % 1024 == 0 && util_interrupted() ? msg_err(-EINTR, "interrupted")
+                                                    : img_map(im, offset, im->size - offset, false, &ext);
+        if (ret)
+            return ret;
+        if (ext.kind == EXT_BAD)
+            return msg_err(-EIO, "%s: damaged (--strict): %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, ext.length,
+                           offset, ext.why);
+    }
+    return 0;
+}
+
+/* ******************************************************************************************************** *
+ * 26. Overlays
+ *
+ * A qcow2 image over the one that was opened takes the writes.
+ * ******************************************************************************************************** */
 
 /*
  * -- overlays --
@@ -12205,10 +12966,10 @@ static int img_open_backing(struct image *im)
  * commit would write into the image what does not belong there.
  */
 
-enum { IMG_MAX_EXTENTS = 1 << 18 };                 /* looked at before an overlay is made */
+enum { CHECK_MAX_EXTENTS = 1 << 18 };                 /* looked at before an overlay is made */
 
 /* Is what we read from an image what QEMU reads, or refuses to? What reads as an error here may be zeros there. */
-static bool img_reads_as_qemu(struct image *im)
+static bool overlay_reads_as_qemu(struct image *im)
 {
     unsigned n = 0;
     struct extent ext;
@@ -12220,22 +12981,22 @@ static bool img_reads_as_qemu(struct image *im)
         return true;                /* which is looked at when it is opened */
     for (uint64_t at = 0; at < im->size; at += ext.length) {
         ext = (struct extent){ .kind = EXT_BAD };
-        if (++n > IMG_MAX_EXTENTS || im->format->map(im, at, im->size - at, false, &ext) || ext.kind == EXT_BAD)
+        if (++n > CHECK_MAX_EXTENTS || im->format->map(im, at, im->size - at, false, &ext) || ext.kind == EXT_BAD)
             return false;
     }
     return true;
 }
 
-static bool img_chain_reads_as_qemu(struct image *im)
+static bool overlay_chain_reads_as_qemu(struct image *im)
 {
     for (; im; im = im->backing)
-        if (!img_reads_as_qemu(im))
+        if (!overlay_reads_as_qemu(im))
             return false;
     return true;
 }
 
 /* The recorded format: QEMU's word; or, with a sum of what it depends on, one that nobody else knows. */
-static void img_overlay_format(const struct image *base, char word[32])
+static void overlay_format(const struct image *base, char word[32])
 {
     const struct image_options *opt = base->opt;
     uint64_t hash = UTIL_HASH_START;
@@ -12260,16 +13021,16 @@ static void img_overlay_format(const struct image *base, char word[32])
         util_copy(word, 32, base->format->name);
 }
 
-/* The image's name as seen from the overlay's folder, or else absolute. */
-static int img_overlay_backing(const struct image *base, const char *overlay, char name[PATH_MAX])
+/* The image's name as seen from the overlay's directory, or else absolute. */
+static int overlay_backing(const struct image *base, const char *overlay, char name[PATH_MAX])
 {
-    char folder[PATH_MAX], real[PATH_MAX];
+    char directory[PATH_MAX], real[PATH_MAX];
     size_t len;
 
     if (!realpath(base->files[0].path, name))
         return msg_err(-errno, "%s: %s", base->name, strerror(errno));
-    snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(overlay) - overlay), overlay);
-    if (!realpath(*folder ? folder : ".", real))
+    snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(overlay) - overlay), overlay);
+    if (!realpath(*directory ? directory : ".", real))
         return msg_err(-errno, "%s: %s", overlay, strerror(errno));
     len = strlen(real);
     if (strncmp(name, real, len) == 0 && name[len] == '/' && !strchr(name + len + 1, '/'))
@@ -12278,28 +13039,28 @@ static int img_overlay_backing(const struct image *base, const char *overlay, ch
 }
 
 /* Errors of a file system that cannot do this; others (no space, no right) are what they are. */
-static bool img_cannot(int ret)
+static bool overlay_cannot(int ret)
 {
     return ret == -EOPNOTSUPP || ret == -EINVAL || ret == -EISDIR || ret == -EPERM || ret == -ENOSYS ||
            ret == -EMLINK || ret == -EXDEV || ret == -ENOENT;
 }
 
-static int img_open_unnamed(const char *folder)
+static int overlay_open_unnamed(const char *directory)
 {
-    int fd = util_fault("temporary file") ? -1 : open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    int fd = util_fault("temporary file") ? -1 : open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 
     return fd < 0 ? -errno : fd;
 }
 
 /* A file that is gone when it is closed; FAT and NFS have to give it a name for a moment. */
-static int img_open_temporary(const char *folder)
+static int overlay_open_temporary(const char *directory)
 {
     char name[PATH_MAX];
-    int fd = img_open_unnamed(folder);
+    int fd = overlay_open_unnamed(directory);
 
-    if (fd >= 0 || !img_cannot(fd))
+    if (fd >= 0 || !overlay_cannot(fd))
         return fd;
-    if ((size_t)snprintf(name, sizeof(name), "%s/.fuseexp-XXXXXX", folder) >= sizeof(name))
+    if ((size_t)snprintf(name, sizeof(name), "%s/.fuseexp-XXXXXX", directory) >= sizeof(name))
         return -ENAMETOOLONG;
     fd = mkostemp(name, O_CLOEXEC);
     if (fd < 0)
@@ -12314,7 +13075,7 @@ static int img_open_temporary(const char *folder)
  * Makes the file `name`, locked. One that a killed start has left is removed: nobody holds its lock. Whoever
  * removes it keeps that lock until the new file is locked, so that a third start does not remove the new one.
  */
-static int img_open_working(const char *name)
+static int overlay_open_working(const char *name)
 {
     struct stat held, seen;
     int old = -1, fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
@@ -12336,7 +13097,7 @@ static int img_open_working(const char *name)
 }
 
 /* The last way to give a name to a file: claims it with an empty file, and replaces that. */
-static int img_rename_over_own(const char *working, const char *path)
+static int overlay_rename_over_own(const char *working, const char *path)
 {
     struct stat mine, seen;
     int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600), ret;
@@ -12355,7 +13116,7 @@ static int img_rename_over_own(const char *working, const char *path)
 }
 
 /* Gives a finished file its name, if there is no such file. working: its name so far; NULL: it has none. */
-static int img_publish(int fd, const char *working, const char *path)
+static int overlay_publish(int fd, const char *working, const char *path)
 {
     char proc[40];
     int ret;
@@ -12365,18 +13126,18 @@ static int img_publish(int fd, const char *working, const char *path)
         return linkat(AT_FDCWD, proc, AT_FDCWD, path, AT_SYMLINK_FOLLOW) < 0 ? -errno : 0;
     }
     ret = syscall(SYS_renameat2, AT_FDCWD, working, AT_FDCWD, path, RENAME_NOREPLACE) < 0 ? -errno : 0;
-    if (ret && img_cannot(ret)) {   /* NFS, and FAT before Linux 4.9 */
+    if (ret && overlay_cannot(ret)) {   /* NFS, and FAT before Linux 4.9 */
         ret = link(working, path) < 0 ? -errno : 0;
         if (!ret)
             unlink(working);
-        else if (img_cannot(ret))
-            ret = img_rename_over_own(working, path);
+        else if (overlay_cannot(ret))
+            ret = overlay_rename_over_own(working, path);
     }
     return ret;
 }
 
 /* Writes the overlay into fd, which belongs to im from here on. A temporary one is not for others to read. */
-static int img_fill_overlay(struct image *im, struct image *base, const char *path, bool temporary, int fd)
+static int overlay_fill(struct image *im, struct image *base, const char *path, bool temporary, int fd)
 {
     char backing[PATH_MAX], word[32], format[64];
     int ret;
@@ -12384,10 +13145,11 @@ static int img_fill_overlay(struct image *im, struct image *base, const char *pa
     im->n_files = 1;
     ret = file_adopt(&im->files[0], path, fd, true);
     if (!ret)
-        ret = img_overlay_backing(base, path, backing);
-    img_overlay_format(base, word);
+        ret = overlay_backing(base, path, backing);
+    overlay_format(base, word);
     snprintf(format, sizeof(format), "%s%s",
-             ret || temporary || strchr(word, ':') || img_chain_reads_as_qemu(base) ? "" : img_not_for_qemu, word);
+             ret || temporary || strchr(word, ':') || overlay_chain_reads_as_qemu(base) ? ""
+             : probe_not_for_qemu, word);
     return ret ? ret : qcow2_create(&im->files[0], base->size, backing, format);
 }
 
@@ -12395,7 +13157,7 @@ static int img_fill_overlay(struct image *im, struct image *base, const char *pa
  * Where a file without a name cannot be had, or cannot be given one: writes under a name that is always the same, so
  * that the next start removes what a killed one has left.
  */
-static int img_make_named_overlay(struct image *im, struct image *base, const char *path)
+static int overlay_make_named(struct image *im, struct image *base, const char *path)
 {
     char working[PATH_MAX];
     int fd, ret;
@@ -12403,12 +13165,12 @@ static int img_make_named_overlay(struct image *im, struct image *base, const ch
     if ((size_t)snprintf(working, sizeof(working), "%.*s.%s.new", (int)(util_basename(path) - path), path,
                          util_basename(path)) >= sizeof(working))
         return msg_err(-ENAMETOOLONG, "%s: path too long", path);
-    fd = img_open_working(working);
+    fd = overlay_open_working(working);
     if (fd < 0)
         return msg_err(fd, "%s: cannot make the overlay: %s: %s", path, working, strerror(-fd));
-    ret = img_fill_overlay(im, base, path, false, fd);
+    ret = overlay_fill(im, base, path, false, fd);
     if (!ret) {
-        ret = img_publish(fd, working, path);
+        ret = overlay_publish(fd, working, path);
         if (ret)
             msg_err(ret, "%s: %s", path, strerror(-ret));
     }
@@ -12419,39 +13181,39 @@ static int img_make_named_overlay(struct image *im, struct image *base, const ch
 }
 
 /* path: its name; with `temporary`, the one it would have. It appears when it is complete. */
-static int img_make_overlay(struct image *im, struct image *base, const char *path, bool temporary)
+static int overlay_make(struct image *im, struct image *base, const char *path, bool temporary)
 {
-    char folder[PATH_MAX];
+    char directory[PATH_MAX];
     int fd, ret, dir;
 
-    snprintf(folder, sizeof(folder), "%.*s", (int)(util_basename(path) - path), path);
-    if (!*folder)
-        util_copy(folder, sizeof(folder), ".");
-    fd = temporary ? img_open_temporary(folder) : img_open_unnamed(folder);
-    if (fd < 0 && (temporary || !img_cannot(fd) || fd == -ENOENT))
+    snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(path) - path), path);
+    if (!*directory)
+        util_copy(directory, sizeof(directory), ".");
+    fd = temporary ? overlay_open_temporary(directory) : overlay_open_unnamed(directory);
+    if (fd < 0 && (temporary || !overlay_cannot(fd) || fd == -ENOENT))
         return msg_err(fd, "%s: cannot make %s: %s", path, temporary ? "a file there" : "the overlay", strerror(-fd));
-    ret = fd < 0 ? fd : img_fill_overlay(im, base, path, temporary, fd);
+    ret = fd < 0 ? fd : overlay_fill(im, base, path, temporary, fd);
     if (fd >= 0 && (ret || temporary))
         return ret;
     if (fd >= 0)
-        ret = img_publish(fd, NULL, path);
-    if (ret && !img_cannot(ret))
+        ret = overlay_publish(fd, NULL, path);
+    if (ret && !overlay_cannot(ret))
         return msg_err(ret, "%s: %s", path, strerror(-ret));
     if (ret) {
         if (fd >= 0)
             file_close(&im->files[0]);
-        ret = img_make_named_overlay(im, base, path);
+        ret = overlay_make_named(im, base, path);
     }
     im->made = !ret;
-    dir = ret ? -1 : open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    dir = ret ? -1 : open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (dir >= 0 && fsync(dir) < 0)
-        msg_say(MSG_NOTE, "%s: its folder cannot be flushed: %s", path, strerror(errno));
+        msg_say(MSG_NOTE, "%s: its directory cannot be flushed: %s", path, strerror(errno));
     util_close(&dir);
     return ret;
 }
 
 /* One that is there already must have been made over this very image. */
-static int img_check_overlay(const struct image *im, const struct image *base)
+static int overlay_check(const struct image *im, const struct image *base)
 {
     char path[PATH_MAX + 1024], format[32];
     struct stat st;
@@ -12462,719 +13224,44 @@ static int img_check_overlay(const struct image *im, const struct image *base)
         return msg_err(-EINVAL, "%s: is not an overlay: it has no backing file", im->name);
     if (stat(path, &st) < 0 || st.st_dev != base->files[0].st.st_dev || st.st_ino != base->files[0].st.st_ino)
         return msg_err(-EINVAL, "%s: is not an overlay of %s, but of %s", im->name, base->name, im->backing_name);
-    img_overlay_format(base, format);
-    if (strcmp(img_recorded_format(im->backing_format), format) != 0)
+    overlay_format(base, format);
+    if (strcmp(probe_recorded_format(im->backing_format), format) != 0)
         return msg_err(-EINVAL, "%s: is an overlay of %s as %s, not as %s (other parts, snapshot or backing file)",
                        im->name, base->name, im->backing_format, format);
-    return img_check_backing_size(im, base);
+    return chain_check_backing_size(im, base);
 }
 
 /*
  * Opens `im` as an overlay of base, which is open, and then belongs to it. path: the overlay, made if it does not
  * exist; with `temporary` the name that an unnamed one would have.
  */
-static int img_open_overlay(struct image *im, struct image *base, const char *path, bool temporary,
+static int overlay_open(struct image *im, struct image *base, const char *path, bool temporary,
                             const struct image_options *opt)
 {
     bool there = !temporary && access(path, F_OK) == 0;
-    int ret = img_begin(im, path);
+    int ret = chain_begin(im, path);
 
     im->opt = opt;
     im->format = &qcow2_format;
     im->n_given = 1;
     if (!ret)
-        ret = there ? img_add_file(im, path) : img_make_overlay(im, base, path, temporary);
+        ret = there ? probe_add_file(im, path) : overlay_make(im, base, path, temporary);
     if (!ret)
-        ret = img_finish(im);       /* which checks whose overlay it is, before anything in it is changed */
+        ret = chain_finish(im);
+    if (!ret)
+        ret = overlay_check(im, base);
+    if (!ret)
+        ret = chain_begin_writing(im);
     if (ret)
         return ret;
-    ret = img_look_at_chain(im);    /* of itself: its base was looked at */
+    ret = check_look_at_chain(im);    /* of itself: its base was looked at */
     im->backing = base;
     base->child = im;
     return ret;
 }
 
-/*
- * As image_format.map, but for any offset and through the whole chain: never EXT_BACKING. What lies past the
- * end of the image is bad, not zero; past the end of a backing file that is shorter than its child it is
- * zero.
- */
-static int img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
-{
-    uint64_t size;
-    int ret;
-
-    for (;; im = im->backing, length = ext->length) {
-        size = im->size;
-        if (offset >= size) {
-            *ext = (struct extent){ .kind = im->child ? EXT_ZERO : EXT_BAD, .length = length,
-                                    .depth = im->depth ? im->depth - 1 : 0,
-                                    .why = "past the end of the image" };
-            return 0;
-        }
-        *ext = (struct extent){ .kind = EXT_BAD };
-        ret = im->format->map(im, offset, util_min(length, size - offset), exact, ext);
-        ext->depth = im->depth;
-        if (ret || ext->kind != EXT_BACKING)
-            return ret;
-        if (!im->backing) {
-            ext->kind = EXT_BAD;
-            ext->why = "in the backing file, which was not opened";
-            return 0;
-        }
-    }
-}
-
-/*
- * Who reads compressed clusters in order is decoded ahead of. Streams are known by where their next request
- * should begin; large requests may come out of order, since the kernel sends several at once.
- */
-enum { IMG_STREAMS = 8, IMG_LARGE = 64 << 10, IMG_AHEAD = 1 << 20, IMG_PENDING = 32 };
-
-static struct {
-    pthread_mutex_t lock;           /* protects all of it */
-    struct { uint64_t next, ahead; } stream[IMG_STREAMS];   /* ahead: offered up to here */
-    unsigned turn;
-} img_streams = { .lock = PTHREAD_MUTEX_INITIALIZER };
-
-/* Notes a request for [offset, end). How far to decode ahead, from *start on; nothing if not beyond it. */
-static uint64_t img_follow(uint64_t offset, uint64_t end, uint64_t window, uint64_t *start)
-{
-    uint64_t until = 0, slack = end - offset >= IMG_LARGE ? IMG_AHEAD : 0;
-    unsigned i = 0;
-
-    pthread_mutex_lock(&img_streams.lock);
-    while (i < IMG_STREAMS && (offset > img_streams.stream[i].next + slack ||
-                               offset + slack < img_streams.stream[i].next))
-        i++;
-    if (i == IMG_STREAMS || img_streams.stream[i].next == 0) {
-        i = i < IMG_STREAMS ? i : img_streams.turn++ % IMG_STREAMS;
-        img_streams.stream[i].next = img_streams.stream[i].ahead = end;
-    } else {
-        if (end > img_streams.stream[i].next)
-            img_streams.stream[i].next = end;
-        until = img_streams.stream[i].next + window;
-        *start = end > img_streams.stream[i].ahead ? end : img_streams.stream[i].ahead;
-        if (until > *start)
-            img_streams.stream[i].ahead = until;
-    }
-    pthread_mutex_unlock(&img_streams.lock);
-    return until;
-}
-
-static void img_prefetch(void *arg, uint64_t offset, uint64_t length)
-{
-    struct extent ext;
-
-    for (uint64_t end = offset + length; offset < end; offset += ext.length) {
-        if (img_map(arg, offset, end - offset, false, &ext))
-            return;
-        if (ext.kind == EXT_COMPRESSED)
-            cache_prefetch(&ext);
-    }
-}
-
-/*
- * A request for [offset, end) begins with a compressed cluster, described by ext: lets others decode what
- * follows in the request, and what will be asked for next.
- */
-static void img_share_decoding(struct image *im, const struct extent *ext, uint64_t offset, uint64_t end)
-{
-    uint64_t piece = ext->decoded_length > IMG_LARGE ? ext->decoded_length : IMG_LARGE;
-    uint64_t window = 2 * piece > IMG_AHEAD ? 2 * piece : IMG_AHEAD;
-    struct pool_job rest = { img_prefetch, im, offset + ext->length, end - util_min(end, offset + ext->length) };
-    struct pool_job ahead = { img_prefetch, im, 0, 0 };
-    uint64_t until = img_follow(offset, end, window, &ahead.offset);
-
-    if (rest.length)
-        pool_offer(&rest, piece);
-    ahead.length = until > ahead.offset ? until - ahead.offset : 0;
-    if (ahead.length && window < cache.budget / 4)
-        pool_offer(&ahead, piece);
-}
-
-/* So that bad sectors can be looked into where the sandbox forbids opening. What cannot be opened is no failure. */
-static int img_open_direct(struct image *im)
-{
-    for (; im; im = im->backing)
-        for (unsigned i = 0; i < im->n_files; i++)
-            file_open_direct(&im->files[i]);
-    return 0;
-}
-
-/*
- * A read of plain data has failed, *part bytes in. Notes what is bad: all of it in the page, since a reader through the
- * page cache will not ask for the rest. With --on-error=zero it becomes zeros, and the rest is read.
- */
-static int img_salvage(struct image *im, const struct extent *ext, uint8_t *to, uint64_t n, uint64_t offset,
-                       uint64_t *part)
-{
-    bool zero = im->opt->zero_errors;
-    uint64_t at = *part, end = zero ? n : util_min(n, at + 4096 - (ext->offset + at) % 4096), bad, good;
-
-    for (; at < end; at += good) {
-        bad = file_bad_length(ext->file, ext->offset + at, n - at);
-        bad_note(offset + at, bad);
-        if (zero)
-            memset(to + at, 0, bad);
-        at += bad;
-        good = 0;
-        if (at < end && zero)
-            (void)file_pread(ext->file, to + at, n - at, ext->offset + at, &good);
-        else if (at < end)
-            good = file_find_bad(ext->file, ext->offset + at, end - at, &bad);
-    }
-    if (!zero)
-        return -EIO;
-    *part = n;
-    return 0;
-}
-
-/* --strict: follows every entry of every table before anything is shown. */
-static int img_check_strict(struct image *im)
-{
-    struct extent ext;
-    unsigned n = 0;
-    int ret;
-
-    for (uint64_t offset = 0; offset < im->size; offset += ext.length) {
-        ret = ++n % 1024 == 0 && util_interrupted() ? msg_err(-EINTR, "interrupted")
-                                                    : img_map(im, offset, im->size - offset, false, &ext);
-        if (ret)
-            return ret;
-        if (ext.kind == EXT_BAD)
-            return msg_err(-EIO, "%s: damaged (--strict): %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, ext.length,
-                           offset, ext.why);
-    }
-    return 0;
-}
-
-/* n bytes cannot be read: the error, or zeros where the user wants them. */
-static int img_give_up(struct image *im, int ret, uint8_t *to, uint64_t n, uint64_t offset, uint64_t *part)
-{
-    *part = 0;
-    if (ret != -EIO)
-        return ret;
-    bad_note(offset, n);
-    if (!im->opt->zero_errors)
-        return ret;
-    memset(to, 0, n);
-    *part = n;
-    return 0;
-}
-
-/* After an error nobody may ask for the rest of a request again: what is bad there is noted as well. */
-static void img_note_rest(struct image *im, uint64_t offset, uint64_t end)
-{
-    struct extent ext;
-
-    for (; bad_list.fd >= 0 && offset < end; offset += ext.length) {
-        if (img_map(im, offset, end - offset, false, &ext))
-            return;
-        if (ext.kind == EXT_BAD)
-            bad_note(offset, util_min(ext.length, end - offset));
-    }
-}
-
-/* Compressed clusters that somebody else is decoding: read when all else is done. */
-struct img_pending {
-    struct extent ext;
-    uint8_t *buf;
-    uint64_t len, at;               /* at: in the request */
-};
-
-static int img_read_pending(struct image *im, uint64_t offset, const struct img_pending *pending, unsigned n,
-                            unsigned how, uint64_t *done)
-{
-    uint64_t part;
-    int ret = 0, r;
-    bool hit;
-
-    for (unsigned i = 0; i < n; i++) {
-        r = cache_read_decoded(&pending[i].ext, pending[i].buf, pending[i].len, CACHE_WAIT | how, &hit);
-        if (r)
-            r = img_give_up(im, r, pending[i].buf, pending[i].len, offset + pending[i].at, &part);
-        if (r && pending[i].at < *done) {
-            *done = pending[i].at;
-            ret = r;
-        }
-    }
-    return ret;
-}
-
-/* Fills buf or fails; *done bytes at its front are good either way. */
-static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
-{
-    struct img_pending pending[IMG_PENDING];
-    unsigned n_pending = 0, how = len >= IMG_LARGE ? CACHE_PASSING : 0;
-    bool shared = false, hit;
-    struct extent ext;
-    uint64_t n, part;
-    int ret = 0, late;
-
-    for (*done = 0; *done < len && !ret; *done += part) {
-        uint8_t *to = (uint8_t *)buf + *done;
-        ret = img_map(im, offset + *done, len - *done, false, &ext);
-        if (ret)
-            break;
-        n = part = util_min(ext.length, len - *done);
-        if (ext.kind == EXT_DATA) {
-            ret = file_pread(ext.file, to, n, ext.offset, &part);
-            if (ret && (im->opt->zero_errors || bad_list.fd >= 0))
-                ret = img_salvage(im, &ext, to, n, offset + *done, &part);
-        } else if (ext.kind == EXT_ZERO) {
-            memset(to, 0, n);
-        } else if (ext.kind == EXT_COMPRESSED) {
-            if (!shared && len >= IMG_LARGE)
-                img_share_decoding(im, &ext, offset + *done, offset + len);
-            ret = cache_read_decoded(&ext, to, n, n_pending == IMG_PENDING ? how | CACHE_WAIT : how, &hit);
-            if (!shared && len < IMG_LARGE && !hit)
-                img_share_decoding(im, &ext, offset + *done, offset + len);
-            shared = true;
-            if (ret == -EAGAIN) {
-                pending[n_pending++] = (struct img_pending){ ext, to, n, *done };
-                ret = 0;
-            }
-            if (ret)
-                ret = img_give_up(im, ret, to, n, offset + *done, &part);
-        } else {
-            ret = msg_serving(-EIO, "%s: cannot read %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, n,
-                              offset + *done, ext.why);
-            ret = img_give_up(im, ret, to, n, offset + *done, &part);
-        }
-    }
-    if (shared && len >= IMG_LARGE)
-        pool_withdraw(im, offset, offset + len);
-    if (ret == -EIO)
-        img_note_rest(im, offset + *done, offset + len);
-    late = img_read_pending(im, offset, pending, n_pending, how, done);
-    return late ? late : ret;
-}
-
-static int img_note_failure(struct image *im, int ret)
-{
-    if (ret)
-        im->failed = true;
-    return ret;
-}
-
-/*
- * -- the size --
- *
- * What readers, the kernel and the file see changes in one step:
- *   1. size_lock is taken. One change follows the other.
- *   2. Shorter: `admit` goes down, so that requests for what is cut off wait for size_lock, and those that came in
- *      before are waited for. Nobody is reading or writing there any more.
- *   3. The driver changes the image. What is cut off, or new, reads as zeros. If that fails the size stays.
- *   4. im->size says so.
- * A write past the end writes its data between 3 and 4, so nobody sees a size without the data; and if that fails, the
- * size stays as well. Else the next O_APPEND would leave a gap of zeros.
- *
- * Who waits for size_lock has looked nothing up yet, and is not waited for in 2: it may be that one who waits.
- *
- * A write that was made before the disk was cut, but comes here afterwards, does not make it longer again, and writes
- * nothing behind the cut when somebody else has. (The kernel does not wait for asynchronous writes before it asks for
- * a cut.)
- */
-static void img_lock_size(struct image *im)
-{
-    if (pthread_mutex_trylock(&im->size_lock) == 0)
-        return;
-    pool_leave();
-    pool_block();
-    pthread_mutex_lock(&im->size_lock);
-    pool_unblock();
-    pool_enter();
-}
-
-/*
- * How much of [offset, offset + len) is there, and may be used until the request is over. To be asked before anything
- * is looked up. `admit` is read first: when it does not tell of a change, the change is over, or waits for us.
- */
-static uint64_t img_inside(struct image *im, uint64_t offset, uint64_t len)
-{
-    uint64_t end = im->admit;
-
-    end = util_min(end, im->size);
-    if (offset + len > end) {
-        img_lock_size(im);
-        end = im->size;
-        pthread_mutex_unlock(&im->size_lock);
-    }
-    return offset < end ? util_min(len, end - offset) : 0;
-}
-
-static int img_resize_locked(struct image *im, uint64_t old, uint64_t size)
-{
-    int ret;
-
-    if (size == old)
-        return 0;
-    if (size > (uint64_t)MAX_IMAGE_SIZE)
-        return -EFBIG;
-    ret = im->format->resize ? im->format->resize(im, old, size) : -EOPNOTSUPP;
-    if (ret && ret != -EOPNOTSUPP)
-        msg_serving(ret, "%s: cannot change its size to %" PRIu64 ": %s", im->name, size, strerror(-ret));
-    return ret == -EIO ? img_note_failure(im, ret) : ret;
-}
-
-/* ticket: grows from request to request, in the order in which they were made. */
-static int img_resize(struct image *im, uint64_t size, uint64_t ticket)
-{
-    bool cut;
-    int ret;
-
-    img_lock_size(im);
-    cut = size < im->size;
-    if (cut) {
-        im->admit = size;
-        pool_wait_grace();
-    }
-    ret = img_resize_locked(im, im->size, size);
-    if (!ret)
-        im->size = size;
-    if (!ret && cut) {
-        im->cut_to = size;          /* first: who finds the new ticket needs it */
-        im->cut = ticket;
-    }
-    im->admit = UINT64_MAX;
-    pthread_mutex_unlock(&im->size_lock);
-    return ret;
-}
-
-/*
- * Zeros into what the image cannot give back, as a part of a cluster. A hole is punched into the host's file if the
- * caller wants one: that needs no room, so it works where the disk is full.
- */
-static int img_write_zeros(struct image *im, int mode, uint64_t len, uint64_t offset, uint64_t *done)
-{
-    static const uint8_t zeros[65536];
-    struct extent ext = { .kind = EXT_BAD };
-
-    if ((mode & FALLOC_FL_PUNCH_HOLE) && im->format->map(im, offset, len, false, &ext) == 0 && ext.kind == EXT_DATA &&
-        ext.owned) {
-        *done = util_min(len, ext.length);
-        if (file_fallocate(ext.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, ext.offset, *done) == 0)
-            return 0;
-    }
-    return img_change(im, zeros, 0, util_min(len, sizeof(zeros)), offset, done);
-}
-
-/* Changes the front of a range that ext describes; buf NULL: zeroes it, with fallocate(2)'s mode. */
-static int img_change_owned(const struct extent *ext, const uint8_t *buf, int mode, uint64_t len, uint64_t *part)
-{
-    uint64_t n = util_min(ext->length, len);
-    int ret;
-
-    *part = 0;
-    if (buf)
-        return file_pwrite(ext->file, buf, n, ext->offset, part);
-    ret = file_fallocate(ext->file, mode, ext->offset, n);
-    if (ret == -EOPNOTSUPP && (mode & FALLOC_FL_ZERO_RANGE))
-        ret = file_write_zeros(ext->file, ext->offset, n);
-    *part = ret ? 0 : n;
-    return ret;
-}
-
-/*
- * Walks the extents of a range that is to be changed: what the image owns is overwritten where it lies, without a
- * lock; the rest is the driver's. buf NULL: zero it or set room aside, with fallocate(2)'s mode. No request may be
- * without progress twice.
- */
-static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset,
-                      uint64_t *done)
-{
-    const struct image_format *format = im->format;
-    struct extent ext;
-    uint64_t part;
-    int ret = 0;
-
-    for (*done = 0; *done < len && !ret; *done += part) {
-        const uint8_t *from = buf ? (const uint8_t *)buf + *done : NULL;
-        part = 0;
-        if (!buf && format->zero && (mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE))) {
-            ret = format->zero(im, len - *done, offset + *done, &part);
-            if (ret == -EOPNOTSUPP)
-                ret = img_write_zeros(im, mode, part, offset + *done, &part);
-            continue;
-        }
-        ret = format->map(im, offset + *done, len - *done, false, &ext);
-        if (ret)
-            break;
-        if (ext.kind == EXT_DATA && ext.owned)
-            ret = img_change_owned(&ext, from, mode, len - *done, &part);
-        else
-            ret = format->write ? format->write(im, from, len - *done, offset + *done, &part) : -EIO;
-    }
-    /* What was only to be given back or set aside is not lost when that is refused. */
-    return buf || ret == -EIO ? img_note_failure(im, ret) : ret;
-}
-
-/* As img_change(), for a range that ends at the end of the disk or past it. The disk ends with what was done there. */
-static int img_extend_locked(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done)
-{
-    uint64_t old = im->size, end = offset + len > old ? offset + len : old, now = end;
-    int ret = img_resize_locked(im, old, end);
-
-    *done = 0;
-    if (ret)
-        return ret;
-    ret = img_change(im, buf, mode, len, offset, done);
-    if (ret)
-        now = buf && *done && offset + *done > old ? offset + *done : old;
-    if (now < end && img_resize_locked(im, end, now))
-        now = end;                  /* as the file has it */
-    im->size = now;
-    return ret;
-}
-
-/* img_inside() for a write: if it was made before the last cut, the disk ends there for it. */
-static uint64_t img_inside_write(struct image *im, uint64_t offset, uint64_t len, uint64_t ticket)
-{
-    uint64_t inside = img_inside(im, offset, len), end = ticket < im->cut ? im->cut_to : UINT64_MAX;
-
-    return offset < end ? util_min(inside, end - offset) : 0;
-}
-
-/*
- * Writes what is inside the disk; with `grow` the disk gets longer where need be. *done bytes were written even on
- * failure. -ENOSPC: nothing of it is inside. ticket: as for img_resize().
- */
-static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, bool grow, uint64_t ticket,
-                     uint64_t *done)
-{
-    uint64_t inside = img_inside_write(im, offset, len, ticket);
-    bool late;
-    int ret = 0;
-
-    *done = 0;
-    if (inside < len && grow) {
-        img_lock_size(im);
-        late = ticket < im->cut;
-        if (!late)
-            ret = img_extend_locked(im, buf, 0, len, offset, done);
-        pthread_mutex_unlock(&im->size_lock);
-        if (!late)
-            return ret;
-        inside = img_inside_write(im, offset, len, ticket);
-    }
-    return inside || !len ? img_change(im, buf, 0, inside, offset, done) : -ENOSPC;
-}
-
-/*
- * fallocate(2), mode PUNCH_HOLE, ZERO_RANGE or none of them, each with or without KEEP_SIZE. Past the end there is
- * nothing that could be punched; room is set aside there only where the disk may get longer, and then it does.
- */
-static int img_fallocate(struct image *im, int mode, uint64_t len, uint64_t offset, bool grow)
-{
-    uint64_t inside = img_inside(im, offset, len), done;
-    int ret = 0;
-
-    if (inside == len && offset + len < im->size)
-        return img_change(im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, offset, &done);
-    img_lock_size(im);              /* the end must not move */
-    inside = offset < im->size ? util_min(len, im->size - offset) : 0;
-    if (inside < len && !(mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)) && grow)
-        ret = img_extend_locked(im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, offset, &done);
-    else if (inside < len && !(mode & FALLOC_FL_PUNCH_HOLE))
-        ret = grow ? -EOPNOTSUPP : -ENOSPC;
-    else if (inside)
-        ret = img_change(im, NULL, mode | FALLOC_FL_KEEP_SIZE, inside, offset, &done);
-    pthread_mutex_unlock(&im->size_lock);
-    return ret;
-}
-
-/* last: nobody writes any more. */
-static int img_sync(struct image *im, bool last)
-{
-    int ret = 0, r;
-
-    if (im->writable && im->format->sync)
-        return img_note_failure(im, im->format->sync(im, last));
-    for (unsigned i = 0; im->writable && i < im->n_files; i++) {
-        r = file_sync(&im->files[i]);
-        if (!ret)
-            ret = r;
-    }
-    return img_note_failure(im, ret);
-}
-
-/* Passed-through writes grow the file behind our back. */
-static void img_refresh_size(struct image *im)
-{
-    img_lock_size(im);
-    im->size = file_follow_growth(&im->files[0]);
-    pthread_mutex_unlock(&im->size_lock);
-}
-
-/*
- * What the kernel would not tell anyone: a file that passthrough serves was made shorter or longer
- * underneath.
- */
-static bool img_resized_underneath(struct image *im)
-{
-    struct stat st;
-
-    return !im->writable && im->n_files == 1 && !im->files[0].is_blk && fstat(im->files[0].fd, &st) == 0 &&
-           (uint64_t)st.st_size != im->size;
-}
-
-/* Host space that the chain takes, in units of 512 bytes. */
-static uint64_t img_blocks(const struct image *im)
-{
-    uint64_t blocks = 0;
-    struct stat st;
-
-    for (; im; im = im->backing)
-        for (unsigned i = 0; i < im->n_files; i++) {
-            if (im->files[i].is_blk)
-                blocks += (im->files[i].size + 511) / 512;
-            else if (fstat(im->files[i].fd, &st) == 0)
-                blocks += (uint64_t)st.st_blocks;
-        }
-    return blocks;
-}
-
-/*
- * -- what --check does for formats that have no check of their own --
- *
- * What cannot be read, and what is used twice. The second is looked for with a bit for every sector of every
- * file: first for the metadata that the driver claims, then for data. Of a compressed cluster, whose length is a bound,
- * only the sector in which it begins.
- */
-
-struct img_check {
-    struct claims claims;           /* first: claim() gets its address */
-    bool all_claimed;               /* the data, too: not marked when map() says it */
-    struct image *im;
-    struct check *c;
-    uint64_t unit;                  /* what is counted in: clusters */
-    uint64_t allocated, compressed; /* bytes of the disk */
-    uint64_t **used;                /* one bitmap per file, made when it is needed */
-    const struct file *after;       /* where the last extent ended: what follows there is not fragmented */
-    uint64_t after_offset;
-};
-
-static bool img_check_bitmap(struct img_check *k, unsigned file)
-{
-    uint64_t bytes = (k->im->files[file].size / 512 / 64 + 1) * 8;
-
-    if (!k->used[file])
-        k->used[file] = util_map(bytes);
-    return k->used[file];
-}
-
-/* Marks sectors from `at` up to `end`, as far as the file goes. How many bytes were marked before? */
-static uint64_t img_check_mark(struct img_check *k, const struct file *f, uint64_t at, uint64_t end)
-{
-    unsigned file = (unsigned)(f - k->im->files);
-    uint64_t twice = 0, all = ~0ull;
-
-    if (!img_check_bitmap(k, file)) {
-        k->c->errors++;
-        return 0;
-    }
-    end = util_min(end, (f->size + 511) / 512);
-    for (uint64_t n; at < end; at += n) {
-        uint64_t *word = &k->used[file][at / 64], mask;
-        n = util_min(64 - at % 64, end - at);
-        mask = all >> (64 - n) << at % 64;
-        twice += (uint64_t)__builtin_popcountll(*word & mask);
-        *word |= mask;
-    }
-    return twice * 512;
-}
-
-static void img_check_twice(struct img_check *k, uint64_t twice, const struct file *f, uint64_t offset, uint64_t length,
-                            const char *what, uint64_t guest)
-{
-    uint64_t clusters = (twice + k->unit - 1) / k->unit;
-
-    if (twice && what)
-        out_finding(k->c, k->im->name, false, clusters, "%s, 0x%" PRIx64 " bytes: %s at 0x%" PRIx64 " is used for "
-                    "something else, too", what, length, util_basename(f->path), offset);
-    else if (twice)
-        out_finding(k->c, k->im->name, false, clusters, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: %s at 0x%" PRIx64
-                    " is used for something else, too", guest, length, util_basename(f->path), offset);
-}
-
-/* Metadata takes all of its last sector; of data only whole sectors are marked. */
-static void img_check_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
-                            uint64_t guest)
-{
-    struct img_check *k = (struct img_check *)c;
-    uint64_t twice;
-
-    if (!length || offset >= f->size)
-        return;
-    length = util_min(length, f->size - offset);
-    twice = what ? img_check_mark(k, f, offset / 512, (offset + length + 511) / 512)
-                 : img_check_mark(k, f, (offset + 511) / 512, (offset + length) / 512);
-    img_check_twice(k, twice, f, offset, length, what, guest);
-}
-
-static void img_check_extent(struct img_check *k, uint64_t at, const struct extent *ext)
-{
-    uint64_t clusters = (ext->length + k->unit - 1) / k->unit, twice;
-
-    if (ext->kind == EXT_BAD)
-        out_finding(k->c, k->im->name, false, clusters, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: %s", at,
-                    ext->length, ext->why);
-    if (ext->kind == EXT_COMPRESSED)
-        k->compressed += ext->length;
-    if (ext->kind != EXT_DATA && ext->kind != EXT_COMPRESSED)
-        return;
-    k->allocated += ext->length;
-    k->c->fragmented += (k->after && (k->after != ext->file || k->after_offset != ext->offset)) ||
-                        ext->kind == EXT_COMPRESSED;
-    k->after = ext->file;
-    k->after_offset = ext->offset + (ext->kind == EXT_DATA ? ext->length : ext->coded_length);
-    if (ext->file == &k->im->files[0] && k->after_offset > k->c->image_end)
-        k->c->image_end = util_min(k->after_offset, ext->file->size);
-    if (k->all_claimed)
-        return;
-    twice = ext->kind == EXT_DATA ? img_check_mark(k, ext->file, (ext->offset + 511) / 512,
-                                                   (ext->offset + ext->length) / 512)
-                                  : img_check_mark(k, ext->file, ext->offset / 512, ext->offset / 512 + 1);
-    img_check_twice(k, twice, ext->file, ext->offset, ext->length, NULL, at);
-}
-
-/* Counts what is wrong with the top image. -EOPNOTSUPP: nothing in the format can be. */
-static int img_check(struct image *im, struct check *c)
-{
-    struct img_check k = { .claims = { .claim = img_check_claim }, .im = im, .c = c,
-                           .unit = im->cluster_size ? im->cluster_size : 65536 };
-    uint64_t size = im->size;
-    struct extent ext;
-    int ret = 0;
-
-    if (im->format == &raw_format)
-        return -EOPNOTSUPP;
-    if (im->format->check && !util_fault_op("check"))
-        return im->format->check(im, c);
-    k.used = calloc(im->n_files, sizeof(*k.used));
-    if (!k.used)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    k.all_claimed = im->format->claims && im->format->claims(im, &k.claims);
-    for (uint64_t at = 0; at < size; at += ext.length) {
-        ext = (struct extent){ .kind = EXT_BAD };
-        ret = im->format->map(im, at, size - at, false, &ext);
-        if (ret)
-            break;
-        img_check_extent(&k, at, &ext);
-        out_progress_show(at, size);
-    }
-    c->total = (size + k.unit - 1) / k.unit;
-    c->allocated = (k.allocated + k.unit - 1) / k.unit;
-    c->compressed = (k.compressed + k.unit - 1) / k.unit;
-    for (unsigned i = 0; i < im->n_files; i++)
-        util_unmap(k.used[i], (im->files[i].size / 512 / 64 + 1) * 8);
-    free(k.used);
-    return ret ? msg_err(ret, "%s: what lies where could not be found out: %s", im->name, strerror(-ret)) : 0;
-}
-
 /* ******************************************************************************************************** *
- * 20. Partitions
+ * 27. Partitions
  *
  * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is
  * hostile: LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and
@@ -13594,7 +13681,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
 }
 
 /* ******************************************************************************************************** *
- * 21. FUSE operations
+ * 28. FUSE operations
  *
  * fop_handle() turns one request into one reply inside the worker's buffer; it does no FUSE I/O, so any
  * transport can carry it. Node 1 is the mountpoint: the file itself, or the directory, whose files are the
@@ -13973,7 +14060,7 @@ static int fop_read(struct worker *w, struct request *rq)
         ref.length = inside;
     }
     if (inside < ref.length)
-        bad_note(v->start + in->offset + inside, ref.length - inside);
+        lost_note(v->start + in->offset + inside, ref.length - inside);
     if (inside < ref.length && srv->im->opt->zero_errors)
         return fop_read_padded(w, rq, v->start + in->offset, inside, ref.length);
     if (inside && inside < ref.length && !ref.front_will_do) /* larger ones come again page by page */
@@ -14314,7 +14401,7 @@ static size_t fop_fetch(struct worker *w)
 }
 
 /* ******************************************************************************************************** *
- * 22. Worker loop
+ * 29. Worker loop
  *
  * The transport: read(2) a request, fop_handle() it, write(2) the reply. Every worker does all three alone,
  * so there is no queue and no lock between threads; the kernel hands a request to whoever reads. The workers
@@ -14387,10 +14474,10 @@ static int loop_once(struct worker *w)
         return loop_unmounted(errno) ? 1 : msg_err(-errno, "reading from /dev/fuse: %s", strerror(errno));
     }
     w->ref.length = 0;
-    pool_enter();
+    epoch_enter();
     len = fop_handle(w, (size_t)n);
     sent = len == 0 || loop_send(w, len);
-    pool_leave();
+    epoch_leave();
     if (sent)
         return 0;
     if (errno == ENOENT || errno == EINTR)                          /* whoever asked has gone */
@@ -14586,7 +14673,7 @@ static int loop_run(struct server *srv)
 }
 
 /* ******************************************************************************************************** *
- * 23. Sandbox
+ * 30. Sandbox
  *
  * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file
  * system (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open
@@ -14761,7 +14848,472 @@ static int box_enter(enum box_mode mode)
 }
 
 /* ******************************************************************************************************** *
- * 24. Mounts
+ * 31. Options
+ *
+ * opt_table feeds getopt_long(3), -o (by the long names) and --help. What -o does not know goes to the mount.
+ * ******************************************************************************************************** */
+
+enum opt_allow_other { ALLOW_AUTO, ALLOW_ON, ALLOW_OFF };
+enum opt_action { ACT_EXPORT, ACT_INFO, ACT_MAP, ACT_CHECK, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
+#define OPT_UNSET UINT32_MAX
+
+struct options {
+    char **images, **command, *mountpoint, *format, *pidfile, *extra;
+    char *snapshot, *backing_format, *data_file, *allow_external, *error_map, *overlay, *temporary;
+    char *backing[MAX_GIVEN];
+    unsigned n_images, n_backing;
+    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
+        no_backing, force_parent, ignore_log, strict, lazy, verbose, quiet, json, repair, read_only;
+    bool mount_helper; /* called by mount(8) */
+    struct sigaction old_xfsz;      /* for the command: we ignore it, so that a limit is an error that we report */
+    uint64_t offset, size, cache_size;
+    uint32_t partition, sector_size, threads, mode, uid, gid, timeout;
+    uint32_t sandbox, allow_other, action, on_error;
+};
+
+enum opt_kind {
+    OPT_SET,
+    OPT_TEXT,
+    OPT_FILES,                      /* may be repeated */
+    OPT_SIZE,
+    OPT_COUNT,
+    OPT_ID,
+    OPT_OCTAL,
+    OPT_CHOICE,
+    OPT_ACTION,
+    OPT_MOUNT
+};
+
+#define OPT_AT(field) offsetof(struct options, field)
+
+static const struct opt {
+    char letter;
+    const char *name, *arg;         /* arg: NULL, the name of the value, or the choices */
+    enum opt_kind kind;
+    size_t at;
+    uint32_t value;                 /* OPT_ACTION: which; OPT_COUNT, OPT_ID: the largest; OPT_SIZE: not 0 */
+    const char *help;
+} opt_table[] = {
+    { 'f', "foreground", NULL, OPT_SET, OPT_AT(foreground), 0, "stay in front" },
+    { 'd', "debug", NULL, OPT_SET, OPT_AT(debug), 0, "show every request (and stay in front)" },
+    { 's', "single-thread", NULL, OPT_SET, OPT_AT(single_thread), 0, "one worker" },
+    { 'r', "read-only", NULL, OPT_SET, OPT_AT(read_only), 0, "change nothing (the default)" },
+    { 'w', "writable", NULL, OPT_SET, OPT_AT(writable), 0, "let the export be written, and so the image" },
+    { 0, "overlay", "FILE", OPT_TEXT, OPT_AT(overlay), 0,
+      "like -w, but changes go to this qcow2 file (made if missing), not to IMAGE" },
+    { 0, "temporary", "[DIR]", OPT_TEXT, OPT_AT(temporary), 0, "the same with a file that is gone in the end" },
+    { 'U', "force-share", NULL, OPT_SET, OPT_AT(share), 0, "read an image that another program has open" },
+    { 'o', NULL, "OPT[,OPT...]", OPT_MOUNT, 0, 0, "long options without their dashes, and mount options" },
+    { 'v', "verbose", NULL, OPT_SET, OPT_AT(verbose), 0, "say what is decided" },
+    { 'q', "quiet", NULL, OPT_SET, OPT_AT(quiet), 0, "errors only" },
+    { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
+    { 0, "snapshot", "ID|NAME", OPT_TEXT, OPT_AT(snapshot), 0, "show this internal snapshot" },
+    { 0, "backing", "FILE", OPT_FILES, OPT_AT(backing), 0,
+      "the backing file, instead of what the image says (several: of the chain)" },
+    { 0, "backing-format", "NAME", OPT_TEXT, OPT_AT(backing_format), 0, "and its format" },
+    { 0, "data-file", "FILE", OPT_TEXT, OPT_AT(data_file), 0, "the external data file" },
+    { 0, "allow-external", "DIR", OPT_TEXT, OPT_AT(allow_external), 0,
+      "images may name files below this directory" },
+    { 0, "no-backing", NULL, OPT_SET, OPT_AT(no_backing), 0,
+      "open no backing file; its data reads as errors" },
+    { 0, "force-parent", NULL, OPT_SET, OPT_AT(force_parent), 0,
+      "take a parent whose identity is another one" },
+    { 0, "ignore-log", NULL, OPT_SET, OPT_AT(ignore_log), 0,
+      "read a VHDX whose log cannot be replayed without it" },
+    { 0, "on-error", "eio|zero", OPT_CHOICE, OPT_AT(on_error), 0, "what is shown where nothing can be read" },
+    { 0, "error-map", "FILE", OPT_TEXT, OPT_AT(error_map), 0, "list there what could not be read (ddrescue mapfile)" },
+    { 0, "strict", NULL, OPT_SET, OPT_AT(strict), 0, "refuse an image whose tables are damaged anywhere" },
+    { 0, "cache-size", "N[kMGT]", OPT_SIZE, OPT_AT(cache_size), 1, "for tables and decoded clusters (64M)" },
+    { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0,
+      "IMAGE alone, even if it looks like a part of a split image" },
+    { 0, "offset", "N[kMGT]", OPT_SIZE, OPT_AT(offset), 0, "show the image from this byte on" },
+    { 0, "size", "N[kMGT]", OPT_SIZE, OPT_AT(size), 1, "and so many bytes of it" },
+    { 0, "partition", "N", OPT_COUNT, OPT_AT(partition), 1024 * 1024,
+      "show partition N alone, counted as Linux does" },
+    { 0, "sector-size", "512|4096", OPT_COUNT, OPT_AT(sector_size), 4096, "of the partition table" },
+    { 0, "growable", NULL, OPT_SET, OPT_AT(growable), 0,
+      "with -w: writing past the end makes the image longer" },
+    { 0, "direct-io", NULL, OPT_SET, OPT_AT(direct_io), 0, "no page cache above the image" },
+    { 0, "no-passthrough", NULL, OPT_SET, OPT_AT(no_passthrough), 0, "serve raw images by workers too" },
+    { 0, "threads", "N", OPT_COUNT, OPT_AT(threads), MAX_THREADS, "workers" },
+    { 0, "mode", "OCTAL", OPT_OCTAL, OPT_AT(mode), 07777, "of the files shown (0400, with -w 0600)" },
+    { 0, "uid", "N", OPT_ID, OPT_AT(uid), UINT32_MAX - 1, "their owner" },
+    { 0, "gid", "N", OPT_ID, OPT_AT(gid), UINT32_MAX - 1, "their group" },
+    { 0, "allow-other", "auto|on|off", OPT_CHOICE, OPT_AT(allow_other), 0,
+      "may other users reach the mount" },
+    { 0, "pidfile", "FILE", OPT_TEXT, OPT_AT(pidfile), 0,
+      "holds the supervisor's process number while mounted" },
+    { 0, "sandbox", "auto|off|require", OPT_CHOICE, OPT_AT(sandbox), 0, "lock the serving process in" },
+    { 0, "info", NULL, OPT_ACTION, OPT_AT(action), ACT_INFO, "say what IMAGE is" },
+    { 0, "map", NULL, OPT_ACTION, OPT_AT(action), ACT_MAP, "list what lies where" },
+    { 0, "check", NULL, OPT_ACTION, OPT_AT(action), ACT_CHECK, "look for damage; changes nothing" },
+    { 0, "repair", NULL, OPT_SET, OPT_AT(repair), 0, "with --check: give back leaks, set refcounts right" },
+    { 0, "json", NULL, OPT_SET, OPT_AT(json), 0, "with these three: for programs" },
+    { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT,
+      "unmount, and wait until the image is free" },
+    { 'z', "lazy", NULL, OPT_SET, OPT_AT(lazy), 0, "with --umount: detach at once, do not wait" },
+    { 0, "timeout", "N", OPT_COUNT, OPT_AT(timeout), 1000000, "with --umount: wait at most so many seconds" },
+    { 0, "formats", NULL, OPT_ACTION, OPT_AT(action), ACT_FORMATS, "list what can be read and written" },
+    { 'V', "version", NULL, OPT_ACTION, OPT_AT(action), ACT_VERSION, "say which version this is" },
+    { 'h', "help", NULL, OPT_ACTION, OPT_AT(action), ACT_HELP, "show this" },
+};
+
+/* fstab's own words, and what mount(8) adds: nothing to us. */
+static const char *const opt_ignored[] = {
+    "defaults",    "auto",     "noauto", "nofail",  "user",     "nouser",     "users",
+    "owner",       "rw",       "dev",    "suid",    "relatime", "norelatime", "nodiratime",
+    "strictatime", "lazytime", "group",  "_netdev", "loop",
+};
+
+/* "[DIR]" is "[=DIR]" behind a name. */
+static const char *opt_shown_value(const struct opt *opt, char *text, size_t room)
+{
+    if (!opt->arg || *opt->arg != '[')
+        return opt->arg ? opt->arg : "";
+    snprintf(text, room, "[=%s", opt->arg + 1);
+    return text;
+}
+
+static int opt_usage(const char *text)
+{
+    printf("Usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND [ARG...]]\n"
+           "       fuseexp --info|--map|--check [--json] [OPTION...] IMAGE...\n"
+           "       fuseexp --umount [-z | --timeout=N] MOUNTPOINT\n"
+           "       fuseexp --formats | --version | --help\n\n%s"
+           "Shows a disk image as one plain raw file (MOUNTPOINT a file, made if missing) or as a directory\n"
+           "with the disk and its partitions (MOUNTPOINT a directory). Several IMAGEs are the parts of one, in "
+           "order.\n\n",
+           text);
+    for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
+        const struct opt *opt = &opt_table[i];
+        char left[64], value[32];
+        int n = 0;
+        if (opt->letter)
+            n = snprintf(left, sizeof(left), "-%c%s", opt->letter, opt->name ? ", " : "");
+        else
+            n = snprintf(left, sizeof(left), "    ");
+        snprintf(left + n, sizeof(left) - (size_t)n, "%s%s%s%s", opt->name ? "--" : "",
+                 opt->name ? opt->name : "",
+                 !opt->arg || *opt->arg == '[' ? "" : opt->name ? "=" : " ",
+                 opt_shown_value(opt, value, sizeof(value)));
+        printf("  %-32s %s\n", left, opt->help);
+    }
+    return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
+}
+
+static int opt_bad(const struct opt *opt, const char *value)
+{
+    return msg_err(-EINVAL, "--%s: '%s' is not %s%s%s", opt->name, value,
+                   opt->kind == OPT_CHOICE ? "one of " : "a usable ",
+                   opt->kind == OPT_CHOICE || opt->kind == OPT_COUNT ? opt->arg
+                   : opt->kind == OPT_SIZE                           ? "size"
+                                                                     : "value",
+                   opt->kind == OPT_SIZE ? " (such as 4096, 0x1000, 4k, 10M, 2G)" :
+                   opt->kind == OPT_ID   ? " (a number)"
+                                         : "");
+}
+
+static bool opt_choose(const char *choices, const char *value, uint32_t *index)
+{
+    size_t len = strlen(value), n;
+
+    for (*index = 0; *choices; ++*index, choices += n + (choices[n] == '|')) {
+        n = strcspn(choices, "|");
+        if (n == len && strncmp(choices, value, n) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* A value in brackets may be left out. */
+static int opt_has_value(const struct opt *opt)
+{
+    return !opt->arg ? no_argument : *opt->arg == '[' ? optional_argument : required_argument;
+}
+
+static int opt_mount_options(struct options *o, char *list);
+
+static int opt_apply(struct options *o, const struct opt *opt, char *value)
+{
+    void *at = (char *)o + opt->at;
+    uint64_t number;
+    uint32_t choice;
+    char *end;
+
+    switch (opt->kind) {
+    case OPT_SET:
+        *(bool *)at = true;
+        return 0;
+    case OPT_TEXT:
+        *(const char **)at = value ? value : "";
+        return 0;
+    case OPT_FILES:
+        if (o->n_backing == MAX_GIVEN)
+            return msg_err(-E2BIG, "--%s: more than %d files", opt->name, MAX_GIVEN);
+        ((char **)at)[o->n_backing++] = value;
+        return 0;
+    case OPT_SIZE:
+        if (!util_parse_size(value, &number) || (number == 0 && opt->value))
+            return opt_bad(opt, value);
+        *(uint64_t *)at = number;
+        return 0;
+    case OPT_COUNT:
+    case OPT_ID:
+        if (!util_parse_size(value, &number) || number > opt->value ||
+            (number == 0 && opt->kind == OPT_COUNT) || !isdigit((unsigned char)value[strlen(value) - 1]))
+            return opt_bad(opt, value);
+        *(uint32_t *)at = (uint32_t)number;
+        return 0;
+    case OPT_OCTAL:
+        number = strtoul(value, &end, 8);
+        if (!isdigit((unsigned char)*value) || *end || number > opt->value)
+            return opt_bad(opt, value);
+        *(uint32_t *)at = (uint32_t)number;
+        return 0;
+    case OPT_CHOICE:
+        if (!opt_choose(opt->arg, value, &choice))
+            return opt_bad(opt, value);
+        *(uint32_t *)at = choice;
+        return 0;
+    case OPT_ACTION:
+        if (opt->value < ACT_VERSION && *(uint32_t *)at && *(uint32_t *)at != opt->value)
+            return msg_err(-EINVAL, "--%s: one of --info, --map, --check, --umount and --formats at a time", opt->name);
+        *(uint32_t *)at = opt->value;
+        return 0;
+    case OPT_MOUNT:
+        return opt_mount_options(o, value);
+    }
+    return -EINVAL;
+}
+
+static int opt_pass_to_mount(struct options *o, const char *word)
+{
+    if (fuse_opt_add_opt(&o->extra, word) == 0)
+        return 0;
+    return msg_err(-ENOMEM, "out of memory");
+}
+
+/*
+ * One word of -o: ours, fstab's, or the mount's. mount(8) and mount.fuse3 say "rw,dev,suid" by themselves, so
+ * "rw" must not make anything writable.
+ */
+static int opt_mount_option(struct options *o, char *word)
+{
+    char *value = strchr(word, '=');
+
+    if (strcmp(word, "ro") == 0) {
+        o->read_only = true;
+        return 0;
+    }
+    if (strcmp(word, "allow_other") == 0) {
+        o->allow_other = ALLOW_ON;
+        return 0;
+    }
+    for (size_t i = 0; i < ARRAY_LEN(opt_ignored); i++)
+        if (strcmp(word, opt_ignored[i]) == 0)
+            return 0;
+    if (strncmp(word, "x-", 2) == 0 || strncmp(word, "X-", 2) == 0 || strncmp(word, "comment=", 8) == 0)
+        return 0;
+    for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
+        const struct opt *opt = &opt_table[i];
+        size_t len = value ? (size_t)(value - word) : strlen(word);
+        if (!opt->name || opt->kind == OPT_ACTION || strlen(opt->name) != len ||
+            strncmp(opt->name, word, len) != 0)
+            continue;
+        if (opt_has_value(opt) != optional_argument && !opt->arg != !value)
+            return msg_err(-EINVAL, "-o %s: %s", word, value ? "takes no value" : "needs a value");
+        return opt_apply(o, opt, value ? value + 1 : NULL);
+    }
+    return opt_pass_to_mount(o, word);
+}
+
+static int opt_mount_options(struct options *o, char *list)
+{
+    int ret = 0;
+
+    for (char *save, *word = strtok_r(list, ",", &save); word && !ret; word = strtok_r(NULL, ",", &save))
+        ret = opt_mount_option(o, word);
+    return ret;
+}
+
+/* Behind an option that is unknown: "fuseexp IMAGE MOUNTPOINT fsck -n" lacks its "--". */
+static const char *opt_hint(int argc, char **argv)
+{
+    int words = 0;
+
+    for (int i = 1; i < argc; i++)
+        words += *argv[i] != '-';
+    return words < 3 ? "fuseexp --help lists them" : "fuseexp --help lists them; a COMMAND comes after --";
+}
+
+/* getopt_long's tables from ours. Returns 0, or < 0 after saying what is wrong. */
+static int opt_getopt(struct options *o, int argc, char **argv)
+{
+    struct option longs[ARRAY_LEN(opt_table) + 1];
+    char shorts[2 * ARRAY_LEN(opt_table) + 2] = ":";
+    size_t n = 0, at = 1;
+    const char *hint = opt_hint(argc, argv);
+    int c, ret = 0;
+
+    memset(longs, 0, sizeof(longs));
+    for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
+        if (opt_table[i].name)
+            longs[n++] = (struct option){ opt_table[i].name, opt_has_value(&opt_table[i]), NULL, 256 + (int)i };
+        if (opt_table[i].letter)
+            shorts[at++] = opt_table[i].letter;
+        if (opt_table[i].letter && opt_table[i].arg)
+            shorts[at++] = ':';
+    }
+    optind = 1;
+    while (!ret && (c = getopt_long(argc, argv, shorts, longs, NULL)) != -1) {
+        if (c == ':')
+            return msg_err(-EINVAL, "%s needs a value", argv[optind - 1]);
+        if (c == '?' && optopt && optopt < 256)
+            return msg_err(-EINVAL, "unknown option -%c (%s)", optopt, hint);
+        if (c == '?')
+            return msg_err(-EINVAL, "unknown option %s (%s)", argv[optind - 1], hint);
+        for (size_t i = 0; i < ARRAY_LEN(opt_table); i++)
+            if (c == 256 + (int)i || c == opt_table[i].letter) {
+                ret = opt_apply(o, &opt_table[i], optarg);
+                break;
+            }
+    }
+    return ret;
+}
+
+/* mount(8) calls: mount.fuseexp IMAGE MOUNTPOINT [-sfnvr] [-N namespace] [-t type] [-o options] */
+static int opt_parse_helper(struct options *o, int argc, char **argv)
+{
+    static const struct option none[] = { { NULL, 0, NULL,
+                                            0 } }; /* musl's getopt does not look behind IMAGE */
+    int c, ret = 0;
+
+    o->mount_helper = true;
+    opterr = 0;
+    while (!ret && (c = getopt_long(argc, argv, "sfnvrN:t:o:", none, NULL)) != -1) {
+        if (c == 'o')
+            ret = opt_mount_options(o, optarg);
+        else if (c == 'r')
+            o->read_only = true;
+        else if (c == 'v')
+            o->verbose = true;
+        else if (c == 'f')
+            o->action = ACT_VERSION;    /* a fake mount: do nothing well */
+        else if (c == '?')
+            return msg_err(-EINVAL, "unknown option -%c", optopt);
+    }
+    return ret;
+}
+
+/* What says how to mount means nothing to a command that only looks: it was meant otherwise. */
+static int opt_check_look(const struct options *o)
+{
+    const char *lost = o->overlay                   ? "--overlay"
+                       : o->temporary               ? "--temporary"
+                       : o->writable                ? "-w"
+                       : o->offset                  ? "--offset"
+                       : o->size                    ? "--size"
+                       : o->partition               ? "--partition"
+                       : o->pidfile                 ? "--pidfile"
+                       : o->command                 ? "-- COMMAND"
+                                                    : NULL;
+
+    return lost ? msg_err(-EINVAL, "%s is for mounting: --info, --map and --check look at the whole image", lost) : 0;
+}
+
+static int opt_check(struct options *o)
+{
+    bool looks = o->action >= ACT_INFO && o->action <= ACT_CHECK;
+
+    if (o->overlay && o->temporary)
+        return msg_err(-EINVAL, "--overlay and --temporary: one or the other");
+    o->writable = (o->writable || o->overlay || o->temporary) && !o->read_only;
+    if (o->writable && o->on_error && !o->overlay && !o->temporary)
+        return msg_err(-EINVAL, "--on-error=zero with -w: zeros shown for what is damaged would become the image's "
+                       "own; --overlay or --temporary keep it as it is");
+    if (o->repair && o->action != ACT_CHECK)
+        return msg_err(-EINVAL, "--repair goes with --check");
+    if (o->repair && o->share)
+        return msg_err(-EINVAL, "--repair is not for an image that is in use");
+    if (o->json && !looks)
+        return msg_err(-EINVAL, "--json goes with --info, --map or --check");
+    if (looks && opt_check_look(o))
+        return -EINVAL;
+    if ((o->lazy || o->timeout) && o->action != ACT_UMOUNT)
+        return msg_err(-EINVAL, "%s goes with --umount", o->lazy ? "-z" : "--timeout");
+    if (o->growable && !o->writable)
+        return msg_err(-EINVAL, "--growable goes with -w, --overlay or --temporary");
+    if (o->growable && (o->offset || o->size || o->partition))
+        return msg_err(-EINVAL,
+                       "--growable goes with a whole image, not with --offset, --size or --partition");
+    if (o->share && o->writable)
+        return msg_err(-EINVAL, "-U is for reading: two writers would destroy the image");
+    if (o->sector_size && o->sector_size != 512 && o->sector_size != 4096)
+        return msg_err(-EINVAL, "--sector-size is 512 or 4096");
+    if (o->mode != OPT_UNSET && (o->mode & 0222) && !o->writable)
+        return msg_err(-EINVAL, "--mode %o on a read-only export: add -w", o->mode);
+    return 0;
+}
+
+/* "--temporary DIR" lacks its "=". */
+static int opt_check_temporary(const struct options *o)
+{
+    struct stat st;
+
+    if (!o->temporary || *o->temporary || o->n_images < 2 || stat(o->images[0], &st) < 0 || !S_ISDIR(st.st_mode))
+        return 0;
+    return msg_err(-EINVAL, "%s: is a directory and no image; --temporary=%s makes the overlay there", o->images[0],
+                   o->images[0]);
+}
+
+/* Everything before "--" is ours, everything after it the command, unless "--" only ends the options. */
+static int opt_parse(struct options *o, int argc, char **argv)
+{
+    int end = 1, ret, n;
+
+    while (end < argc && strcmp(argv[end], "--") != 0)
+        end++;
+    ret = strncmp(util_basename(argv[0]), "mount.", 6) == 0 ? opt_parse_helper(o, argc, argv)
+                                                            : opt_getopt(o, end, argv);
+    if (ret)
+        return ret;
+    n = (o->mount_helper ? argc : end) - optind;
+    if (end < argc && n == 0 && o->action <= ACT_UMOUNT) {
+        /* "fuseexp -r -- IMAGE MOUNTPOINT [-- COMMAND]" */
+        memmove(&argv[end], &argv[end + 1], (size_t)(argc - end) * sizeof(*argv));
+        for (argc--; end < argc && strcmp(argv[end], "--") != 0;)
+            end++;
+        n = end - optind;
+    }
+    if (end < argc && !o->mount_helper) {
+        o->command = &argv[end + 1];
+        argv[end] = NULL;
+        if (!*o->command)
+            return msg_err(-EINVAL, "no command after --");
+    }
+    if (o->action > ACT_UMOUNT)
+        return n ? msg_err(-EINVAL, "%s: not expected here", argv[optind]) : 0;
+    if (o->action == ACT_UMOUNT && n != 1)
+        return msg_err(-EINVAL, "--umount takes one MOUNTPOINT");
+    ret = opt_check(o);
+    if (ret)
+        return ret;
+    if (o->action == ACT_EXPORT && n < 2)
+        return msg_err(-EINVAL, "%susage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND] (--help explains)",
+                       n ? "MOUNTPOINT is missing; " : "");
+    if (o->action >= ACT_INFO && o->action <= ACT_CHECK && n < 1)
+        return msg_err(-EINVAL, "--info, --map and --check take an IMAGE");
+    if (o->action == ACT_EXPORT || o->action == ACT_UMOUNT)
+        o->mountpoint = argv[optind + --n];
+    if (n > MAX_PARTS)
+        return msg_err(-EINVAL, "more than %d parts", MAX_PARTS);
+    o->images = &argv[optind];
+    o->n_images = (unsigned)n;
+    return opt_check_temporary(o);
+}
+
+/* ******************************************************************************************************** *
+ * 32. Mounts
  *
  * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own
  * server. Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one
@@ -15020,18 +15572,18 @@ static int mnt_clear_stale(const char *path)
     return 0;
 }
 
-/* Makes the path absolute: the folder it is in must exist, the last component is taken as it is. */
-static int mnt_resolve_folder(const char *arg, char path[PATH_MAX])
+/* Makes the path absolute: the directory it is in must exist, the last component is taken as it is. */
+static int mnt_resolve_directory(const char *arg, char path[PATH_MAX])
 {
-    char folder[PATH_MAX], parent[PATH_MAX], *base;
+    char directory[PATH_MAX], parent[PATH_MAX], *base;
 
-    if (!util_copy(folder, sizeof(folder), arg) || !*util_basename(arg))
+    if (!util_copy(directory, sizeof(directory), arg) || !*util_basename(arg))
         return msg_err(-EINVAL, "%s: not a usable path", arg);
-    base = strrchr(folder, '/');
+    base = strrchr(directory, '/');
     if (base)
         *base = 0;
-    if (!realpath(!base ? "." : base == folder ? "/" : folder, parent))
-        return msg_err(-errno, "%s: the folder it should be in: %s", arg, strerror(errno));
+    if (!realpath(!base ? "." : base == directory ? "/" : directory, parent))
+        return msg_err(-errno, "%s: the directory it should be in: %s", arg, strerror(errno));
     if (snprintf(path, PATH_MAX, "%s%s%s", parent, parent[1] ? "/" : "", util_basename(arg)) >= PATH_MAX)
         return msg_err(-ENAMETOOLONG, "%s: path too long", arg);
     return 0;
@@ -15048,10 +15600,10 @@ static int mnt_resolve(const char *arg, char path[PATH_MAX])
     if (realpath(arg, path))
         return 0;
     if (errno == ENOENT && *arg && arg[strlen(arg) - 1] == '/')
-        return msg_err(-ENOENT, "%s: No such folder (mkdir makes it)", arg);
+        return msg_err(-ENOENT, "%s: No such directory (mkdir makes it)", arg);
     if (errno != ENOENT || !*arg)
         return msg_err(-errno, "%s: %s", arg, strerror(errno));
-    return mnt_resolve_folder(arg, path);
+    return mnt_resolve_directory(arg, path);
 }
 
 /*
@@ -15072,7 +15624,7 @@ static int mnt_check_file(const char *path, const struct stat *st, char *const *
         }
     if (is_part || (st->st_size && !is_first))
         return msg_err(-EEXIST, "%s: is %s, and MOUNTPOINT, the last argument, is a new name, an empty file, a "
-                       "folder, or IMAGE itself", path,
+                       "directory, or IMAGE itself", path,
                        is_part ? "a part of the image" : "a file with something in it");
     return 0;
 }
@@ -15109,7 +15661,7 @@ static int mnt_check(struct mountpoint *mp, char *const *images, unsigned n)
     mp->exists = true;
     mp->is_dir = S_ISDIR(st.st_mode);
     if (!mp->is_dir && !S_ISREG(st.st_mode))
-        return msg_err(-ENOTDIR, "%s: neither a regular file nor a folder, so nothing can be mounted there",
+        return msg_err(-ENOTDIR, "%s: neither a regular file nor a directory, so nothing can be mounted there",
                        mp->path);
     if (!mp->is_dir && mnt_check_file(mp->path, &st, images, n))
         return -EEXIST;
@@ -15406,7 +15958,7 @@ static bool mnt_is_below(const char *path, const char *mount)
     return strncmp(path, mount, len) == 0 && (!path[len] || path[len] == '/');
 }
 
-/* What is stacked on a block device, such as a LUKS mapping. sysfs: its folder there. */
+/* What is stacked on a block device, such as a LUKS mapping. sysfs: its directory there. */
 static void mnt_add_holders(struct mount_users *users, const char *sysfs)
 {
     char path[PATH_MAX], name[128];
@@ -15460,7 +16012,7 @@ static void mnt_add_loops(struct mount_users *users, const char *path, unsigned 
         closedir(dir);
 }
 
-/* Does a link, or one in a folder of links such as /proc/N/fd, lead below the mount? */
+/* Does a link, or one in a directory of links such as /proc/N/fd, lead below the mount? */
 static bool mnt_leads_below(const char *link, const char *mount)
 {
     char name[PATH_MAX], to[PATH_MAX];
@@ -15482,7 +16034,7 @@ static bool mnt_leads_below(const char *link, const char *mount)
     return found;
 }
 
-/* Does the process have something below the mount open or mapped, or as its folder? */
+/* Does the process have something below the mount open or mapped, or as its directory? */
 static bool mnt_is_used_by(const char *process, const char *mount)
 {
     static const char *const links[] = { "cwd", "root", "exe", "fd", "map_files" };
@@ -15603,7 +16155,7 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 }
 
 /* ******************************************************************************************************** *
- * 25. Life cycle
+ * 33. Life cycle
  *
  * run_export() takes what an export needs one by one and releases it in reverse order, whichever step fails.
  * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open,
@@ -15616,26 +16168,8 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
  * just EOF, if we were killed).
  * ******************************************************************************************************** */
 
-enum opt_allow_other { ALLOW_AUTO, ALLOW_ON, ALLOW_OFF };
-enum opt_action { ACT_EXPORT, ACT_INFO, ACT_MAP, ACT_CHECK, ACT_UMOUNT, ACT_FORMATS, ACT_VERSION, ACT_HELP };
-#define OPT_UNSET UINT32_MAX
-
-struct options {
-    char **images, **command, *mountpoint, *format, *pidfile, *extra;
-    char *snapshot, *backing_format, *data_file, *allow_external, *error_map, *overlay, *temporary;
-    char *backing[MAX_GIVEN];
-    unsigned n_images, n_backing;
-    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        no_backing, force_parent, ignore_log, strict, lazy, verbose, quiet, json, repair, read_only;
-    bool mount_helper; /* called by mount(8) */
-    struct sigaction old_xfsz;      /* for the command: we ignore it, so that a limit is an error that we report */
-    uint64_t offset, size, cache_size;
-    uint32_t partition, sector_size, threads, mode, uid, gid, timeout;
-    uint32_t sandbox, allow_other, action, on_error;
-};
-
 struct run_made {
-    char path[PATH_MAX];            /* absolute, since we leave the folder; "": nothing was made */
+    char path[PATH_MAX];            /* absolute, since we leave the directory; "": nothing was made */
     dev_t dev;
     ino_t ino;
 };
@@ -15862,7 +16396,7 @@ static int run_check_strict(struct run *r)
         if (r->views[i].inside < r->views[i].size)
             return msg_err(-EIO, "%s: damaged (--strict): %s reaches past the end of the disk", r->im.name,
                            r->views[i].name);
-    return img_check_strict(&r->im);
+    return chain_check_strict(&r->im);
 }
 
 static struct image_options run_image_options(const struct options *o)
@@ -15888,11 +16422,11 @@ static struct image_options run_image_options(const struct options *o)
 /* Where a temporary overlay grows: not where memory is, if there is a choice. */
 static void run_temporary_path(const struct options *o, char path[PATH_MAX])
 {
-    const char *folder = *o->temporary ? o->temporary : getenv("TMPDIR");
+    const char *directory = *o->temporary ? o->temporary : getenv("TMPDIR");
 
-    if (!folder || !*folder)
-        folder = access("/var/tmp", W_OK) == 0 ? "/var/tmp" : "/tmp";
-    snprintf(path, PATH_MAX, "%s/(temporary overlay)", folder);
+    if (!directory || !*directory)
+        directory = access("/var/tmp", W_OK) == 0 ? "/var/tmp" : "/tmp";
+    snprintf(path, PATH_MAX, "%s/(temporary overlay)", directory);
 }
 
 static void run_note_made(struct run_made *made, const char *path)
@@ -15927,7 +16461,6 @@ static int run_open_overlay(struct run *r)
         return msg_err(-ENOMEM, "out of memory");
     r->overlay_options = (struct image_options){
         .format = "qcow2",
-        .overlay_of = base,
         .lock = !o->share,
         .zero_errors = o->on_error,
         .no_backing = o->no_backing,
@@ -15937,15 +16470,15 @@ static int run_open_overlay(struct run *r)
         run_temporary_path(o, r->overlay_path);
     else if (!util_copy(r->overlay_path, sizeof(r->overlay_path), o->overlay))
         return msg_err(-ENAMETOOLONG, "%s: path too long", o->overlay);
-    ret = img_open(base, o->images, o->n_images, &r->image_options);
+    ret = chain_open(base, o->images, o->n_images, &r->image_options);
     for (unsigned i = 0; o->overlay && stat(o->overlay, &st) == 0 && i < base->n_files && !ret; i++)
         if (st.st_dev == base->files[i].st.st_dev && st.st_ino == base->files[i].st.st_ino)
             ret = msg_err(-EINVAL, "%s: is both IMAGE and --overlay, which takes the changes to IMAGE in another file",
                           o->overlay);
     if (!ret)
-        ret = img_open_overlay(&r->im, base, r->overlay_path, o->temporary, &r->overlay_options);
+        ret = overlay_open(&r->im, base, r->overlay_path, o->temporary, &r->overlay_options);
     if (ret && !r->im.backing) {
-        img_close(base);
+        chain_close(base);
         free(base);
     }
     return ret;
@@ -15967,7 +16500,7 @@ static int run_open_image(struct run *r)
     ret = cache_start(o->cache_size);
     if (!ret)
         ret = o->overlay || o->temporary ? run_open_overlay(r)
-                                         : img_open(&r->im, o->images, o->n_images, &r->image_options);
+                                         : chain_open(&r->im, o->images, o->n_images, &r->image_options);
     if (r->im.made)
         run_note_made(&r->made_overlay, r->overlay_path);
     if (ret)
@@ -15978,7 +16511,7 @@ static int run_open_image(struct run *r)
 }
 
 /*
- * Bytes that cannot be read are reported as of what is shown: the disk, or the window, or the partition. A folder's map
+ * Bytes that cannot be read are reported as of what is shown: the disk, or the window, or the partition. The map
  * is that of the disk, and as long as the partitions that reach past its end.
  */
 static int run_start_error_map(struct run *r)
@@ -15989,7 +16522,7 @@ static int run_start_error_map(struct run *r)
     for (unsigned i = 0; i < r->n_views; i++)
         if (r->views[i].start + r->views[i].size > end)
             end = r->views[i].start + r->views[i].size;
-    ret = r->o->error_map ? bad_start(r->o->error_map, start, end - start) : 0;
+    ret = r->o->error_map ? lost_start(r->o->error_map, start, end - start) : 0;
     if (r->o->error_map && !ret)
         run_note_made(&r->made_error_map, r->o->error_map);
     return ret;
@@ -16063,7 +16596,7 @@ static int run_enter_sandbox(struct run *r)
 {
     int ret;
 
-    img_open_direct(&r->im);
+    chain_open_direct(&r->im);
     ret = box_enter(r->o->sandbox);
     for (struct image *im = &r->im; im && !ret; im = im->backing)
         ret = file_test(&im->files[0]);
@@ -16103,7 +16636,7 @@ static int run_server(struct run *r, int ready_fd)
     r->srv.end_fd = ready_fd;
     ret = loop_run(&r->srv);
     file_tell_bad(NULL);
-    if (!bad_finish())
+    if (!lost_finish())
         ret = -EIO;
     if (img_sync(&r->im, true) || r->im.failed)
         ret = msg_err(-EIO, "%s: not everything that was written reached it", r->im.name);
@@ -16125,9 +16658,9 @@ static void run_let_go(struct run *r)
 {
     loop_release(&r->srv, r->mp.session_fd);
     mnt_end_session(&r->mp);
-    img_close(&r->im);
+    chain_close(&r->im);
     cache_stop();
-    bad_stop();
+    lost_stop();
 }
 
 static int run_fork_server(struct run *r)
@@ -16171,7 +16704,7 @@ static int run_wait_ready(struct run *r)
     return r->ready ? 0 : -EIO;     /* the server has said why */
 }
 
-/* Follows no link and writes into nothing but a file: pidfiles lie in folders of many. */
+/* Follows no link and writes into nothing but a file: pidfiles lie in directories of many. */
 static int run_write_pidfile(struct run *r)
 {
     struct stat st;
@@ -16228,7 +16761,7 @@ static void run_notify(const char *state)
     util_close(&fd);
 }
 
-/* From the terminal and the folder of whoever started us; messages go to syslog from now on. */
+/* From the terminal and the directory of whoever started us; messages go to syslog from now on. */
 static void run_enter_background(void)
 {
     (void)setsid();
@@ -16487,7 +17020,7 @@ static int run_resolve_paths(struct run *r)
     if (!ret)
         ret = mnt_check(&r->mp, o->images, o->n_images);
     if (!ret && o->pidfile)
-        ret = mnt_resolve_folder(o->pidfile, r->pidfile);
+        ret = mnt_resolve_directory(o->pidfile, r->pidfile);
     if (!ret && strcmp(r->pidfile, r->mp.path) == 0)
         ret = msg_err(-EINVAL, "%s: is both MOUNTPOINT and --pidfile", r->pidfile);
     return ret;
@@ -16561,11 +17094,11 @@ out_mountpoint:
 out_error_map:
     if (!r->started)
         run_remove_made(&r->made_error_map);
-    bad_stop();
+    lost_stop();
 out_image:
     if (!r->started)
         run_remove_made(&r->made_overlay);
-    img_close(&r->im);
+    chain_close(&r->im);
     cache_stop();
 out_control:
     run_close_control(r, status);
@@ -16612,7 +17145,7 @@ static int run_background(int *shell_fd, int *status)
 }
 
 /* ******************************************************************************************************** *
- * 26. One-shot commands
+ * 34. One-shot commands
  * ******************************************************************************************************** */
 
 enum { CMD_TIMEOUT = 5, CMD_SAY_AFTER = 2 };    /* seconds */
@@ -16747,20 +17280,20 @@ static int cmd_look(const struct options *o, int (*look)(struct image *im, bool 
 
     opt.top_only = o->action != ACT_MAP;
     out_progress.on = o->action == ACT_CHECK && !o->quiet && isatty(STDERR_FILENO);
-    if (cache_start(o->cache_size) == 0 && img_open(&im, o->images, o->n_images, &opt) == 0 &&
-        img_open_direct(&im) == 0 && box_enter(o->sandbox) == 0)
+    if (cache_start(o->cache_size) == 0 && chain_open(&im, o->images, o->n_images, &opt) == 0 &&
+        chain_open_direct(&im) == 0 && box_enter(o->sandbox) == 0)
         status = out_finish(look(&im, o->json));
-    img_close(&im);
+    chain_close(&im);
     cache_stop();
     return status;
 }
 
-/* A relative name of a backing file counts from the folder of the image that says it. */
+/* A relative name of a backing file counts from the directory of the image that says it. */
 static void cmd_info_backing(const struct image *im, struct out *out)
 {
     const char *slash = strrchr(im->files[0].path, '/');
     char full[PATH_MAX + sizeof(im->backing_name)], uuid[37];
-    bool relative = im->backing_name[0] != '/' && !img_is_url(im->backing_name) && slash;
+    bool relative = im->backing_name[0] != '/' && !fmt_is_url(im->backing_name) && slash;
 
     snprintf(full, sizeof(full), "%.*s%s", relative ? (int)(slash - im->files[0].path + 1) : 0, im->files[0].path,
              im->backing_name);
@@ -16768,8 +17301,8 @@ static void cmd_info_backing(const struct image *im, struct out *out)
     out_text(out, "full-backing-filename", full);
     if (*im->backing_format)
         out_text(out, "backing-filename-format", im->backing_format);
-    if (img_knows_parent(im))
-        out_text(out, "backing-identity", img_parent_text(im, uuid));
+    if (chain_knows_parent(im))
+        out_text(out, "backing-identity", chain_parent_text(im, uuid));
 }
 
 static int cmd_info(struct image *im, bool json)
@@ -16983,7 +17516,7 @@ static int cmd_check(struct image *im, bool json)
     struct check c = { .corruptions = 0 };
     unsigned left_out;
     uint64_t corruptions_fixed = 0, leaks_fixed = 0;
-    int ret = img_check(im, &c);
+    int ret = check_image(im, &c);
 
     if (!ret && im->writable)
         ret = cmd_repair(im, &c, &corruptions_fixed, &leaks_fixed);
@@ -17007,8 +17540,8 @@ static int cmd_check(struct image *im, bool json)
 static int cmd_formats(void)
 {
     printf("%-10s %-10s %s\n", "FORMAT", "WRITES", "WHAT");
-    for (size_t i = 0; i < ARRAY_LEN(img_formats); i++)
-        printf("%-10s %-10s %s\n", img_formats[i]->name, img_formats[i]->writes, img_formats[i]->describe);
+    for (size_t i = 0; i < ARRAY_LEN(probe_formats); i++)
+        printf("%-10s %-10s %s\n", probe_formats[i]->name, probe_formats[i]->writes, probe_formats[i]->describe);
     return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
 }
 
@@ -17083,7 +17616,7 @@ static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
     struct worker w = { .srv = &srv, .count = &count, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
     struct part_wanted want = { .offset = 0 };
     struct image_options opt = { .format = "raw" };
-    int ret = img_open(&im, &path, 1, &opt);
+    int ret = chain_open(&im, &path, 1, &opt);
 
     srand(1);
     ret = ret ? ret : part_make_views(&im, &want, views, &srv.n_views);
@@ -17106,7 +17639,7 @@ static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
             ret = im.size > 1ull << 40 ? img_resize(&im, 4096, 0) : -EPROTO;
     }
     free(w.buf);
-    img_close(&im);
+    chain_close(&im);
     return ret ? EXIT_FAILED : EXIT_OK;
 }
 
@@ -17143,7 +17676,7 @@ static int cmd_fuzz_image(char *format, unsigned n, char *path, const char *trut
     int fd = open(path, O_RDWR | O_CLOEXEC), ret = fd < 0 ? -errno : 0;
     uint8_t good, bad_byte;
 
-    img_look_ms = 2;
+    check_look_ms = 2;
     srand(n);
     for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
         struct image im = { 0 };
@@ -17153,12 +17686,12 @@ static int cmd_fuzz_image(char *format, unsigned n, char *path, const char *trut
         bad_byte = (uint8_t)(rand() % 2 ? good ^ 1 << rand() % 8 : rand());
         if (ret || pwrite(fd, &bad_byte, 1, at) != 1 || cache_start(1 << 20))
             ret = -EIO;
-        if (!ret && img_open(&im, &path, 1, &opt) == 0)
+        if (!ret && chain_open(&im, &path, 1, &opt) == 0)
             wrong = cmd_count_wrong(&im, truth);
         if (wrong > most)
             ret = msg_err(-EPROTO, "byte %" PRIu64 " from %u to %u: %u blocks are wrong", (uint64_t)at, good, bad_byte,
                           wrong);
-        img_close(&im);
+        chain_close(&im);
         cache_stop();
         if (pwrite(fd, &good, 1, at) != 1)
             ret = -EIO;
@@ -17185,454 +17718,7 @@ static bool cmd_self_test(int argc, char **argv, int *status)
 #endif
 
 /* ******************************************************************************************************** *
- * 27. Options
- *
- * opt_table feeds getopt_long(3), -o (by the long names) and --help. What -o does not know goes to the mount.
- * ******************************************************************************************************** */
-
-enum opt_kind {
-    OPT_SET,
-    OPT_TEXT,
-    OPT_FILES,                      /* may be repeated */
-    OPT_SIZE,
-    OPT_COUNT,
-    OPT_ID,
-    OPT_OCTAL,
-    OPT_CHOICE,
-    OPT_ACTION,
-    OPT_MOUNT
-};
-
-#define OPT_AT(field) offsetof(struct options, field)
-
-static const struct opt {
-    char letter;
-    const char *name, *arg;         /* arg: NULL, the name of the value, or the choices */
-    enum opt_kind kind;
-    size_t at;
-    uint32_t value;                 /* OPT_ACTION: which; OPT_COUNT, OPT_ID: the largest; OPT_SIZE: not 0 */
-    const char *help;
-} opt_table[] = {
-    { 'f', "foreground", NULL, OPT_SET, OPT_AT(foreground), 0, "stay in front" },
-    { 'd', "debug", NULL, OPT_SET, OPT_AT(debug), 0, "show every request (and stay in front)" },
-    { 's', "single-thread", NULL, OPT_SET, OPT_AT(single_thread), 0, "one worker" },
-    { 'r', "read-only", NULL, OPT_SET, OPT_AT(read_only), 0, "change nothing (the default)" },
-    { 'w', "writable", NULL, OPT_SET, OPT_AT(writable), 0, "let the export be written, and so the image" },
-    { 0, "overlay", "FILE", OPT_TEXT, OPT_AT(overlay), 0,
-      "like -w, but changes go to this qcow2 file (made if missing), not to IMAGE" },
-    { 0, "temporary", "[DIR]", OPT_TEXT, OPT_AT(temporary), 0, "the same with a file that is gone in the end" },
-    { 'U', "force-share", NULL, OPT_SET, OPT_AT(share), 0, "read an image that another program has open" },
-    { 'o', NULL, "OPT[,OPT...]", OPT_MOUNT, 0, 0, "long options without their dashes, and mount options" },
-    { 'v', "verbose", NULL, OPT_SET, OPT_AT(verbose), 0, "say what is decided" },
-    { 'q', "quiet", NULL, OPT_SET, OPT_AT(quiet), 0, "errors only" },
-    { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
-    { 0, "snapshot", "ID|NAME", OPT_TEXT, OPT_AT(snapshot), 0, "show this internal snapshot" },
-    { 0, "backing", "FILE", OPT_FILES, OPT_AT(backing), 0,
-      "the backing file, instead of what the image says (several: of the chain)" },
-    { 0, "backing-format", "NAME", OPT_TEXT, OPT_AT(backing_format), 0, "and its format" },
-    { 0, "data-file", "FILE", OPT_TEXT, OPT_AT(data_file), 0, "the external data file" },
-    { 0, "allow-external", "DIR", OPT_TEXT, OPT_AT(allow_external), 0,
-      "images may name files below this folder" },
-    { 0, "no-backing", NULL, OPT_SET, OPT_AT(no_backing), 0,
-      "open no backing file; its data reads as errors" },
-    { 0, "force-parent", NULL, OPT_SET, OPT_AT(force_parent), 0,
-      "take a parent whose identity is another one" },
-    { 0, "ignore-log", NULL, OPT_SET, OPT_AT(ignore_log), 0,
-      "read a VHDX whose log cannot be replayed without it" },
-    { 0, "on-error", "eio|zero", OPT_CHOICE, OPT_AT(on_error), 0, "what is shown where nothing can be read" },
-    { 0, "error-map", "FILE", OPT_TEXT, OPT_AT(error_map), 0, "list there what could not be read (ddrescue mapfile)" },
-    { 0, "strict", NULL, OPT_SET, OPT_AT(strict), 0, "refuse an image whose tables are damaged anywhere" },
-    { 0, "cache-size", "N[kMGT]", OPT_SIZE, OPT_AT(cache_size), 1, "for tables and decoded clusters (64M)" },
-    { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0,
-      "IMAGE alone, even if it looks like a part of a split image" },
-    { 0, "offset", "N[kMGT]", OPT_SIZE, OPT_AT(offset), 0, "show the image from this byte on" },
-    { 0, "size", "N[kMGT]", OPT_SIZE, OPT_AT(size), 1, "and so many bytes of it" },
-    { 0, "partition", "N", OPT_COUNT, OPT_AT(partition), 1024 * 1024,
-      "show partition N alone, counted as Linux does" },
-    { 0, "sector-size", "512|4096", OPT_COUNT, OPT_AT(sector_size), 4096, "of the partition table" },
-    { 0, "growable", NULL, OPT_SET, OPT_AT(growable), 0,
-      "with -w: writing past the end makes the image longer" },
-    { 0, "direct-io", NULL, OPT_SET, OPT_AT(direct_io), 0, "no page cache above the image" },
-    { 0, "no-passthrough", NULL, OPT_SET, OPT_AT(no_passthrough), 0, "serve raw images by workers too" },
-    { 0, "threads", "N", OPT_COUNT, OPT_AT(threads), MAX_THREADS, "workers" },
-    { 0, "mode", "OCTAL", OPT_OCTAL, OPT_AT(mode), 07777, "of the files shown (0400, with -w 0600)" },
-    { 0, "uid", "N", OPT_ID, OPT_AT(uid), UINT32_MAX - 1, "their owner" },
-    { 0, "gid", "N", OPT_ID, OPT_AT(gid), UINT32_MAX - 1, "their group" },
-    { 0, "allow-other", "auto|on|off", OPT_CHOICE, OPT_AT(allow_other), 0,
-      "may other users reach the mount" },
-    { 0, "pidfile", "FILE", OPT_TEXT, OPT_AT(pidfile), 0,
-      "holds the supervisor's process number while mounted" },
-    { 0, "sandbox", "auto|off|require", OPT_CHOICE, OPT_AT(sandbox), 0, "lock the serving process in" },
-    { 0, "info", NULL, OPT_ACTION, OPT_AT(action), ACT_INFO, "say what IMAGE is" },
-    { 0, "map", NULL, OPT_ACTION, OPT_AT(action), ACT_MAP, "list what lies where" },
-    { 0, "check", NULL, OPT_ACTION, OPT_AT(action), ACT_CHECK, "look for damage; changes nothing" },
-    { 0, "repair", NULL, OPT_SET, OPT_AT(repair), 0, "with --check: give back leaks, set refcounts right" },
-    { 0, "json", NULL, OPT_SET, OPT_AT(json), 0, "with these three: for programs" },
-    { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT,
-      "unmount, and wait until the image is free" },
-    { 'z', "lazy", NULL, OPT_SET, OPT_AT(lazy), 0, "with --umount: detach at once, do not wait" },
-    { 0, "timeout", "N", OPT_COUNT, OPT_AT(timeout), 1000000, "with --umount: wait at most so many seconds" },
-    { 0, "formats", NULL, OPT_ACTION, OPT_AT(action), ACT_FORMATS, "list what can be read and written" },
-    { 'V', "version", NULL, OPT_ACTION, OPT_AT(action), ACT_VERSION, "say which version this is" },
-    { 'h', "help", NULL, OPT_ACTION, OPT_AT(action), ACT_HELP, "show this" },
-};
-
-/* fstab's own words, and what mount(8) adds: nothing to us. */
-static const char *const opt_ignored[] = {
-    "defaults",    "auto",     "noauto", "nofail",  "user",     "nouser",     "users",
-    "owner",       "rw",       "dev",    "suid",    "relatime", "norelatime", "nodiratime",
-    "strictatime", "lazytime", "group",  "_netdev", "loop",
-};
-
-/* "[DIR]" is "[=DIR]" behind a name. */
-static const char *opt_shown_value(const struct opt *opt, char *text, size_t room)
-{
-    if (!opt->arg || *opt->arg != '[')
-        return opt->arg ? opt->arg : "";
-    snprintf(text, room, "[=%s", opt->arg + 1);
-    return text;
-}
-
-static int opt_usage(const char *text)
-{
-    printf("Usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND [ARG...]]\n"
-           "       fuseexp --info|--map|--check [--json] [OPTION...] IMAGE...\n"
-           "       fuseexp --umount [-z | --timeout=N] MOUNTPOINT\n"
-           "       fuseexp --formats | --version | --help\n\n%s"
-           "Shows a disk image as one plain raw file (MOUNTPOINT a file, made if missing) or as a folder\n"
-           "with the disk and its partitions (MOUNTPOINT a folder). Several IMAGEs are the parts of one, in "
-           "order.\n\n",
-           text);
-    for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
-        const struct opt *opt = &opt_table[i];
-        char left[64], value[32];
-        int n = 0;
-        if (opt->letter)
-            n = snprintf(left, sizeof(left), "-%c%s", opt->letter, opt->name ? ", " : "");
-        else
-            n = snprintf(left, sizeof(left), "    ");
-        snprintf(left + n, sizeof(left) - (size_t)n, "%s%s%s%s", opt->name ? "--" : "",
-                 opt->name ? opt->name : "",
-                 !opt->arg || *opt->arg == '[' ? "" : opt->name ? "=" : " ",
-                 opt_shown_value(opt, value, sizeof(value)));
-        printf("  %-32s %s\n", left, opt->help);
-    }
-    return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
-}
-
-static int opt_bad(const struct opt *opt, const char *value)
-{
-    return msg_err(-EINVAL, "--%s: '%s' is not %s%s%s", opt->name, value,
-                   opt->kind == OPT_CHOICE ? "one of " : "a usable ",
-                   opt->kind == OPT_CHOICE || opt->kind == OPT_COUNT ? opt->arg
-                   : opt->kind == OPT_SIZE                           ? "size"
-                                                                     : "value",
-                   opt->kind == OPT_SIZE ? " (such as 4096, 0x1000, 4k, 10M, 2G)" :
-                   opt->kind == OPT_ID   ? " (a number)"
-                                         : "");
-}
-
-static bool opt_choose(const char *choices, const char *value, uint32_t *index)
-{
-    size_t len = strlen(value), n;
-
-    for (*index = 0; *choices; ++*index, choices += n + (choices[n] == '|')) {
-        n = strcspn(choices, "|");
-        if (n == len && strncmp(choices, value, n) == 0)
-            return true;
-    }
-    return false;
-}
-
-/* A value in brackets may be left out. */
-static int opt_has_value(const struct opt *opt)
-{
-    return !opt->arg ? no_argument : *opt->arg == '[' ? optional_argument : required_argument;
-}
-
-static int opt_mount_options(struct options *o, char *list);
-
-static int opt_apply(struct options *o, const struct opt *opt, char *value)
-{
-    void *at = (char *)o + opt->at;
-    uint64_t number;
-    uint32_t choice;
-    char *end;
-
-    switch (opt->kind) {
-    case OPT_SET:
-        *(bool *)at = true;
-        return 0;
-    case OPT_TEXT:
-        *(const char **)at = value ? value : "";
-        return 0;
-    case OPT_FILES:
-        if (o->n_backing == MAX_GIVEN)
-            return msg_err(-E2BIG, "--%s: more than %d files", opt->name, MAX_GIVEN);
-        ((char **)at)[o->n_backing++] = value;
-        return 0;
-    case OPT_SIZE:
-        if (!util_parse_size(value, &number) || (number == 0 && opt->value))
-            return opt_bad(opt, value);
-        *(uint64_t *)at = number;
-        return 0;
-    case OPT_COUNT:
-    case OPT_ID:
-        if (!util_parse_size(value, &number) || number > opt->value ||
-            (number == 0 && opt->kind == OPT_COUNT) || !isdigit((unsigned char)value[strlen(value) - 1]))
-            return opt_bad(opt, value);
-        *(uint32_t *)at = (uint32_t)number;
-        return 0;
-    case OPT_OCTAL:
-        number = strtoul(value, &end, 8);
-        if (!isdigit((unsigned char)*value) || *end || number > opt->value)
-            return opt_bad(opt, value);
-        *(uint32_t *)at = (uint32_t)number;
-        return 0;
-    case OPT_CHOICE:
-        if (!opt_choose(opt->arg, value, &choice))
-            return opt_bad(opt, value);
-        *(uint32_t *)at = choice;
-        return 0;
-    case OPT_ACTION:
-        if (opt->value < ACT_VERSION && *(uint32_t *)at && *(uint32_t *)at != opt->value)
-            return msg_err(-EINVAL, "--%s: one of --info, --map, --check, --umount and --formats at a time", opt->name);
-        *(uint32_t *)at = opt->value;
-        return 0;
-    case OPT_MOUNT:
-        return opt_mount_options(o, value);
-    }
-    return -EINVAL;
-}
-
-static int opt_pass_to_mount(struct options *o, const char *word)
-{
-    if (fuse_opt_add_opt(&o->extra, word) == 0)
-        return 0;
-    return msg_err(-ENOMEM, "out of memory");
-}
-
-/*
- * One word of -o: ours, fstab's, or the mount's. mount(8) and mount.fuse3 say "rw,dev,suid" by themselves, so
- * "rw" must not make anything writable.
- */
-static int opt_mount_option(struct options *o, char *word)
-{
-    char *value = strchr(word, '=');
-
-    if (strcmp(word, "ro") == 0) {
-        o->read_only = true;
-        return 0;
-    }
-    if (strcmp(word, "allow_other") == 0) {
-        o->allow_other = ALLOW_ON;
-        return 0;
-    }
-    for (size_t i = 0; i < ARRAY_LEN(opt_ignored); i++)
-        if (strcmp(word, opt_ignored[i]) == 0)
-            return 0;
-    if (strncmp(word, "x-", 2) == 0 || strncmp(word, "X-", 2) == 0 || strncmp(word, "comment=", 8) == 0)
-        return 0;
-    for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
-        const struct opt *opt = &opt_table[i];
-        size_t len = value ? (size_t)(value - word) : strlen(word);
-        if (!opt->name || opt->kind == OPT_ACTION || strlen(opt->name) != len ||
-            strncmp(opt->name, word, len) != 0)
-            continue;
-        if (opt_has_value(opt) != optional_argument && !opt->arg != !value)
-            return msg_err(-EINVAL, "-o %s: %s", word, value ? "takes no value" : "needs a value");
-        return opt_apply(o, opt, value ? value + 1 : NULL);
-    }
-    return opt_pass_to_mount(o, word);
-}
-
-static int opt_mount_options(struct options *o, char *list)
-{
-    int ret = 0;
-
-    for (char *save, *word = strtok_r(list, ",", &save); word && !ret; word = strtok_r(NULL, ",", &save))
-        ret = opt_mount_option(o, word);
-    return ret;
-}
-
-/* Behind an option that is unknown: "fuseexp IMAGE MOUNTPOINT fsck -n" lacks its "--". */
-static const char *opt_hint(int argc, char **argv)
-{
-    int words = 0;
-
-    for (int i = 1; i < argc; i++)
-        words += *argv[i] != '-';
-    return words < 3 ? "fuseexp --help lists them" : "fuseexp --help lists them; a COMMAND comes after --";
-}
-
-/* getopt_long's tables from ours. Returns 0, or < 0 after saying what is wrong. */
-static int opt_getopt(struct options *o, int argc, char **argv)
-{
-    struct option longs[ARRAY_LEN(opt_table) + 1];
-    char shorts[2 * ARRAY_LEN(opt_table) + 2] = ":";
-    size_t n = 0, at = 1;
-    const char *hint = opt_hint(argc, argv);
-    int c, ret = 0;
-
-    memset(longs, 0, sizeof(longs));
-    for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
-        if (opt_table[i].name)
-            longs[n++] = (struct option){ opt_table[i].name, opt_has_value(&opt_table[i]), NULL, 256 + (int)i };
-        if (opt_table[i].letter)
-            shorts[at++] = opt_table[i].letter;
-        if (opt_table[i].letter && opt_table[i].arg)
-            shorts[at++] = ':';
-    }
-    optind = 1;
-    while (!ret && (c = getopt_long(argc, argv, shorts, longs, NULL)) != -1) {
-        if (c == ':')
-            return msg_err(-EINVAL, "%s needs a value", argv[optind - 1]);
-        if (c == '?' && optopt && optopt < 256)
-            return msg_err(-EINVAL, "unknown option -%c (%s)", optopt, hint);
-        if (c == '?')
-            return msg_err(-EINVAL, "unknown option %s (%s)", argv[optind - 1], hint);
-        for (size_t i = 0; i < ARRAY_LEN(opt_table); i++)
-            if (c == 256 + (int)i || c == opt_table[i].letter) {
-                ret = opt_apply(o, &opt_table[i], optarg);
-                break;
-            }
-    }
-    return ret;
-}
-
-/* mount(8) calls: mount.fuseexp IMAGE MOUNTPOINT [-sfnvr] [-N namespace] [-t type] [-o options] */
-static int opt_parse_helper(struct options *o, int argc, char **argv)
-{
-    static const struct option none[] = { { NULL, 0, NULL,
-                                            0 } }; /* musl's getopt does not look behind IMAGE */
-    int c, ret = 0;
-
-    o->mount_helper = true;
-    opterr = 0;
-    while (!ret && (c = getopt_long(argc, argv, "sfnvrN:t:o:", none, NULL)) != -1) {
-        if (c == 'o')
-            ret = opt_mount_options(o, optarg);
-        else if (c == 'r')
-            o->read_only = true;
-        else if (c == 'v')
-            o->verbose = true;
-        else if (c == 'f')
-            o->action = ACT_VERSION;    /* a fake mount: do nothing well */
-        else if (c == '?')
-            return msg_err(-EINVAL, "unknown option -%c", optopt);
-    }
-    return ret;
-}
-
-/* What says how to mount means nothing to a command that only looks: it was meant otherwise. */
-static int opt_check_look(const struct options *o)
-{
-    const char *lost = o->overlay                   ? "--overlay"
-                       : o->temporary               ? "--temporary"
-                       : o->writable                ? "-w"
-                       : o->offset                  ? "--offset"
-                       : o->size                    ? "--size"
-                       : o->partition               ? "--partition"
-                       : o->pidfile                 ? "--pidfile"
-                       : o->command                 ? "-- COMMAND"
-                                                    : NULL;
-
-    return lost ? msg_err(-EINVAL, "%s is for mounting: --info, --map and --check look at the whole image", lost) : 0;
-}
-
-static int opt_check(struct options *o)
-{
-    bool looks = o->action >= ACT_INFO && o->action <= ACT_CHECK;
-
-    if (o->overlay && o->temporary)
-        return msg_err(-EINVAL, "--overlay and --temporary: one or the other");
-    o->writable = (o->writable || o->overlay || o->temporary) && !o->read_only;
-    if (o->writable && o->on_error && !o->overlay && !o->temporary)
-        return msg_err(-EINVAL, "--on-error=zero with -w: zeros shown for what is damaged would become the image's "
-                       "own; --overlay or --temporary keep it as it is");
-    if (o->repair && o->action != ACT_CHECK)
-        return msg_err(-EINVAL, "--repair goes with --check");
-    if (o->repair && o->share)
-        return msg_err(-EINVAL, "--repair is not for an image that is in use");
-    if (o->json && !looks)
-        return msg_err(-EINVAL, "--json goes with --info, --map or --check");
-    if (looks && opt_check_look(o))
-        return -EINVAL;
-    if ((o->lazy || o->timeout) && o->action != ACT_UMOUNT)
-        return msg_err(-EINVAL, "%s goes with --umount", o->lazy ? "-z" : "--timeout");
-    if (o->growable && !o->writable)
-        return msg_err(-EINVAL, "--growable goes with -w, --overlay or --temporary");
-    if (o->growable && (o->offset || o->size || o->partition))
-        return msg_err(-EINVAL,
-                       "--growable goes with a whole image, not with --offset, --size or --partition");
-    if (o->share && o->writable)
-        return msg_err(-EINVAL, "-U is for reading: two writers would destroy the image");
-    if (o->sector_size && o->sector_size != 512 && o->sector_size != 4096)
-        return msg_err(-EINVAL, "--sector-size is 512 or 4096");
-    if (o->mode != OPT_UNSET && (o->mode & 0222) && !o->writable)
-        return msg_err(-EINVAL, "--mode %o on a read-only export: add -w", o->mode);
-    return 0;
-}
-
-/* "--temporary DIR" lacks its "=". */
-static int opt_check_temporary(const struct options *o)
-{
-    struct stat st;
-
-    if (!o->temporary || *o->temporary || o->n_images < 2 || stat(o->images[0], &st) < 0 || !S_ISDIR(st.st_mode))
-        return 0;
-    return msg_err(-EINVAL, "%s: is a folder and no image; --temporary=%s makes the overlay there", o->images[0],
-                   o->images[0]);
-}
-
-/* Everything before "--" is ours, everything after it the command, unless "--" only ends the options. */
-static int opt_parse(struct options *o, int argc, char **argv)
-{
-    int end = 1, ret, n;
-
-    while (end < argc && strcmp(argv[end], "--") != 0)
-        end++;
-    ret = strncmp(util_basename(argv[0]), "mount.", 6) == 0 ? opt_parse_helper(o, argc, argv)
-                                                            : opt_getopt(o, end, argv);
-    if (ret)
-        return ret;
-    n = (o->mount_helper ? argc : end) - optind;
-    if (end < argc && n == 0 && o->action <= ACT_UMOUNT) {
-        /* "fuseexp -r -- IMAGE MOUNTPOINT [-- COMMAND]" */
-        memmove(&argv[end], &argv[end + 1], (size_t)(argc - end) * sizeof(*argv));
-        for (argc--; end < argc && strcmp(argv[end], "--") != 0;)
-            end++;
-        n = end - optind;
-    }
-    if (end < argc && !o->mount_helper) {
-        o->command = &argv[end + 1];
-        argv[end] = NULL;
-        if (!*o->command)
-            return msg_err(-EINVAL, "no command after --");
-    }
-    if (o->action > ACT_UMOUNT)
-        return n ? msg_err(-EINVAL, "%s: not expected here", argv[optind]) : 0;
-    if (o->action == ACT_UMOUNT && n != 1)
-        return msg_err(-EINVAL, "--umount takes one MOUNTPOINT");
-    ret = opt_check(o);
-    if (ret)
-        return ret;
-    if (o->action == ACT_EXPORT && n < 2)
-        return msg_err(-EINVAL, "%susage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND] (--help explains)",
-                       n ? "MOUNTPOINT is missing; " : "");
-    if (o->action >= ACT_INFO && o->action <= ACT_CHECK && n < 1)
-        return msg_err(-EINVAL, "--info, --map and --check take an IMAGE");
-    if (o->action == ACT_EXPORT || o->action == ACT_UMOUNT)
-        o->mountpoint = argv[optind + --n];
-    if (n > MAX_PARTS)
-        return msg_err(-EINVAL, "more than %d parts", MAX_PARTS);
-    o->images = &argv[optind];
-    o->n_images = (unsigned)n;
-    return opt_check_temporary(o);
-}
-
-/* ******************************************************************************************************** *
- * 28. Main
+ * 35. Main
  * ******************************************************************************************************** */
 
 /* Whoever started us with a standard stream closed must not find an image in its place. */

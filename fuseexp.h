@@ -20,6 +20,15 @@
 
 #define FUSEEXP_VERSION "0.1"
 
+/* ---- integers as files have them: bytes, so that no struct of them has padding or needs alignment ------- */
+
+typedef struct { uint8_t byte[2]; } le16;
+typedef struct { uint8_t byte[4]; } le32;
+typedef struct { uint8_t byte[8]; } le64;
+typedef struct { uint8_t byte[2]; } be16;
+typedef struct { uint8_t byte[4]; } be32;
+typedef struct { uint8_t byte[8]; } be64;
+
 /* ---- limits -------------------------------------------------------------------------------------------- */
 
 #define MAX_PARTS 4096              /* files of one split image */
@@ -27,7 +36,7 @@
 #define MAX_CLUSTER (2u << 20)      /* bytes that one compressed cluster decodes to */
 #define MAX_CHAIN 200               /* images of one backing chain */
 #define MAX_GIVEN 64                /* --backing */
-#define MAX_NEIGHBOURS 4096         /* files of a folder that are looked at to find a parent by its identity */
+#define MAX_NEIGHBOURS 4096         /* files of a directory that are looked at to find a parent by its identity */
 #define MAX_PARENT_NAMES 16         /* recorded names of one parent: VHD has eight and one more */
 #define MAX_VIEWS 256               /* files shown in a directory mount: the disk and its partitions */
 #define MAX_LOGICAL 251             /* records followed in one extended partition: Linux counts to partition 255 */
@@ -126,8 +135,7 @@ struct image_options {
     unsigned n_backing;
     const char *backing_format;     /* of the top's, and of those whose format no image says */
     const char *data_file;          /* top */
-    const struct image *overlay_of; /* the image is an overlay: whose, or it is refused */
-    const char *allow_external;     /* a folder that names in images may lead to */
+    const char *allow_external;     /* a directory that names in images may lead to */
     bool no_backing, force_parent, ignore_log, strict, parts, lock;
     bool zero_errors;               /* what cannot be read is shown as zeros, because the user said so */
     bool top_only;                  /* to look at, not to be read: backing files are named, not opened */
@@ -196,6 +204,8 @@ struct claims {
  *   identify  sets im->id from the headers of im->files[0], and nothing else; cheap, opens no other file. NULL: no
  *           child of this format knows its parent by identity.
  *   open    im->files are open; sets im->size. Reports its own errors. May leave a half-built im: close() copes.
+ *   begin_writing  prepares the first write, once nothing can refuse the image any more; open() changes nothing of its
+ *           file. NULL: nothing to prepare.
  *   map     describes [offset, offset + length) from its start; offset < im->size, length >= 1. With `exact`
  *           allocation is told apart (holes of a sparse file; zeros with and without room of their own), which may
  *           cost system calls; without, EXT_DATA is right for anything that can be read. Thread-safe, takes no lock on
@@ -225,6 +235,7 @@ struct image_format {
     bool (*part)(const char *first, unsigned i, char name[PATH_MAX]);
     int (*identify)(struct image *im);
     int (*open)(struct image *im);
+    int (*begin_writing)(struct image *im);
     int (*map)(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
     int (*write)(struct image *im, const uint8_t *buf, uint64_t len, uint64_t offset, uint64_t *done);
     int (*zero)(struct image *im, uint64_t len, uint64_t offset, uint64_t *done);

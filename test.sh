@@ -1,11 +1,11 @@
 #!/bin/bash
 # SPDX-License-Identifier: MIT
-# Tests of fuseexp, in TAP. A case is a function t_<what it asserts>, run in its own folder and its own shell with -eu.
+# Tests of fuseexp, in TAP. A case is a function t_<what it asserts>, run in its own directory and its own shell with -eu.
 #
 #   ./test.sh [-l] [PATTERN...]     -l lists the cases; patterns as in 'partition_*'
 #   ./test.sh --demo | --bench | --lint | --soak
 #
-# KEEP=1 keeps the folders. TIMES=1 says how long each case took. JOBS=1 runs one at a time.
+# KEEP=1 keeps the directories. TIMES=1 says how long each case took. JOBS=1 runs one at a time.
 # Truth comes from elsewhere: cmp, mkfs, fsck, sfdisk, qemu-img.
 # Needs root; cases as a plain user become nobody. Cases on the corpus are skipped where ../shared/corpus is not there.
 # shellcheck disable=SC2001,SC2002,SC2013,SC2015,SC2016,SC2017,SC2034,SC2059,SC2086,SC2154,SC2209,SC2317  # inner shells, words without blanks, names set by callers
@@ -54,7 +54,7 @@ state() {
     ours
 }
 
-# Live processes of fuseexp that this case started: they carry its folder in their environment.
+# Live processes of fuseexp that this case started: they carry its directory in their environment.
 ours() {
     local p
     for p in $(grep -lzs "^FXTEST=$PWD\$" /proc/[0-9]*/environ); do
@@ -368,7 +368,7 @@ assert os.stat("m").st_mode & 0o777 == 0o400'
     cmp -s img img
 }
 
-t_folder_lists_its_files_and_takes_no_others() {
+t_directory_lists_its_files_and_takes_no_others() {
     random img 16; mkdir d
     "$fx" -q -w img d
     same "$(ls d)" disk
@@ -553,7 +553,7 @@ t_parallel_syncs_on_a_full_disk_all_fail() {
     fallocate -l 30M mnt/img; fallocate -l 8M mnt/img.001; cp mnt/img.001 mnt/img.002
     (cd mnt && qemu-img create -q -f qcow2 -o data_file=data,preallocation=falloc q 16M)
     qemu-img create -q -f qcow2 -o preallocation=falloc mnt/p 16M; sync -f mnt
-    printf '%s\n' 'direct mnt/img m --direct-io' 'cached mnt/img m --no-passthrough' 'folder mnt/img d' 'split mnt/img.001 m' \
+    printf '%s\n' 'direct mnt/img m --direct-io' 'cached mnt/img m --no-passthrough' 'directory mnt/img d' 'split mnt/img.001 m' \
         'data mnt/q m' 'qcow2 mnt/p m' >set-ups
     for k in 1 2 3 4 5; do
         while read -r name img m o; do
@@ -1103,7 +1103,7 @@ t_partition_stays_inside_the_window() {
     cmp img copy
 }
 
-t_damaged_gpt_is_told_in_folder_mode_too() {
+t_damaged_gpt_is_told_in_directory_mode_too() {
     random img 1024; printf 'label: gpt\nstart=64,size=100\n' | sfdisk -q img
     dd if=/dev/urandom of=img bs=512 seek=2 count=1 conv=notrunc status=none
     dd if=/dev/urandom of=img bs=512 seek=$((8192 - 33)) count=1 conv=notrunc status=none
@@ -1134,7 +1134,7 @@ for lba in (1, 81919):
     head -c 1000 /dev/urandom >tiny; refused 1 'no partition table' "$fx" -q --partition 1 tiny m
 }
 
-# partx_agrees FILE [OPTION...]: a folder shows the partitions that partx sees, at their places; FILE holds no two equal sectors
+# partx_agrees FILE [OPTION...]: a directory shows the partitions that partx sees, at their places; FILE holds no two equal sectors
 partx_agrees() {
     local img=$1 n start count seen=0
     shift
@@ -1272,7 +1272,7 @@ for name, spots in (("mbr", [446 + i for i in range(66)] + [10240 * 512 + 446 + 
 ' "$build/fuseexp-asan"
 }
 
-t_writable_folder_keeps_disk_and_partitions_coherent() {
+t_writable_directory_keeps_disk_and_partitions_coherent() {
     mbr_image; mkdir d; "$fx" -q -w img d
     cat d/disk d/p1 >/dev/null
     printf 'through the partition' | dd of=d/p1 bs=1 seek=4096 conv=notrunc status=none
@@ -1638,20 +1638,20 @@ import struct; f = open('mid', 'r+b'); f.seek(16); f.write(struct.pack('>I', 4))
     cp out/base truth; check_same ontop --backing-format raw
     cp in/dots padded; truncate -s %4096 padded
     local dev; dev=$(losetup -f --show padded)
-    refused 1 'outside of its folder' "$fx" -q "$dev" m
+    refused 1 'outside of its directory' "$fx" -q "$dev" m
     losetup -d "$dev"
     "$fx" --no-backing in/absolute m 2>err; grep -q 'without its backing file' err
     not cat m 2>err >out/none; grep -q 'Input/output' err
     "$fx" --umount m
 }
 
-t_nothing_outside_the_images_folder_is_opened() {
+t_nothing_outside_the_images_directory_is_opened() {
     mkdir -p in out; random in/base 100; cp in/base out/secret; ln -s ../out/secret in/link
     qemu-img create -q -f qcow2 -b base -F raw in/good
     qemu-img create -q -f qcow2 -u -b link -F raw in/bad 400k
     qemu-img create -q -f qcow2 -u -b "$PWD/out/secret" -F raw in/worse 400k
     for i in good bad worse; do
-        strace -f -qq -e trace=%file,openat2 -o log "$fx" -q in/$i m -- true 2>err || grep -q 'out of its folder\|outside of its folder' err
+        strace -f -qq -e trace=%file,openat2 -o log "$fx" -q in/$i m -- true 2>err || grep -q 'out of its directory\|outside of its directory' err
         grep -E '(open|openat|openat2|creat)\(' log | grep -v ENOENT >opened
         not grep -q secret opened
         <opened grep -oE '"[^"]*"' | sort -u |
@@ -2645,7 +2645,7 @@ t_overlay_takes_the_changes_and_qemu_knows_it() {
     done
     cmp base before; cmp base.qcow2 before.qcow2
     refused 1 'not written in place; --overlay' "$fx" -q -w base.vdi m
-    # In another folder, below another name; QEMU commits and rebases it.
+    # In another directory, below another name; QEMU commits and rebases it.
     "$fx" -q --overlay sub/w.qcow2 base.qcow2 m; printf changed | dd of=m conv=notrunc status=none; "$fx" --umount m
     same "$(qemu-img info --output=json sub/w.qcow2 | jq -r '."backing-filename", ."backing-filename-format"' | tr '\n' ' ')" "$PWD/base.qcow2 qcow2 "
     cp base.qcow2 other.qcow2
@@ -3180,7 +3180,7 @@ t_error_map_lists_what_could_not_be_read() {
     "$fault" --umount m
     same "$(ddrescuelog -b 512 -l- map | tr '\n' ' ')" "$(seq -s ' ' 721 728) "
     rm map
-    # Of a folder, positions are those of the disk, also of what lies past its end.
+    # Of a directory, positions are those of the disk, also of what lies past its end.
     truncate -s 20M disk; printf '2048,4096,83\n8192,30000,83\n' | sfdisk -q disk; truncate -s 5M disk; mkdir d
     for opt in "" --direct-io; do
         "$fx" -q $opt --format raw --error-map map disk d
@@ -3783,7 +3783,7 @@ t_parallels_bundles_show_the_current_snapshot() {
     cp current truth; check_same d.hdd --snapshot 12345678-9abc-DEF1-2345-6789abcdef12
     refused 1 "has no snapshot 'first' (it has 2)" "$fx" -q --snapshot first d.hdd m
     refused 1 'has no snapshots, so --snapshot' "$fx" -q --snapshot first d.hdd/1.top.hds m
-    # A root that is a plain file, in a folder below, with a name that XML has to quote.
+    # A root that is a plain file, in a directory below, with a name that XML has to quote.
     mkdir 'd.hdd/R&D'; cp 0.base.raw 'd.hdd/R&D/<0>'
     prl_descriptor Plain 'R&amp;D/&lt;0&gt;' >d.hdd/DiskDescriptor.xml
     check_same d.hdd
@@ -3791,10 +3791,10 @@ t_parallels_bundles_show_the_current_snapshot() {
     "$fx" -q d.hdd m; cmp -i 6144000 m truth; not cmp m truth 2>err; grep -q 'Input/output' err
     "$fx" --umount m
     # What a snapshot's image does not have is in another one: no zeros.
-    refused 1 '1.top.hds: holds only what changed since snapshot {.*; its folder, as IMAGE, is the whole disk' "$fx" -q d.hdd/1.top.hds m
+    refused 1 '1.top.hds: holds only what changed since snapshot {.*; its directory, as IMAGE, is the whole disk' "$fx" -q d.hdd/1.top.hds m
     "$fx" --info d.hdd/1.top.hds >out; grep -q '^backing filename: *snapshot {' out
     "$fx" -q --no-backing d.hdd/1.top.hds m; not cat m 2>err >out; grep -q 'Input/output' err; "$fx" --umount m
-    "$fx" --format parallels d.hdd/0.base.hds m 2>err; grep -q 'shown alone; its folder' err; "$fx" --umount m
+    "$fx" --format parallels d.hdd/0.base.hds m 2>err; grep -q 'shown alone; its directory' err; "$fx" --umount m
     random big 4; qemu-img create -q -f qcow2 -u -b d.hdd/DiskDescriptor.xml -F parallels over 11123k
     prl_descriptor >d.hdd/DiskDescriptor.xml; check_same over
 }
@@ -3809,8 +3809,8 @@ t_parallels_bundles_that_make_no_sense_are_refused() {
     (echo; grep -v '?xml' d.hdd/DiskDescriptor.xml) >x; mv x d.hdd/DiskDescriptor.xml; check_same d.hdd
     local descriptor=d.hdd/DiskDescriptor.xml
     edited() { prl_descriptor | sed "$1" >$descriptor; cmp -s $descriptor <(prl_descriptor) && fail "$1"; refused 1 "$2" "$fx" -q d.hdd m; }
-    edited 's/0.base.hds/..\/out/' 'leads out of its folder; --allow-external DIR'
-    edited 's/0.base.hds/\/etc\/passwd/' 'outside of its folder; --allow-external DIR'
+    edited 's/0.base.hds/..\/out/' 'leads out of its directory; --allow-external DIR'
+    edited 's/0.base.hds/\/etc\/passwd/' 'outside of its directory; --allow-external DIR'
     edited 's/0.base.hds/http:x/' 'not a plain file name$'
     edited 's/0.base.hds/absent/' "cannot open its image file 'absent': No such file or directory$"
     edited 's/0.base.hds/DiskDescriptor.xml/' 'is not a Parallels image'
@@ -3853,7 +3853,7 @@ t_parallels_bundles_that_make_no_sense_are_refused() {
     { prl_descriptor; head -c 1M /dev/zero | tr '\0' ' '; } >$descriptor; refused 1 'too large for a DiskDescriptor.xml' "$fx" -q d.hdd m
     { prl_descriptor | head -n 3; yes '<a>' | head -n 1000; } >$descriptor; refused 1 'nested too deeply' "$fx" -q d.hdd m
     { prl_descriptor | head -n 3; echo '<Snapshots>'; yes '<Shot/>' | head -n 9999; } >$descriptor; refused 1 'too many of an element' "$fx" -q d.hdd m
-    ln -sf /etc/passwd $descriptor; refused 1 'DiskDescriptor.xml: leads out of its folder' "$fx" -q d.hdd m
+    ln -sf /etc/passwd $descriptor; refused 1 'DiskDescriptor.xml: leads out of its directory' "$fx" -q d.hdd m
 }
 
 t_parallels_damaged_headers_are_refused() {
@@ -4583,17 +4583,17 @@ def child(path, **more): build(path, 4, size, size, [None], b"", c, more.pop("pa
 child("header", name="D:\\a\\" + ext); child("relative", locators=[(b"W2ru", "..\\..\\" + ext)]); child("absolute", locators=[(b"W2ku", "E:\\" + ext)])
 child("slashes", name="/a/b/" + ext); child("terminated", locators=[(b"W2ru", ext + "\0\0rest")])
 child("half", locators=[(b"W2ru", "x\ud800y".encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))])
-child("unnamed"); child("dots", name="a\\.."); child("folder", name="a\\sub"); child("folderish", name="x\\"); child("mismatch", name="other")
+child("unnamed"); child("dots", name="a\\.."); child("directory", name="a\\sub"); child("directoryish", name="x\\"); child("mismatch", name="other")
 child("itself", name="itself", parent=c); child("long", locators=[(b"W2ru", "x" * 3000)]); child("wide", locators=[(b"W2ku", "\u65e5" * 600)])
 '
     local i
-    for i in header relative absolute slashes terminated unnamed dots folderish long wide folder mismatch; do check_same $i; done
+    for i in header relative absolute slashes terminated unnamed dots directoryish long wide directory mismatch; do check_same $i; done
     mkdir alone; mv itself alone; refused 1 'is its own backing file' "$fx" -q alone/itself m
     mv ./*parent.vhd sub/parent
-    for i in unnamed dots folderish; do
+    for i in unnamed dots directoryish; do
         refused 1 'does not name its parent, and no file beside it has the identity 01010101-.*; --backing' "$fx" -q $i m
     done
-    expect 1 "$fx" -q folder m; grep -q "cannot open its backing file 'sub'" err
+    expect 1 "$fx" -q directory m; grep -q "cannot open its backing file 'sub'" err
     refused 1 'other: is not the parent of mismatch.*02020202.* instead of 01010101.*--force-parent' "$fx" -q mismatch m
     check_same mismatch --force-parent
     expect 1 "$fx" -q header m; grep -q 'cannot open its backing file.*No such file.*--backing' err
@@ -5523,7 +5523,7 @@ open("b/two", "wb").write(text("Base", "UTF-8").encode())
     cp truth b/BASE-f001.vmdk; check_same b/two
     cp truth b/base-f001.vmdk; refused 1 "several that differ from it in letter case only: 'b.*', 'B\|: 'B.*', 'b" "$fx" -q b/two m
     cp truth b/Base-f001.vmdk; check_same b/two                                 # the exact one first
-    # Folders as well, backing files, and never out of the folder.
+    # Directories as well, backing files, and never out of the directory.
     mkdir b/Sub out; cp truth b/Sub/Raw; cp truth out/raw
     qemu-img create -q -f qcow2 -u -b sub/raw -F raw b/over 64k; check_same b/over
     qemu-img create -q -f qcow2 -u -b SUB/../../out/raw -F raw b/out 64k; refused 1 'cannot open its backing file\|leads out' "$fx" -q b/out m
@@ -5559,7 +5559,7 @@ build("top", 4, size, size, [None], b"", ids[3], ids[2], name="mid.vhd"); build(
     refused 1 "records no identity of its parent 'sub/base.raw', as for a raw one; --backing-format raw" "$fx" -q 'raw parent' m
     check_same 'raw parent' --backing-format raw
     mv sub/base.raw far; check_same 'raw parent' --backing far/base.raw --backing-format raw
-    # Chains whose files are in several folders: in any order, all of them needed, none too many.
+    # Chains whose files are in several directories: in any order, all of them needed, none too many.
     check_same top --backing far/mid.vhd --backing sub/pär\ 1.vhd; check_same top --backing sub/pär\ 1.vhd --backing far/mid.vhd
     expect 1 "$fx" -q --backing far/mid.vhd top m; grep -q "far/mid.vhd: cannot open its backing file 'base.vhd'.*--backing" err
     expect 1 "$fx" -q --backing sub/pär\ 1.vhd top m; grep -q 'is not the parent of top: its identity is 01010101-.* instead of 03030303-' err
@@ -5690,7 +5690,7 @@ t_vmdk_extents_are_opened_by_the_rules() {
     printf '# Disk DescriptorFile\nRW 16 FLAT "%s" 0\n' fifo >in/onfifo; mkfifo in/fifo
     check_same in/below
     for i in dots absolute linked; do
-        refused 1 'folder; --allow-external DIR allows it' "$fx" -q in/$i m
+        refused 1 'directory; --allow-external DIR allows it' "$fx" -q in/$i m
         check_same in/$i --allow-external out
         refused 1 'allow-external' "$fx" -q --allow-external in in/$i m
     done
@@ -6303,7 +6303,7 @@ t_pidfile_is_written_and_removed() {
     same "$(cat pid)" "$(supervisor_of)"
     kill "$(cat pid)"; gone
     [ ! -e pid ]
-    refused 1 'folder it should be in' "$fx" -q --pidfile no/pid img m
+    refused 1 'directory it should be in' "$fx" -q --pidfile no/pid img m
     mkdir pid.d; refused 1 'Is a directory' "$fx" -q --format raw --pidfile pid.d img m
     echo precious >victim; ln -s victim link
     refused 1 'link: .*ymbolic' "$fx" -q --format raw --pidfile link img m
@@ -6350,7 +6350,7 @@ t_killed_server_leaves_no_mount() {
 
 t_command_that_leaves_a_user_is_told_and_returns() {
     random img 256; cp img copy; mkdir d; local dev what
-    # an open file of a process in the background, a loop device that writes, a folder, a mount elsewhere, a lazy unmount
+    # an open file of a process in the background, a loop device that writes, a directory, a mount elsewhere, a lazy unmount
     expect 125 "$fx" -q --format raw img m -- sh -c 'exec 9<m; sleep 60 & echo $! >pid'
     grep -q "m: .*still in use by process $(cat pid) (sleep)" err; same "$(wc -l <err)" 1; [ ! -e m ]; kill "$(cat pid)"; gone
     expect 7 "$fx" -q --format raw img d -- sh -c 'cd d; sleep 60 & echo $! >../pid; exit 7'
@@ -6595,10 +6595,10 @@ t_mount_options_reach_the_mount() {
 
 # ---- plain user ------------------------------------------------------------------------------------------------
 
-user_folder() { chmod 755 .; mkdir u; random u/img 300; chown -R 65534:65534 u; }
+user_directory() { chmod 755 .; mkdir u; random u/img 300; chown -R 65534:65534 u; }
 
 t_plain_user_mounts_reads_and_unmounts() {
-    user_folder
+    user_directory
     as_nobody "$fx" -q u/img u/m
     as_nobody cmp u/img u/m
     ! cat u/m >/dev/null 2>&1 || grep -q user_allow_other /etc/fuse.conf
@@ -6614,7 +6614,7 @@ t_plain_user_mounts_reads_and_unmounts() {
 }
 
 t_plain_user_writes_to_an_overlay() {
-    user_folder; cp u/img before
+    user_directory; cp u/img before
     as_nobody sh -ec 'cd u; '"$fx"' -q --format raw --overlay w.qcow2 img m; printf changed | dd of=m conv=notrunc status=none
         [ "$(head -c 7 m)" = changed ]; '"$fx"' --umount m; '"$fx"' -q --format raw --temporary img m -- sh -c "printf x | dd of=m conv=notrunc status=none"'
     cmp u/img before; qemu-img check -q u/w.qcow2
@@ -6622,7 +6622,7 @@ t_plain_user_writes_to_an_overlay() {
 }
 
 t_plain_user_without_right_or_fusermount3_is_told() {
-    user_folder; random img 16; chmod 600 img
+    user_directory; random img 16; chmod 600 img
     refused 1 'img: Permission denied' as_nobody "$fx" -q img u/m
     refused 1 'cannot be created: Permission denied' as_nobody "$fx" -q u/img m
     : >f; chmod 644 f
@@ -6631,7 +6631,7 @@ t_plain_user_without_right_or_fusermount3_is_told() {
 }
 
 t_killed_server_of_a_plain_user_leaves_no_mount() {
-    user_folder
+    user_directory
     as_nobody "$fx" -q u/img u/m
     kill -9 "$(server_of)"
     gone
@@ -6682,7 +6682,7 @@ t_every_failing_step_in_the_foreground_is_undone() {
 }
 
 t_every_failing_step_of_a_plain_user_is_undone() {
-    user_folder; mkdir u/d; chown 65534 u/d
+    user_directory; mkdir u/d; chown 65534 u/d
     undo="$fx --umount u/m" least=25 check_chain "${nobody[@]}" "$fault" -s u/img u/m
     undo=true least=25 check_chain "${nobody[@]}" "$fault" -s u/img u/d -- true
 }
@@ -6696,8 +6696,8 @@ t_bad_input_is_refused_in_one_line() {
     refused 1 'empty: is empty' "$fx" -q empty m
     refused 1 'pipe: neither' "$fx" -q pipe m
     refused 1 'neither a regular file nor a block' "$fx" -q /dev/null m
-    refused 1 'folder it should be in' "$fx" -q img no/such/m
-    refused 1 'No such folder (mkdir' "$fx" -q img no/
+    refused 1 'directory it should be in' "$fx" -q img no/such/m
+    refused 1 'No such directory (mkdir' "$fx" -q img no/
     refused 1 'nothing can be mounted' "$fx" -q img pipe
     refused 1 'no partition 9' "$fx" -q --partition 9 img m
     refused 2 'unknown option --nonsense' "$fx" --nonsense img m
@@ -6734,7 +6734,7 @@ t_mistakes_are_told_with_the_way_out() {
     refused 2 'repair goes with --check' "$fx" --repair img
     refused 2 '10MB.*such as.*10M' "$fx" --size 10MB img m
     refused 2 "'nobody' is not a usable value (a number)" "$fx" --uid nobody img m
-    refused 2 'd: is a folder.*--temporary=d' "$fx" --temporary d img m
+    refused 2 'd: is a directory.*--temporary=d' "$fx" --temporary d img m
     refused 125 'img: is both IMAGE and --overlay' "$fx" -q --format raw --overlay img img m -- true
     expect 127 "$fx" -q --format raw img m -- 'e2fsck -fn m'; grep -q 'separate words' err
     "$fx" --format raw -f img m 2>log & local pid=$!
@@ -6852,15 +6852,79 @@ t_malformed_requests_are_survived() {
 
 # ---- other modes -----------------------------------------------------------------------------------------------
 
+# The house rules of fuseexp.c that no compiler knows: prints what breaks them.
+lint_rooms() {
+    python3 - "$top/fuseexp.c" "$top/fuseexp.h" <<'END'
+import re, sys
+bad = []
+text = open(sys.argv[1]).read()
+lines = text.split('\n')
+comment = ' ' * 0
+
+# Contents list = banners.
+top = text[:text.index('#include')]
+contents = [(int(n), name) for n, name in re.findall(r'^ \* +(\d+)\. (\S.*?)(?:  .*)?$', top, re.M)]
+banners = [(int(m.group(1)), m.group(2), text.count('\n', 0, m.start()) + 1)
+           for m in re.finditer(r'^/\* \*{50,} \*\n \* (\d+)\. (.*)$', text, re.M)]
+if contents != [b[:2] for b in banners]:
+    bad.append('contents list and banners differ: %s' % sorted(set(contents) ^ set(b[:2] for b in banners)))
+names = {n: name for n, name, _ in banners}
+
+def room(line):
+    return max([n for n, _, at in banners if at <= line], default=0)
+
+# Code without comments and texts, line by line.
+blank = lambda m: re.sub(r'[^\n]', ' ', m.group(0))
+code = re.sub(r'/\*.*?\*/|"(?:\\.|[^"\\\n])*"', blank, text, flags=re.S).split('\n')
+defined = {}                            # function: the line of its name
+inside = [None] * len(lines)
+now = None
+for i, line in enumerate(code):
+    if line == '{':
+        head = i - 1
+        while not re.match(r'\w', code[head]):
+            head -= 1
+        # the last call-like name of the head that is no attribute
+        names_here = [m.group(1) for m in re.finditer(r'\b(\w+)\(', ' '.join(code[head:i])) if m.group(1) not in ('__attribute__', 'format')]
+        now = names_here[0]
+        defined[now] = head + 1
+    inside[i] = now
+    if line == '}':
+        now = None
+
+# No call from a lower room to a higher one.
+upward = set()                          # (caller, called): none is needed
+for i, line in enumerate(code):
+    for word in re.findall(r'\b[a-z]\w*\b', line):
+        if inside[i] and word in defined and room(defined[word]) > room(i + 1) and (inside[i], word) not in upward:
+            bad.append('%d: %s() of "%s" uses %s() of the higher "%s"' % (i + 1, inside[i], names[room(i + 1)], word, names[room(defined[word])]))
+
+# A room's functions have its prefix.
+prefixes = {n: re.findall(r'\b\w+_(?=[ ,]|$)', re.search(r'^ \* +%d\. (.*)$' % n, top, re.M).group(1)) for n in names}
+for name, at in defined.items():
+    own = prefixes.get(room(at), [])
+    if name != 'main' and own and not name.startswith(tuple(own)) and not re.match(r'[lb]e\d\d_to_cpu|cpu_to_[lb]e\d\d', name):
+        bad.append('%d: %s() has not the prefix of "%s"' % (at, name, names[room(at)]))
+
+# A comment stands on what it explains: none is followed by another, none by nothing.
+for f in sys.argv[1:]:
+    t = open(f).read()
+    for m in re.finditer(r'^( *)/\*(?:[^*]|\*(?!/))*\*/\n(?=\1/\*(?! \*\*\*\*)(?! ----))', t, re.M):
+        if '****' not in m.group(0) and ' -- ' not in m.group(0) and '----' not in m.group(0) and 'SPDX' not in m.group(0):
+            bad.append('%s:%d: a comment followed by a comment' % (f.rsplit('/', 1)[1], t.count('\n', 0, m.start()) + 1))
+    for n, line in enumerate(t.split('\n'), 1):
+        if len(line) > 120:
+            bad.append('%s:%d: longer than 120 columns' % (f.rsplit('/', 1)[1], n))
+print('\n'.join(bad))
+sys.exit(bool(bad))
+END
+}
+
 lint() {
-    local bad=0 contents banners
-    contents=$(sed -n 's/^ \*  *\([0-9]*\)\. \([A-Za-z][A-Za-z0-9 -]*[A-Za-z0-9]\)  *[a-z0-9]*_ .*/\1 \2/p; s/^ \*  *\([0-9]*\)\. \(Main\)$/\1 \2/p' \
-        "$top/fuseexp.c" | sed -n '1,/ Main/p')
-    banners=$(grep -A1 '^/\* \*\*\*\*' "$top/fuseexp.c" | sed -n 's/^ \* \([0-9]*\)\. \(.*\)/\1 \2/p')
-    [ "$contents" = "$banners" ] || { diff <(echo "$contents") <(echo "$banners"); bad=1; }
-    awk 'length > 120 { print FILENAME ":" FNR ": longer than 120 columns"; bad = 1 } END { exit bad }' "$top/fuseexp.c" "$top/fuseexp.h" || bad=1
+    local bad=0
+    lint_rooms || bad=1
     (cd "$top" && grep -nE '/(farm|work)/' Makefile README fuseexp.[ch] .ci/run) && bad=1
-    [ $bad = 0 ] && echo "lint: contents list and banners agree"
+    [ $bad = 0 ] && echo "lint: contents and banners agree, no room calls a higher one"
     return $bad
 }
 
@@ -7126,7 +7190,7 @@ soak() {
     [ $SECONDS -ge $end ] && echo "soak: $n rounds, nothing left behind"
 }
 
-# run_case FOLDER NUMBER CASE: what there is to tell goes to FOLDER/tap, whole at once
+# run_case DIRECTORY NUMBER CASE: what there is to tell goes to DIRECTORY/tap, whole at once
 run_case() {
     local dir status=0 start
     dir=$(mktemp -d /tmp/fuseexp-test.XXXXXX)
@@ -7143,7 +7207,7 @@ run_case() {
     mv "$1/told" "$1/tap"
 }
 
-worker() {          # CASE...: who makes a case's folder runs it
+worker() {          # CASE...: who makes a case's directory runs it
     local n=0
     for t in "$@"; do n=$((n + 1)); mkdir "$bin/$n" 2>/dev/null && run_case "$bin/$n" $n "$t"; done
 }
