@@ -163,7 +163,7 @@ struct extent {
     const char *why;                /* EXT_BAD: static text; with `file`: because that ends before `offset` */
     bool zeroed;                    /* EXT_ZERO: the image says zeros, not just nothing */
     bool owned;                     /* EXT_DATA: may be overwritten where it lies */
-    bool in_hole;                   /* EXT_ZERO: the image says data, but where its file has a hole */
+    bool sparse;                    /* EXT_DATA: may have been set aside and never written, then it is a hole of file */
     unsigned depth;                 /* set by img_map(): of the image of the chain that says it */
 };
 
@@ -206,10 +206,9 @@ struct claims {
  *   open    im->files are open; sets im->size. Reports its own errors. May leave a half-built im: close() copes.
  *   begin_writing  prepares the first write, once nothing can refuse the image any more; open() changes nothing of its
  *           file. NULL: nothing to prepare.
- *   map     describes [offset, offset + length) from its start; offset < im->size, length >= 1. With `exact`
- *           allocation is told apart (holes of a sparse file; zeros with and without room of their own), which may
- *           cost system calls; without, EXT_DATA is right for anything that can be read. Thread-safe, takes no lock on
- *           the hot path. < 0: could not find out. The extent is zeroed before the call.
+ *   map     describes [offset, offset + length) from its start, as far as one block (cluster, grain) goes; the core
+ *           joins blocks. offset < im->size, length >= 1. What cannot be found out is EXT_BAD. Thread-safe, takes no
+ *           lock on the hot path.
  *   write   changes what map() does not call owned: as much of the range as it likes, at least a byte; *done 0
  *           without an error: it is owned now. buf NULL: only sets room aside. NULL: no such thing.
  *   zero    makes a range read as zeros and gives back its room. -EOPNOTSUPP: write zeros into the first *done bytes.
@@ -236,7 +235,7 @@ struct image_format {
     int (*identify)(struct image *im);
     int (*open)(struct image *im);
     int (*begin_writing)(struct image *im);
-    int (*map)(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext);
+    void (*map)(struct image *im, uint64_t offset, uint64_t length, struct extent *ext);
     int (*write)(struct image *im, const uint8_t *buf, uint64_t len, uint64_t offset, uint64_t *done);
     int (*zero)(struct image *im, uint64_t len, uint64_t offset, uint64_t *done);
     int (*sync)(struct image *im, bool last);
