@@ -4205,8 +4205,10 @@ static void raw_map(struct image *im, uint64_t offset, uint64_t length, struct e
         else
             high = mid;
     }
-    *ext = (struct extent){ .kind = EXT_DATA, .file = &im->files[low], .offset = offset - start[low],
-                            .length = util_min(length, start[low + 1] - offset), .owned = true, .sparse = true };
+    if (low + 1 < im->n_files)      /* the last may have grown since */
+        length = util_min(length, start[low + 1] - offset);
+    *ext = (struct extent){ .kind = EXT_DATA, .length = length, .file = &im->files[low], .offset = offset - start[low],
+                            .owned = true, .sparse = true };
 }
 
 static int raw_resize(struct image *im, uint64_t old, uint64_t size)
@@ -16321,10 +16323,15 @@ static void run_remove_made(const struct run_made *made)
 static int run_open_overlay(struct run *r)
 {
     const struct options *o = r->o;
-    struct image *base = util_fault("overlay") ? NULL : calloc(1, sizeof(*base));
+    struct image *base;
     struct stat st;
     int ret;
 
+    if (o->overlay && !util_copy(r->overlay_path, sizeof(r->overlay_path), o->overlay))
+        return msg_err(-ENAMETOOLONG, "%s: path too long", o->overlay);
+    if (o->temporary)
+        run_temporary_path(o, r->overlay_path);
+    base = util_fault("overlay") ? NULL : calloc(1, sizeof(*base));
     if (!base)
         return msg_err(-ENOMEM, "out of memory");
     r->overlay_options = (struct image_options){
@@ -16334,10 +16341,6 @@ static int run_open_overlay(struct run *r)
         .no_backing = o->no_backing,
         .strict = o->strict,
     };
-    if (o->temporary)
-        run_temporary_path(o, r->overlay_path);
-    else if (!util_copy(r->overlay_path, sizeof(r->overlay_path), o->overlay))
-        return msg_err(-ENAMETOOLONG, "%s: path too long", o->overlay);
     ret = chain_open(base, o->images, o->n_images, &r->image_options);
     for (unsigned i = 0; o->overlay && stat(o->overlay, &st) == 0 && i < base->n_files && !ret; i++)
         if (st.st_dev == base->files[i].st.st_dev && st.st_ino == base->files[i].st.st_ino)
