@@ -1615,54 +1615,64 @@ static int file_fix_case(const char *directory, const char *name, char fixed[PAT
     return ret;
 }
 
-static int file_lock_byte(struct file *f, int byte, int op, short type)
+/* Asks (F_OFD_GETLK) or sets a lock on each byte of our permissions; *byte: the one at which it failed. */
+static int file_lock_bytes(struct file *f, int op, short type, int use, int unshare, int *byte)
 {
-    struct flock lock = { .l_type = type, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1 };
+    const unsigned change = 1u << PERM_WRITE | 1u << PERM_RESIZE;
+    const unsigned bits[2] = { 1u << PERM_READ | (f->writable ? change : 0), change };
+    struct flock lock;
 
-    if (fcntl(f->fd, op, &lock) < 0)
-        return -errno;
-    return op == F_OFD_GETLK && lock.l_type != F_UNLCK ? -EAGAIN : 0;
+    for (int i = 0; i < 2 * PERM_BITS; i++) {
+        if (!(bits[i / PERM_BITS] >> i % PERM_BITS & 1))
+            continue;
+        *byte = (i < PERM_BITS ? use : unshare) + i % PERM_BITS;
+        lock = (struct flock){ .l_type = type, .l_whence = SEEK_SET, .l_start = *byte, .l_len = 1 };
+        if (op == F_OFD_SETLK && util_fault("lock"))
+            return -EIO;
+        if (fcntl(f->fd, op, &lock) < 0)
+            return -errno;
+        if (op == F_OFD_GETLK && lock.l_type != F_UNLCK)
+            return -EAGAIN;
+    }
+    return 0;
 }
 
-/*
- * QEMU's protocol: first hold our bytes (shared, so this never waits), then look whether anybody holds one
- * that excludes us. Both sides doing it in this order, at least one of two newcomers sees the other.
- */
-static int file_lock_bytes(struct file *f)
-{
-    static const uint8_t hold_ro[] = { 100, 201, 203 }, probe_ro[] = { 200, 101, 103 };
-    static const uint8_t hold_rw[] = { 100, 101, 103, 201, 203 }, probe_rw[] = { 200, 201, 203, 101, 103 };
-    const uint8_t *hold = f->writable ? hold_rw : hold_ro, *probe = f->writable ? probe_rw : probe_ro;
-    size_t n_hold = f->writable ? sizeof(hold_rw) : sizeof(hold_ro);
-    size_t n_probe = f->writable ? sizeof(probe_rw) : sizeof(probe_ro);
-    int ret = 0;
+enum { FILE_LOCK_TRIES = 50, FILE_LOCK_PAUSE = 20 /* milliseconds */ };
 
-    for (size_t i = 0; i < n_hold && !ret; i++)
-        ret = util_fault("lock") ? -EIO : file_lock_byte(f, hold[i], F_OFD_SETLK, F_RDLCK);
+/*
+ * QEMU's protocol: first hold our bytes (shared, so this never waits), then look whether anybody holds one that
+ * excludes us. Both sides do it in this order, so of two newcomers at least one sees the other. We keep our bytes
+ * while we look again: whoever comes meanwhile sees us. Example of why we look again: after umount(8) the server of
+ * the old mount still flushes, and holds its locks until it exits.
+ */
+static int file_lock_image(struct file *f)
+{
+    int byte, ret = file_lock_bytes(f, F_OFD_SETLK, F_RDLCK, LOCK_USES, LOCK_UNSHARED, &byte);
+
     if (ret == -EINVAL || ret == -ENOLCK || ret == -EOPNOTSUPP || ret == -ENOSYS) {
-        msg_say(MSG_NOTE,
-                "%s: this file system has no locks; make sure that nothing else writes to the image",
+        msg_say(MSG_NOTE, "%s: this file system has no locks; make sure that nothing else writes to the image",
                 f->path);
         return 0;
     }
     if (ret)
         return msg_err(ret, "%s: cannot lock: %s", f->path, strerror(-ret));
-    for (size_t i = 0; i < n_probe; i++) {
-        ret = file_lock_byte(f, probe[i], F_OFD_GETLK, F_WRLCK);
-        if (ret == -EAGAIN)
-            return msg_err(ret, "%s: in use by another program%s (lock on byte %d)%s", f->path,
-                           probe[i] / 100 == 1 ? " that writes to it" : "", probe[i],
-                           f->writable ? "" : "; -U reads it all the same");
-        if (ret)
-            return msg_err(ret, "%s: cannot look for locks: %s", f->path, strerror(-ret));
+    for (unsigned tries = 0;; tries++) {
+        ret = file_lock_bytes(f, F_OFD_GETLK, F_WRLCK, LOCK_UNSHARED, LOCK_USES, &byte);
+        if (ret != -EAGAIN || tries == FILE_LOCK_TRIES || util_interrupted())
+            break;
+        (void)poll(NULL, 0, FILE_LOCK_PAUSE);
     }
-    return 0;
+    if (ret == -EAGAIN)
+        return msg_err(ret, "%s: in use by another program%s (lock on byte %d)%s", f->path,
+                       byte < LOCK_UNSHARED ? " that writes to it" : "", byte,
+                       f->writable ? "" : "; -U reads it all the same");
+    return ret ? msg_err(ret, "%s: cannot look for locks: %s", f->path, strerror(-ret)) : 0;
 }
 
 /* Keeps other writers out, and stays out of theirs. */
 static int file_lock(struct file *f)
 {
-    int ret = file_lock_bytes(f);
+    int ret = file_lock_image(f);
 
     return ret ? ret : file_check_loops(f);
 }

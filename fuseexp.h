@@ -104,9 +104,9 @@ struct file {
 
 /* QEMU's advisory locks: one byte per permission, held as shared OFD locks (block/file-posix.c, since 2.10). */
 enum {
-    LOCK_PERM = 100,                /* + bit: "I use this permission" */
+    LOCK_USES = 100,                /* + bit: "I use this permission" */
     LOCK_UNSHARED = 200,            /* + bit: "nobody else may use it" */
-    LOCK_READ = 0, LOCK_WRITE = 1, LOCK_RESIZE = 3,
+    PERM_READ = 0, PERM_WRITE = 1, PERM_RESIZE = 3, PERM_BITS = 4,
 };
 
 /* ---- images and drivers: img_, raw_ -------------------------------------------------------------------- */

@@ -1483,6 +1483,34 @@ t_locks_are_qemus() {
     "$fx" --umount m
 }
 
+t_lock_that_is_released_while_we_look_again_is_no_reason_to_refuse() {
+    # As the server of an old mount does that still flushes: the holder lets go once fuseexp sleeps between two looks.
+    random img 256
+    py 'import struct, subprocess
+img = os.open("img", os.O_RDWR)
+ino = ":%d " % os.fstat(img).st_ino
+lock = lambda kind: fcntl.fcntl(img, 37, struct.pack("hhqqi4x", kind, os.SEEK_SET, 101, 1, 0))     # F_OFD_SETLK
+ours = lambda: [l for l in open("/proc/locks") if ino in l and " 100 10" in l]       # 100 to 101 is one
+def waits(pid):         # it holds its own bytes, and sleeps
+    return ours() and "%x" % 20 == open("/proc/%d/syscall" % pid).read().split()[3].replace("0x", "")
+for end in "served", "stopped":
+    lock(fcntl.F_RDLCK)
+    p = subprocess.Popen([sys.argv[1], "-f", "-q", "--format", "raw", "-w", "img", "m"], stderr=open("err", "wb"))
+    while not waits(p.pid):
+        assert p.poll() is None, open("err").read()
+    if end == "served":
+        lock(fcntl.F_UNLCK)
+        while not os.path.ismount("m"):
+            assert p.poll() is None, open("err").read()
+        subprocess.check_call([sys.argv[1], "--umount", "m"])
+        assert p.wait() == 0
+    else:
+        p.terminate()
+        assert p.wait() == 1 and "in use by another program" in open("err").read()
+' "$fx"
+    [ ! -e m ]
+}
+
 # ---- qcow2 -----------------------------------------------------------------------------------------------------
 
 # check_same IMAGE [OPTION...]: the export against qemu-img's own conversion in ./truth: whole, at odd offsets, holes
