@@ -26,20 +26,21 @@
  *   19. VMDK                   vmdk_       VMware's formats
  *   20. Parallels              prl_        images, and bundles of them
  *   21. qcow2                  qcow2_      QEMU's format, for reading
- *   22. qcow2 writing          qcow2_      allocation, commits, repair
- *   23. Probing                probe_      which format a file has; the table of formats
- *   24. Checks                 check_      the look at every open, and --check for most formats
- *   25. Chains                 chain_      opening an image and its backing files
- *   26. Overlays               overlay_    made, published and opened for --overlay and --temporary
- *   27. Partitions             part_       MBR, GPT, the views
- *   28. FUSE operations        fop_        request in, reply out; knows no descriptor of FUSE
- *   29. Worker loop            loop_       the transport
- *   30. Sandbox                box_        what the serving process gives up
- *   31. Options                opt_        one table for getopt, -o and --help
- *   32. Mounts                 mnt_        mountpoint, mount table, mounting, unmounting
- *   33. Life cycle             run_        supervisor and server, the clean-up chain
- *   34. One-shot commands      cmd_        --umount, --info, --map, --check, --formats, --version
- *   35. Main
+ *   22. qcow2 writing          qcow2_      allocation, commits, overlays
+ *   23. qcow2 check            qcow2_      counting references, repair, before the first write
+ *   24. Probing                probe_      which format a file has; the table of formats
+ *   25. Checks                 check_      the look at every open, and --check for most formats
+ *   26. Chains                 chain_      opening an image and its backing files
+ *   27. Overlays               overlay_    made, published and opened for --overlay and --temporary
+ *   28. Partitions             part_       MBR, GPT, the views
+ *   29. FUSE operations        fop_        request in, reply out; knows no descriptor of FUSE
+ *   30. Worker loop            loop_       the transport
+ *   31. Sandbox                box_        what the serving process gives up
+ *   32. Options                opt_        one table for getopt, -o and --help
+ *   33. Mounts                 mnt_        mountpoint, mount table, mounting, unmounting
+ *   34. Life cycle             run_        supervisor and server, the clean-up chain
+ *   35. One-shot commands      cmd_        --umount, --info, --map, --check, --formats, --version
+ *   36. Main
  *
  * Processes: the supervisor (this program as started, or its background child) mounts, forks the server,
  * unmounts and cleans up; the server alone holds the image and /dev/fuse, runs sandboxed, and has one worker
@@ -8344,6 +8345,10 @@ enum {
 #define QCOW2_OFFSET 0x00fffffffffffe00u
 #define QCOW2_COPIED (1ull << 63)
 #define QCOW2_COMPRESSED (1ull << 62)
+#define QCOW2_REFCOUNT_BLOCK 0xfffffffffffffe00u
+#define QCOW2_L1_RESERVED 0x7f000000000001ffu
+#define QCOW2_L2_RESERVED 0x3f000000000001feu
+#define QCOW2_BITMAP_RESERVED 0xff000000000001feu
 #define QCOW2_EXT_BACKING_FORMAT 0xe2792acau
 #define QCOW2_EXT_FEATURES 0x6803f857u
 #define QCOW2_EXT_DATA_FILE 0x44415441u
@@ -8708,7 +8713,7 @@ static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_k
     }
     if (host % (1u << q->cluster_bits))
         ext_bad(ext, length, "its L2 entry is not aligned");
-    else if (entry & 0x3f000000000001feu)
+    else if (entry & QCOW2_L2_RESERVED)
         ext_bad(ext, length, "its L2 entry has reserved bits set");
     else if (kind == EXT_DATA && ext->offset >= q->data->size)
         ext_past(ext, length, "its cluster lies past the end of the file", q->data, ext->offset + length);
@@ -8811,7 +8816,7 @@ static void qcow2_map(struct image *im, uint64_t offset, uint64_t length, struct
     }
     l2 = entry & QCOW2_OFFSET;
     shared = !(entry & QCOW2_COPIED);
-    if (entry & 0x7f000000000001ffu || l2 % cluster) {
+    if (entry & QCOW2_L1_RESERVED || l2 % cluster) {
         ext_bad(ext, length, "its L1 entry is damaged");
     } else if (!l2) {
         *ext = (struct extent){ .kind = ext_hole(im), .length = length };
@@ -8945,724 +8950,6 @@ static void qcow2_info(struct image *im, struct out *out)
     if (q->incompatible & QCOW2_DATA_FILE)
         out_flag(out, "data-file-raw", q->autoclear & QCOW2_RAW_DATA);
     qcow2_list_bitmaps(im, q, out);
-}
-
-/*
- * -- what --check finds --
- *
- * References to every host cluster are counted, as qemu-img check does, and compared with the stored refcounts.
- * Memory is one small number per cluster of the file, and QCOW2_REFS entries of L1 tables at a time. These are
- * sorted, so that an L2 table that snapshots share is read once and counted as often as it is used: the work has
- * a bound, whatever the tables say.
- */
-
-enum {
-    QCOW2_REFS = 1 << 18,
-    QCOW2_SUSPECTS = 100            /* clusters whose users are named */
-};
-/* What a cluster is used for. A table is repaired only if its clusters are used as that table and as nothing else. */
-enum {
-    QCOW2_USE_DATA = 1,
-    QCOW2_USE_L2 = 2,               /* by any number of L1 entries */
-    QCOW2_USE_OTHER = 4,            /* the header or a table that has one user: L1, refcounts, snapshots, bitmaps */
-    QCOW2_USE_MIXED = 8,            /* several of these, or twice the last */
-    QCOW2_USE_ACTIVE = 16,          /* the active tables refer to it, by an entry that may be COPIED ... */
-    QCOW2_USE_COMPRESSED = 32,      /* ... or by one that never is */
-    QCOW2_USE_OVERFLOW = 64,        /* it has more users than a refcount can hold */
-    QCOW2_USE_SEEN = 128            /* an L2 table that was repaired */
-};
-#define QCOW2_REFCOUNT_BLOCK 0xfffffffffffffe00u
-#define QCOW2_L1_RESERVED 0x7f000000000001ffu
-#define QCOW2_L2_RESERVED 0x3f000000000001feu
-#define QCOW2_BITMAP_RESERVED 0xff000000000001feu
-
-/* An L1 entry that is not 0. */
-struct qcow2_ref {
-    uint64_t l2;                    /* where its L2 table lies */
-    uint32_t index;                 /* in its L1 table */
-    uint32_t table;                 /* 0: the active one; else number of the snapshot, from 1 */
-};
-
-struct qcow2_check {
-    struct image *im;
-    const struct qcow2 *q;
-    struct check *c;
-    struct file *f;
-    uint64_t length;                /* of the file, in whole sectors, as QEMU counts */
-    uint64_t n_clusters;            /* of the file; one more may be begun by what is not aligned */
-    void *counts;                   /* n_clusters + 1 numbers of `width` bytes */
-    unsigned width;                 /* wide enough for refcounts of the image, but 4 at most */
-    uint64_t most;                  /* what a counter holds: the largest refcount, or 2^32 - 1 */
-    uint64_t l1_offset, l1_entries, size;   /* the active ones, whatever --snapshot says */
-    uint64_t table_offset, table_entries;   /* the refcount table */
-    uint64_t block_number, block;   /* its entry that was asked for last, from 1 */
-    struct qcow2_ref *refs;
-    size_t n_refs;
-    uint64_t walked, to_walk;       /* L2 tables, for the progress */
-    uint8_t *uses;                  /* QCOW2_USE_* of every cluster, as many as counts */
-    uint64_t flags_set;             /* COPIED flags that were set right */
-    uint64_t mendable;              /* corruptions that are wrong refcounts or COPIED flags */
-    bool mixed;                     /* some cluster is a table and something else */
-    bool shared;                    /* the active tables refer to some cluster more than once */
-    bool beyond;                    /* some entry refers past the end of the file: the file must not grow */
-    bool unreadable;                /* some table is: what it refers to was not counted, so nothing may be freed */
-    bool in_header;                 /* an L1 entry of flags alone: QEMU counts what the header would refer to */
-    uint64_t suspect[QCOW2_SUSPECTS];       /* host clusters with more users than their refcount, or unlike ones */
-    size_t n_suspects;
-};
-
-/* Eight bytes of a table; past the end of the file there are zeros, as in the rest of its last cluster. */
-static bool qcow2_check_refcounts_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
-{
-    *value = 0;
-    if (offset >= k->f->size || cache_be64(k->f, offset, value) == 0)
-        return true;
-    if (k->c->errors++ == 0)
-        msg_err(0, "%s: the table at %" PRIu64 " cannot be read", k->im->name, offset);
-    return false;
-}
-
-/* Likewise, of a table whose entries are references that are counted. */
-static bool qcow2_check_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
-{
-    bool good = qcow2_check_refcounts_word(k, offset, value);
-
-    k->unreadable |= !good;
-    return good;
-}
-
-/* An entry (of `size` bytes) at `offset` cannot be read: how many more are lost with it, to the end of the sector? */
-static uint64_t qcow2_check_skip(uint64_t offset, uint32_t size)
-{
-    return (512 - offset % 512) / size - 1;
-}
-
-static void qcow2_note_use(struct qcow2_check *k, uint64_t cluster, uint8_t use)
-{
-    uint8_t kinds = k->uses[cluster] & (QCOW2_USE_DATA | QCOW2_USE_L2 | QCOW2_USE_OTHER);
-
-    if (kinds & (use == QCOW2_USE_OTHER ? 0xff : ~use)) {
-        use |= QCOW2_USE_MIXED;
-        k->mixed = true;
-    }
-    k->uses[cluster] |= use;
-}
-
-/* The active tables refer to a range that was counted. Two such references, one of which may be COPIED, share it. */
-static void qcow2_note_active(struct qcow2_check *k, uint64_t offset, uint64_t length, uint8_t use)
-{
-    uint8_t others = QCOW2_USE_ACTIVE | (use & QCOW2_USE_ACTIVE ? QCOW2_USE_COMPRESSED : 0);
-
-    for (uint64_t i = offset >> k->q->cluster_bits; i <= (offset + length - 1) >> k->q->cluster_bits; i++) {
-        if (i >= k->n_clusters)
-            return;
-        k->shared |= k->uses[i] & others;
-        k->uses[i] |= use;
-    }
-}
-
-static uint64_t qcow2_counted(const struct qcow2_check *k, uint64_t cluster)
-{
-    return k->width == 1   ? ((uint8_t *)k->counts)[cluster]
-           : k->width == 2 ? ((uint16_t *)k->counts)[cluster]
-                           : ((uint32_t *)k->counts)[cluster];
-}
-
-static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_t times)
-{
-    uint64_t now = qcow2_counted(k, cluster), room = util_min(times, k->most - now);
-
-    if (k->width == 1)
-        ((uint8_t *)k->counts)[cluster] = (uint8_t)(now + room);
-    else if (k->width == 2)
-        ((uint16_t *)k->counts)[cluster] = (uint16_t)(now + room);
-    else
-        ((uint32_t *)k->counts)[cluster] = (uint32_t)(now + room);
-    if (times > room)
-        k->uses[cluster] |= QCOW2_USE_OVERFLOW;
-    if (times > room && k->q->refcount_order == 6)
-        k->c->errors += times - room;       /* cannot be counted: this is no finding */
-    else if (times > room)
-        out_finding(k->c, k->im->name, false, times - room,
-                    "host 0x%" PRIx64 ": more references than a refcount of %u bits can hold",
-                    cluster << k->q->cluster_bits, 1u << k->q->refcount_order);
-    if (cluster == k->n_clusters)
-        k->n_clusters++;
-}
-
-/* Counts `times` uses of a range; what, guest: for the message. Its last cluster may be only begun in the file. */
-static void qcow2_count_for(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times, uint8_t use,
-                            const char *what, uint64_t guest)
-{
-    uint64_t cluster = 1u << k->q->cluster_bits;
-    char name[32] = "";
-
-    if (!length)
-        return;
-    if (offset > (uint64_t)INT64_MAX || length > (uint64_t)INT64_MAX || offset + length >= k->length + cluster) {
-        k->beyond = true;
-        if (guest != UINT64_MAX)
-            snprintf(name, sizeof(name), "guest 0x%" PRIx64 ", ", guest);
-        out_finding(k->c, k->im->name, false, times, "%s%s: 0x%" PRIx64 " bytes at host 0x%" PRIx64
-                    " reach past the end of the file", name, what, length, offset);
-        return;
-    }
-    for (uint64_t i = offset / cluster; i <= (offset + length - 1) / cluster; i++) {
-        qcow2_count_cluster(k, i, times);
-        qcow2_note_use(k, i, use);
-    }
-}
-
-static void qcow2_count(struct qcow2_check *k, uint64_t offset, uint64_t length, const char *what)
-{
-    qcow2_count_for(k, offset, length, 1, QCOW2_USE_OTHER, what, UINT64_MAX);
-}
-
-/* Where the refcount block for a cluster lies; 0: there is none, so all its refcounts are 0. */
-static int qcow2_block_of(struct qcow2_check *k, uint64_t cluster, uint64_t *block)
-{
-    uint64_t index = cluster >> (k->q->cluster_bits + 3 - k->q->refcount_order);
-
-    *block = 0;
-    if (index >= k->table_entries)
-        return 0;
-    if (index + 1 != k->block_number) {
-        k->block_number = 0;
-        if (!qcow2_check_refcounts_word(k, k->table_offset + index * 8, &k->block))
-            return -EIO;
-        k->block &= QCOW2_REFCOUNT_BLOCK;
-        k->block_number = index + 1;
-    }
-    *block = k->block;
-    return *block % (1u << k->q->cluster_bits) || *block > (uint64_t)INT64_MAX ? -EIO : 0;
-}
-
-/* The refcount of a cluster in its block. Less than a byte: the first is in the lowest bits. */
-static int qcow2_stored_in(struct qcow2_check *k, uint64_t block, uint64_t cluster, uint64_t *refcount)
-{
-    uint32_t order = k->q->refcount_order, bits = 1u << order;
-    uint64_t index = cluster & ((1ull << (k->q->cluster_bits + 3 - order)) - 1), at = index << order, word;
-
-    *refcount = 0;
-    if (!block)
-        return 0;
-    if (!qcow2_check_refcounts_word(k, block + at / 64 * 8, &word))
-        return -EIO;
-    if (order < 3)
-        *refcount = word >> (56 - at % 64 / 8 * 8 + at % 8) & ((1u << bits) - 1);
-    else
-        *refcount = order == 6 ? word : word >> (64 - bits - at % 64) & ((1ull << bits) - 1);
-    return 0;
-}
-
-static int qcow2_stored(struct qcow2_check *k, uint64_t cluster, uint64_t *refcount)
-{
-    uint64_t block;
-    int ret = qcow2_block_of(k, cluster, &block);
-
-    *refcount = 0;
-    return ret ? ret : qcow2_stored_in(k, block, cluster, refcount);
-}
-
-/* COPIED says that the refcount is 1. Only the active tables have it. */
-static void qcow2_check_copied(struct qcow2_check *k, uint64_t host, bool copied, bool is_data, uint64_t guest,
-                               uint64_t times)
-{
-    uint64_t refcount = 1;
-
-    if (!(is_data && (k->q->incompatible & QCOW2_DATA_FILE)) &&
-        qcow2_stored(k, host >> k->q->cluster_bits, &refcount))
-        return;                     /* said elsewhere */
-    if ((refcount == 1) == copied)
-        return;
-    k->mendable += times;
-    out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                ": the %s is %s, but its refcount is %" PRIu64, guest, host, is_data ? "cluster" : "L2 table",
-                copied ? "marked as used once" : "not marked as used once", refcount);
-}
-
-/* What is wrong with an entry of an L2 table by itself, or NULL. Compressed: bit 62. */
-static const char *qcow2_check_entry(const struct qcow2 *q, uint64_t entry, uint64_t bitmap)
-{
-    bool allocated = qcow2_allocated(q, entry);
-
-    if (entry & QCOW2_COMPRESSED)
-        return NULL;
-    if (!q->subclusters)
-        return (entry & 1) && q->v2 ? "a zero cluster in a version 2 image" : NULL;
-    if (entry & 1)
-        return "its L2 entry has reserved bits set";
-    if (allocated && (bitmap >> 32 & bitmap & UINT32_MAX))
-        return "a subcluster is both allocated and zero";
-    return !allocated && (bitmap & UINT32_MAX) ? "a subcluster is allocated in no cluster" : NULL;
-}
-
-static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest,
-                                   uint64_t times, uint64_t active)
-{
-    uint32_t offset_bits = 62 - (k->q->cluster_bits - 8);
-    uint64_t host = entry & ((1ull << offset_bits) - 1);
-    uint64_t sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
-    bool misplaced = k->q->incompatible & QCOW2_DATA_FILE;
-
-    if (entry & QCOW2_COPIED)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": a compressed cluster is marked as used once", guest, host);
-    if (misplaced || bitmap) {
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": a compressed cluster %s", guest, host,
-                    misplaced ? "in an image with an external data file" : "has subclusters");
-        return;
-    }
-    qcow2_count_for(k, host, sectors * 512 - host % 512, times, QCOW2_USE_DATA, "compressed", guest);
-    if (active)
-        qcow2_note_active(k, host, sectors * 512 - host % 512, QCOW2_USE_COMPRESSED);
-    k->c->allocated += active;
-    k->c->compressed += active;
-    k->c->fragmented += active;     /* by nature */
-}
-
-/*
- * A cluster that ends past the end of the file is no fault (QEMU does not count it), unless some of what is read
- * of it is missing. times 0: of a snapshot, which is not reported.
- */
-static void qcow2_check_whole(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t times)
-{
-    const struct qcow2 *q = k->q;
-    uint64_t need = guest >= k->size ? 0 : util_min(1u << q->cluster_bits, k->size - guest), last = 0;
-
-    if (!q->subclusters && (entry & 1))
-        return;
-    if (q->subclusters) {
-        for (unsigned i = 0; i < QCOW2_SUBCLUSTERS; i++)
-            last = bitmap >> i & 1 ? i + 1 : last;
-        need = util_min(need, last << (q->cluster_bits - 5));
-    }
-    if (!need || (entry & QCOW2_OFFSET) + need <= q->data->size)
-        return;
-    k->beyond |= !(q->incompatible & QCOW2_DATA_FILE);
-    if (times)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": %s ends before the cluster does", guest, entry & QCOW2_OFFSET, util_basename(q->data->path));
-}
-
-/* One entry of an L2 table that is used `times` times, `active` of them by the active L1 table. */
-static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest,
-                                 uint64_t times, uint64_t active, uint64_t *follows)
-{
-    const struct qcow2 *q = k->q;
-    uint64_t host = entry & QCOW2_OFFSET, cluster = 1u << q->cluster_bits;
-    const char *why = qcow2_check_entry(q, entry, bitmap);
-
-    if (entry & QCOW2_COMPRESSED) {
-        qcow2_check_compressed(k, entry, bitmap, guest, times, active);
-        return;
-    }
-    if (entry & QCOW2_L2_RESERVED)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ": its L2 entry 0x%" PRIx64
-                    " has reserved bits set", guest, entry);
-    if (why)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ": %s (0x%" PRIx64 ")", guest, why, entry);
-    if (!host && ((entry & 1 && !q->subclusters) || !qcow2_allocated(q, entry)))
-        return;
-    if (host % cluster)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": its L2 entry is not aligned", guest, host);
-    if (active) {
-        k->c->allocated += active;
-        k->c->fragmented += *follows && host != *follows ? active : 0;
-        *follows = host + cluster;
-        if (!k->in_header)
-            qcow2_check_copied(k, host, entry & QCOW2_COPIED, true, guest, active);
-    }
-    if (!(q->incompatible & QCOW2_DATA_FILE)) {
-        qcow2_count_for(k, host, cluster, times, QCOW2_USE_DATA, "its cluster", guest);
-        k->shared |= active > 1;
-        if (active)
-            qcow2_note_active(k, host, cluster, QCOW2_USE_ACTIVE);
-    }
-    if ((q->incompatible & QCOW2_DATA_FILE) ? active : host < k->f->size)
-        qcow2_check_whole(k, entry, bitmap, guest, active);
-}
-
-/* Names the users of clusters that have too many: an entry of an L2 table, when all has been counted. */
-static void qcow2_name_user(struct qcow2_check *k, uint64_t entry, uint64_t guest, const struct qcow2_ref *ref)
-{
-    uint32_t offset_bits = 62 - (k->q->cluster_bits - 8);
-    bool compressed = entry & QCOW2_COMPRESSED;
-    uint64_t host = compressed ? entry & ((1ull << offset_bits) - 1) : entry & QCOW2_OFFSET, end = host + 1;
-
-    if (!host || (k->q->incompatible & QCOW2_DATA_FILE))
-        return;
-    if (compressed)
-        end = (host / 512 + ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1) * 512;
-    for (size_t i = 0; i < k->n_suspects; i++)
-        if (k->suspect[i] >= host >> k->q->cluster_bits && k->suspect[i] <= (end - 1) >> k->q->cluster_bits)
-            out_finding(k->c, k->im->name, false, 0, "host 0x%" PRIx64 " is used by guest 0x%" PRIx64 "%s%s",
-                        k->suspect[i] << k->q->cluster_bits, guest, compressed ? ", compressed" : "",
-                        ref->table ? ", of a snapshot" : "");
-}
-
-/* All entries of an L2 table, at refs[0].l2, that n entries of L1 tables point to. */
-static void qcow2_check_l2(struct qcow2_check *k, const struct qcow2_ref *refs, size_t n, bool naming)
-{
-    const struct qcow2 *q = k->q;
-    uint64_t guest = (uint64_t)refs->index << (q->cluster_bits + q->l2_bits), active = 0, entry, bitmap = 0,
-             follows = 0;
-
-    k->in_header = refs->l2 == 0;
-    for (size_t i = 0; i < n; i++)
-        active += refs[i].table == 0;
-    for (uint64_t i = 0; i < 1ull << q->l2_bits; i++, guest += 1ull << q->cluster_bits) {
-        uint64_t at = refs->l2 + i * q->entry_size, skip;
-        if (at >= k->f->size)
-            break;
-        if (!qcow2_check_word(k, at, &entry) || (q->subclusters && !qcow2_check_word(k, at + 8, &bitmap))) {
-            skip = qcow2_check_skip(at, q->entry_size);
-            i += skip;
-            guest += skip << q->cluster_bits;
-            continue;
-        }
-        if (!entry && !bitmap)
-            continue;
-        if (naming)
-            qcow2_name_user(k, entry, guest, refs);
-        else
-            qcow2_check_l2_entry(k, entry, bitmap, guest, n, active, &follows);
-    }
-}
-
-static int qcow2_compare_refs(const void *a, const void *b)
-{
-    const struct qcow2_ref *x = a, *y = b;
-
-    if (x->l2 != y->l2)
-        return x->l2 < y->l2 ? -1 : 1;
-    if (x->table != y->table)
-        return x->table < y->table ? -1 : 1;
-    return x->index < y->index ? -1 : x->index > y->index;
-}
-
-/* Looks at the L2 tables gathered so far. */
-static void qcow2_check_refs(struct qcow2_check *k, bool naming)
-{
-    size_t n;
-
-    qsort(k->refs, k->n_refs, sizeof(*k->refs), qcow2_compare_refs);
-    for (size_t i = 0; i < k->n_refs; i += n) {
-        for (n = 1; i + n < k->n_refs && k->refs[i + n].l2 == k->refs[i].l2;)
-            n++;
-        qcow2_check_l2(k, k->refs + i, n, naming);
-        out_progress_show(k->walked += n, k->to_walk);
-    }
-    k->n_refs = 0;
-}
-
-static void qcow2_check_l1_entry(struct qcow2_check *k, uint64_t entry, uint32_t index, uint32_t table)
-{
-    uint64_t l2 = entry & QCOW2_OFFSET, cluster = 1u << k->q->cluster_bits;
-    uint64_t guest = (uint64_t)index << (k->q->cluster_bits + k->q->l2_bits);
-
-    if (entry & QCOW2_L1_RESERVED)
-        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ": its L1 entry 0x%" PRIx64
-                    " has reserved bits set", guest, entry);
-    if (l2 % cluster)
-        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": its L1 entry is not aligned", guest, l2);
-    qcow2_count_for(k, l2, cluster, 1, QCOW2_USE_L2, "its L2 table", guest);
-    k->beyond |= cluster > k->f->size || l2 > k->f->size - cluster;
-    if (l2 < k->f->size && cluster > k->f->size - l2)
-        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": the file ends before its L2 table does", guest, l2);
-    if (table == 0 && l2)
-        qcow2_note_active(k, l2, cluster, QCOW2_USE_ACTIVE);
-    if (table == 0 && l2)
-        qcow2_check_copied(k, l2, entry & QCOW2_COPIED, false, guest, 1);
-}
-
-/* The entries of one L1 table. naming: the second time, see qcow2_name_user(). */
-static void qcow2_count_l1(struct qcow2_check *k, uint64_t offset, uint64_t entries, uint32_t table, bool naming)
-{
-    uint64_t entry;
-
-    if (!naming)
-        qcow2_count(k, offset, entries * 8, table ? "a snapshot's L1 table" : "the L1 table");
-    for (uint64_t i = 0; i < entries && offset + i * 8 < k->f->size; i++) {
-        if (!qcow2_check_word(k, offset + i * 8, &entry)) {
-            i += qcow2_check_skip(offset + i * 8, 8);
-            continue;
-        }
-        if (!entry)
-            continue;
-        if (!naming)
-            qcow2_check_l1_entry(k, entry, (uint32_t)i, table);
-        if (k->n_refs == QCOW2_REFS)
-            qcow2_check_refs(k, naming);
-        k->refs[k->n_refs++] = (struct qcow2_ref){ entry & QCOW2_OFFSET, (uint32_t)i, table };
-        k->to_walk++;
-    }
-}
-
-/* The active tables, then those of the snapshots, as long as these can lie side by side in the file. */
-static void qcow2_check_tables(struct qcow2_check *k, bool naming)
-{
-    const struct qcow2 *q = k->q;
-    struct qcow2_snapshot sn = { 0 };
-    uint64_t at = q->snapshots_offset, sum = k->l1_entries * 8;
-    bool bad;
-
-    k->walked = k->to_walk = 0;
-    qcow2_count_l1(k, k->l1_offset, k->l1_entries, 0, naming);
-    if (q->n_snapshots && (q->incompatible & QCOW2_DATA_FILE) && !naming)
-        out_finding(k->c, k->im->name, false, 1, "snapshots in an image with an external data file");
-    for (uint32_t i = 1; i <= q->n_snapshots; i++, at = sn.next) {
-        if (i > QCOW2_MAX_SNAPSHOTS || sum > k->length || qcow2_read_snapshot(k->im, q, at, &sn)) {
-            k->unreadable = true;
-            if (!naming)
-                out_finding(k->c, k->im->name, false, 1, "the snapshot table is damaged from entry %u on; what only "
-                            "these snapshots use seems leaked", i);
-            break;
-        }
-        bad = sn.l1_offset % (1u << q->cluster_bits) || sn.l1_entries > QCOW2_MAX_L1 / 8;
-        if (bad && !naming)
-            out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its L1 table, 0x%" PRIx64 " entries at 0x%" PRIx64
-                        ", cannot be", sn.name, sn.l1_entries, sn.l1_offset);
-        if (!q->v2 && sn.extra_len < 16 && !naming)
-            out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its entry lacks the size of the disk", sn.name);
-        sum += bad ? 0 : sn.l1_entries * 8;
-        k->unreadable |= bad || sum > k->length;
-        if (!bad && sum <= k->length)
-            qcow2_count_l1(k, sn.l1_offset, sn.l1_entries, i, naming);
-    }
-    qcow2_check_refs(k, naming);
-    if (q->crypt_size && !naming)
-        qcow2_count(k, q->crypt_offset, q->crypt_size, "the encryption header");
-    if (q->n_snapshots && !naming)
-        qcow2_count(k, q->snapshots_offset, at - q->snapshots_offset, "the snapshot table");
-}
-
-/* The bitmap's table and the clusters that it points to. */
-static void qcow2_check_bitmap(struct qcow2_check *k, const struct qcow2_bitmap *b)
-{
-    uint64_t entry, host, cluster = 1u << k->q->cluster_bits;
-
-    qcow2_count(k, b->table_offset, (uint64_t)b->table_entries * 8, "a bitmap's table");
-    if (b->table_offset % cluster) {
-        out_finding(k->c, k->im->name, false, 1, "bitmap '%s': its table at 0x%" PRIx64 " is not aligned", b->name,
-                    b->table_offset);
-        return;
-    }
-    for (uint64_t i = 0; i < b->table_entries && b->table_offset < k->f->size - i * 8; i++) {
-        if (!qcow2_check_word(k, b->table_offset + i * 8, &entry))
-            return;
-        host = entry & QCOW2_OFFSET;
-        if ((entry & QCOW2_BITMAP_RESERVED) || (host && (entry & 1)) || host % cluster)
-            out_finding(k->c, k->im->name, false, 1, "bitmap '%s': entry 0x%" PRIx64 " of its table is damaged",
-                        b->name, entry);
-        else if (host)
-            qcow2_count(k, host, cluster, "a bitmap");
-    }
-}
-
-static void qcow2_check_bitmaps(struct qcow2_check *k)
-{
-    const struct qcow2 *q = k->q;
-    struct qcow2_bitmap b = { 0 };
-    uint64_t at = q->bitmaps_offset, sum = 0;
-
-    if (!q->n_bitmaps)
-        return;
-    qcow2_count(k, q->bitmaps_offset, q->bitmaps_size, "the bitmap directory");
-    for (uint32_t i = 0; i < q->n_bitmaps; i++, at = b.next) {
-        if (i == QCOW2_MAX_BITMAPS || qcow2_read_bitmap(k->im, q, at, &b)) {
-            k->unreadable = true;
-            out_finding(k->c, k->im->name, false, 1, "the bitmap directory is damaged");
-            return;
-        }
-        sum += (uint64_t)b.table_entries * 8;
-        if (sum > k->length) {
-            k->unreadable = true;
-            out_finding(k->c, k->im->name, false, 1, "the tables of the bitmaps overlap");
-            return;
-        }
-        qcow2_check_bitmap(k, &b);
-    }
-}
-
-/* Last of all, for each block is used once and by nothing else. */
-static void qcow2_check_blocks(struct qcow2_check *k)
-{
-    uint64_t entry, cluster = 1u << k->q->cluster_bits;
-
-    qcow2_count(k, k->table_offset, k->table_entries * 8, "the refcount table");
-    for (uint64_t i = 0; i < k->table_entries; i++) {
-        if (!qcow2_check_refcounts_word(k, k->table_offset + i * 8, &entry)) {
-            i += qcow2_check_skip(k->table_offset + i * 8, 8);
-            continue;
-        }
-        if (!entry)
-            continue;
-        if (entry % cluster) {
-            out_finding(k->c, k->im->name, false, 1, "entry %" PRIu64 " of the refcount table, 0x%" PRIx64
-                        ", is damaged", i, entry);
-        } else if (entry / cluster >= k->n_clusters) {
-            out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
-                        " lies past the end of the file", i, entry);
-        } else {
-            qcow2_count_cluster(k, entry / cluster, 1);
-            qcow2_note_use(k, entry / cluster, QCOW2_USE_OTHER);
-            if (qcow2_counted(k, entry / cluster) != 1)
-                out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
-                            " is used for something else, too", i, entry);
-        }
-    }
-}
-
-/* `n` clusters up to, but not including, `end` with the same stored and counted refcounts. */
-static void qcow2_report_run(struct qcow2_check *k, uint64_t end, uint64_t n, uint64_t stored, uint64_t counted)
-{
-    uint64_t first = end - n;
-
-    if (stored == counted || !n)
-        return;
-    k->mendable += stored < counted ? n : 0;
-    out_finding(k->c, k->im->name, stored > counted, n, "host 0x%" PRIx64 ", %" PRIu64 " cluster%s: refcount %" PRIu64
-                ", but used %" PRIu64 " time%s", first << k->q->cluster_bits, n, n == 1 ? "" : "s", stored, counted,
-                counted == 1 ? "" : "s");
-    for (; stored < counted && first < end && k->n_suspects < QCOW2_SUSPECTS; first++)
-        k->suspect[k->n_suspects++] = first;
-}
-
-/* A cluster whose refcount is right, but of which one user or the other is wrong. (QEMU does not look for that.) */
-static void qcow2_report_mixed(struct qcow2_check *k, uint64_t cluster)
-{
-    out_finding(k->c, k->im->name, false, 1, "host 0x%" PRIx64 " is used as %s and as something else",
-                cluster << k->q->cluster_bits, k->uses[cluster] & QCOW2_USE_L2 ? "an L2 table" : "a table");
-    if (k->n_suspects < QCOW2_SUSPECTS)
-        k->suspect[k->n_suspects++] = cluster;
-}
-
-static void qcow2_compare_counts(struct qcow2_check *k)
-{
-    uint64_t per_block = 1ull << (k->q->cluster_bits + 3 - k->q->refcount_order), block = 0, last = 0, run = 0,
-             run_stored = 0, run_counted = 0, i;
-    int ret = 0;
-
-    for (i = 0; i < k->n_clusters; i++) {
-        uint64_t counted = qcow2_counted(k, i), stored = 0;
-        if (i % per_block == 0) {
-            ret = qcow2_block_of(k, i, &block);
-            out_progress_show(i, k->n_clusters);
-        }
-        if (ret || (block && qcow2_stored_in(k, block, i, &stored))) {
-            k->c->errors++;
-            stored = counted;
-        } else if (stored || counted) {
-            last = i;
-        }
-        if ((k->uses[i] & (QCOW2_USE_MIXED | QCOW2_USE_OVERFLOW)) == QCOW2_USE_MIXED && stored == counted)
-            qcow2_report_mixed(k, i);
-        if (stored != run_stored || counted != run_counted) {
-            qcow2_report_run(k, i, run, run_stored, run_counted);
-            run = 0;
-        }
-        run++;
-        run_stored = stored;
-        run_counted = counted;
-    }
-    qcow2_report_run(k, i, run, run_stored, run_counted);
-    k->c->image_end = (last + 1) << k->q->cluster_bits;
-}
-
-/* The parts of the header that only matter here. */
-static int qcow2_check_begin(struct qcow2_check *k)
-{
-    const struct qcow2 *q = k->q;
-    uint64_t cluster = 1u << q->cluster_bits, done;
-    uint8_t h[QCOW2_HEADER_V2];
-    int ret = file_pread(k->f, h, sizeof(h), 0, &done);
-
-    if (ret)
-        return ret;
-    k->size = util_be64(h + 24);
-    k->l1_entries = util_be32(h + 36);
-    k->l1_offset = util_be64(h + 40);
-    k->table_offset = util_be64(h + 48);
-    k->table_entries = (uint64_t)util_be32(h + 56) * cluster / 8;
-    if (k->table_entries * 8 > QCOW2_MAX_REFCOUNT_TABLE)
-        return fmt_refuse(k->im, "the size of the refcount table", k->table_entries);
-    if (k->table_offset % cluster || k->table_offset > (uint64_t)INT64_MAX)
-        return fmt_refuse(k->im, "the place of the refcount table", k->table_offset);
-    if (k->l1_entries > QCOW2_MAX_L1 / 8 || k->l1_offset % cluster || k->l1_offset > (uint64_t)INT64_MAX)
-        return fmt_refuse(k->im, "the place of the L1 table", k->l1_offset);
-    k->length = (k->f->size + 511) / 512 * 512;
-    k->n_clusters = (k->length + cluster - 1) / cluster;
-    if (k->n_clusters > INT_MAX)
-        return msg_err(-EFBIG, "%s: too large to be checked (%" PRIu64 " clusters)", k->im->name, k->n_clusters);
-    k->width = q->refcount_order <= 3 ? 1 : q->refcount_order == 4 ? 2 : 4;
-    k->most = q->refcount_order >= 5 ? UINT32_MAX : (1ull << (1u << q->refcount_order)) - 1;
-    k->c->total = ((k->size & ~511ull) + cluster - 1) / cluster;
-    return 0;
-}
-
-static void qcow2_check_all(struct qcow2_check *k)
-{
-    qcow2_count(k, 0, 1u << k->q->cluster_bits, "the header");
-    qcow2_check_tables(k, false);
-    qcow2_check_bitmaps(k);
-    qcow2_check_blocks(k);
-    qcow2_compare_counts(k);
-    if (k->n_suspects)
-        qcow2_check_tables(k, true);
-}
-
-/* Counts everything; what is to be done with the counts comes last. */
-static int qcow2_count_all(struct image *im, struct check *c, int (*then)(struct qcow2_check *k))
-{
-    struct qcow2_check k = { .im = im, .q = im->state, .c = c, .f = &im->files[0] };
-    int ret = qcow2_check_begin(&k);
-    uint64_t bytes = (k.n_clusters + 1) * (k.width + 1);
-
-    if (ret)
-        return ret;
-    k.counts = util_map(bytes);
-    k.refs = malloc(QCOW2_REFS * sizeof(*k.refs));
-    if (!k.counts || !k.refs) {
-        ret = msg_err(-ENOMEM, "%s: out of memory", im->name);
-    } else {
-        k.uses = (uint8_t *)k.counts + (k.n_clusters + 1) * k.width;
-        qcow2_check_all(&k);
-        ((struct qcow2 *)im->state)->shared = k.shared;
-    }
-    if (!ret && then)
-        ret = then(&k);
-    util_unmap(k.counts, bytes);
-    free(k.refs);
-    return ret;
-}
-
-static int qcow2_check(struct image *im, struct check *c)
-{
-    return qcow2_count_all(im, c, NULL);
-}
-
-/*
- * For --map: were clusters set aside that have no room in the file yet, as with preallocation=metadata? As QEMU
- * finds out: there are more used clusters than the file has blocks for, by a tenth, or by two.
- */
-static void qcow2_find_holes(struct image *im)
-{
-    struct qcow2 *q = im->state;
-    struct check c = { .errors = 0 };
-    struct qcow2_check k = { .im = im, .q = q, .c = &c, .f = &im->files[0] };
-    uint64_t room = ((uint64_t)k.f->st.st_blocks * 512) >> q->cluster_bits, used = 0, stored = 0;
-    uint64_t enough = room * 10 / 9 > room + 2 ? room * 10 / 9 : room + 2;
-
-    if (k.f->is_blk || (k.f->size >> q->cluster_bits) + 1 < enough || qcow2_check_begin(&k))
-        return;
-    for (uint64_t i = 0; i < k.n_clusters && used < enough && qcow2_stored(&k, i, &stored) == 0; i++)
-        used += stored != 0;
-    q->preallocated = used >= enough;
 }
 
 /* ******************************************************************************************************** *
@@ -10626,36 +9913,7 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
     return qcow2_make_way(im, ret == -ENOBUFS);
 }
 
-/* -- opening for writing, changing the size -- */
-
-/* Damaged refcounts would give away clusters that are in use. So they are counted before anything is written. */
-static int qcow2_mend_dirty(struct qcow2_check *k);
-static int qcow2_repair_by(struct image *im, struct check *c, int (*mend)(struct qcow2_check *k));
-
-static int qcow2_count_before_writing(struct image *im, bool *sound)
-{
-    struct qcow2 *q = im->state;
-    struct check c = { .corruption_lines = OUT_FINDINGS, .leak_lines = OUT_FINDINGS };   /* no lines, only counts */
-    int ret = 0;
-
-    *sound = !(q->incompatible & QCOW2_CORRUPT);
-    if (*sound)
-        ret = q->incompatible & QCOW2_DIRTY ? qcow2_repair_by(im, &c, qcow2_mend_dirty) : qcow2_check(im, &c);
-    c.corruptions += ret == -EINVAL;        /* the header's fields make no sense: it has said which */
-    ret = ret == -EINVAL ? 0 : ret;
-    if (ret || (c.errors && !c.corruptions))        /* a disk that cannot be read is not a corrupt image */
-        return msg_err(ret ? ret : -EIO, "%s: cannot be checked, so it is not opened for writing; --overlay and "
-                       "--temporary need no check", im->name);
-    if (c.corruptions) {
-        *sound = false;
-        msg_say(MSG_ERROR, "%s: is corrupt (%" PRIu64 " findings): served read-only; --check lists them, --check "
-                "--repair mends what can be mended", im->name, c.corruptions);
-    } else if (!*sound) {
-        msg_say(MSG_ERROR, "%s: is marked corrupt: served read-only; --check says why, --check --repair mends what "
-                "can be mended", im->name);
-    }
-    return ret;
-}
+/* -- starting and stopping, changing the size -- */
 
 /* Feature bits of version 3; this also tells every other program. */
 static int qcow2_set_features(struct image *im, uint64_t incompatible, uint64_t autoclear)
@@ -10719,32 +9977,6 @@ static void qcow2_close(struct image *im)
     if (im->state)
         qcow2_stop_writer(im->state);
     free(im->state);
-}
-
-/* Of the features that others keep in step with the data (bitmaps), we know only raw external data. */
-static int qcow2_begin_writing(struct image *im)
-{
-    struct qcow2 *q = im->state;
-    bool sound = true;
-    int ret;
-
-    if (im->depth == 0 && im->opt->snapshot)
-        return msg_err(-EROFS, "%s: a snapshot is not written; --overlay or --temporary takes the changes", im->name);
-    ret = qcow2_count_before_writing(im, &sound);
-    if (!ret && !sound) {
-        ret = qcow2_set_features(im, q->incompatible | QCOW2_CORRUPT, q->autoclear);
-        im->writable = false;
-    } else if (!ret) {
-        ret = qcow2_start_writer(im);
-        if (!ret && q->shared)
-            msg_say(MSG_NOTE, "%s: parts of its disk share clusters; they part where they are written, which leaks "
-                    "clusters (--check --repair gives them back)", im->name);
-        if (!ret && !im->files[0].is_blk)   /* QEMU leaves the last cluster as short as it was written */
-            ret = file_grow(&im->files[0], q->w->top);
-        if (!ret)
-            ret = qcow2_set_features(im, q->incompatible, q->autoclear & QCOW2_RAW_DATA);
-    }
-    return ret;
 }
 
 /*
@@ -10895,6 +10127,770 @@ static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
     pthread_mutex_unlock(&q->w->lock);
     q->size = ret ? q->size : size;
     return ret;
+}
+
+/* -- making overlays -- */
+
+/* A new image over `backing` (its size in bytes), in an empty file: header, refcount table, one block, L1 table. */
+static int qcow2_create(struct file *f, uint64_t base_size, const char *backing, const char *backing_format)
+{
+    const uint64_t cluster = 1 << 16, per_table = cluster / 8 * cluster, size = (base_size + 511) & ~511ull;
+    uint64_t l1 = size ? (size - 1) / per_table + 1 : 1, n = 3 + (l1 * 8 + cluster - 1) / cluster, done;
+    size_t name = strlen(backing), format = strlen(backing_format);
+    uint64_t hash = UTIL_HASH_START;
+    uint8_t *h = calloc(3, cluster);
+    int ret = 0;
+
+    if (!h)
+        return msg_err(-ENOMEM, "%s: out of memory", f->path);
+    if (l1 * 8 > QCOW2_MAX_L1 || name > QCOW2_MAX_NAME || format > 31 || n > cluster / 2)
+        ret = msg_err(-EFBIG, "%s: too large a disk for an overlay", f->path);
+    qcow2_put_be32(h, QCOW2_MAGIC);
+    qcow2_put_be32(h + 4, 3);
+    qcow2_put_be32(h + 20, 16);
+    qcow2_put_be64(h + 24, size);
+    qcow2_put_be32(h + 36, (uint32_t)l1);
+    qcow2_put_be64(h + 40, 3 * cluster);
+    qcow2_put_be64(h + 48, cluster);
+    qcow2_put_be32(h + 56, 1);
+    qcow2_put_be32(h + 96, 4);
+    qcow2_put_be32(h + 100, QCOW2_HEADER_V3);
+    qcow2_put_be32(h + 104, QCOW2_EXT_BACKING_FORMAT);
+    qcow2_put_be32(h + 108, (uint32_t)format);
+    memcpy(h + 112, backing_format, util_min(format, 31));
+    qcow2_put_be32(h + 112 + (format + 7) / 8 * 8, QCOW2_EXT_BASE_SIZE);
+    qcow2_put_be32(h + 116 + (format + 7) / 8 * 8, 16);
+    qcow2_put_be64(h + 120 + (format + 7) / 8 * 8, base_size);
+    util_hash(&hash, backing);
+    qcow2_put_be64(h + 128 + (format + 7) / 8 * 8, hash);
+    qcow2_put_be64(h + 8, 176);                         /* 8 zeros before it end the extensions */
+    qcow2_put_be32(h + 16, (uint32_t)name);
+    memcpy(h + 176, backing, util_min(name, QCOW2_MAX_NAME));
+    qcow2_put_be64(h + cluster, 2 * cluster);
+    for (uint64_t i = 0; i < n && !ret; i++)
+        h[2 * cluster + 2 * i + 1] = 1;
+    if (!ret)
+        ret = file_grow(f, n * cluster);
+    if (!ret)
+        ret = file_pwrite(f, h, 3 * cluster, 0, &done);
+    free(h);
+    return ret ? ret : file_sync(f);
+}
+
+/* ******************************************************************************************************** *
+ * 23. qcow2 check
+ *
+ * References to every host cluster are counted, as qemu-img check does, and compared with the stored refcounts: for
+ * --check, for --repair, and before the first write.
+ *
+ * Memory is one small number per cluster of the file, and QCOW2_REFS entries of L1 tables at a time. These are
+ * sorted, so that an L2 table that snapshots share is read once and counted as often as it is used: the work has
+ * a bound, whatever the tables say.
+ * ******************************************************************************************************** */
+
+enum {
+    QCOW2_REFS = 1 << 18,
+    QCOW2_SUSPECTS = 100            /* clusters whose users are named */
+};
+/* What a cluster is used for. A table is repaired only if its clusters are used as that table and as nothing else. */
+enum {
+    QCOW2_USE_DATA = 1,
+    QCOW2_USE_L2 = 2,               /* by any number of L1 entries */
+    QCOW2_USE_OTHER = 4,            /* the header or a table that has one user: L1, refcounts, snapshots, bitmaps */
+    QCOW2_USE_MIXED = 8,            /* several of these, or twice the last */
+    QCOW2_USE_ACTIVE = 16,          /* the active tables refer to it, by an entry that may be COPIED ... */
+    QCOW2_USE_COMPRESSED = 32,      /* ... or by one that never is */
+    QCOW2_USE_OVERFLOW = 64,        /* it has more users than a refcount can hold */
+    QCOW2_USE_SEEN = 128            /* an L2 table that was repaired */
+};
+
+/* An L1 entry that is not 0. */
+struct qcow2_ref {
+    uint64_t l2;                    /* where its L2 table lies */
+    uint32_t index;                 /* in its L1 table */
+    uint32_t table;                 /* 0: the active one; else number of the snapshot, from 1 */
+};
+
+struct qcow2_check {
+    struct image *im;
+    const struct qcow2 *q;
+    struct check *c;
+    struct file *f;
+    uint64_t length;                /* of the file, in whole sectors, as QEMU counts */
+    uint64_t n_clusters;            /* of the file; one more may be begun by what is not aligned */
+    void *counts;                   /* n_clusters + 1 numbers of `width` bytes */
+    unsigned width;                 /* wide enough for refcounts of the image, but 4 at most */
+    uint64_t most;                  /* what a counter holds: the largest refcount, or 2^32 - 1 */
+    uint64_t l1_offset, l1_entries, size;   /* the active ones, whatever --snapshot says */
+    uint64_t table_offset, table_entries;   /* the refcount table */
+    uint64_t block_number, block;   /* its entry that was asked for last, from 1 */
+    struct qcow2_ref *refs;
+    size_t n_refs;
+    uint64_t walked, to_walk;       /* L2 tables, for the progress */
+    uint8_t *uses;                  /* QCOW2_USE_* of every cluster, as many as counts */
+    uint64_t flags_set;             /* COPIED flags that were set right */
+    uint64_t mendable;              /* corruptions that are wrong refcounts or COPIED flags */
+    bool mixed;                     /* some cluster is a table and something else */
+    bool shared;                    /* the active tables refer to some cluster more than once */
+    bool beyond;                    /* some entry refers past the end of the file: the file must not grow */
+    bool unreadable;                /* some table is: what it refers to was not counted, so nothing may be freed */
+    bool in_header;                 /* an L1 entry of flags alone: QEMU counts what the header would refer to */
+    uint64_t suspect[QCOW2_SUSPECTS];       /* host clusters with more users than their refcount, or unlike ones */
+    size_t n_suspects;
+};
+
+/* Eight bytes of a table; past the end of the file there are zeros, as in the rest of its last cluster. */
+static bool qcow2_check_refcounts_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
+{
+    *value = 0;
+    if (offset >= k->f->size || cache_be64(k->f, offset, value) == 0)
+        return true;
+    if (k->c->errors++ == 0)
+        msg_err(0, "%s: the table at %" PRIu64 " cannot be read", k->im->name, offset);
+    return false;
+}
+
+/* Likewise, of a table whose entries are references that are counted. */
+static bool qcow2_check_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
+{
+    bool good = qcow2_check_refcounts_word(k, offset, value);
+
+    k->unreadable |= !good;
+    return good;
+}
+
+/* An entry (of `size` bytes) at `offset` cannot be read: how many more are lost with it, to the end of the sector? */
+static uint64_t qcow2_check_skip(uint64_t offset, uint32_t size)
+{
+    return (512 - offset % 512) / size - 1;
+}
+
+static void qcow2_note_use(struct qcow2_check *k, uint64_t cluster, uint8_t use)
+{
+    uint8_t kinds = k->uses[cluster] & (QCOW2_USE_DATA | QCOW2_USE_L2 | QCOW2_USE_OTHER);
+
+    if (kinds & (use == QCOW2_USE_OTHER ? 0xff : ~use)) {
+        use |= QCOW2_USE_MIXED;
+        k->mixed = true;
+    }
+    k->uses[cluster] |= use;
+}
+
+/* The active tables refer to a range that was counted. Two such references, one of which may be COPIED, share it. */
+static void qcow2_note_active(struct qcow2_check *k, uint64_t offset, uint64_t length, uint8_t use)
+{
+    uint8_t others = QCOW2_USE_ACTIVE | (use & QCOW2_USE_ACTIVE ? QCOW2_USE_COMPRESSED : 0);
+
+    for (uint64_t i = offset >> k->q->cluster_bits; i <= (offset + length - 1) >> k->q->cluster_bits; i++) {
+        if (i >= k->n_clusters)
+            return;
+        k->shared |= k->uses[i] & others;
+        k->uses[i] |= use;
+    }
+}
+
+static uint64_t qcow2_counted(const struct qcow2_check *k, uint64_t cluster)
+{
+    return k->width == 1   ? ((uint8_t *)k->counts)[cluster]
+           : k->width == 2 ? ((uint16_t *)k->counts)[cluster]
+                           : ((uint32_t *)k->counts)[cluster];
+}
+
+static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_t times)
+{
+    uint64_t now = qcow2_counted(k, cluster), room = util_min(times, k->most - now);
+
+    if (k->width == 1)
+        ((uint8_t *)k->counts)[cluster] = (uint8_t)(now + room);
+    else if (k->width == 2)
+        ((uint16_t *)k->counts)[cluster] = (uint16_t)(now + room);
+    else
+        ((uint32_t *)k->counts)[cluster] = (uint32_t)(now + room);
+    if (times > room)
+        k->uses[cluster] |= QCOW2_USE_OVERFLOW;
+    if (times > room && k->q->refcount_order == 6)
+        k->c->errors += times - room;       /* cannot be counted: this is no finding */
+    else if (times > room)
+        out_finding(k->c, k->im->name, false, times - room,
+                    "host 0x%" PRIx64 ": more references than a refcount of %u bits can hold",
+                    cluster << k->q->cluster_bits, 1u << k->q->refcount_order);
+    if (cluster == k->n_clusters)
+        k->n_clusters++;
+}
+
+/* Counts `times` uses of a range; what, guest: for the message. Its last cluster may be only begun in the file. */
+static void qcow2_count_for(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times, uint8_t use,
+                            const char *what, uint64_t guest)
+{
+    uint64_t cluster = 1u << k->q->cluster_bits;
+    char name[32] = "";
+
+    if (!length)
+        return;
+    if (offset > (uint64_t)INT64_MAX || length > (uint64_t)INT64_MAX || offset + length >= k->length + cluster) {
+        k->beyond = true;
+        if (guest != UINT64_MAX)
+            snprintf(name, sizeof(name), "guest 0x%" PRIx64 ", ", guest);
+        out_finding(k->c, k->im->name, false, times, "%s%s: 0x%" PRIx64 " bytes at host 0x%" PRIx64
+                    " reach past the end of the file", name, what, length, offset);
+        return;
+    }
+    for (uint64_t i = offset / cluster; i <= (offset + length - 1) / cluster; i++) {
+        qcow2_count_cluster(k, i, times);
+        qcow2_note_use(k, i, use);
+    }
+}
+
+static void qcow2_count(struct qcow2_check *k, uint64_t offset, uint64_t length, const char *what)
+{
+    qcow2_count_for(k, offset, length, 1, QCOW2_USE_OTHER, what, UINT64_MAX);
+}
+
+/* Where the refcount block for a cluster lies; 0: there is none, so all its refcounts are 0. */
+static int qcow2_block_of(struct qcow2_check *k, uint64_t cluster, uint64_t *block)
+{
+    uint64_t index = cluster >> (k->q->cluster_bits + 3 - k->q->refcount_order);
+
+    *block = 0;
+    if (index >= k->table_entries)
+        return 0;
+    if (index + 1 != k->block_number) {
+        k->block_number = 0;
+        if (!qcow2_check_refcounts_word(k, k->table_offset + index * 8, &k->block))
+            return -EIO;
+        k->block &= QCOW2_REFCOUNT_BLOCK;
+        k->block_number = index + 1;
+    }
+    *block = k->block;
+    return *block % (1u << k->q->cluster_bits) || *block > (uint64_t)INT64_MAX ? -EIO : 0;
+}
+
+/* The refcount of a cluster in its block. Less than a byte: the first is in the lowest bits. */
+static int qcow2_stored_in(struct qcow2_check *k, uint64_t block, uint64_t cluster, uint64_t *refcount)
+{
+    uint32_t order = k->q->refcount_order, bits = 1u << order;
+    uint64_t index = cluster & ((1ull << (k->q->cluster_bits + 3 - order)) - 1), at = index << order, word;
+
+    *refcount = 0;
+    if (!block)
+        return 0;
+    if (!qcow2_check_refcounts_word(k, block + at / 64 * 8, &word))
+        return -EIO;
+    if (order < 3)
+        *refcount = word >> (56 - at % 64 / 8 * 8 + at % 8) & ((1u << bits) - 1);
+    else
+        *refcount = order == 6 ? word : word >> (64 - bits - at % 64) & ((1ull << bits) - 1);
+    return 0;
+}
+
+static int qcow2_stored(struct qcow2_check *k, uint64_t cluster, uint64_t *refcount)
+{
+    uint64_t block;
+    int ret = qcow2_block_of(k, cluster, &block);
+
+    *refcount = 0;
+    return ret ? ret : qcow2_stored_in(k, block, cluster, refcount);
+}
+
+/* COPIED says that the refcount is 1. Only the active tables have it. */
+static void qcow2_check_copied(struct qcow2_check *k, uint64_t host, bool copied, bool is_data, uint64_t guest,
+                               uint64_t times)
+{
+    uint64_t refcount = 1;
+
+    if (!(is_data && (k->q->incompatible & QCOW2_DATA_FILE)) &&
+        qcow2_stored(k, host >> k->q->cluster_bits, &refcount))
+        return;                     /* said elsewhere */
+    if ((refcount == 1) == copied)
+        return;
+    k->mendable += times;
+    out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                ": the %s is %s, but its refcount is %" PRIu64, guest, host, is_data ? "cluster" : "L2 table",
+                copied ? "marked as used once" : "not marked as used once", refcount);
+}
+
+/* What is wrong with an entry of an L2 table by itself, or NULL. Compressed: bit 62. */
+static const char *qcow2_check_entry(const struct qcow2 *q, uint64_t entry, uint64_t bitmap)
+{
+    bool allocated = qcow2_allocated(q, entry);
+
+    if (entry & QCOW2_COMPRESSED)
+        return NULL;
+    if (!q->subclusters)
+        return (entry & 1) && q->v2 ? "a zero cluster in a version 2 image" : NULL;
+    if (entry & 1)
+        return "its L2 entry has reserved bits set";
+    if (allocated && (bitmap >> 32 & bitmap & UINT32_MAX))
+        return "a subcluster is both allocated and zero";
+    return !allocated && (bitmap & UINT32_MAX) ? "a subcluster is allocated in no cluster" : NULL;
+}
+
+static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest,
+                                   uint64_t times, uint64_t active)
+{
+    uint32_t offset_bits = 62 - (k->q->cluster_bits - 8);
+    uint64_t host = entry & ((1ull << offset_bits) - 1);
+    uint64_t sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
+    bool misplaced = k->q->incompatible & QCOW2_DATA_FILE;
+
+    if (entry & QCOW2_COPIED)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": a compressed cluster is marked as used once", guest, host);
+    if (misplaced || bitmap) {
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": a compressed cluster %s", guest, host,
+                    misplaced ? "in an image with an external data file" : "has subclusters");
+        return;
+    }
+    qcow2_count_for(k, host, sectors * 512 - host % 512, times, QCOW2_USE_DATA, "compressed", guest);
+    if (active)
+        qcow2_note_active(k, host, sectors * 512 - host % 512, QCOW2_USE_COMPRESSED);
+    k->c->allocated += active;
+    k->c->compressed += active;
+    k->c->fragmented += active;     /* by nature */
+}
+
+/*
+ * A cluster that ends past the end of the file is no fault (QEMU does not count it), unless some of what is read
+ * of it is missing. times 0: of a snapshot, which is not reported.
+ */
+static void qcow2_check_whole(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t times)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t need = guest >= k->size ? 0 : util_min(1u << q->cluster_bits, k->size - guest), last = 0;
+
+    if (!q->subclusters && (entry & 1))
+        return;
+    if (q->subclusters) {
+        for (unsigned i = 0; i < QCOW2_SUBCLUSTERS; i++)
+            last = bitmap >> i & 1 ? i + 1 : last;
+        need = util_min(need, last << (q->cluster_bits - 5));
+    }
+    if (!need || (entry & QCOW2_OFFSET) + need <= q->data->size)
+        return;
+    k->beyond |= !(q->incompatible & QCOW2_DATA_FILE);
+    if (times)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": %s ends before the cluster does", guest, entry & QCOW2_OFFSET, util_basename(q->data->path));
+}
+
+/* One entry of an L2 table that is used `times` times, `active` of them by the active L1 table. */
+static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest,
+                                 uint64_t times, uint64_t active, uint64_t *follows)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t host = entry & QCOW2_OFFSET, cluster = 1u << q->cluster_bits;
+    const char *why = qcow2_check_entry(q, entry, bitmap);
+
+    if (entry & QCOW2_COMPRESSED) {
+        qcow2_check_compressed(k, entry, bitmap, guest, times, active);
+        return;
+    }
+    if (entry & QCOW2_L2_RESERVED)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ": its L2 entry 0x%" PRIx64
+                    " has reserved bits set", guest, entry);
+    if (why)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ": %s (0x%" PRIx64 ")", guest, why, entry);
+    if (!host && ((entry & 1 && !q->subclusters) || !qcow2_allocated(q, entry)))
+        return;
+    if (host % cluster)
+        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": its L2 entry is not aligned", guest, host);
+    if (active) {
+        k->c->allocated += active;
+        k->c->fragmented += *follows && host != *follows ? active : 0;
+        *follows = host + cluster;
+        if (!k->in_header)
+            qcow2_check_copied(k, host, entry & QCOW2_COPIED, true, guest, active);
+    }
+    if (!(q->incompatible & QCOW2_DATA_FILE)) {
+        qcow2_count_for(k, host, cluster, times, QCOW2_USE_DATA, "its cluster", guest);
+        k->shared |= active > 1;
+        if (active)
+            qcow2_note_active(k, host, cluster, QCOW2_USE_ACTIVE);
+    }
+    if ((q->incompatible & QCOW2_DATA_FILE) ? active : host < k->f->size)
+        qcow2_check_whole(k, entry, bitmap, guest, active);
+}
+
+/* Names the users of clusters that have too many: an entry of an L2 table, when all has been counted. */
+static void qcow2_name_user(struct qcow2_check *k, uint64_t entry, uint64_t guest, const struct qcow2_ref *ref)
+{
+    uint32_t offset_bits = 62 - (k->q->cluster_bits - 8);
+    bool compressed = entry & QCOW2_COMPRESSED;
+    uint64_t host = compressed ? entry & ((1ull << offset_bits) - 1) : entry & QCOW2_OFFSET, end = host + 1;
+
+    if (!host || (k->q->incompatible & QCOW2_DATA_FILE))
+        return;
+    if (compressed)
+        end = (host / 512 + ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1) * 512;
+    for (size_t i = 0; i < k->n_suspects; i++)
+        if (k->suspect[i] >= host >> k->q->cluster_bits && k->suspect[i] <= (end - 1) >> k->q->cluster_bits)
+            out_finding(k->c, k->im->name, false, 0, "host 0x%" PRIx64 " is used by guest 0x%" PRIx64 "%s%s",
+                        k->suspect[i] << k->q->cluster_bits, guest, compressed ? ", compressed" : "",
+                        ref->table ? ", of a snapshot" : "");
+}
+
+/* All entries of an L2 table, at refs[0].l2, that n entries of L1 tables point to. */
+static void qcow2_check_l2(struct qcow2_check *k, const struct qcow2_ref *refs, size_t n, bool naming)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t guest = (uint64_t)refs->index << (q->cluster_bits + q->l2_bits), active = 0, entry, bitmap = 0,
+             follows = 0;
+
+    k->in_header = refs->l2 == 0;
+    for (size_t i = 0; i < n; i++)
+        active += refs[i].table == 0;
+    for (uint64_t i = 0; i < 1ull << q->l2_bits; i++, guest += 1ull << q->cluster_bits) {
+        uint64_t at = refs->l2 + i * q->entry_size, skip;
+        if (at >= k->f->size)
+            break;
+        if (!qcow2_check_word(k, at, &entry) || (q->subclusters && !qcow2_check_word(k, at + 8, &bitmap))) {
+            skip = qcow2_check_skip(at, q->entry_size);
+            i += skip;
+            guest += skip << q->cluster_bits;
+            continue;
+        }
+        if (!entry && !bitmap)
+            continue;
+        if (naming)
+            qcow2_name_user(k, entry, guest, refs);
+        else
+            qcow2_check_l2_entry(k, entry, bitmap, guest, n, active, &follows);
+    }
+}
+
+static int qcow2_compare_refs(const void *a, const void *b)
+{
+    const struct qcow2_ref *x = a, *y = b;
+
+    if (x->l2 != y->l2)
+        return x->l2 < y->l2 ? -1 : 1;
+    if (x->table != y->table)
+        return x->table < y->table ? -1 : 1;
+    return x->index < y->index ? -1 : x->index > y->index;
+}
+
+/* Looks at the L2 tables gathered so far. */
+static void qcow2_check_refs(struct qcow2_check *k, bool naming)
+{
+    size_t n;
+
+    qsort(k->refs, k->n_refs, sizeof(*k->refs), qcow2_compare_refs);
+    for (size_t i = 0; i < k->n_refs; i += n) {
+        for (n = 1; i + n < k->n_refs && k->refs[i + n].l2 == k->refs[i].l2;)
+            n++;
+        qcow2_check_l2(k, k->refs + i, n, naming);
+        out_progress_show(k->walked += n, k->to_walk);
+    }
+    k->n_refs = 0;
+}
+
+static void qcow2_check_l1_entry(struct qcow2_check *k, uint64_t entry, uint32_t index, uint32_t table)
+{
+    uint64_t l2 = entry & QCOW2_OFFSET, cluster = 1u << k->q->cluster_bits;
+    uint64_t guest = (uint64_t)index << (k->q->cluster_bits + k->q->l2_bits);
+
+    if (entry & QCOW2_L1_RESERVED)
+        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ": its L1 entry 0x%" PRIx64
+                    " has reserved bits set", guest, entry);
+    if (l2 % cluster)
+        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": its L1 entry is not aligned", guest, l2);
+    qcow2_count_for(k, l2, cluster, 1, QCOW2_USE_L2, "its L2 table", guest);
+    k->beyond |= cluster > k->f->size || l2 > k->f->size - cluster;
+    if (l2 < k->f->size && cluster > k->f->size - l2)
+        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
+                    ": the file ends before its L2 table does", guest, l2);
+    if (table == 0 && l2)
+        qcow2_note_active(k, l2, cluster, QCOW2_USE_ACTIVE);
+    if (table == 0 && l2)
+        qcow2_check_copied(k, l2, entry & QCOW2_COPIED, false, guest, 1);
+}
+
+/* The entries of one L1 table. naming: the second time, see qcow2_name_user(). */
+static void qcow2_count_l1(struct qcow2_check *k, uint64_t offset, uint64_t entries, uint32_t table, bool naming)
+{
+    uint64_t entry;
+
+    if (!naming)
+        qcow2_count(k, offset, entries * 8, table ? "a snapshot's L1 table" : "the L1 table");
+    for (uint64_t i = 0; i < entries && offset + i * 8 < k->f->size; i++) {
+        if (!qcow2_check_word(k, offset + i * 8, &entry)) {
+            i += qcow2_check_skip(offset + i * 8, 8);
+            continue;
+        }
+        if (!entry)
+            continue;
+        if (!naming)
+            qcow2_check_l1_entry(k, entry, (uint32_t)i, table);
+        if (k->n_refs == QCOW2_REFS)
+            qcow2_check_refs(k, naming);
+        k->refs[k->n_refs++] = (struct qcow2_ref){ entry & QCOW2_OFFSET, (uint32_t)i, table };
+        k->to_walk++;
+    }
+}
+
+/* The active tables, then those of the snapshots, as long as these can lie side by side in the file. */
+static void qcow2_check_tables(struct qcow2_check *k, bool naming)
+{
+    const struct qcow2 *q = k->q;
+    struct qcow2_snapshot sn = { 0 };
+    uint64_t at = q->snapshots_offset, sum = k->l1_entries * 8;
+    bool bad;
+
+    k->walked = k->to_walk = 0;
+    qcow2_count_l1(k, k->l1_offset, k->l1_entries, 0, naming);
+    if (q->n_snapshots && (q->incompatible & QCOW2_DATA_FILE) && !naming)
+        out_finding(k->c, k->im->name, false, 1, "snapshots in an image with an external data file");
+    for (uint32_t i = 1; i <= q->n_snapshots; i++, at = sn.next) {
+        if (i > QCOW2_MAX_SNAPSHOTS || sum > k->length || qcow2_read_snapshot(k->im, q, at, &sn)) {
+            k->unreadable = true;
+            if (!naming)
+                out_finding(k->c, k->im->name, false, 1, "the snapshot table is damaged from entry %u on; what only "
+                            "these snapshots use seems leaked", i);
+            break;
+        }
+        bad = sn.l1_offset % (1u << q->cluster_bits) || sn.l1_entries > QCOW2_MAX_L1 / 8;
+        if (bad && !naming)
+            out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its L1 table, 0x%" PRIx64 " entries at 0x%" PRIx64
+                        ", cannot be", sn.name, sn.l1_entries, sn.l1_offset);
+        if (!q->v2 && sn.extra_len < 16 && !naming)
+            out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its entry lacks the size of the disk", sn.name);
+        sum += bad ? 0 : sn.l1_entries * 8;
+        k->unreadable |= bad || sum > k->length;
+        if (!bad && sum <= k->length)
+            qcow2_count_l1(k, sn.l1_offset, sn.l1_entries, i, naming);
+    }
+    qcow2_check_refs(k, naming);
+    if (q->crypt_size && !naming)
+        qcow2_count(k, q->crypt_offset, q->crypt_size, "the encryption header");
+    if (q->n_snapshots && !naming)
+        qcow2_count(k, q->snapshots_offset, at - q->snapshots_offset, "the snapshot table");
+}
+
+/* The bitmap's table and the clusters that it points to. */
+static void qcow2_check_bitmap(struct qcow2_check *k, const struct qcow2_bitmap *b)
+{
+    uint64_t entry, host, cluster = 1u << k->q->cluster_bits;
+
+    qcow2_count(k, b->table_offset, (uint64_t)b->table_entries * 8, "a bitmap's table");
+    if (b->table_offset % cluster) {
+        out_finding(k->c, k->im->name, false, 1, "bitmap '%s': its table at 0x%" PRIx64 " is not aligned", b->name,
+                    b->table_offset);
+        return;
+    }
+    for (uint64_t i = 0; i < b->table_entries && b->table_offset < k->f->size - i * 8; i++) {
+        if (!qcow2_check_word(k, b->table_offset + i * 8, &entry))
+            return;
+        host = entry & QCOW2_OFFSET;
+        if ((entry & QCOW2_BITMAP_RESERVED) || (host && (entry & 1)) || host % cluster)
+            out_finding(k->c, k->im->name, false, 1, "bitmap '%s': entry 0x%" PRIx64 " of its table is damaged",
+                        b->name, entry);
+        else if (host)
+            qcow2_count(k, host, cluster, "a bitmap");
+    }
+}
+
+static void qcow2_check_bitmaps(struct qcow2_check *k)
+{
+    const struct qcow2 *q = k->q;
+    struct qcow2_bitmap b = { 0 };
+    uint64_t at = q->bitmaps_offset, sum = 0;
+
+    if (!q->n_bitmaps)
+        return;
+    qcow2_count(k, q->bitmaps_offset, q->bitmaps_size, "the bitmap directory");
+    for (uint32_t i = 0; i < q->n_bitmaps; i++, at = b.next) {
+        if (i == QCOW2_MAX_BITMAPS || qcow2_read_bitmap(k->im, q, at, &b)) {
+            k->unreadable = true;
+            out_finding(k->c, k->im->name, false, 1, "the bitmap directory is damaged");
+            return;
+        }
+        sum += (uint64_t)b.table_entries * 8;
+        if (sum > k->length) {
+            k->unreadable = true;
+            out_finding(k->c, k->im->name, false, 1, "the tables of the bitmaps overlap");
+            return;
+        }
+        qcow2_check_bitmap(k, &b);
+    }
+}
+
+/* Last of all, for each block is used once and by nothing else. */
+static void qcow2_check_blocks(struct qcow2_check *k)
+{
+    uint64_t entry, cluster = 1u << k->q->cluster_bits;
+
+    qcow2_count(k, k->table_offset, k->table_entries * 8, "the refcount table");
+    for (uint64_t i = 0; i < k->table_entries; i++) {
+        if (!qcow2_check_refcounts_word(k, k->table_offset + i * 8, &entry)) {
+            i += qcow2_check_skip(k->table_offset + i * 8, 8);
+            continue;
+        }
+        if (!entry)
+            continue;
+        if (entry % cluster) {
+            out_finding(k->c, k->im->name, false, 1, "entry %" PRIu64 " of the refcount table, 0x%" PRIx64
+                        ", is damaged", i, entry);
+        } else if (entry / cluster >= k->n_clusters) {
+            out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
+                        " lies past the end of the file", i, entry);
+        } else {
+            qcow2_count_cluster(k, entry / cluster, 1);
+            qcow2_note_use(k, entry / cluster, QCOW2_USE_OTHER);
+            if (qcow2_counted(k, entry / cluster) != 1)
+                out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
+                            " is used for something else, too", i, entry);
+        }
+    }
+}
+
+/* `n` clusters up to, but not including, `end` with the same stored and counted refcounts. */
+static void qcow2_report_run(struct qcow2_check *k, uint64_t end, uint64_t n, uint64_t stored, uint64_t counted)
+{
+    uint64_t first = end - n;
+
+    if (stored == counted || !n)
+        return;
+    k->mendable += stored < counted ? n : 0;
+    out_finding(k->c, k->im->name, stored > counted, n, "host 0x%" PRIx64 ", %" PRIu64 " cluster%s: refcount %" PRIu64
+                ", but used %" PRIu64 " time%s", first << k->q->cluster_bits, n, n == 1 ? "" : "s", stored, counted,
+                counted == 1 ? "" : "s");
+    for (; stored < counted && first < end && k->n_suspects < QCOW2_SUSPECTS; first++)
+        k->suspect[k->n_suspects++] = first;
+}
+
+/* A cluster whose refcount is right, but of which one user or the other is wrong. (QEMU does not look for that.) */
+static void qcow2_report_mixed(struct qcow2_check *k, uint64_t cluster)
+{
+    out_finding(k->c, k->im->name, false, 1, "host 0x%" PRIx64 " is used as %s and as something else",
+                cluster << k->q->cluster_bits, k->uses[cluster] & QCOW2_USE_L2 ? "an L2 table" : "a table");
+    if (k->n_suspects < QCOW2_SUSPECTS)
+        k->suspect[k->n_suspects++] = cluster;
+}
+
+static void qcow2_compare_counts(struct qcow2_check *k)
+{
+    uint64_t per_block = 1ull << (k->q->cluster_bits + 3 - k->q->refcount_order), block = 0, last = 0, run = 0,
+             run_stored = 0, run_counted = 0, i;
+    int ret = 0;
+
+    for (i = 0; i < k->n_clusters; i++) {
+        uint64_t counted = qcow2_counted(k, i), stored = 0;
+        if (i % per_block == 0) {
+            ret = qcow2_block_of(k, i, &block);
+            out_progress_show(i, k->n_clusters);
+        }
+        if (ret || (block && qcow2_stored_in(k, block, i, &stored))) {
+            k->c->errors++;
+            stored = counted;
+        } else if (stored || counted) {
+            last = i;
+        }
+        if ((k->uses[i] & (QCOW2_USE_MIXED | QCOW2_USE_OVERFLOW)) == QCOW2_USE_MIXED && stored == counted)
+            qcow2_report_mixed(k, i);
+        if (stored != run_stored || counted != run_counted) {
+            qcow2_report_run(k, i, run, run_stored, run_counted);
+            run = 0;
+        }
+        run++;
+        run_stored = stored;
+        run_counted = counted;
+    }
+    qcow2_report_run(k, i, run, run_stored, run_counted);
+    k->c->image_end = (last + 1) << k->q->cluster_bits;
+}
+
+/* The parts of the header that only matter here. */
+static int qcow2_check_begin(struct qcow2_check *k)
+{
+    const struct qcow2 *q = k->q;
+    uint64_t cluster = 1u << q->cluster_bits, done;
+    uint8_t h[QCOW2_HEADER_V2];
+    int ret = file_pread(k->f, h, sizeof(h), 0, &done);
+
+    if (ret)
+        return ret;
+    k->size = util_be64(h + 24);
+    k->l1_entries = util_be32(h + 36);
+    k->l1_offset = util_be64(h + 40);
+    k->table_offset = util_be64(h + 48);
+    k->table_entries = (uint64_t)util_be32(h + 56) * cluster / 8;
+    if (k->table_entries * 8 > QCOW2_MAX_REFCOUNT_TABLE)
+        return fmt_refuse(k->im, "the size of the refcount table", k->table_entries);
+    if (k->table_offset % cluster || k->table_offset > (uint64_t)INT64_MAX)
+        return fmt_refuse(k->im, "the place of the refcount table", k->table_offset);
+    if (k->l1_entries > QCOW2_MAX_L1 / 8 || k->l1_offset % cluster || k->l1_offset > (uint64_t)INT64_MAX)
+        return fmt_refuse(k->im, "the place of the L1 table", k->l1_offset);
+    k->length = (k->f->size + 511) / 512 * 512;
+    k->n_clusters = (k->length + cluster - 1) / cluster;
+    if (k->n_clusters > INT_MAX)
+        return msg_err(-EFBIG, "%s: too large to be checked (%" PRIu64 " clusters)", k->im->name, k->n_clusters);
+    k->width = q->refcount_order <= 3 ? 1 : q->refcount_order == 4 ? 2 : 4;
+    k->most = q->refcount_order >= 5 ? UINT32_MAX : (1ull << (1u << q->refcount_order)) - 1;
+    k->c->total = ((k->size & ~511ull) + cluster - 1) / cluster;
+    return 0;
+}
+
+static void qcow2_check_all(struct qcow2_check *k)
+{
+    qcow2_count(k, 0, 1u << k->q->cluster_bits, "the header");
+    qcow2_check_tables(k, false);
+    qcow2_check_bitmaps(k);
+    qcow2_check_blocks(k);
+    qcow2_compare_counts(k);
+    if (k->n_suspects)
+        qcow2_check_tables(k, true);
+}
+
+/* Counts everything; what is to be done with the counts comes last. */
+static int qcow2_count_all(struct image *im, struct check *c, int (*then)(struct qcow2_check *k))
+{
+    struct qcow2_check k = { .im = im, .q = im->state, .c = c, .f = &im->files[0] };
+    int ret = qcow2_check_begin(&k);
+    uint64_t bytes = (k.n_clusters + 1) * (k.width + 1);
+
+    if (ret)
+        return ret;
+    k.counts = util_map(bytes);
+    k.refs = malloc(QCOW2_REFS * sizeof(*k.refs));
+    if (!k.counts || !k.refs) {
+        ret = msg_err(-ENOMEM, "%s: out of memory", im->name);
+    } else {
+        k.uses = (uint8_t *)k.counts + (k.n_clusters + 1) * k.width;
+        qcow2_check_all(&k);
+        ((struct qcow2 *)im->state)->shared = k.shared;
+    }
+    if (!ret && then)
+        ret = then(&k);
+    util_unmap(k.counts, bytes);
+    free(k.refs);
+    return ret;
+}
+
+static int qcow2_check(struct image *im, struct check *c)
+{
+    return qcow2_count_all(im, c, NULL);
+}
+
+/*
+ * For --map: were clusters set aside that have no room in the file yet, as with preallocation=metadata? As QEMU
+ * finds out: there are more used clusters than the file has blocks for, by a tenth, or by two.
+ */
+static void qcow2_find_holes(struct image *im)
+{
+    struct qcow2 *q = im->state;
+    struct check c = { .errors = 0 };
+    struct qcow2_check k = { .im = im, .q = q, .c = &c, .f = &im->files[0] };
+    uint64_t room = ((uint64_t)k.f->st.st_blocks * 512) >> q->cluster_bits, used = 0, stored = 0;
+    uint64_t enough = room * 10 / 9 > room + 2 ? room * 10 / 9 : room + 2;
+
+    if (k.f->is_blk || (k.f->size >> q->cluster_bits) + 1 < enough || qcow2_check_begin(&k))
+        return;
+    for (uint64_t i = 0; i < k.n_clusters && used < enough && qcow2_stored(&k, i, &stored) == 0; i++)
+        used += stored != 0;
+    q->preallocated = used >= enough;
 }
 
 /* -- repairing -- */
@@ -11198,52 +11194,58 @@ static int qcow2_repair(struct image *im, struct check *c)
     return qcow2_repair_by(im, c, qcow2_mend);
 }
 
-/* -- making overlays -- */
+/* -- before the first write -- */
 
-/* A new image over `backing` (its size in bytes), in an empty file: header, refcount table, one block, L1 table. */
-static int qcow2_create(struct file *f, uint64_t base_size, const char *backing, const char *backing_format)
+/* Damaged refcounts would give away clusters that are in use. So they are counted before anything is written. */
+static int qcow2_count_before_writing(struct image *im, bool *sound)
 {
-    const uint64_t cluster = 1 << 16, per_table = cluster / 8 * cluster, size = (base_size + 511) & ~511ull;
-    uint64_t l1 = size ? (size - 1) / per_table + 1 : 1, n = 3 + (l1 * 8 + cluster - 1) / cluster, done;
-    size_t name = strlen(backing), format = strlen(backing_format);
-    uint64_t hash = UTIL_HASH_START;
-    uint8_t *h = calloc(3, cluster);
+    struct qcow2 *q = im->state;
+    struct check c = { .corruption_lines = OUT_FINDINGS, .leak_lines = OUT_FINDINGS };   /* no lines, only counts */
     int ret = 0;
 
-    if (!h)
-        return msg_err(-ENOMEM, "%s: out of memory", f->path);
-    if (l1 * 8 > QCOW2_MAX_L1 || name > QCOW2_MAX_NAME || format > 31 || n > cluster / 2)
-        ret = msg_err(-EFBIG, "%s: too large a disk for an overlay", f->path);
-    qcow2_put_be32(h, QCOW2_MAGIC);
-    qcow2_put_be32(h + 4, 3);
-    qcow2_put_be32(h + 20, 16);
-    qcow2_put_be64(h + 24, size);
-    qcow2_put_be32(h + 36, (uint32_t)l1);
-    qcow2_put_be64(h + 40, 3 * cluster);
-    qcow2_put_be64(h + 48, cluster);
-    qcow2_put_be32(h + 56, 1);
-    qcow2_put_be32(h + 96, 4);
-    qcow2_put_be32(h + 100, QCOW2_HEADER_V3);
-    qcow2_put_be32(h + 104, QCOW2_EXT_BACKING_FORMAT);
-    qcow2_put_be32(h + 108, (uint32_t)format);
-    memcpy(h + 112, backing_format, util_min(format, 31));
-    qcow2_put_be32(h + 112 + (format + 7) / 8 * 8, QCOW2_EXT_BASE_SIZE);
-    qcow2_put_be32(h + 116 + (format + 7) / 8 * 8, 16);
-    qcow2_put_be64(h + 120 + (format + 7) / 8 * 8, base_size);
-    util_hash(&hash, backing);
-    qcow2_put_be64(h + 128 + (format + 7) / 8 * 8, hash);
-    qcow2_put_be64(h + 8, 176);                         /* 8 zeros before it end the extensions */
-    qcow2_put_be32(h + 16, (uint32_t)name);
-    memcpy(h + 176, backing, util_min(name, QCOW2_MAX_NAME));
-    qcow2_put_be64(h + cluster, 2 * cluster);
-    for (uint64_t i = 0; i < n && !ret; i++)
-        h[2 * cluster + 2 * i + 1] = 1;
-    if (!ret)
-        ret = file_grow(f, n * cluster);
-    if (!ret)
-        ret = file_pwrite(f, h, 3 * cluster, 0, &done);
-    free(h);
-    return ret ? ret : file_sync(f);
+    *sound = !(q->incompatible & QCOW2_CORRUPT);
+    if (*sound)
+        ret = q->incompatible & QCOW2_DIRTY ? qcow2_repair_by(im, &c, qcow2_mend_dirty) : qcow2_check(im, &c);
+    c.corruptions += ret == -EINVAL;        /* the header's fields make no sense: it has said which */
+    ret = ret == -EINVAL ? 0 : ret;
+    if (ret || (c.errors && !c.corruptions))        /* a disk that cannot be read is not a corrupt image */
+        return msg_err(ret ? ret : -EIO, "%s: cannot be checked, so it is not opened for writing; --overlay and "
+                       "--temporary need no check", im->name);
+    if (c.corruptions) {
+        *sound = false;
+        msg_say(MSG_ERROR, "%s: is corrupt (%" PRIu64 " findings): served read-only; --check lists them, --check "
+                "--repair mends what can be mended", im->name, c.corruptions);
+    } else if (!*sound) {
+        msg_say(MSG_ERROR, "%s: is marked corrupt: served read-only; --check says why, --check --repair mends what "
+                "can be mended", im->name);
+    }
+    return ret;
+}
+
+/* Of the features that others keep in step with the data (bitmaps), we know only raw external data. */
+static int qcow2_begin_writing(struct image *im)
+{
+    struct qcow2 *q = im->state;
+    bool sound = true;
+    int ret;
+
+    if (im->depth == 0 && im->opt->snapshot)
+        return msg_err(-EROFS, "%s: a snapshot is not written; --overlay or --temporary takes the changes", im->name);
+    ret = qcow2_count_before_writing(im, &sound);
+    if (!ret && !sound) {
+        ret = qcow2_set_features(im, q->incompatible | QCOW2_CORRUPT, q->autoclear);
+        im->writable = false;
+    } else if (!ret) {
+        ret = qcow2_start_writer(im);
+        if (!ret && q->shared)
+            msg_say(MSG_NOTE, "%s: parts of its disk share clusters; they part where they are written, which leaks "
+                    "clusters (--check --repair gives them back)", im->name);
+        if (!ret && !im->files[0].is_blk)   /* QEMU leaves the last cluster as short as it was written */
+            ret = file_grow(&im->files[0], q->w->top);
+        if (!ret)
+            ret = qcow2_set_features(im, q->incompatible, q->autoclear & QCOW2_RAW_DATA);
+    }
+    return ret;
 }
 
 static const struct image_format qcow2_format = {
@@ -11267,7 +11269,7 @@ static const struct image_format qcow2_format = {
 };
 
 /* ******************************************************************************************************** *
- * 23. Probing
+ * 24. Probing
  *
  * Finds the driver of a file, and the parts of a set. Refuses containers that would look like a broken disk.
  * ******************************************************************************************************** */
@@ -11846,7 +11848,7 @@ static int probe_check_pieces(const struct image *im)
 }
 
 /* ******************************************************************************************************** *
- * 24. Checks
+ * 25. Checks
  *
  * What can be said of any format by its map and its claims.
  * ******************************************************************************************************** */
@@ -12168,7 +12170,7 @@ static int check_image(struct image *im, struct check *c)
 }
 
 /* ******************************************************************************************************** *
- * 25. Chains
+ * 26. Chains
  *
  * Opens, finds parents by name and by identity, closes. Knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
@@ -12836,7 +12838,7 @@ static int chain_check_strict(struct image *im)
 }
 
 /* ******************************************************************************************************** *
- * 26. Overlays
+ * 27. Overlays
  *
  * A qcow2 image over the one that was opened takes the writes.
  * ******************************************************************************************************** */
@@ -13145,7 +13147,7 @@ static int overlay_open(struct image *im, struct image *base, const char *path, 
 }
 
 /* ******************************************************************************************************** *
- * 27. Partitions
+ * 28. Partitions
  *
  * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is
  * hostile: LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and
@@ -13565,7 +13567,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
 }
 
 /* ******************************************************************************************************** *
- * 28. FUSE operations
+ * 29. FUSE operations
  *
  * fop_handle() turns one request into one reply inside the worker's buffer; it does no FUSE I/O, so any
  * transport can carry it. Node 1 is the mountpoint: the file itself, or the directory, whose files are the
@@ -14281,7 +14283,7 @@ static size_t fop_fetch(struct worker *w)
 }
 
 /* ******************************************************************************************************** *
- * 29. Worker loop
+ * 30. Worker loop
  *
  * The transport: read(2) a request, fop_handle() it, write(2) the reply. Every worker does all three alone,
  * so there is no queue and no lock between threads; the kernel hands a request to whoever reads. The workers
@@ -14553,7 +14555,7 @@ static int loop_run(struct server *srv)
 }
 
 /* ******************************************************************************************************** *
- * 30. Sandbox
+ * 31. Sandbox
  *
  * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file
  * system (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open
@@ -14728,7 +14730,7 @@ static int box_enter(enum box_mode mode)
 }
 
 /* ******************************************************************************************************** *
- * 31. Options
+ * 32. Options
  *
  * opt_table feeds getopt_long(3), -o (by the long names) and --help. What -o does not know goes to the mount.
  * ******************************************************************************************************** */
@@ -15193,7 +15195,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
 }
 
 /* ******************************************************************************************************** *
- * 32. Mounts
+ * 33. Mounts
  *
  * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own
  * server. Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one
@@ -16035,7 +16037,7 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 }
 
 /* ******************************************************************************************************** *
- * 33. Life cycle
+ * 34. Life cycle
  *
  * run_export() takes what an export needs one by one and releases it in reverse order, whichever step fails.
  * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open,
@@ -17026,7 +17028,7 @@ static int run_background(int *shell_fd, int *status)
 }
 
 /* ******************************************************************************************************** *
- * 34. One-shot commands
+ * 35. One-shot commands
  * ******************************************************************************************************** */
 
 enum { CMD_TIMEOUT = 5, CMD_SAY_AFTER = 2 };    /* seconds */
@@ -17594,7 +17596,7 @@ static bool cmd_self_test(int argc, char **argv, int *status)
 #endif
 
 /* ******************************************************************************************************** *
- * 35. Main
+ * 36. Main
  * ******************************************************************************************************** */
 
 /* Whoever started us with a standard stream closed must not find an image in its place. */
