@@ -16582,7 +16582,8 @@ static int run_wait_ready(struct run *r)
 {
     while (!r->ready && !r->not_ready && !r->stop_signals)
         run_poll(r, -1);
-    if (r->stop_signals)
+    /* The disk was there to be seen: in the foreground the signal ends it like any later one. */
+    if (r->stop_signals && !(r->ready && r->shell_fd < 0 && !r->o->command))
         return msg_err(-EINTR, "interrupted before the mount was ready");
     return r->ready ? 0 : -EIO;     /* the server has said why */
 }
@@ -16810,7 +16811,7 @@ static void run_wait_for_users(struct run *r, int64_t until)
 /* Until the server is gone. Whoever unmounts ends it: we, umount(8), fusermount3, a kernel without memory. */
 static void run_supervise(struct run *r)
 {
-    unsigned handled = r->stop_signals;
+    unsigned handled = 0;           /* run_wait_ready() may leave one */
     bool unmounted = false;
     int64_t until = 0;
 
