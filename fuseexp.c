@@ -50,7 +50,8 @@
  *   image.size_lock      growing and truncating; readers take the atomic size without it
  *   writer.commit_lock   one commit of changed tables at a time (qcow2)
  *   writer.lock          every change of a table; not held while data is written (qcow2)
- *   cache.set_lock       refilling table slots of a set, and its changed slices; readers take none
+ *   cache.set_lock       refilling table slots of a set; readers take none
+ *   writer.changes.lock  the words that the file lacks (qcow2)
  *   cache.lock           the list of decoded clusters; not held while decoding
  *   img_streams.lock, lost_list.lock   who reads in order; what could not be read
  *   pool.lock            parking, waking, jobs; taken around operations that may sleep
@@ -2499,19 +2500,6 @@ struct cache_slot {
     uint32_t next_way;              /* of the set, in its first slot; under the set's lock */
 };
 
-/* When a change of a table goes to the file: the stages of a commit, in this order. */
-enum cache_stage { CACHE_REFCOUNTS, CACHE_REFCOUNT_TABLE, CACHE_MAPPING, CACHE_STAGES };
-
-/* A slice with changes that are not in the file yet. Which sectors (of 512 bytes, a bit each) belong to which stage. */
-struct cache_dirty {
-    struct cache_dirty *next;
-    struct file *file;
-    uint64_t start;
-    uint8_t changed[CACHE_STAGES];  /* in now, since the last freeze */
-    uint8_t freezing[CACHE_STAGES]; /* in frozen: being written */
-    uint64_t now[CACHE_WORDS], frozen[CACHE_WORDS];
-};
-
 struct cache_cluster {
     struct cache_cluster *hash_next, *newer, *older;
     const struct file *file;
@@ -2525,9 +2513,7 @@ static struct {
     struct cache_slot *slots;
     _Atomic uint64_t *words;        /* CACHE_WORDS per slot, as they lie in the file */
     uint64_t n_sets;
-    pthread_mutex_t set_lock[CACHE_LOCKS];  /* [set % CACHE_LOCKS] protects its slots' changes and its dirty slices */
-    struct cache_dirty *dirty[CACHE_LOCKS];
-    _Atomic unsigned n_dirty;
+    pthread_mutex_t set_lock[CACHE_LOCKS];  /* [set % CACHE_LOCKS] protects the changes of its slots */
 
     pthread_mutex_t lock; /* protects all that follows, and every struct cache_cluster but its data */
     pthread_cond_t decoded;
@@ -2558,13 +2544,6 @@ static int cache_start(uint64_t budget)
 
 static void cache_stop(void)
 {
-    for (size_t i = 0; i < CACHE_LOCKS; i++)
-        while (cache.dirty[i]) {
-            struct cache_dirty *d = cache.dirty[i];
-            cache.dirty[i] = d->next;
-            free(d);
-        }
-    cache.n_dirty = 0;
     free(cache.slots);
     util_unmap((void *)cache.words, cache.n_sets * CACHE_WAYS * CACHE_SLICE);
     cache.slots = NULL;
@@ -2664,16 +2643,13 @@ static void cache_fill_locked(uint64_t set, uint64_t tag, const uint64_t *slice)
     cache_put_words_locked(set * CACHE_WAYS + first->next_way++ % CACHE_WAYS, tag, slice, 0, CACHE_WORDS);
 }
 
-/* The slice as it is now: with changes that are not in the file yet. */
-static int cache_load_locked(struct file *f, uint64_t start, uint64_t set, uint64_t *slice)
+/* Reads the slice at start as it is now: the words that its owner has, or the file's. */
+static int cache_load(struct file *f, uint64_t start, uint64_t *slice)
 {
     uint64_t done, size = f->size;
 
-    for (struct cache_dirty *d = f->writable ? cache.dirty[set % CACHE_LOCKS] : NULL; d; d = d->next)
-        if (d->file == f && d->start == start) {
-            memcpy(slice, d->now, CACHE_SLICE);
-            return 0;
-        }
+    if (f->newer && f->newer(f->newer_owner, start, slice))
+        return 0;
     if (start >= size || file_pread(f, slice, util_min(CACHE_SLICE, size - start), start, &done))
         return -EIO;
     memset((uint8_t *)slice + done, 0, CACHE_SLICE - done);
@@ -2696,12 +2672,12 @@ static int cache_words(struct file *f, uint64_t offset, uint64_t *value, size_t 
     for (uint64_t way = 0; way < CACHE_WAYS; way++)
         if (cache_peek(set * CACHE_WAYS + way, tag, word, value, n))
             return 0;
-    if (f->writable)                /* what was read before a change may not be put in place after it */
+    if (f->newer)                   /* what was read before a change may not be put in place after it */
         pthread_mutex_lock(cache_lock_of(set));
-    ret = cache_load_locked(f, start, set, slice);
+    ret = cache_load(f, start, slice);
     /* The bad sector of a slice need not be the one that is asked for. */
     alone = ret && offset + 8 * n <= f->size && file_pread(f, slice + word, 8 * n, offset, &done) == 0;
-    if (!f->writable)
+    if (!f->newer)
         pthread_mutex_lock(cache_lock_of(set));
     if (!ret)
         cache_fill_locked(set, tag, slice);
@@ -2743,148 +2719,6 @@ static int cache_le32(struct file *f, uint64_t offset, uint32_t *value)
     return ret;
 }
 
-/*
- * -- changed tables --
- *
- * A change is seen by everybody at once, and goes to the file in a commit: cache_freeze(), then cache_write_frozen()
- * stage by stage with barriers between, then cache_thaw(). Changes made meanwhile wait for the next one. Only whole
- * sectors that were changed are written: what else lies in the slice may be data, and newer in the file.
- */
-
-static struct cache_dirty *cache_get_dirty_locked(struct file *f, uint64_t start, uint64_t set)
-{
-    struct cache_dirty **list = &cache.dirty[set % CACHE_LOCKS], *d = *list;
-
-    while (d && (d->file != f || d->start != start))
-        d = d->next;
-    if (d)
-        return d;
-    d = util_fault_op("table") ? NULL : malloc(sizeof(*d));
-    if (!d || cache_load_locked(f, start, set, d->now)) {
-        free(d);
-        return NULL;
-    }
-    d->file = f;
-    d->start = start;
-    memset(d->changed, 0, sizeof(d->changed));
-    memset(d->freezing, 0, sizeof(d->freezing));
-    d->next = *list;
-    *list = d;
-    cache.n_dirty++;
-    return d;
-}
-
-/* Changes n words (at most 2, as they lie in the file) at offset, a multiple of 8 * n. */
-static int cache_store(struct file *f, uint64_t offset, const uint64_t *words, size_t n, enum cache_stage stage)
-{
-    uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_set(f, start), tag = cache_tag(f, start);
-    size_t word = (offset - start) / 8;
-    struct cache_dirty *d;
-
-    pthread_mutex_lock(cache_lock_of(set));
-    d = cache_get_dirty_locked(f, start, set);
-    if (d) {
-        memcpy(d->now + word, words, 8 * n);
-        d->changed[stage] |= (uint8_t)(1 << (offset - start) / 512);
-        for (uint64_t slot = set * CACHE_WAYS; slot < (set + 1) * CACHE_WAYS; slot++)
-            if (atomic_load_explicit(&cache.slots[slot].tag, memory_order_relaxed) == tag)
-                cache_put_words_locked(slot, tag, words, word, n);
-    }
-    pthread_mutex_unlock(cache_lock_of(set));
-    return d ? 0 : -EIO;
-}
-
-/* [offset, offset + len) was written to the file, past the cache: what was known of it is forgotten. */
-static int cache_reload(struct file *f, uint64_t offset, uint64_t len)
-{
-    int ret = 0;
-
-    for (uint64_t start = offset / CACHE_SLICE * CACHE_SLICE; start < offset + len && !ret; start += CACHE_SLICE) {
-        uint64_t set = cache_set(f, start), tag = cache_tag(f, start), done;
-        uint64_t from = start < offset ? offset : start, to = util_min(start + CACHE_SLICE, offset + len);
-        pthread_mutex_lock(cache_lock_of(set));
-        for (struct cache_dirty *d = cache.dirty[set % CACHE_LOCKS]; d && !ret; d = d->next) {
-            if (d->file != f || d->start != start)
-                continue;
-            ret = file_pread(f, (uint8_t *)d->now + (from - start), to - from, from, &done);
-            for (uint64_t at = from; at < to; at += 512)
-                for (size_t i = 0; i < CACHE_STAGES; i++) {
-                    d->changed[i] &= (uint8_t)~(1 << (at - start) / 512);
-                    d->freezing[i] &= (uint8_t)~(1 << (at - start) / 512);
-                }
-        }
-        for (uint64_t slot = set * CACHE_WAYS; slot < (set + 1) * CACHE_WAYS; slot++)
-            if (atomic_load_explicit(&cache.slots[slot].tag, memory_order_relaxed) == tag)
-                cache_put_words_locked(slot, 0, NULL, 0, 0);
-        pthread_mutex_unlock(cache_lock_of(set));
-    }
-    return ret;
-}
-
-/* A commit begins. The caller sees to it that nobody changes anything during the call. True: there is something. */
-static bool cache_freeze(bool any[CACHE_STAGES])
-{
-    memset(any, 0, CACHE_STAGES * sizeof(*any));
-    for (size_t i = 0; i < CACHE_LOCKS; i++) {
-        pthread_mutex_lock(&cache.set_lock[i]);
-        for (struct cache_dirty *d = cache.dirty[i]; d; d = d->next) {
-            memcpy(d->frozen, d->now, CACHE_SLICE);
-            for (size_t stage = 0; stage < CACHE_STAGES; stage++) {
-                d->freezing[stage] = d->changed[stage];
-                d->changed[stage] = 0;
-                any[stage] |= d->freezing[stage] != 0;
-            }
-        }
-        pthread_mutex_unlock(&cache.set_lock[i]);
-    }
-    return any[CACHE_REFCOUNTS] || any[CACHE_REFCOUNT_TABLE] || any[CACHE_MAPPING];
-}
-
-static int cache_write_frozen(enum cache_stage stage)
-{
-    uint64_t done;
-    int ret = 0;
-
-    for (size_t i = 0; i < CACHE_LOCKS && !ret; i++) {
-        pthread_mutex_lock(&cache.set_lock[i]);
-        for (struct cache_dirty *d = cache.dirty[i]; d && !ret; d = d->next)
-            for (unsigned from = 0, to; from < 8 && !ret; from = to + 1) {
-                for (to = from; to < 8 && d->freezing[stage] >> to & 1; to++)
-                    ;
-                if (to > from)
-                    ret = file_pwrite(d->file, (uint8_t *)d->frozen + from * 512ul, (to - from) * 512ul,
-                                      d->start + from * 512ul, &done);
-            }
-        pthread_mutex_unlock(&cache.set_lock[i]);
-    }
-    return ret;
-}
-
-/* The commit is over. What could not be written stays changed. */
-static void cache_thaw(bool good)
-{
-    for (size_t i = 0; i < CACHE_LOCKS; i++) {
-        pthread_mutex_lock(&cache.set_lock[i]);
-        for (struct cache_dirty **p = &cache.dirty[i], *d; (d = *p);) {
-            unsigned changed = 0;
-            for (size_t stage = 0; stage < CACHE_STAGES; stage++) {
-                if (!good)
-                    d->changed[stage] |= d->freezing[stage];
-                d->freezing[stage] = 0;
-                changed |= d->changed[stage];
-            }
-            if (changed) {
-                p = &d->next;
-                continue;
-            }
-            *p = d->next;
-            free(d);
-            cache.n_dirty--;
-        }
-        pthread_mutex_unlock(&cache.set_lock[i]);
-    }
-}
-
 static int cache_be32(struct file *f, uint64_t offset, uint32_t *value)
 {
     uint64_t word;
@@ -2892,6 +2726,31 @@ static int cache_be32(struct file *f, uint64_t offset, uint32_t *value)
 
     *value = ret ? 0 : util_be32((const uint8_t *)&word + (offset & 4));
     return ret;
+}
+
+/* Changes n words in the slots that hold the slice at start; n 0: these hold nothing any more. */
+static void cache_change(const struct file *f, uint64_t start, size_t word, const uint64_t *words, size_t n)
+{
+    uint64_t set = cache_set(f, start), tag = cache_tag(f, start);
+
+    pthread_mutex_lock(cache_lock_of(set));
+    for (uint64_t slot = set * CACHE_WAYS; slot < (set + 1) * CACHE_WAYS; slot++)
+        if (atomic_load_explicit(&cache.slots[slot].tag, memory_order_relaxed) == tag)
+            cache_put_words_locked(slot, n ? tag : 0, words, word, n);
+    pthread_mutex_unlock(cache_lock_of(set));
+}
+
+/* n words at offset, in one slice, are these now. f->newer() says so already. */
+static void cache_patch(const struct file *f, uint64_t offset, const uint64_t *words, size_t n)
+{
+    cache_change(f, offset / CACHE_SLICE * CACHE_SLICE, offset % CACHE_SLICE / 8, words, n);
+}
+
+/* [offset, offset + len) of the file was written: its slices are read again. f->newer() has no older words. */
+static void cache_forget(const struct file *f, uint64_t offset, uint64_t len)
+{
+    for (uint64_t start = offset / CACHE_SLICE * CACHE_SLICE; start < offset + len; start += CACHE_SLICE)
+        cache_change(f, start, 0, NULL, 0);
 }
 
 enum { CACHE_MAX_BITS = 1 << 15 };  /* looked at for one extent: 16 MiB of sectors */
@@ -8980,6 +8839,7 @@ enum {
     QCOW2_MAX_RUN = 2 << 20,        /* bytes taken at once */
     QCOW2_MAX_DIRTY = 2048,         /* slices changed before a commit is due: 16 MiB */
     QCOW2_MAX_FREED = 1 << 16,      /* ranges */
+    QCOW2_BUCKETS = 1024,           /* of changed slices */
     QCOW2_GROW = 16 << 20,          /* the file grows by so much at a time; the rest is cut off in the end */
 };
 
@@ -8990,6 +8850,28 @@ struct qcow2_range {
 struct qcow2_ranges {
     struct qcow2_range *range;      /* QCOW2_MAX_FREED of them */
     unsigned n;
+};
+
+/* When a change of a table goes to the file: the stages of a commit, in this order. */
+enum qcow2_stage { QCOW2_REFCOUNTS, QCOW2_REFCOUNT_TABLE, QCOW2_MAPPING, QCOW2_STAGES };
+
+/* A slice of the cache with changes that are not in the file yet. Sectors (of 512 bytes) are a bit each. */
+struct qcow2_slice {
+    struct qcow2_slice *next, *next_frozen;
+    uint64_t start;
+    uint8_t changed[QCOW2_STAGES];  /* in now, since the last freeze */
+    uint8_t freezing[QCOW2_STAGES]; /* in frozen: being written */
+    uint64_t now[CACHE_WORDS], frozen[CACHE_WORDS];
+};
+
+/*
+ * Changed under writer.lock, and read with it or with this lock, which is the last one taken. `frozen`, and what the
+ * slices have frozen, belongs to the commit that runs.
+ */
+struct qcow2_changes {
+    pthread_mutex_t lock;
+    struct qcow2_slice *bucket[QCOW2_BUCKETS], *frozen;
+    unsigned n;                     /* slices; under writer.lock */
 };
 
 struct qcow2_writer {
@@ -9007,6 +8889,7 @@ struct qcow2_writer {
     struct qcow2_ranges dropped;    /* ... that a running commit writes ... */
     struct qcow2_ranges waiting;    /* ... that are durable: until `grace` is over */
     struct epoch_grace grace;
+    struct qcow2_changes changes;
 };
 
 static _Thread_local uint8_t *qcow2_scratch;        /* MAX_CLUSTER bytes */
@@ -9016,11 +8899,185 @@ static uint64_t qcow2_cluster(const struct qcow2 *q)
     return 1ull << q->cluster_bits;
 }
 
-static int qcow2_store_be64(struct image *im, uint64_t offset, uint64_t value, enum cache_stage stage)
+/*
+ * -- changed tables --
+ *
+ * A change is seen by everybody at once, and goes to the file in a commit. Only whole sectors that were changed are
+ * written: what else lies in the slice may be data, and newer in the file.
+ */
+
+static struct qcow2_slice **qcow2_find_slice(struct qcow2_changes *c, uint64_t start)
+{
+    struct qcow2_slice **p = &c->bucket[start / CACHE_SLICE % QCOW2_BUCKETS];
+
+    while (*p && (*p)->start != start)
+        p = &(*p)->next;
+    return p;
+}
+
+/* For the cache: the slice at start, if there are changes in it. */
+static bool qcow2_newer(void *changes, uint64_t start, uint64_t *words)
+{
+    struct qcow2_changes *c = changes;
+    struct qcow2_slice *s;
+
+    pthread_mutex_lock(&c->lock);
+    s = *qcow2_find_slice(c, start);
+    if (s)
+        memcpy(words, s->now, CACHE_SLICE);
+    pthread_mutex_unlock(&c->lock);
+    return s;
+}
+
+static struct qcow2_slice *qcow2_get_slice_locked(struct image *im, uint64_t start)
+{
+    struct qcow2_changes *c = &((struct qcow2 *)im->state)->w->changes;
+    struct qcow2_slice **p = qcow2_find_slice(c, start), *s = *p;
+
+    if (s)
+        return s;
+    s = util_fault_op("table") ? NULL : malloc(sizeof(*s));
+    if (!s || cache_load(&im->files[0], start, s->now)) {
+        free(s);
+        return NULL;
+    }
+    s->start = start;
+    memset(s->changed, 0, sizeof(s->changed));
+    memset(s->freezing, 0, sizeof(s->freezing));
+    pthread_mutex_lock(&c->lock);
+    s->next = NULL;
+    *p = s;
+    pthread_mutex_unlock(&c->lock);
+    c->n++;
+    return s;
+}
+
+/* Sectors of the slice at start that [from, to) touches, a bit each. */
+static uint8_t qcow2_sectors(uint64_t start, uint64_t from, uint64_t to)
+{
+    unsigned bits = 0;
+
+    for (unsigned i = 0; i < CACHE_SLICE / 512; i++)
+        if (from < start + (i + 1) * 512 && to > start + i * 512)
+            bits |= 1u << i;
+    return (uint8_t)bits;
+}
+
+/* Changes n words (at most 2, as they lie in the file) at offset, a multiple of 8 * n. */
+static int qcow2_store_locked(struct image *im, uint64_t offset, const uint64_t *words, size_t n,
+                              enum qcow2_stage stage)
+{
+    struct qcow2_changes *c = &((struct qcow2 *)im->state)->w->changes;
+    uint64_t start = offset / CACHE_SLICE * CACHE_SLICE;
+    struct qcow2_slice *s = qcow2_get_slice_locked(im, start);
+
+    if (!s)
+        return -EIO;
+    pthread_mutex_lock(&c->lock);
+    memcpy(s->now + (offset - start) / 8, words, 8 * n);
+    pthread_mutex_unlock(&c->lock);
+    s->changed[stage] |= (uint8_t)(1 << (offset - start) / 512);
+    cache_patch(&im->files[0], offset, words, n);
+    return 0;
+}
+
+static int qcow2_store_be64(struct image *im, uint64_t offset, uint64_t value, enum qcow2_stage stage)
 {
     uint64_t word = htobe64(value);
 
-    return cache_store(&im->files[0], offset, &word, 1, stage);
+    return qcow2_store_locked(im, offset, &word, 1, stage);
+}
+
+/* [from, to) of the file was written past the changes: those in it are dropped, and what was known is forgotten. */
+static int qcow2_reload_locked(struct image *im, uint64_t offset, uint64_t len)
+{
+    struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
+    uint64_t words[CACHE_WORDS], done;
+    int ret = 0, r;
+
+    for (uint64_t start = offset / CACHE_SLICE * CACHE_SLICE; w && start < offset + len; start += CACHE_SLICE) {
+        uint64_t from = start < offset ? offset : start, to = util_min(start + CACHE_SLICE, offset + len);
+        struct qcow2_slice *s = *qcow2_find_slice(&w->changes, start);
+        if (!s)
+            continue;
+        for (size_t i = 0; i < QCOW2_STAGES; i++)
+            s->changed[i] &= (uint8_t)~qcow2_sectors(start, from, to);
+        r = file_pread(&im->files[0], words, to - from, from, &done);
+        ret = ret ? ret : r;
+        pthread_mutex_lock(&w->changes.lock);
+        memcpy((uint8_t *)s->now + (from - start), words, r ? 0 : to - from);
+        pthread_mutex_unlock(&w->changes.lock);
+    }
+    cache_forget(&im->files[0], offset, len);
+    return ret;
+}
+
+/* A commit begins: what is in `now` goes to the file, later changes wait. any[]: which stages have something. */
+static void qcow2_freeze_changes_locked(struct qcow2_changes *c, bool any[QCOW2_STAGES])
+{
+    memset(any, 0, QCOW2_STAGES * sizeof(*any));
+    for (size_t i = 0; i < QCOW2_BUCKETS; i++)
+        for (struct qcow2_slice *s = c->bucket[i]; s; s = s->next) {
+            memcpy(s->frozen, s->now, CACHE_SLICE);
+            memcpy(s->freezing, s->changed, sizeof(s->changed));
+            memset(s->changed, 0, sizeof(s->changed));
+            for (size_t stage = 0; stage < QCOW2_STAGES; stage++)
+                any[stage] |= s->freezing[stage] != 0;
+            s->next_frozen = c->frozen;
+            c->frozen = s;
+        }
+}
+
+static int qcow2_write_stage(struct image *im, enum qcow2_stage stage)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t done;
+    int ret = 0;
+
+    for (const struct qcow2_slice *s = q->w->changes.frozen; s && !ret; s = s->next_frozen)
+        for (unsigned from = 0, to; from < CACHE_SLICE / 512 && !ret; from = to + 1) {
+            for (to = from; to < CACHE_SLICE / 512 && s->freezing[stage] >> to & 1; to++)
+                ;
+            if (to > from)
+                ret = file_pwrite(&im->files[0], (const uint8_t *)s->frozen + from * 512ul, (to - from) * 512ul,
+                                  s->start + from * 512ul, &done);
+        }
+    return ret;
+}
+
+/* The commit is over. What could not be written stays changed. */
+static void qcow2_thaw_changes_locked(struct qcow2_changes *c, bool good)
+{
+    for (struct qcow2_slice *s; (s = c->frozen);) {
+        unsigned changed = 0;
+        c->frozen = s->next_frozen;
+        for (size_t stage = 0; stage < QCOW2_STAGES; stage++) {
+            s->changed[stage] |= good ? 0 : s->freezing[stage];
+            s->freezing[stage] = 0;
+            changed |= s->changed[stage];
+        }
+        if (changed)
+            continue;
+        pthread_mutex_lock(&c->lock);
+        *qcow2_find_slice(c, s->start) = s->next;
+        pthread_mutex_unlock(&c->lock);
+        free(s);
+        c->n--;
+    }
+}
+
+/* Nobody writes any more. What did not reach the file is gone. */
+static void qcow2_drop_changes(struct image *im)
+{
+    struct qcow2_changes *c = &((struct qcow2 *)im->state)->w->changes;
+
+    im->files[0].newer = NULL;
+    for (size_t i = 0; i < QCOW2_BUCKETS; i++)
+        for (struct qcow2_slice *s; (s = c->bucket[i]);) {
+            c->bucket[i] = s->next;
+            cache_forget(&im->files[0], s->start, CACHE_SLICE);
+            free(s);
+        }
 }
 
 /* -- refcounts -- */
@@ -9079,7 +9136,7 @@ static int qcow2_put_refcount(struct image *im, uint64_t block, uint64_t cluster
     if (cache_be64(&im->files[0], block + at, &word))
         return -EIO;
     word = (word & ~(mask << shift)) | (refcount & mask) << shift;
-    return qcow2_store_be64(im, block + at, word, CACHE_REFCOUNTS);
+    return qcow2_store_be64(im, block + at, word, QCOW2_REFCOUNTS);
 }
 
 /* There is a block for it. */
@@ -9116,7 +9173,7 @@ static int qcow2_clear_cluster(struct image *im, uint64_t cluster)
         ret = file_write_zeros(&im->files[0], offset, size);
     if (offset + size > q->w->top)
         q->w->top = offset + size;
-    return ret ? ret : cache_reload(&im->files[0], offset, size);
+    return ret ? ret : qcow2_reload_locked(im, offset, size);
 }
 
 /* True: the range reads as zeros now, and takes no room. */
@@ -9153,7 +9210,7 @@ static void qcow2_undo_tables_locked(struct image *im, uint64_t first, uint64_t 
     if (atomic_load(&im->files[0].latched))
         return;
     qcow2_undo_take_locked(im, first, n);
-    (void)cache_reload(&im->files[0], first * size, n * size);
+    (void)qcow2_reload_locked(im, first * size, n * size);
 }
 
 /* The cluster becomes the refcount block that covers it. */
@@ -9164,10 +9221,12 @@ static int qcow2_make_block(struct image *im, uint64_t cluster)
 
     if (!ret)                       /* first: a block that is named without being counted would be given away */
         ret = qcow2_put_refcount(im, cluster * qcow2_cluster(q), cluster, 1);
-    if (ret)
-        return ret;
-    return qcow2_store_be64(im, q->w->table_offset + cluster / qcow2_per_block(q) * 8, cluster * qcow2_cluster(q),
-                            CACHE_REFCOUNT_TABLE);
+    if (!ret)
+        ret = qcow2_store_be64(im, q->w->table_offset + cluster / qcow2_per_block(q) * 8,
+                               cluster * qcow2_cluster(q), QCOW2_REFCOUNT_TABLE);
+    if (ret)                        /* nothing names it: no commit may write there */
+        (void)qcow2_reload_locked(im, cluster * qcow2_cluster(q), qcow2_cluster(q));
+    return ret;
 }
 
 static int qcow2_commit_locked(struct image *im);
@@ -9183,7 +9242,7 @@ static int qcow2_write_header(struct image *im, uint64_t offset, const uint8_t *
     int none = 0, ret = file_pwrite(&im->files[0], bytes, len, offset, &done);
 
     if (!ret)
-        ret = cache_reload(&im->files[0], 0, 512);
+        ret = qcow2_reload_locked(im, 0, 512);
     if (ret && ret != -ENOSPC && ret != -EDQUOT && ret != -EFBIG)
         atomic_compare_exchange_strong(&im->files[0].latched, &none, ret);
     return ret ? ret : file_sync(&im->files[0]);
@@ -9231,7 +9290,7 @@ static int qcow2_grow_table(struct image *im)
         ret = file_pwrite(&im->files[0], &word, 8, (start + blocks) * size + (old + i) * 8, &done);
     }
     if (!ret)
-        ret = cache_reload(&im->files[0], (start + blocks) * size, table * size);
+        ret = qcow2_reload_locked(im, (start + blocks) * size, table * size);
     if (ret) {
         qcow2_undo_tables_locked(im, start, blocks + table);
         return ret;
@@ -9365,31 +9424,31 @@ static int qcow2_reclaim_locked(struct image *im)
 
 /* -- commits -- */
 
-static int qcow2_write_stages(struct image *im, const bool any[CACHE_STAGES])
+static int qcow2_write_stages(struct image *im, const bool any[QCOW2_STAGES])
 {
     struct qcow2 *q = im->state;
-    int ret = cache_write_frozen(CACHE_REFCOUNTS);
+    int ret = qcow2_write_stage(im, QCOW2_REFCOUNTS);
 
-    if (!ret && any[CACHE_REFCOUNT_TABLE])
+    if (!ret && any[QCOW2_REFCOUNT_TABLE])
         ret = file_sync(&im->files[0]);
     if (!ret)
-        ret = cache_write_frozen(CACHE_REFCOUNT_TABLE);
+        ret = qcow2_write_stage(im, QCOW2_REFCOUNT_TABLE);
     if (!ret && q->data != &im->files[0])
         ret = file_sync(q->data);
     if (!ret)
         ret = file_sync(&im->files[0]);
-    if (ret || !any[CACHE_MAPPING])
+    if (ret || !any[QCOW2_MAPPING])
         return ret;
-    ret = cache_write_frozen(CACHE_MAPPING);
+    ret = qcow2_write_stage(im, QCOW2_MAPPING);
     return ret ? ret : file_sync(&im->files[0]);
 }
 
-static void qcow2_freeze_locked(struct image *im, bool any[CACHE_STAGES])
+static void qcow2_freeze_locked(struct image *im, bool any[QCOW2_STAGES])
 {
     struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
     struct qcow2_ranges spare = w->dropped;
 
-    (void)cache_freeze(any);
+    qcow2_freeze_changes_locked(&w->changes, any);
     w->dropped = w->freed;          /* the one that is over is empty */
     w->freed = spare;
     w->freed.n = 0;
@@ -9401,7 +9460,7 @@ static void qcow2_thaw_locked(struct image *im, bool good)
 
     struct qcow2_ranges *to = good ? &w->waiting : &w->freed;    /* the tables that dropped them are not in the file */
 
-    cache_thaw(good);
+    qcow2_thaw_changes_locked(&w->changes, good);
     for (unsigned i = 0; i < w->dropped.n; i++) {
         if (to->n < QCOW2_MAX_FREED)
             to->range[to->n++] = w->dropped.range[i];
@@ -9417,7 +9476,7 @@ static void qcow2_thaw_locked(struct image *im, bool good)
 /* With both locks held: nothing changes meanwhile. */
 static int qcow2_commit_locked(struct image *im)
 {
-    bool any[CACHE_STAGES];
+    bool any[QCOW2_STAGES];
     int ret;
 
     qcow2_freeze_locked(im, any);
@@ -9454,7 +9513,7 @@ static int qcow2_sync(struct image *im, bool last)
 {
     struct qcow2 *q = im->state;
     struct qcow2_writer *w = q->w;
-    bool any[CACHE_STAGES];
+    bool any[QCOW2_STAGES];
     uint64_t before;
     int ret;
 
@@ -9512,9 +9571,9 @@ static int qcow2_own_l2_locked(struct image *im, uint64_t offset, uint64_t *l2)
             ret = file_pwrite(&im->files[0], &word, 8, *l2 + i, &done);
     }
     if (!ret && old)
-        ret = cache_reload(&im->files[0], *l2, qcow2_cluster(q));
+        ret = qcow2_reload_locked(im, *l2, qcow2_cluster(q));
     if (!ret)
-        ret = qcow2_store_be64(im, l1, *l2 | QCOW2_COPIED, CACHE_MAPPING);
+        ret = qcow2_store_be64(im, l1, *l2 | QCOW2_COPIED, QCOW2_MAPPING);
     if (ret && first)
         qcow2_undo_take_locked(im, first, 1);
     else if (!ret && old)
@@ -9527,7 +9586,7 @@ static int qcow2_store_entry(struct image *im, uint64_t at, uint64_t entry, uint
     const struct qcow2 *q = im->state;
     uint64_t words[2] = { htobe64(entry), htobe64(bitmap) };
 
-    return cache_store(&im->files[0], at, words, q->subclusters ? 2 : 1, CACHE_MAPPING);
+    return qcow2_store_locked(im, at, words, q->subclusters ? 2 : 1, QCOW2_MAPPING);
 }
 
 /* -- writing -- */
@@ -9769,9 +9828,11 @@ static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint6
 }
 
 /* Has so much changed in memory that a commit is due? */
-static bool qcow2_is_due_locked(const struct qcow2_writer *w)
+static bool qcow2_is_due_locked(const struct image *im)
 {
-    return cache.n_dirty > QCOW2_MAX_DIRTY || w->freed.n > QCOW2_MAX_FREED / 2;
+    const struct qcow2_writer *w = ((const struct qcow2 *)im->state)->w;
+
+    return w->changes.n > QCOW2_MAX_DIRTY || w->freed.n > QCOW2_MAX_FREED / 2;
 }
 
 /* Too much has changed in memory, or the refcount table is full: with a commit, or a longer table, it goes on. */
@@ -9804,7 +9865,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
     pthread_mutex_lock(&w->lock);
     while (qcow2_is_busy(w, first, 1))
         pthread_cond_wait(&w->idle, &w->lock);
-    ret = qcow2_is_due_locked(w) ? -EAGAIN : qcow2_plan_locked(im, len, offset, &p);
+    ret = qcow2_is_due_locked(im) ? -EAGAIN : qcow2_plan_locked(im, len, offset, &p);
     if (!ret && p.n)
         w->busy[w->n_busy++] = (struct qcow2_range){ first, p.n };
     pthread_mutex_unlock(&w->lock);
@@ -9905,7 +9966,7 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
         return qcow2_old_is_zero(im, offset, offset + *done) ? 0 : -EOPNOTSUPP;
     len = util_min(len & ~(size - 1), table - (offset & (table - 1)));
     pthread_mutex_lock(&q->w->lock);
-    ret = qcow2_is_due_locked(q->w) ? -EAGAIN : qcow2_zero_locked(im, len, offset, done);
+    ret = qcow2_is_due_locked(im) ? -EAGAIN : qcow2_zero_locked(im, len, offset, done);
     pthread_mutex_unlock(&q->w->lock);
     if (ret != -ENOBUFS && ret != -EAGAIN)
         return ret;
@@ -9943,7 +10004,10 @@ static int qcow2_start_writer(struct image *im)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     pthread_mutex_init(&w->lock, NULL);
     pthread_mutex_init(&w->commit_lock, NULL);
+    pthread_mutex_init(&w->changes.lock, NULL);
     pthread_cond_init(&w->idle, NULL);
+    im->files[0].newer_owner = &w->changes;
+    im->files[0].newer = qcow2_newer;
     w->freed.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
     w->dropped.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
     w->waiting.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
@@ -9958,15 +10022,19 @@ static int qcow2_start_writer(struct image *im)
     return ret;
 }
 
-static void qcow2_stop_writer(struct qcow2 *q)
+static void qcow2_stop_writer(struct image *im)
 {
+    struct qcow2 *q = im->state;
+
     if (!q->w)
         return;
+    qcow2_drop_changes(im);
     free(q->w->freed.range);
     free(q->w->dropped.range);
     free(q->w->waiting.range);
     pthread_mutex_destroy(&q->w->lock);
     pthread_mutex_destroy(&q->w->commit_lock);
+    pthread_mutex_destroy(&q->w->changes.lock);
     pthread_cond_destroy(&q->w->idle);
     free(q->w);
     q->w = NULL;
@@ -9975,7 +10043,7 @@ static void qcow2_stop_writer(struct qcow2 *q)
 static void qcow2_close(struct image *im)
 {
     if (im->state)
-        qcow2_stop_writer(im->state);
+        qcow2_stop_writer(im);
     free(im->state);
 }
 
@@ -10035,7 +10103,7 @@ static int qcow2_take_row_locked(struct image *im, uint64_t n, uint64_t *first)
     for (uint64_t i = (at - 1) / per + 1, next = at; i-- > start / per && !ret;) {
         ret = qcow2_find_block(im, i * per, &block);
         if (!ret && !block)
-            ret = qcow2_store_be64(im, w->table_offset + i * 8, --next << q->cluster_bits, CACHE_REFCOUNT_TABLE);
+            ret = qcow2_store_be64(im, w->table_offset + i * 8, --next << q->cluster_bits, QCOW2_REFCOUNT_TABLE);
     }
     if (ret)
         qcow2_undo_row_locked(im, start, n, at);
@@ -10072,7 +10140,7 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
             ret = file_pwrite(&im->files[0], &word, 8, first * size + i * 8, &done);
     }
     if (!ret)
-        ret = cache_reload(&im->files[0], first * size, n * size);
+        ret = qcow2_reload_locked(im, first * size, n * size);
     if (!ret)
         ret = qcow2_commit_locked(im);
     qcow2_put_be32(header, (uint32_t)entries);
@@ -10123,7 +10191,7 @@ static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
     q->clean = q->clean > to ? q->clean : to;
     size = (size + 511) & ~511ull;  /* QEMU knows whole sectors only, and would cut the rest off */
     pthread_mutex_lock(&q->w->lock);
-    ret = size == q->size ? 0 : qcow2_store_be64(im, 24, size, CACHE_MAPPING);
+    ret = size == q->size ? 0 : qcow2_store_be64(im, 24, size, QCOW2_MAPPING);
     pthread_mutex_unlock(&q->w->lock);
     q->size = ret ? q->size : size;
     return ret;
@@ -10900,7 +10968,7 @@ static void qcow2_mend_entry(struct qcow2_check *k, uint64_t at, uint64_t entry,
 {
     uint64_t words[2] = { htobe64(entry), htobe64(bitmap) };
 
-    k->flags_set += !cache_store(k->f, at, words, has_bitmap && k->q->subclusters ? 2 : 1, CACHE_MAPPING);
+    k->flags_set += !qcow2_store_locked(k->im, at, words, has_bitmap && k->q->subclusters ? 2 : 1, QCOW2_MAPPING);
 }
 
 /*
@@ -10962,7 +11030,7 @@ static int qcow2_mend_l2(struct qcow2_check *k, uint64_t l2)
         } else if (!(entry & QCOW2_COMPRESSED)) {
             qcow2_mend_copied(k, at, entry, bitmap, true);
         }
-        if (cache.n_dirty > QCOW2_MAX_DIRTY)
+        if (qcow2_is_due_locked(im))
             ret = qcow2_commit_locked(im);
     }
     return ret;
@@ -11036,7 +11104,7 @@ static int qcow2_mend_in_place(struct qcow2_check *k, uint64_t *changed)
             continue;
         }
         ++*changed;
-        if (cache.n_dirty > QCOW2_MAX_DIRTY)
+        if (qcow2_is_due_locked(im))
             ret = qcow2_commit_locked(im);
     }
     return ret ? ret : stale ? -ESTALE : 0;
@@ -11096,7 +11164,7 @@ static int qcow2_rebuild(struct qcow2_check *k)
     if (!ret)
         ret = qcow2_write_header(im, 48, header, sizeof(header));
     if (!ret)
-        ret = cache_reload(&im->files[0], start * size, (blocks + table) * size);
+        ret = qcow2_reload_locked(im, start * size, (blocks + table) * size);
     w->table_offset = (start + blocks) * size;
     w->table_entries = table * size / 8;
     w->top = end * size;
@@ -11151,7 +11219,7 @@ static int qcow2_mend(struct qcow2_check *k)
         ret = qcow2_mend_flags(k);
     if (!ret)
         ret = qcow2_commit_locked(im);
-    qcow2_stop_writer(q);
+    qcow2_stop_writer(im);
     return ret ? ret : changed || rebuilt || k->flags_set;
 }
 

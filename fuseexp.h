@@ -90,6 +90,9 @@ struct file {
     bool scanning;                  /* a thread looks for bad sectors; it owns direct_fd and sector */
     int direct_fd;                  /* the same with O_DIRECT; -1: none */
     uint32_t sector;                /* what can be read by itself; 0: not known yet */
+    /* Set while tables are changed in memory: copies the slice (of the table cache) at `start`; false: has none. */
+    bool (*newer)(void *owner, uint64_t start, uint64_t *slice);
+    void *newer_owner;
     struct ranges bad;              /* that could not be read, room for MAX_RANGES once there is one */
     time_t bad_time;                /* monotonic seconds: of the last failure */
     _Atomic uint64_t bad_writes;    /* since when something of bad may have been written */
