@@ -3906,161 +3906,167 @@ static uint64_t img_blocks(const struct image *im)
 /* ******************************************************************************************************** *
  * 14. Raw images
  *
- * No metadata: the bytes of one file or block device, or of several files in a row. The parts of a split
- * image are numbered (.000 or .001 onwards, any width from two digits) or lettered (.aa onwards, as split(1)
- * names them). All parts but the last are of one size; a set that was found by name and breaks this has a
- * damaged part. state: uint64_t start[n_files + 1], where each file begins; only with several files.
+ * The driver to copy. There is no metadata: the disk is the bytes of one file or block device, or of the parts of a
+ * split image in a row. Parts are numbered (.000 or .001 onwards, two to nine digits) or lettered (.aa onwards, as
+ * split(1) names them). All but the last have one size; a set that was found by name and breaks this is damaged.
+ *
+ * state: uint64_t start[n_files + 1], the offset on the disk at which each file begins, and the end
  * ******************************************************************************************************** */
 
-/* Anything can be raw, so it is only what is left when nothing else wants it. */
+/* Any bytes can be a raw image: chosen when no other format recognizes the file. */
 static int raw_probe(const struct probe *p)
 {
     (void)p;
     return 1;
 }
 
-/* Reads a part's suffix: its length (0: this is no part's name), its number, and whether it is of digits. */
-static size_t raw_suffix(const char *path, bool *digits, unsigned *number)
+/* The end of a part's name: digits (disk.007), or lower-case letters that count from "aa", "ab" (disk.ag). */
+struct raw_suffix {
+    size_t len;                     /* 0: it is not the name of a part */
+    unsigned number;                /* from 0: "000" and "aa" */
+    unsigned base;                  /* 10 or 26 */
+    char first;                     /* the digit 0 */
+};
+
+static struct raw_suffix raw_parse_suffix(const char *path)
 {
     const char *dot = strrchr(util_basename(path), '.');
     size_t len = dot ? strlen(dot + 1) : 0;
+    bool digits = len && strspn(dot + 1, "0123456789") == len;
+    struct raw_suffix s = { .len = len, .base = digits ? 10 : 26, .first = digits ? '0' : 'a' };
 
-    *digits = len && strspn(dot + 1, "0123456789") == len;
-    if (len < (*digits ? 1 : 2) || len > (*digits ? 9 : 5))
-        return 0;
-    *number = 0;
-    for (const char *p = dot + 1; *p; p++) {
-        if (!*digits && (*p < 'a' || *p > 'z'))
-            return 0;
-        *number = *number * (*digits ? 10 : 26) + (unsigned)(*p - (*digits ? '0' : 'a'));
+    if (len < (digits ? 1 : 2) || len > (digits ? 9 : 5))       /* no more: the number fits */
+        s.len = 0;
+    for (size_t i = 0; i < s.len; i++) {
+        if (!digits && (dot[i + 1] < 'a' || dot[i + 1] > 'z'))
+            s.len = 0;
+        else
+            s.number = s.number * s.base + (unsigned)(dot[i + 1] - s.first);
     }
-    return len;
+    return s;
 }
 
-/* The name of part `number`. False: the suffix is too short for it. */
-static bool raw_name(const char *path, size_t len, bool digits, unsigned number, char name[PATH_MAX])
+/* Writes the name of part `number` of the set that path, whose suffix is s, belongs to. False: it has no such name. */
+static bool raw_part_name(const char *path, struct raw_suffix s, unsigned number, char name[PATH_MAX])
 {
     if (!util_copy(name, PATH_MAX, path))
         return false;
-    for (char *p = name + strlen(name); len--; number /= digits ? 10 : 26)
-        *--p = (char)((digits ? '0' : 'a') + number % (digits ? 10 : 26));
+    for (char *p = name + strlen(name); s.len--; number /= s.base)
+        *--p = (char)(s.first + (int)(number % s.base));
     return number == 0;
 }
 
 static bool raw_part(const char *first, unsigned i, char name[PATH_MAX])
 {
-    unsigned number;
-    bool digits;
-    size_t len = raw_suffix(first, &digits, &number);
+    struct raw_suffix s = raw_parse_suffix(first);
 
-    return len > 1 && number <= (digits ? 1 : 0) && raw_name(first, len, digits, number + i, name);
+    return s.len > 1 && s.number <= (s.base == 10 ? 1 : 0) && raw_part_name(first, s, s.number + i, name);
 }
 
-enum { RAW_GAP = 64 };              /* so many numbers may be missing between two parts of a set */
+enum { RAW_GAP = 64 };              /* numbers in a row that may be missing between two parts of a set */
 
 /*
- * A later part of a set, shown without those before it, looks like a broken disk. Letters that do not begin with
- * 'a' are rather a kind of file (disk.img beside disk.ima): there only the very part before counts.
+ * Refuses a later part that is named alone: without the parts before it, the disk looks broken. Letters that do not
+ * begin with 'a' are more likely a file type (disk.ima beside disk.imb): only the name right before counts then.
  */
 static int raw_check_first(const struct image *im)
 {
-    char before[PATH_MAX];
-    unsigned number, gap;
-    bool digits;
-    size_t len = raw_suffix(im->name, &digits, &number);
+    struct raw_suffix s = raw_parse_suffix(im->name);
+    bool digits = s.base == 10;
+    char before[PATH_MAX], lead;
+    unsigned gap;
 
-    if (len < 2 || !number)
+    if (s.len < 2 || !s.number)
         return 0;
-    gap = digits || strrchr(im->name, '.')[1] == 'a' ? RAW_GAP : 1;
-    for (unsigned i = 1; i <= gap && i <= number; i++)
-        if (raw_name(im->name, len, digits, number - i, before) && access(before, F_OK) == 0)
+    lead = im->name[strlen(im->name) - s.len];
+    gap = digits || lead == 'a' ? RAW_GAP : 1;
+    for (unsigned i = 1; i <= gap && i <= s.number; i++)
+        if (raw_part_name(im->name, s, s.number - i, before) && access(before, F_OK) == 0)
             return msg_err(-EINVAL, "%s: looks like a later part of a split image, since %s is there; name the first "
                            "part, or take this one alone with --no-parts", im->name, util_basename(before));
-    if (digits && number > 1 && strrchr(im->name, '.')[1] == '0')
+    if (digits && s.number > 1 && lead == '0')
         return msg_err(-ENOENT, "%s: looks like a later part of a split image, and the first part is missing; "
                        "--no-parts shows this one alone", im->name);
     return 0;
 }
 
-/* Are both names parts of one set, wherever the files are? */
-static bool raw_same_set(const char *a, const char *b, unsigned *of_a, unsigned *of_b)
+/* Are both names parts of one set, in whatever directories? Numbers may get longer: .99, .100 */
+static bool raw_same_set(const char *a, const char *b)
 {
-    bool digits_a, digits_b;
-    size_t len_a = raw_suffix(a, &digits_a, of_a), len_b = raw_suffix(b, &digits_b, of_b), stem;
+    struct raw_suffix of_a = raw_parse_suffix(a), of_b = raw_parse_suffix(b);
+    size_t stem;
 
-    if (!len_a || !len_b || digits_a != digits_b)
-        return false;
     a = util_basename(a);
     b = util_basename(b);
-    stem = strlen(a) - len_a;
-    return strlen(b) - len_b == stem && strncmp(a, b, stem) == 0 &&
-           (len_a == len_b || (digits_a && a[stem] != '0' && b[stem] != '0'));
+    stem = strlen(a) - of_a.len;
+    return of_a.len && of_b.len && of_a.base == of_b.base && strlen(b) - of_b.len == stem &&
+           strncmp(a, b, stem) == 0 && (of_a.len == of_b.len || (of_a.base == 10 && a[stem] != '0' && b[stem] != '0'));
 }
 
-/* A list of numbered parts that has a gap, is in another order or ends too early would show a broken disk. */
+/* Refuses a list of parts that has a gap, is in another order or lacks the next part: the disk would be broken. */
 static int raw_check_list(const struct image *im)
 {
-    unsigned number = 0, next = 0;
-    bool digits = false, same = false;
+    struct raw_suffix s = raw_parse_suffix(im->name);
+    const char *last = im->name, *path;
+    unsigned expected;
     char after[PATH_MAX];
-    const char *last = im->name;
-    size_t len;
+    bool same = false;
 
-    for (unsigned i = 1; i < im->n_files; i++, last = im->files[i - 1].path) {
-        same = raw_same_set(last, im->files[i].path, &number, &next);
-        if (same && next != number + 1)
+    for (unsigned i = 1; i < im->n_files; i++, last = path) {
+        path = im->files[i].path;
+        expected = s.number + 1;
+        s = raw_parse_suffix(path);
+        same = raw_same_set(last, path);
+        if (same && s.number != expected)
             return msg_err(-EINVAL, "%s: follows %s in the list of parts, so parts are missing or in the wrong order; "
-                           "--no-parts takes the list as it is", im->files[i].path, util_basename(last));
+                           "--no-parts takes the list as it is", path, util_basename(last));
     }
-    len = raw_suffix(last, &digits, &number);
-    if (same && raw_name(last, len, digits, number + 1, after) && access(after, F_OK) == 0)
+    if (same && raw_part_name(last, s, s.number + 1, after) && access(after, F_OK) == 0)
         return msg_err(-EINVAL, "%s: is the next part, but not in the list of parts; --no-parts takes the list as it "
                        "is", after);
     return 0;
 }
 
-static int raw_check_parts(struct image *im)
+/* All parts but the last have one size: a note where the user listed the files, a refusal where they were found. */
+static int raw_check_sizes(const struct image *im)
 {
-    uint64_t first = im->files[0].size;
+    uint64_t first = im->files[0].size, size;
 
-    for (unsigned i = 1; im->n_given > 1 && i + 1 < im->n_files; i++)
-        if (im->files[i].size < first)
-            msg_say(MSG_NOTE, "%s: is %" PRIu64 " bytes shorter than the first part; if they are missing, all that "
-                    "follows is in the wrong place", im->files[i].path, first - im->files[i].size);
-    for (unsigned i = 1; im->found_parts && i < im->n_files; i++)
-        if (im->files[i].size > first || (im->files[i].size < first && i + 1 < im->n_files))
+    for (unsigned i = 1; i < im->n_files; i++) {
+        bool last = i + 1 == im->n_files;
+        size = im->files[i].size;
+        if (im->found_parts && (size > first || (size < first && !last)))
             return msg_err(-EINVAL, "%s: part of %" PRIu64 " bytes among parts of %" PRIu64
                            ": damaged or incomplete; name all parts to use them as they are",
-                           im->files[i].path, im->files[i].size, first);
+                           im->files[i].path, size, first);
+        if (im->n_given > 1 && size < first && !last)
+            msg_say(MSG_NOTE, "%s: is %" PRIu64 " bytes shorter than the first part; if they are missing, all that "
+                    "follows is in the wrong place", im->files[i].path, first - size);
+    }
     return 0;
 }
 
 static int raw_open(struct image *im)
 {
-    uint64_t *start, sum = 0;
+    uint64_t *start = im->state = util_fault("part table") ? NULL : calloc(im->n_files + 1, sizeof(*start));
+    bool check_names = im->opt->parts && im->depth == 0;
     int ret = 0;
 
-    if (im->opt->parts && im->depth == 0) {
-        ret = raw_check_first(im);
-        if (!ret)
-            ret = raw_check_list(im);
-    }
-    if (!ret)
-        ret = raw_check_parts(im);
-    if (ret)
-        return ret;
-    im->state = start = util_fault("part table") ? NULL : calloc(im->n_files + 1, sizeof(*start));
     if (!start)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    for (unsigned i = 0; i < im->n_files; i++) {
-        if (im->files[i].size > (uint64_t)MAX_IMAGE_SIZE - sum)
-            return msg_err(-EFBIG, "%s: the parts add up to more than a file can hold", im->files[i].path);
-        start[i] = sum;
-        sum += im->files[i].size;
+    if (check_names)
+        ret = raw_check_first(im);
+    if (!ret && check_names)
+        ret = raw_check_list(im);
+    if (!ret)
+        ret = raw_check_sizes(im);
+    for (unsigned i = 0; i < im->n_files && !ret; i++) {
+        if (im->files[i].size > (uint64_t)MAX_IMAGE_SIZE - start[i])
+            ret = msg_err(-EFBIG, "%s: the parts add up to more than a file can hold", im->files[i].path);
+        start[i + 1] = start[i] + im->files[i].size;
     }
-    start[im->n_files] = sum;
-    im->size = sum;
-    return 0;
+    im->size = start[im->n_files];
+    return ret;
 }
 
 static void raw_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
@@ -4110,83 +4116,115 @@ static const struct image_format raw_format = {
  *
  * VirtualBox, VDICore.h: versions 1.1 and 0.2. All numbers are little-endian.
  *
- *   text, signature, version | header | block map: 4 bytes per block | blocks, each after its extra data
+ *   header | block map: 4 bytes per block | blocks, each behind `extra` bytes that are not part of the disk
  *
  * A map entry is the number of a block in the file, or says "not here" (what the parent has, zeros if there is
- * none) or "zeros". Dynamic and fixed images differ in nothing but that. A differencing image knows its parent by
- * UUID only. VirtualBox calls the files of snapshots {UUID}.vdi, but not that of the disk itself.
+ * none) or "zeros". Dynamic and fixed images differ only in how many blocks are allocated. A differencing image knows
+ * its parent by UUID only. VirtualBox names the files of snapshots {UUID}.vdi, but not that of the disk itself.
  * ******************************************************************************************************** */
 
+struct vdi_start {                  /* of every version */
+    uint8_t text[64];               /* 0x000: "<<< Oracle VM VirtualBox Disk Image >>>" */
+    le32 signature;                 /* 0x040: VDI_SIGNATURE */
+    le32 version;                   /* 0x044: major << 16 | minor */
+};
+
+struct vdi_header {                 /* version 1.1 */
+    struct vdi_start start;         /* 0x000 */
+    le32 header_size;               /* 0x048: counts from here */
+    le32 type;                      /* 0x04c: VDI_TYPE_... */
+    le32 flags;                     /* 0x050 */
+    uint8_t comment[256];           /* 0x054 */
+    le32 map_offset;                /* 0x154: of the block map */
+    le32 data_offset;               /* 0x158: of block 0, extra data included */
+    uint8_t geometry[20];           /* 0x15c: unused */
+    le64 disk_size;                 /* 0x170 */
+    le32 block_size;                /* 0x178 */
+    le32 extra;                     /* 0x17c: bytes before each block */
+    le32 n_blocks;                  /* 0x180: entries of the map */
+    le32 n_allocated;               /* 0x184 */
+    uint8_t uuid[4][16];            /* 0x188: its own, of its last change, the parent's, of the parent's last change */
+};
+_Static_assert(sizeof(struct vdi_header) == 0x1c8, "VDI header, version 1.1");
+
+struct vdi_header_v0 {              /* version 0.2: the map follows the header, the blocks follow the map */
+    struct vdi_start start;         /* 0x000 */
+    le32 type;                      /* 0x048 */
+    le32 flags;                     /* 0x04c */
+    uint8_t comment[256];           /* 0x050 */
+    uint8_t geometry[16];           /* 0x150: unused */
+    le64 disk_size;                 /* 0x160 */
+    le32 block_size;                /* 0x168 */
+    le32 n_blocks;                  /* 0x16c */
+    le32 n_allocated;               /* 0x170 */
+    uint8_t uuid[3][16];            /* 0x174: as above, without that of the parent's last change */
+};
+_Static_assert(sizeof(struct vdi_header_v0) == 0x1a4, "VDI header, version 0.2");
+
 enum {
-    VDI_OFF_SIGNATURE = 64,
-    VDI_OFF_VERSION = 68,
-    VDI_HEADER = 456,               /* with the text; 0.2: */
-    VDI_HEADER_V0 = 420,
-    VDI_OFF_HEADER_SIZE = 72,       /* not in 0.2; counts from here */
+    VDI_VERSION_0 = 0x00000002,
+    VDI_VERSION_1 = 0x00010001,
     VDI_HEADER_SIZE_MIN = 384,
-    VDI_OFF_TYPE = 76,              /* 0.2: 72 */
-    VDI_OFF_BLOCKS = 340,           /* where the map is; not in 0.2 */
-    VDI_OFF_DATA = 344,             /* where block 0 is; not in 0.2 */
-    VDI_OFF_SIZES = 368,            /* disk size, block size, extra data per block, number of blocks, ... */
-    VDI_OFF_UUIDS = 392,            /* its own, of its last change, the parent's, of the parent's last change */
-    VDI_OFF_V0_SIZES = 352,         /* without the extra data */
-    VDI_OFF_V0_UUIDS = 372,         /* without the last one */
     VDI_TYPE_DYNAMIC = 1,
     VDI_TYPE_FIXED = 2,
     VDI_TYPE_UNDO = 3,
     VDI_TYPE_DIFF = 4,
-    VDI_VERSION_0 = 0x00000002,
-    VDI_VERSION_1 = 0x00010001,
     VDI_MIN_BLOCK = 512,
-    VDI_MAX_BLOCK = 1 << 30,        /* with as much extra data, all places in the file fit into 63 bits */
+    VDI_MAX_BLOCK = 1 << 30,        /* with as much extra data, all offsets in the file fit into 63 bits */
 };
 #define VDI_SIGNATURE 0xbeda107fu
 #define VDI_ENTRY_NONE 0xffffffffu
 #define VDI_ENTRY_ZERO 0xfffffffeu
 
 struct vdi {
-    uint32_t version, type, block_size, extra, blocks;
-    uint64_t map, data, disk_size;
+    uint32_t version, type, block_size, extra, n_blocks, n_allocated;
+    uint64_t header_size, map, data;            /* map, data: offsets in the file */
+    uint64_t disk_size;
     bool differencing;
 };
 
 static int vdi_probe(const struct probe *p)
 {
-    return p->head_len >= VDI_OFF_VERSION + 4 && util_le32(p->head + VDI_OFF_SIGNATURE) == VDI_SIGNATURE ? 100 : 0;
+    const struct vdi_start *start = (const struct vdi_start *)p->head;
+
+    return p->head_len >= sizeof(*start) && le32_to_cpu(start->signature) == VDI_SIGNATURE ? 100 : 0;
 }
 
-/* The UUIDs, from h on: its own, of its last change, the parent's and, except in 0.2, of the parent's last change. */
-static void vdi_parse_uuids(struct image *im, const uint8_t *h, unsigned n)
+/* Sets the identities from the header's first n UUIDs: two are its own, two its parent's. */
+static void vdi_parse_uuids(struct image *im, const uint8_t (*uuid)[16], unsigned n)
 {
-    uint8_t uuid[16];
+    uint8_t printed[16];
 
     for (unsigned i = 0; i < n; i++) {
-        text_swap_guid(h + (size_t)16 * i, uuid);
-        ext_set_id(i < 2 ? &im->id : &im->parent_id, i % 2 ? ID_STATE : ID_IMAGE, uuid);
+        text_swap_guid(uuid[i], printed);
+        ext_set_id(i < 2 ? &im->id : &im->parent_id, i % 2 ? ID_STATE : ID_IMAGE, printed);
     }
 }
 
-static void vdi_parse_v0(struct image *im, struct vdi *v, const uint8_t *h)
+static void vdi_parse_v0(struct image *im, struct vdi *v, const struct vdi_header_v0 *h)
 {
-    v->type = util_le32(h + VDI_OFF_TYPE - 4);
-    v->disk_size = util_le64(h + VDI_OFF_V0_SIZES);
-    v->block_size = util_le32(h + VDI_OFF_V0_SIZES + 8);
-    v->blocks = util_le32(h + VDI_OFF_V0_SIZES + 12);
-    v->map = VDI_HEADER_V0;
-    v->data = v->map + 4ull * v->blocks;
-    vdi_parse_uuids(im, h + VDI_OFF_V0_UUIDS, 3);
+    v->type = le32_to_cpu(h->type);
+    v->disk_size = le64_to_cpu(h->disk_size);
+    v->block_size = le32_to_cpu(h->block_size);
+    v->n_blocks = le32_to_cpu(h->n_blocks);
+    v->n_allocated = le32_to_cpu(h->n_allocated);
+    v->header_size = v->map = sizeof(*h);
+    v->data = v->map + 4ull * v->n_blocks;
+    vdi_parse_uuids(im, h->uuid, 3);
 }
 
-static void vdi_parse_v1(struct image *im, struct vdi *v, const uint8_t *h)
+static void vdi_parse_v1(struct image *im, struct vdi *v, const struct vdi_header *h)
 {
-    v->type = util_le32(h + VDI_OFF_TYPE);
-    v->map = util_le32(h + VDI_OFF_BLOCKS);
-    v->data = util_le32(h + VDI_OFF_DATA);
-    v->disk_size = util_le64(h + VDI_OFF_SIZES);
-    v->block_size = util_le32(h + VDI_OFF_SIZES + 8);
-    v->extra = util_le32(h + VDI_OFF_SIZES + 12);
-    v->blocks = util_le32(h + VDI_OFF_SIZES + 16);
-    vdi_parse_uuids(im, h + VDI_OFF_UUIDS, 4);
+    v->type = le32_to_cpu(h->type);
+    v->disk_size = le64_to_cpu(h->disk_size);
+    v->block_size = le32_to_cpu(h->block_size);
+    v->extra = le32_to_cpu(h->extra);
+    v->n_blocks = le32_to_cpu(h->n_blocks);
+    v->n_allocated = le32_to_cpu(h->n_allocated);
+    v->header_size = sizeof(*h);
+    v->map = le32_to_cpu(h->map_offset);
+    v->data = le32_to_cpu(h->data_offset);
+    vdi_parse_uuids(im, h->uuid, 4);
 }
 
 static int vdi_check_header(struct image *im, const struct vdi *v)
@@ -4200,15 +4238,15 @@ static int vdi_check_header(struct image *im, const struct vdi *v)
     if (v->extra > v->block_size || (v->extra & (v->extra - 1)))
         return fmt_refuse(im, "the size of the extra data per block", v->extra);
     /* Version 0.2 has no such fields; since then VirtualBox aligns both, and so does whoever else writes them. */
-    if (v->version != VDI_VERSION_0 && (v->map % 512 || v->map < VDI_HEADER))
+    if (v->version != VDI_VERSION_0 && (v->map % 512 || v->map < v->header_size))
         return fmt_refuse(im, "the place of the block map", v->map);
     if (v->version != VDI_VERSION_0 && v->data % 512)
         return fmt_refuse(im, "the place of the data", v->data);
-    if (v->map > file_size || 4ull * v->blocks > file_size - v->map)
-        return fmt_refuse(im, "the number of blocks, whose map does not fit into the file", v->blocks);
-    if (v->data < v->map + 4ull * v->blocks)
+    if (v->map > file_size || 4ull * v->n_blocks > file_size - v->map)
+        return fmt_refuse(im, "the number of blocks, whose map does not fit into the file", v->n_blocks);
+    if (v->data < v->map + 4ull * v->n_blocks)
         return fmt_refuse(im, "the place of the data, inside the block map", v->data);
-    if (v->disk_size > (uint64_t)v->blocks * v->block_size)
+    if (v->disk_size > (uint64_t)v->n_blocks * v->block_size)
         return fmt_refuse(im, "the disk size, larger than all blocks together", v->disk_size);
     if (!v->differencing && im->parent_id.known[ID_IMAGE])
         return fmt_refuse(im, "a parent, in an image that is not a differencing one, of type", v->type);
@@ -4219,26 +4257,33 @@ static int vdi_check_header(struct image *im, const struct vdi *v)
 
 static int vdi_read_header(struct image *im, struct vdi *v)
 {
-    uint8_t h[VDI_HEADER] = { 0 };
+    union {
+        struct vdi_start start;
+        struct vdi_header_v0 v0;
+        struct vdi_header v1;
+    } h = { 0 };
     uint64_t done, len = util_min(im->files[0].size, sizeof(h));
-    int ret = file_pread(&im->files[0], h, len, 0, &done);
+    int ret = file_pread(&im->files[0], &h, len, 0, &done);
 
     if (ret)
         return ret;
-    if (util_le32(h + VDI_OFF_SIGNATURE) != VDI_SIGNATURE)
+    if (le32_to_cpu(h.start.signature) != VDI_SIGNATURE)
         return msg_err(-EINVAL, "%s: is not a VDI image", im->name);
-    v->version = util_le32(h + VDI_OFF_VERSION);
-    if (v->version != VDI_VERSION_0 && v->version >> 16 != VDI_VERSION_1 >> 16)
+    v->version = le32_to_cpu(h.start.version);
+    if (v->version == VDI_VERSION_0)
+        vdi_parse_v0(im, v, &h.v0);
+    else if (v->version >> 16 == VDI_VERSION_1 >> 16)
+        vdi_parse_v1(im, v, &h.v1);
+    else
         return msg_err(-EOPNOTSUPP, "%s: VDI of unknown version %u.%u, which is not supported", im->name,
                        v->version >> 16, v->version & 0xffff);
-    if (len < (v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER))
+    if (len < v->header_size)
         return fmt_refuse(im, "the file ends in the header", len);
-    if (v->version != VDI_VERSION_0 && util_le32(h + VDI_OFF_HEADER_SIZE) < VDI_HEADER_SIZE_MIN)
-        fmt_odd(im, "the header's size", util_le32(h + VDI_OFF_HEADER_SIZE));
-    (v->version == VDI_VERSION_0 ? vdi_parse_v0 : vdi_parse_v1)(im, v, h);
-    v->differencing = v->type == VDI_TYPE_UNDO || v->type == VDI_TYPE_DIFF;
+    if (v->version != VDI_VERSION_0 && le32_to_cpu(h.v1.header_size) < VDI_HEADER_SIZE_MIN)
+        fmt_odd(im, "the header's size", le32_to_cpu(h.v1.header_size));
     if (v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF)
         fmt_odd(im, "the image type", v->type);
+    v->differencing = v->type == VDI_TYPE_UNDO || v->type == VDI_TYPE_DIFF;
     return vdi_check_header(im, v);
 }
 
@@ -4249,11 +4294,76 @@ static int vdi_identify(struct image *im)
     return vdi_read_header(im, &v);
 }
 
-/* The parent's file is not named in the image. */
-static int vdi_set_parent(struct image *im)
+static int vdi_open(struct image *im)
 {
+    struct vdi *v = im->state = util_fault("vdi") ? NULL : calloc(1, sizeof(*v));
+    int ret;
+
+    if (!v)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    if (im->n_files > 1)
+        return msg_err(-EINVAL, "%s: a VDI image is one file", im->name);
+    ret = vdi_read_header(im, v);
+    if (ret)
+        return ret;
+    im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
+    im->cluster_size = v->block_size;
+    if (!v->differencing)
+        return 0;
     ext_set_parent(im, "vdi");
     return im->parent_id.known[ID_IMAGE] ? ext_add_uuid_hint(im, "vdi") : 0;
+}
+
+static void vdi_close(struct image *im)
+{
+    free(im->state);
+}
+
+static int vdi_read_entry(const struct image *im, uint64_t i, uint32_t *entry)
+{
+    const struct vdi *v = im->state;
+
+    return cache_le32(&im->files[0], v->map + 4 * i, entry);
+}
+
+/*
+ * Is entry i, which says block 0, a wiped one? No two entries have the same block, so two zeros in a row are what is
+ * left where a sector of the map could not be copied.
+ */
+static bool vdi_is_wiped(const struct image *im, uint64_t i)
+{
+    const struct vdi *v = im->state;
+    uint32_t entry;
+
+    return (i > 0 && vdi_read_entry(im, i - 1, &entry) == 0 && entry == 0) ||
+           (i + 1 < v->n_blocks && vdi_read_entry(im, i + 1, &entry) == 0 && entry == 0);
+}
+
+static void vdi_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
+{
+    const struct vdi *v = im->state;
+    struct file *f = &im->files[0];
+    uint64_t i = offset / v->block_size, in_block = offset % v->block_size, host;
+    uint32_t entry;
+
+    length = util_min(length, v->block_size - in_block);
+    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    if (vdi_read_entry(im, i, &entry)) {
+        ext_bad(ext, length, "the block map cannot be read");
+    } else if (entry == VDI_ENTRY_NONE) {
+        ext->kind = v->differencing ? EXT_BACKING : EXT_ZERO;
+    } else if (entry == VDI_ENTRY_ZERO) {
+        ext->zeroed = true;
+    } else if (entry == 0 && vdi_is_wiped(im, i)) {
+        ext_bad(ext, length, "its map entry was wiped: its neighbour has block 0, too");
+    } else {
+        host = v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block;
+        if (host >= f->size)
+            ext_bad(ext, length, "its block lies past the end of the file");
+        else
+            *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host), .file = f,
+                                    .offset = host };
+    }
 }
 
 static void vdi_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
@@ -4269,92 +4379,24 @@ static void vdi_claim_entry(struct claims *c, const struct image *im, const void
 static bool vdi_claims(struct image *im, struct claims *c)
 {
     const struct vdi *v = im->state;
-    uint64_t n = (im->size + v->block_size - 1) / v->block_size;
+    uint64_t used = (im->size + v->block_size - 1) / v->block_size;     /* entries; the map may have more */
 
-    c->claim(c, &im->files[0], 0, v->version == VDI_VERSION_0 ? VDI_HEADER_V0 : VDI_HEADER, "the header", 0);
-    c->claim(c, &im->files[0], v->map, 4ull * v->blocks, "the block map", 0);
-    ext_claim_table(c, im, v, &im->files[0], v->map, n, 4, vdi_claim_entry);
+    c->claim(c, &im->files[0], 0, v->header_size, "the header", 0);
+    c->claim(c, &im->files[0], v->map, 4ull * v->n_blocks, "the block map", 0);
+    ext_claim_table(c, im, v, &im->files[0], v->map, used, 4, vdi_claim_entry);
     return true;
 }
 
-static int vdi_open(struct image *im)
-{
-    struct vdi *v = im->state = util_fault("vdi") ? NULL : calloc(1, sizeof(*v));
-    int ret;
-
-    if (!v)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        return msg_err(-EINVAL, "%s: a VDI image is one file", im->name);
-    ret = vdi_read_header(im, v);
-    if (!ret && v->differencing)
-        ret = vdi_set_parent(im);
-    im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
-    im->cluster_size = v->block_size;
-    return ret;
-}
-
-static void vdi_close(struct image *im)
-{
-    free(im->state);
-}
-
-/* A block of the file belongs to one entry. Zeros in a row are what is left of a sector that could not be copied. */
-static bool vdi_is_wiped(const struct image *im, uint32_t i)
-{
-    const struct vdi *v = im->state;
-    uint32_t entry;
-
-    return (i > 0 && cache_le32(&im->files[0], v->map + (i - 1) * 4ull, &entry) == 0 && entry == 0) ||
-           (i + 1 < v->blocks && cache_le32(&im->files[0], v->map + (i + 1) * 4ull, &entry) == 0 && entry == 0);
-}
-
-/* What the map says about one block, or the rest of it. */
-static void vdi_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
-{
-    const struct vdi *v = im->state;
-    struct file *f = &im->files[0];
-    uint64_t in_block = offset & (v->block_size - 1), host;
-    uint32_t entry;
-
-    length = util_min(length, v->block_size - in_block);
-    if (cache_le32(f, v->map + offset / v->block_size * 4, &entry)) {
-        ext_bad(ext, length, "the block map cannot be read");
-        return;
-    }
-    if (entry == 0 && vdi_is_wiped(im, (uint32_t)(offset / v->block_size))) {
-        ext_bad(ext, length, "its map entry was wiped: its neighbour has block 0, too");
-        return;
-    }
-    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
-    if (entry == VDI_ENTRY_NONE && v->differencing)
-        ext->kind = EXT_BACKING;
-    ext->zeroed = entry == VDI_ENTRY_ZERO;
-    if (entry == VDI_ENTRY_NONE || entry == VDI_ENTRY_ZERO)
-        return;
-    host = v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block;
-    if (host >= f->size)
-        ext_bad(ext, length, "its block lies past the end of the file");
-    else
-        *ext = (struct extent){
-            .kind = EXT_DATA, .length = util_min(length, f->size - host), .file = f, .offset = host,
-        };
-}
-
-/* QEMU appends behind as many blocks as the header says there are: over others, if these are more. */
+/* QEMU allocates new blocks from n_allocated on, so it would overwrite a block whose number is not below it. */
 static bool vdi_as_qemu(struct image *im)
 {
     const struct vdi *v = im->state;
-    uint8_t allocated[4];
-    uint64_t done;
     uint32_t entry;
 
-    if (v->version != VDI_VERSION_1 || v->differencing || v->extra ||
-        file_pread(&im->files[0], allocated, 4, VDI_OFF_SIZES + 20, &done))
+    if (v->version != VDI_VERSION_1 || v->differencing || v->extra)
         return false;
-    for (uint64_t i = 0; i < v->blocks; i++)
-        if (cache_le32(&im->files[0], v->map + i * 4, &entry) ||
-            (entry < VDI_ENTRY_ZERO && entry >= util_le32(allocated)))
+    for (uint64_t i = 0; i < v->n_blocks; i++)
+        if (vdi_read_entry(im, i, &entry) || (entry < VDI_ENTRY_ZERO && entry >= v->n_allocated))
             return false;
     return true;
 }
@@ -15564,8 +15606,7 @@ static int mnt_resolve(const char *arg, char path[PATH_MAX])
 static int mnt_check_file(const char *path, const struct stat *st, char *const *images, unsigned n)
 {
     struct stat image;
-    unsigned number, other;
-    bool is_first = false, is_part = n > 1 && raw_same_set(images[0], path, &number, &other);
+    bool is_first = false, is_part = n > 1 && raw_same_set(images[0], path);
 
     for (unsigned i = 0; i < n; i++)
         if (stat(images[i], &image) == 0 && image.st_dev == st->st_dev && image.st_ino == st->st_ino) {
