@@ -4654,54 +4654,87 @@ static const struct image_format qed_format = {
  *   fixed      data | footer
  *   others     copy of the footer | dynamic header | block table | (bitmap | data) per block ... | footer
  *
- * A bit of a block's bitmap says whether its sector is in this image. Where it is not, a differencing image has it
- * from the parent; in a dynamic image the sector was never written, and is zeros. (QEMU takes no notice of the
- * bitmap of dynamic images, but writes it all set, as everybody does who does not track sectors.)
+ * A bit of a block's bitmap says whether its sector is in this image. Where it is clear, a differencing image has the
+ * sector from its parent; in a dynamic image it was never written and reads as zeros. (QEMU ignores the bitmaps of
+ * dynamic images; it writes them all ones, like other programs that do not track sectors.)
  *
- * The footer at the end counts; where it is lost or damaged, its copy at the front. The size is the footer's
- * "current size", except that Virtual PC, Virtual Server and old versions of QEMU count by the geometry; so do we
- * for them, unless the geometry is at its maximum, or larger than what is there.
+ * The footer at the end counts; where it is lost or damaged, its copy at the front does. The disk has the footer's
+ * "current size", except that Virtual PC, Virtual Server and old versions of QEMU count by the geometry. So do we for
+ * their images, unless the geometry is at its maximum, or larger than what the image can hold.
  * ******************************************************************************************************** */
+
+struct vhd_footer {                 /* its last byte is missing in images made before Virtual PC 2004 */
+    uint8_t cookie[8];              /* 0x00 "conectix" */
+    be32 features;                  /* 0x08 */
+    be32 version;                   /* 0x0c 1.x: 0x0001xxxx */
+    be64 header;                    /* 0x10 offset of the dynamic header */
+    be32 time;                      /* 0x18 */
+    uint8_t creator[4];             /* 0x1c the program that made it */
+    be32 creator_version;           /* 0x20 */
+    uint8_t creator_host[4];        /* 0x24 */
+    be64 original_size;             /* 0x28 */
+    be64 size;                      /* 0x30 bytes: the "current size" */
+    be16 cylinders;                 /* 0x38 */
+    uint8_t heads;                  /* 0x3a */
+    uint8_t sectors;                /* 0x3b per track */
+    be32 type;                      /* 0x3c VHD_FIXED, ... */
+    be32 checksum;                  /* 0x40 */
+    uint8_t id[16];                 /* 0x44 */
+    uint8_t saved_state;            /* 0x54 */
+    uint8_t reserved[427];          /* 0x55 */
+};
+_Static_assert(sizeof(struct vhd_footer) == 512, "VHD footer");
+
+struct vhd_locator {                /* where a name of the parent is */
+    uint8_t code[4];                /* 0x00 its kind, see vhd_read_parent() */
+    be32 space;                     /* 0x04 */
+    be32 length;                    /* 0x08 bytes */
+    be32 reserved;                  /* 0x0c */
+    be64 offset;                    /* 0x10 */
+};
+_Static_assert(sizeof(struct vhd_locator) == 24, "VHD parent locator");
+
+struct vhd_header {
+    uint8_t cookie[8];              /* 0x000 "cxsparse" */
+    be64 unused;                    /* 0x008 */
+    be64 table;                     /* 0x010 offset of the block table */
+    be32 version;                   /* 0x018 1.x: 0x0001xxxx */
+    be32 entries;                   /* 0x01c of the block table */
+    be32 block_size;                /* 0x020 bytes */
+    be32 checksum;                  /* 0x024 */
+    uint8_t parent_id[16];          /* 0x028 */
+    be32 parent_time;               /* 0x038 */
+    be32 reserved;                  /* 0x03c */
+    uint8_t parent_name[512];       /* 0x040 UTF-16BE */
+    struct vhd_locator locator[8];  /* 0x240 */
+    uint8_t reserved2[256];         /* 0x300 */
+};
+_Static_assert(sizeof(struct vhd_header) == 1024, "VHD dynamic header");
 
 enum {
     VHD_SECTOR = 512,
-    VHD_FOOTER = 512,               /* 511 before Virtual PC 2004: the last, reserved byte is not there */
-    VHD_OFF_VERSION = 12,
-    VHD_OFF_HEADER = 16,
-    VHD_OFF_CREATOR = 28,
-    VHD_OFF_SIZE = 48,
-    VHD_OFF_GEOMETRY = 56,          /* cylinders: 2 bytes, heads, sectors per track */
-    VHD_OFF_TYPE = 60,
-    VHD_OFF_CHECKSUM = 64,
-    VHD_OFF_ID = 68,
+    VHD_FOOTER = sizeof(struct vhd_footer),
+    VHD_HEADER = sizeof(struct vhd_header),
     VHD_FIXED = 2, VHD_DYNAMIC = 3, VHD_DIFFERENCING = 4,
-    VHD_HEADER = 1024,              /* the dynamic header */
-    VHD_HEAD_TABLE = 16,
-    VHD_HEAD_VERSION = 24,
-    VHD_HEAD_ENTRIES = 28,
-    VHD_HEAD_BLOCK = 32,
-    VHD_HEAD_CHECKSUM = 36,
-    VHD_HEAD_PARENT_ID = 40,
-    VHD_HEAD_PARENT_NAME = 64,      /* 512 bytes of UTF-16BE */
-    VHD_HEAD_LOCATORS = 576,        /* 8 of them: code, space, length, reserved: 4 bytes each; offset: 8 */
-    VHD_LOCATOR_MAX = 4096,
+    VHD_PER_BITMAP = VHD_SECTOR * 8 * VHD_SECTOR,       /* bytes whose bits fill one sector of a bitmap */
+    VHD_MAX_LOCATOR = 4096,         /* bytes of a name */
     VHD_MAX_BITMAPS = 8192,         /* read before an overlay is made: half a minute on a slow disk, usually 16 GiB */
 };
 #define VHD_NO_BLOCK 0xffffffffu
 #define VHD_MAX_GEOMETRY (65535ull * 16 * 255 * VHD_SECTOR)
 
 struct vhd {
+    struct vhd_footer footer;       /* the one that counts */
     uint32_t type, block_bits, bitmap_size, entries;
-    uint64_t table, header;
-    uint64_t end;                   /* of what can be data: the footer, or the file's end where that is lost */
-    char creator[5];
+    uint64_t table, header;         /* offsets */
+    uint64_t end;                   /* no data from here on: the footer, or the file's end where that is lost */
     bool by_geometry;
-    uint8_t footer[VHD_FOOTER];     /* the one that counts */
 };
 
-/* The one's complement of the sum of all bytes but the checksum's own. */
-static uint32_t vhd_checksum(const uint8_t *bytes, size_t len, size_t own)
+/* The one's complement of the sum of all bytes but those of the checksum, which begins at `own`. */
+static uint32_t vhd_checksum(const void *from, size_t len, size_t own)
 {
+    const uint8_t *bytes = from;
     uint32_t sum = 0;
 
     for (size_t i = 0; i < len; i++)
@@ -4709,69 +4742,70 @@ static uint32_t vhd_checksum(const uint8_t *bytes, size_t len, size_t own)
     return ~sum;
 }
 
-static bool vhd_is_footer(const uint8_t *bytes)
+static bool vhd_is_footer(const struct vhd_footer *footer)
 {
-    return memcmp(bytes, "conectix", 8) == 0;
+    return memcmp(footer->cookie, "conectix", 8) == 0;
 }
 
-/* 511 bytes suffice. */
-static bool vhd_footer_is_good(const uint8_t *footer)
+/* Needs only 511 bytes. */
+static bool vhd_footer_is_good(const struct vhd_footer *footer)
 {
     return vhd_is_footer(footer) &&
-           util_be32(footer + VHD_OFF_CHECKSUM) == vhd_checksum(footer, VHD_FOOTER - 1, VHD_OFF_CHECKSUM);
+           be32_to_cpu(footer->checksum) == vhd_checksum(footer, VHD_FOOTER - 1, offsetof(struct vhd_footer, checksum));
 }
 
 /*
- * Certain: a footer of a fixed disk behind just as much data as it says. That beats whatever the guest may have
- * written at the start of its disk.
+ * Certain: the footer of a fixed disk behind exactly as much data as it says. That beats whatever the guest may have
+ * written to the start of its disk.
  */
 static int vhd_probe(const struct probe *p)
 {
-    const uint8_t *tail = p->tail + p->tail_len;
+    const struct vhd_footer *footer;
 
-    for (size_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= p->tail_len; len--)
-        if (vhd_is_footer(tail - len))
-            return vhd_footer_is_good(tail - len) && util_be32(tail - len + VHD_OFF_TYPE) == VHD_FIXED &&
-                           util_be64(tail - len + VHD_OFF_SIZE) == p->size - len
+    for (size_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= p->tail_len; len--) {
+        footer = (const void *)(p->tail + p->tail_len - len);
+        if (vhd_is_footer(footer))
+            return vhd_footer_is_good(footer) && be32_to_cpu(footer->type) == VHD_FIXED &&
+                           be64_to_cpu(footer->size) == p->size - len
                        ? 100 : 90;
-    return p->head_len >= VHD_FOOTER - 1 && vhd_is_footer(p->head) ? 100 : 0;
+    }
+    return p->head_len >= VHD_FOOTER - 1 && vhd_is_footer((const void *)p->head) ? 100 : 0;
 }
 
-/* Reads the footer (511 or 512 bytes) at the end. False: none is there, or it is damaged; *seen says which. */
-static bool vhd_read_end(struct image *im, struct vhd *v, uint8_t *footer, bool *seen)
+/* Reads the footer (511 or 512 bytes) at the end. False: none is there, or it is damaged; *seen: one is there. */
+static bool vhd_read_end(struct image *im, struct vhd *v, bool *seen)
 {
     struct file *f = &im->files[0];
     uint64_t done;
 
     for (uint64_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= f->size; len--) {
-        memset(footer, 0, VHD_FOOTER);
-        if (file_pread(f, footer, len, f->size - len, &done) || !vhd_is_footer(footer))
+        v->footer = (struct vhd_footer){ 0 };
+        if (file_pread(f, &v->footer, len, f->size - len, &done) || !vhd_is_footer(&v->footer))
             continue;
         *seen = true;
         v->end = f->size - len;
-        if (vhd_footer_is_good(footer))
+        if (vhd_footer_is_good(&v->footer))
             return true;
     }
     v->end = f->size;
     return false;
 }
 
-/* The copy at the front; fixed disks have none. */
-static bool vhd_read_front(struct image *im, uint8_t *footer, bool *seen)
+/* Reads the copy at the front; fixed disks have none. */
+static bool vhd_read_front(struct image *im, struct vhd_footer *front, bool *seen)
 {
     uint64_t done;
 
-    if (im->files[0].size < VHD_FOOTER || file_pread(&im->files[0], footer, VHD_FOOTER, 0, &done))
+    if (im->files[0].size < VHD_FOOTER || file_pread(&im->files[0], front, VHD_FOOTER, 0, &done))
         return false;
-    *seen |= vhd_is_footer(footer);
-    return vhd_footer_is_good(footer) && util_be32(footer + VHD_OFF_TYPE) != VHD_FIXED;
+    *seen |= vhd_is_footer(front);
+    return vhd_footer_is_good(front) && be32_to_cpu(front->type) != VHD_FIXED;
 }
 
-static int vhd_read_footer(struct image *im, struct vhd *v, uint8_t *footer)
+static int vhd_read_footer(struct image *im, struct vhd *v)
 {
-    uint8_t front[VHD_FOOTER] = { 0 };
-    bool seen = false, good_end = vhd_read_end(im, v, footer, &seen),
-         good_front = vhd_read_front(im, front, &seen);
+    struct vhd_footer front = { 0 };
+    bool seen = false, good_end = vhd_read_end(im, v, &seen), good_front = vhd_read_front(im, &front, &seen);
 
     if (!seen)
         return msg_err(-EINVAL, "%s: is not a VHD image", im->name);
@@ -4779,52 +4813,61 @@ static int vhd_read_footer(struct image *im, struct vhd *v, uint8_t *footer)
         return msg_err(-EINVAL, "%s: damaged VHD: no footer of it has a good checksum; --format raw shows its bytes",
                        im->name);
     /* Behind a dynamic disk that has lost its end, the guest's own data may look like a footer. */
-    if (good_end && good_front && util_be32(footer + VHD_OFF_TYPE) == VHD_FIXED) {
-        good_end = util_be64(footer + VHD_OFF_SIZE) == v->end;
+    if (good_end && good_front && be32_to_cpu(v->footer.type) == VHD_FIXED) {
+        good_end = be64_to_cpu(v->footer.size) == v->end;
         msg_say(MSG_NOTE, "%s: has the footer of a fixed disk at its end and one of another kind at its front; %s",
                 im->name, good_end ? "the first counts, since the size is right" : "the latter counts");
     } else if (!good_end) {
         msg_say(MSG_NOTE, "%s: the footer at its end is lost or damaged; its copy at the front is used", im->name);
     }
     if (!good_end) {
-        memcpy(footer, front, VHD_FOOTER);
+        v->footer = front;
         v->end = im->files[0].size;
     }
     return 0;
 }
 
-static int vhd_check_footer(struct image *im, struct vhd *v, const uint8_t *footer)
+/* Reads the footer and what tells kinds of images apart. */
+static int vhd_identify_as(struct image *im, struct vhd *v)
 {
-    uint32_t version = util_be32(footer + VHD_OFF_VERSION);
+    uint32_t version;
+    int ret = vhd_read_footer(im, v);
 
-    v->type = util_be32(footer + VHD_OFF_TYPE);
+    if (ret)
+        return ret;
+    version = be32_to_cpu(v->footer.version);
+    v->type = be32_to_cpu(v->footer.type);
     if (version >> 16 != 1)
         return msg_err(-EOPNOTSUPP, "%s: VHD of unknown version 0x%08x, which is not supported", im->name, version);
     if (v->type < VHD_FIXED || v->type > VHD_DIFFERENCING)
         return fmt_unsupported(im, "the kind of disk", v->type);
-    ext_set_id(&im->id, ID_IMAGE, footer + VHD_OFF_ID);
-    memcpy(v->creator, footer + VHD_OFF_CREATOR, 4);
-    memcpy(v->footer, footer, VHD_FOOTER);
+    ext_set_id(&im->id, ID_IMAGE, v->footer.id);
     return 0;
 }
 
-/* reach: what the blocks, or the file, can hold. */
-static int vhd_set_size(struct image *im, struct vhd *v, const uint8_t *footer, uint64_t reach)
+static uint64_t vhd_geometry(const struct vhd_footer *footer)
 {
-    static const char *const counts_by_geometry[] = { "vpc ", "vs  ", "qemu" };
-    const uint8_t *g = footer + VHD_OFF_GEOMETRY;
-    uint64_t current = util_be64(footer + VHD_OFF_SIZE);
-    uint64_t geometry = (uint64_t)util_be16(g) * g[2] * g[3] * VHD_SECTOR;
+    return (uint64_t)be16_to_cpu(footer->cylinders) * footer->heads * footer->sectors * VHD_SECTOR;
+}
 
-    for (size_t i = 0; i < ARRAY_LEN(counts_by_geometry); i++)
-        v->by_geometry |= memcmp(v->creator, counts_by_geometry[i], 4) == 0;
-    v->by_geometry = v->by_geometry && geometry && geometry < VHD_MAX_GEOMETRY && geometry <= reach;
+static bool vhd_is_made_by(const struct vhd *v, const char creator[4])
+{
+    return memcmp(v->footer.creator, creator, 4) == 0;
+}
+
+/* reach: bytes that the blocks, or the file, can hold. */
+static int vhd_set_size(struct image *im, struct vhd *v, uint64_t reach)
+{
+    uint64_t current = be64_to_cpu(v->footer.size), geometry = vhd_geometry(&v->footer);
+    bool usable = geometry && geometry < VHD_MAX_GEOMETRY && geometry <= reach;
+
     if (current > (uint64_t)MAX_IMAGE_SIZE)
         return fmt_refuse(im, "the size", current);
-    if (im->child && im->child->format == im->format) {     /* the child says how much of it is shown */
-        v->by_geometry = false;
+    if (im->child && im->child->format == im->format)   /* the child decides how much of it is shown */
         current = geometry > current && geometry <= reach ? geometry : current;
-    }
+    else
+        v->by_geometry = usable &&
+                         (vhd_is_made_by(v, "vpc ") || vhd_is_made_by(v, "vs  ") || vhd_is_made_by(v, "qemu"));
     im->size = v->by_geometry ? geometry : current;
     return 0;
 }
@@ -4834,30 +4877,27 @@ static bool vhd_overlaps(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
     return a < b + b_len && b < a + a_len;
 }
 
-static int vhd_check_header(struct image *im, struct vhd *v, const uint8_t *h)
+static int vhd_check_header(struct image *im, struct vhd *v, const struct vhd_header *h)
 {
-    uint32_t block = util_be32(h + VHD_HEAD_BLOCK);
-    uint64_t bits, size = im->files[0].size;
+    uint32_t block = be32_to_cpu(h->block_size);
+    uint64_t size = im->files[0].size;
 
-    if (memcmp(h, "cxsparse", 8) != 0)
-        return fmt_refuse(im, "the place of the dynamic header", v->header);
-    if (util_be32(h + VHD_HEAD_VERSION) >> 16 != 1)
-        return fmt_unsupported(im, "the version of the dynamic header", util_be32(h + VHD_HEAD_VERSION));
+    if (memcmp(h->cookie, "cxsparse", 8) != 0)
+        return fmt_refuse(im, "the offset of the dynamic header, which is not there", v->header);
+    if (be32_to_cpu(h->version) >> 16 != 1)
+        return fmt_unsupported(im, "the version of the dynamic header, not 0x0001xxxx", be32_to_cpu(h->version));
     if (block < VHD_SECTOR || block & (block - 1))
-        return fmt_refuse(im, "the block size", block);
-    v->table = util_be64(h + VHD_HEAD_TABLE);
-    v->entries = util_be32(h + VHD_HEAD_ENTRIES);
+        return fmt_refuse(im, "the block size, which is no power of two of 512 bytes or more", block);
+    v->table = be64_to_cpu(h->table);
+    v->entries = be32_to_cpu(h->entries);
     if (v->table % VHD_SECTOR || v->table > size || v->table < VHD_FOOTER)
-        return fmt_refuse_table(im, &im->files[0], "the place of the block table", v->table, VHD_SECTOR);
+        return fmt_refuse_table(im, &im->files[0], "the offset of the block table", v->table, VHD_SECTOR);
     if ((uint64_t)v->entries * 4 > size - v->table)
         return fmt_refuse(im, "more table entries than the file holds", v->entries);
     if (vhd_overlaps(v->table, (uint64_t)v->entries * 4, v->header, VHD_HEADER))
-        return fmt_refuse(im, "the place of the block table, in the dynamic header", v->table);
+        return fmt_refuse(im, "the offset of the block table, in the dynamic header", v->table);
     v->block_bits = (uint32_t)__builtin_ctz(block);
-    bits = block / VHD_SECTOR;
-    v->bitmap_size = (uint32_t)((bits / 8 + VHD_SECTOR - 1) / VHD_SECTOR * VHD_SECTOR);
-    if (bits < 8)
-        v->bitmap_size = VHD_SECTOR;
+    v->bitmap_size = (block / VHD_PER_BITMAP + !!(block % VHD_PER_BITMAP)) * VHD_SECTOR;
     im->cluster_size = block;
     return 0;
 }
@@ -4884,63 +4924,55 @@ static bool vhd_file_url(char *url)
     return true;
 }
 
-/* One parent locator. What cannot be read is left out: there are other names, and the parent is known by its UUID. */
-static int vhd_read_locator(struct image *im, const uint8_t *locator)
+/* Adds one recorded name of the parent. Skips what it cannot read: other names are tried, and the UUID decides. */
+static int vhd_read_locator(struct image *im, const struct vhd_locator *locator)
 {
-    uint8_t path[VHD_LOCATOR_MAX];
-    char name[2 * VHD_LOCATOR_MAX];
+    uint8_t path[VHD_MAX_LOCATOR];
+    char name[2 * VHD_MAX_LOCATOR];
     struct file *f = &im->files[0];
-    uint32_t len = util_be32(locator + 8);
-    uint64_t at = util_be64(locator + 16), done;
+    uint32_t len = be32_to_cpu(locator->length);
+    uint64_t offset = be64_to_cpu(locator->offset), done;
+    bool windows = locator->code[0] == 'W';
 
-    if (len > sizeof(path) || at > f->size || len > f->size - at || file_pread(f, path, len, at, &done))
+    if (len > sizeof(path) || offset > f->size || len > f->size - offset || file_pread(f, path, len, offset, &done))
         return 0;
     /* W2ru and W2ku are in UTF-16; the older Wi2r and Wi2k may be. */
-    if (locator[1] == '2' || (locator[0] == 'W' && len >= 2 && !path[1]))
+    if (locator->code[1] == '2' || (windows && len >= 2 && !path[1]))
         return text_from_utf16(path, len, false, name, sizeof(name)) ? ext_add_hint(im, name) : 0;
     snprintf(name, sizeof(name), "%.*s", (int)len, (const char *)path);
-    return locator[0] == 'W' || vhd_file_url(name) ? ext_add_hint(im, name) : 0;
+    return windows || vhd_file_url(name) ? ext_add_hint(im, name) : 0;
 }
 
 /* The locators in the order of the specification, then the name in the header. */
-static int vhd_read_parent(struct image *im, const uint8_t *h)
+static int vhd_read_parent(struct image *im, const struct vhd_header *h)
 {
     static const char *const codes[] = { "W2ru", "W2ku", "MacX", "Wi2r", "Wi2k" };
     char name[1024];
     int ret = 0;
 
-    ext_set_id(&im->parent_id, ID_IMAGE, h + VHD_HEAD_PARENT_ID);
+    ext_set_id(&im->parent_id, ID_IMAGE, h->parent_id);
     ext_set_parent(im, im->parent_id.known[ID_IMAGE] ? "vpc" : "");
     for (size_t kind = 0; kind < ARRAY_LEN(codes); kind++)
-        for (size_t i = 0; i < 8 && !ret; i++)
-            if (memcmp(h + VHD_HEAD_LOCATORS + 24 * i, codes[kind], 4) == 0)
-                ret = vhd_read_locator(im, h + VHD_HEAD_LOCATORS + 24 * i);
-    if (!ret && text_from_utf16(h + VHD_HEAD_PARENT_NAME, 512, true, name, sizeof(name)))
+        for (size_t i = 0; i < ARRAY_LEN(h->locator) && !ret; i++)
+            if (memcmp(h->locator[i].code, codes[kind], 4) == 0)
+                ret = vhd_read_locator(im, &h->locator[i]);
+    if (!ret && text_from_utf16(h->parent_name, sizeof(h->parent_name), true, name, sizeof(name)))
         ret = ext_add_hint(im, name);
     return ret;
 }
 
-static int vhd_identify(struct image *im)
-{
-    struct vhd v = { 0 };
-    uint8_t footer[VHD_FOOTER] = { 0 };
-    int ret = vhd_read_footer(im, &v, footer);
-
-    return ret ? ret : vhd_check_footer(im, &v, footer);
-}
-
 /*
- * There is no second copy of the dynamic header. Where its checksum is wrong, what reading needs of it must be
- * confirmed by something else: the number of blocks and their size by the footer's size, which they hold with nothing
- * to spare, and the table by where everybody puts it. A parent is known by its identity.
+ * There is no second copy of the dynamic header. Where its checksum is wrong, something else must confirm what
+ * reading needs of it: the footer's size must need exactly so many blocks of that size, and the table must lie where
+ * everybody puts it. A parent is known by its identity.
  */
-static int vhd_check_sum(const struct image *im, const struct vhd *v, const uint8_t *h)
+static int vhd_check_sum(const struct image *im, const struct vhd *v, const struct vhd_header *h)
 {
-    uint32_t sum = util_be32(h + VHD_HEAD_CHECKSUM);
+    uint32_t sum = be32_to_cpu(h->checksum);
     bool confirmed = v->table == v->header + VHD_HEADER && im->size <= (uint64_t)v->entries << v->block_bits &&
                      im->size > (uint64_t)(v->entries - 1) << v->block_bits;
 
-    if (sum == vhd_checksum(h, VHD_HEADER, VHD_HEAD_CHECKSUM))
+    if (sum == vhd_checksum(h, VHD_HEADER, offsetof(struct vhd_header, checksum)))
         return 0;
     if (!confirmed)
         return fmt_refuse(im, "the checksum of the dynamic header", sum);
@@ -4948,53 +4980,57 @@ static int vhd_check_sum(const struct image *im, const struct vhd *v, const uint
     return 0;
 }
 
-static int vhd_open_dynamic(struct image *im, struct vhd *v, const uint8_t *footer)
+static int vhd_open_dynamic(struct image *im, struct vhd *v)
 {
-    uint8_t header[VHD_HEADER];
+    struct vhd_header header;
     struct file *f = &im->files[0];
     uint64_t reach, done;
     int ret;
 
-    v->header = util_be64(footer + VHD_OFF_HEADER);
+    v->header = be64_to_cpu(v->footer.header);
     if (f->size < VHD_HEADER || v->header > f->size - VHD_HEADER)
-        return fmt_refuse_table(im, f, "the place of the dynamic header", v->header, VHD_HEADER);
-    ret = file_pread(f, header, VHD_HEADER, v->header, &done);
+        return fmt_refuse_table(im, f, "the offset of the dynamic header", v->header, VHD_HEADER);
+    ret = file_pread(f, &header, VHD_HEADER, v->header, &done);
     if (!ret)
-        ret = vhd_check_header(im, v, header);
+        ret = vhd_check_header(im, v, &header);
     if (ret)
         return ret;
     reach = (uint64_t)v->entries << v->block_bits;
-    ret = vhd_set_size(im, v, footer, reach);
+    ret = vhd_set_size(im, v, reach);
     if (!ret && im->size > reach)
         ret = fmt_refuse(im, "too few table entries for its size", v->entries);
     if (!ret)
-        ret = vhd_check_sum(im, v, header);
-    if (ret || (v->type == VHD_DYNAMIC && text_is_null_id(header + VHD_HEAD_PARENT_ID)))
+        ret = vhd_check_sum(im, v, &header);
+    if (ret || (v->type == VHD_DYNAMIC && text_is_null_id(header.parent_id)))
         return ret;
     if (v->type == VHD_DYNAMIC)     /* zeros for what the parent has would be the worse mistake */
         msg_say(MSG_NOTE, "%s: says that it is dynamic, but has a parent's UUID: read as differencing", im->name);
-    return vhd_read_parent(im, header);
+    return vhd_read_parent(im, &header);
+}
+
+static int vhd_identify(struct image *im)
+{
+    struct vhd v = { 0 };
+
+    return vhd_identify_as(im, &v);
 }
 
 static int vhd_open(struct image *im)
 {
     struct vhd *v = im->state = util_fault("vhd") ? NULL : calloc(1, sizeof(*v));
-    uint8_t footer[VHD_FOOTER] = { 0 };
     int ret;
 
     if (!v)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     if (im->n_files > 1)
         return msg_err(-EINVAL, "%s: a VHD image is one file", im->name);
-    ret = vhd_read_footer(im, v, footer);
-    if (!ret)
-        ret = vhd_check_footer(im, v, footer);
+    ret = vhd_identify_as(im, v);
     if (ret)
         return ret;
-    ret = v->type == VHD_FIXED ? vhd_set_size(im, v, footer, v->end) : vhd_open_dynamic(im, v, footer);
-    if (!ret && v->by_geometry && im->size != util_be64(footer + VHD_OFF_SIZE))
+    ret = v->type == VHD_FIXED ? vhd_set_size(im, v, v->end) : vhd_open_dynamic(im, v);
+    if (!ret && v->by_geometry && im->size != be64_to_cpu(v->footer.size))
         msg_say(MSG_NOTE, "%s: made by a program that counts by the geometry, so %" PRIu64 " bytes and not %" PRIu64,
-                im->name, (uint64_t)im->size, util_be64(footer + VHD_OFF_SIZE));
+                im->name, (uint64_t)im->size, be64_to_cpu(v->footer.size));
     return ret;
 }
 
@@ -5003,11 +5039,11 @@ static void vhd_close(struct image *im)
     free(im->state);
 }
 
-/* length bytes from in_block on of the block that lies at `start` with its bitmap. */
+/* length bytes from in_block on of the block whose bitmap is at `start`, its data behind that. */
 static void vhd_map_block(struct image *im, const struct vhd *v, uint64_t start, uint64_t in_block, uint64_t length,
                           struct extent *ext)
 {
-    uint64_t all = v->bitmap_size + (1ull << v->block_bits), sectors, data = start + v->bitmap_size + in_block;
+    uint64_t all = v->bitmap_size + (1ull << v->block_bits), data = start + v->bitmap_size + in_block, sectors;
     const char *why = NULL;
     bool here = false;
 
@@ -5032,12 +5068,27 @@ static void vhd_map_block(struct image *im, const struct vhd *v, uint64_t start,
         *ext = (struct extent){ .kind = ext_hole(im), .length = length };
 }
 
-static void vhd_map_dynamic(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
+static void vhd_map_fixed(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
+{
+    const struct vhd *v = im->state;
+
+    if (offset >= v->end)
+        ext_bad(ext, length, "past the end of the file");
+    else
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - offset), .file = &im->files[0],
+                                .offset = offset, .sparse = true };
+}
+
+static void vhd_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
 {
     const struct vhd *v = im->state;
     uint64_t in_block = offset & ((1ull << v->block_bits) - 1);
     uint32_t entry;
 
+    if (v->type == VHD_FIXED) {
+        vhd_map_fixed(im, offset, length, ext);
+        return;
+    }
     length = util_min(length, (1ull << v->block_bits) - in_block);
     if (cache_be32(&im->files[0], v->table + (offset >> v->block_bits) * 4, &entry))
         ext_bad(ext, length, "the block table cannot be read");
@@ -5045,19 +5096,6 @@ static void vhd_map_dynamic(struct image *im, uint64_t offset, uint64_t length, 
         *ext = (struct extent){ .kind = ext_hole(im), .length = length };
     else
         vhd_map_block(im, v, (uint64_t)entry * VHD_SECTOR, in_block, length, ext);
-}
-
-static void vhd_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
-{
-    const struct vhd *v = im->state;
-
-    if (v->type != VHD_FIXED)
-        vhd_map_dynamic(im, offset, length, ext);
-    else if (offset >= v->end)
-        ext_bad(ext, length, "past the end of the file");
-    else
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - offset), .file = &im->files[0],
-                                .offset = offset, .sparse = true };
 }
 
 static void vhd_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
@@ -5094,35 +5132,34 @@ static void vhd_info(struct image *im, struct out *out)
 {
     static const char *const kinds[] = { "fixed", "dynamic", "differencing" };
     const struct vhd *v = im->state;
-    char id[33];
+    char id[33], creator[5];
 
     text_hex(im->id.value[ID_IMAGE], 16, id);
+    snprintf(creator, sizeof(creator), "%.4s", (const char *)v->footer.creator);
     out_text(out, "subformat", kinds[v->type - VHD_FIXED]);
-    out_text(out, "creator", v->creator);
+    out_text(out, "creator", creator);
     out_text(out, "size-by", v->by_geometry ? "geometry" : "current size");
     out_text(out, "id", id);
 }
 
 /*
  * Bytes of the disk as QEMU counts: by the current size for these creators and with the largest geometry, else by the
- * geometry. 0: some versions of it this way, others that way.
+ * geometry. 0: it depends on QEMU's version.
  */
 static uint64_t vhd_qemu_size(const struct vhd *v)
 {
     static const char *const by_size[] = { "win ", "qem2", "d2v ", "tap", "CTXS" };
-    const uint8_t *g = v->footer + VHD_OFF_GEOMETRY;
-    uint64_t current = util_be64(v->footer + VHD_OFF_SIZE) & -512ull;
-    uint64_t geometry = (uint64_t)util_be16(g) * g[2] * g[3] * VHD_SECTOR;
+    uint64_t current = be64_to_cpu(v->footer.size) & -512ull, geometry = vhd_geometry(&v->footer);
 
     for (size_t i = 0; i < ARRAY_LEN(by_size); i++)
-        if (memcmp(v->creator, by_size[i], 4) == 0)
+        if (vhd_is_made_by(v, by_size[i]))
             return current;
-    if (memcmp(v->creator, "wa\0", 4) == 0 && current != geometry && geometry != VHD_MAX_GEOMETRY)
+    if (vhd_is_made_by(v, "wa\0") && current != geometry && geometry != VHD_MAX_GEOMETRY)
         return 0;
     return geometry == VHD_MAX_GEOMETRY ? current : geometry;
 }
 
-/* Is every sector of every block there? QEMU shows what lies where they are not. */
+/* Is every bit of every bitmap set? QEMU ignores them. */
 static bool vhd_bits_are_set(struct image *im)
 {
     const struct vhd *v = im->state;
@@ -5139,7 +5176,6 @@ static bool vhd_bits_are_set(struct image *im)
         if (++read > VHD_MAX_BITMAPS)
             return false;
         for (uint64_t from = at; from < end; from += ext.length) {
-            ext = (struct extent){ .kind = EXT_BAD };
             vhd_map_block(im, v, (uint64_t)entry * VHD_SECTOR, from - at, end - from, &ext);
             if (ext.kind != EXT_DATA)
                 return false;
@@ -5149,21 +5185,21 @@ static bool vhd_bits_are_set(struct image *im)
 }
 
 /*
- * QEMU looks at the front first, for the footer or its copy; and it knows no parents. It puts new blocks behind the
- * table and the blocks: over a header that lies there.
+ * QEMU looks at the front first, for the footer or its copy, and it knows no parents. It allocates blocks behind the
+ * table and the last block: over a header that lies there.
  */
 static bool vhd_as_qemu(struct image *im)
 {
     const struct vhd *v = im->state;
-    uint8_t front[VHD_FOOTER];
+    struct vhd_footer front;
     uint64_t done;
 
     if (v->type == VHD_DIFFERENCING || vhd_qemu_size(v) != im->size || im->files[0].size < VHD_FOOTER ||
-        file_pread(&im->files[0], front, VHD_FOOTER, 0, &done))
+        file_pread(&im->files[0], &front, VHD_FOOTER, 0, &done))
         return false;
     if (v->type == VHD_FIXED)
-        return !vhd_is_footer(front) && v->end == im->files[0].size - VHD_FOOTER;
-    return memcmp(front, v->footer, VHD_FOOTER) == 0 && v->header < v->table && v->block_bits >= 12 &&
+        return !vhd_is_footer(&front) && v->end == im->files[0].size - VHD_FOOTER;
+    return memcmp(&front, &v->footer, VHD_FOOTER) == 0 && v->header < v->table && v->block_bits >= 12 &&
            vhd_bits_are_set(im);
 }
 

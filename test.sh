@@ -4527,9 +4527,9 @@ f12 00020000 unknown version 0x00020000
 f60 00000000 kind of disk
 f60 00000005 kind of disk
 f60 00000006 kind of disk
-f16 ffffffffffffffff place of the dynamic header
-f16 0000000000000600 place of the dynamic header
-f16 7fffffffffffff00 place of the dynamic header
+f16 ffffffffffffffff offset of the dynamic header
+f16 0000000000000600 offset of the dynamic header
+f16 7fffffffffffff00 offset of the dynamic header
 h24 00020000 version of the dynamic header
 h32 00200001 block size
 h32 00300000 block size
@@ -4539,12 +4539,12 @@ h28 0000001f too few table entries
 h28 00000000 too few table entries
 h28 40000001 more table entries
 h28 ffffffff more table entries
-h16 ffffffffffffffff place of the block table
-h16 0000000000000601 place of the block table
-h16 00000000fffffe00 place of the block table
-h16 0000000000000000 place of the block table
-h16 0000000000000200 place of the block table, in the dynamic header
-h16 0000000000000400 place of the block table, in the dynamic header
+h16 ffffffffffffffff offset of the block table
+h16 0000000000000601 offset of the block table
+h16 00000000fffffe00 offset of the block table
+h16 0000000000000000 offset of the block table
+h16 0000000000000200 offset of the block table, in the dynamic header
+h16 0000000000000400 offset of the block table, in the dynamic header
 h32 00000200 too few table entries'
     refuse_each vhd_edit <<<"$rows"
     vhd_edit f28 77696e20 f48 ffffffffffffffff; refused 1 'the size' "$fx" -q bad m
