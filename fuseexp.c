@@ -4103,6 +4103,7 @@ static const struct image_format raw_format = {
     .describe = "raw files, split raw files (.000 .001 .aa), block devices",
     .writes = "in place",
     .writable = true,
+    .plain = true,
     .probe = raw_probe,
     .part = raw_part,
     .open = raw_open,
@@ -8237,6 +8238,8 @@ static const struct image_format prl_format = {
     .name = "parallels",
     .describe = "Parallels images, and directories of them (.hdd) with storages and snapshots",
     .writes = "overlay",
+    .directory_file = PRL_XML_NAME,
+    .has_snapshots = true,
     .probe = prl_probe,
     .open = prl_open,
     .map = prl_map,
@@ -11399,7 +11402,11 @@ static const struct image_format qcow2_format = {
     .describe = "QEMU images: backing chains, zlib and zstd, snapshots, subclusters, external data",
     .writes = "in place",
     .writable = true,
+    .data_file = true,
+    .has_snapshots = true,
+    .bad_to_qemu = true,
     .probe = qcow2_probe,
+    .create = qcow2_create,
     .open = qcow2_open,
     .begin_writing = qcow2_begin_writing,
     .map = qcow2_map,
@@ -11408,6 +11415,7 @@ static const struct image_format qcow2_format = {
     .sync = qcow2_sync,
     .repair = qcow2_repair,
     .resize = qcow2_resize,
+    .find_holes = qcow2_find_holes,
     .info = qcow2_info,
     .snapshots = qcow2_list_snapshots,
     .check = qcow2_check,
@@ -11787,6 +11795,24 @@ static int probe_unknown_format(const char *name)
                    meant ? "; here it is called " : "", meant ? meant : "");
 }
 
+/* The format that overlays have. */
+static const struct image_format *probe_overlay_format(void)
+{
+    for (size_t i = 0; i < ARRAY_LEN(probe_formats); i++)
+        if (probe_formats[i]->create)
+            return probe_formats[i];
+    return NULL;
+}
+
+/* Does a file of this name describe an image that is a directory? */
+static bool probe_is_directory_file(const char *name)
+{
+    for (size_t i = 0; i < ARRAY_LEN(probe_formats); i++)
+        if (probe_formats[i]->directory_file && strcmp(name, probe_formats[i]->directory_file) == 0)
+            return true;
+    return false;
+}
+
 /* The format that is most certain; raw, if nothing else is. */
 static const struct image_format *probe_most_certain(const struct probe *p)
 {
@@ -11823,9 +11849,9 @@ static int probe_image(struct image *im, const char *wanted)
         return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it",
                        im->name);
     im->format = probe_most_certain(&p);
-    if (im->format != &raw_format)
+    if (!im->format->plain)
         return 0;
-    if (strcmp(util_basename(first->path), PRL_XML_NAME) == 0)
+    if (probe_is_directory_file(util_basename(first->path)))
         return msg_err(-EINVAL, "%s: is damaged or not in UTF-8, so nothing says which image files belong together; "
                        "they can be opened alone", im->name);
     if (probe_check_foreign(im, &p))
@@ -11857,6 +11883,7 @@ static int probe_check_foreign_directory(const char *path)
 /* A Parallels disk is a directory: its descriptor stands for it. Other directories are refused by file_open(). */
 static int probe_add_file(struct image *im, const char *path)
 {
+    const char *main_file = NULL;
     char inside[PATH_MAX];
     struct stat st;
     int ret;
@@ -11867,10 +11894,15 @@ static int probe_add_file(struct image *im, const char *path)
         return file_open(&im->files[im->n_files++], path, im->writable);
     if (probe_check_foreign_directory(path))
         return -EMEDIUMTYPE;
-    if ((size_t)snprintf(inside, sizeof(inside), "%s/" PRL_XML_NAME, path) >= sizeof(inside) ||
-        access(inside, F_OK) < 0)
+    for (size_t i = 0; i < ARRAY_LEN(probe_formats) && !main_file; i++) {
+        main_file = probe_formats[i]->directory_file;
+        if (main_file && ((size_t)snprintf(inside, sizeof(inside), "%s/%s", path, main_file) >= sizeof(inside) ||
+                          access(inside, F_OK) < 0))
+            main_file = NULL;
+    }
+    if (!main_file)
         return file_open(&im->files[im->n_files++], path, im->writable);
-    ret = file_open_beneath(&im->files[im->n_files++], path, PRL_XML_NAME, inside, false);
+    ret = file_open_beneath(&im->files[im->n_files++], path, main_file, inside, false);
     if (ret && !im->files[im->n_files - 1].path)
         msg_err(ret, "%s: %s", inside,
                 ret == -EXDEV || ret == -ELOOP ? "leads out of its directory" : strerror(-ret));
@@ -11932,7 +11964,7 @@ static bool probe_has_next_piece(const struct image *im, char next[PATH_MAX])
     util_close(&fd);
     p.head_len = n > 0 ? (size_t)n : 0;
     p.size = (uint64_t)st.st_size;
-    return n > 0 && p.size <= im->files[0].size && probe_most_certain(&p) == &raw_format;
+    return n > 0 && p.size <= im->files[0].size && probe_most_certain(&p)->plain;
 }
 
 /*
@@ -11967,30 +11999,30 @@ static int probe_check_end(const struct image *im)
     if (file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
         return 0;                   /* read errors of the disk are told where they are read */
     format = probe_most_certain(&p);
-    if (format == &raw_format)
+    if (format->plain)
         return probe_check_foreign(im, &p);
     return msg_err(-EINVAL, "%s: the pieces of a %s image; " PROBE_JOIN, im->name, format->name, "the first alone");
 }
 
 static int probe_check_pieces(const struct image *im)
 {
-    bool raw = im->format == &raw_format, several = im->n_files > 1;
+    bool plain = im->format->plain, several = im->n_files > 1;
     size_t len = strlen(im->name);
     char next[PATH_MAX];
 
-    if (several && !raw && probe_are_pieces(im))
+    if (several && !plain && probe_are_pieces(im))
         return msg_err(-EINVAL, "%s: a %s image is one file; if these files are its pieces, " PROBE_JOIN, im->name,
                        im->format->name, "the list as it is");
     if (several)
-        return raw && im->found_parts && !im->opt->format ? probe_check_end(im) : 0;
+        return plain && im->found_parts && !im->opt->format ? probe_check_end(im) : 0;
     if (im->files[0].is_blk)
         return 0;
-    if (raw && (im->opt->format || len < 4 || strcasecmp(im->name + len - 4, ".vhd") != 0))
+    if (plain && (im->opt->format || len < 4 || strcasecmp(im->name + len - 4, ".vhd") != 0))
         return 0;                   /* the head of a disk: the parts of split images were looked for */
     if (!probe_has_next_piece(im, next))
         return 0;
     return msg_err(-EINVAL, "%s: looks like the first piece of a %s image, since %s is there; " PROBE_JOIN, im->name,
-                   raw ? "vpc" : im->format->name, util_basename(next), "it alone");
+                   plain ? "vpc" : im->format->name, util_basename(next), "it alone");
 }
 
 /* ******************************************************************************************************** *
@@ -12153,7 +12185,7 @@ static int check_look(struct image *im, uint64_t until)
     uint64_t sets;
     int ret;
 
-    if (im->format == &raw_format || im->size == 0)
+    if (im->format->plain || im->size == 0)
         return 0;
     l.needed = util_fault("look") ? NULL : calloc(im->n_files, sizeof(*l.needed));
     if (!l.needed)
@@ -12293,7 +12325,7 @@ static int check_image(struct image *im, struct check *c)
     struct extent ext;
     int ret = 0;
 
-    if (im->format == &raw_format)
+    if (im->format->plain)
         return -EOPNOTSUPP;
     if (im->format->check && !util_fault_op("check"))
         return im->format->check(im, c);
@@ -12922,9 +12954,9 @@ static int chain_check_options(const struct image *im)
 {
     const struct image_options *opt = im->opt;
 
-    if (im->format != &qcow2_format && (opt->data_file || (opt->snapshot && im->format != &prl_format)))
+    if ((opt->data_file && !im->format->data_file) || (opt->snapshot && !im->format->has_snapshots))
         return msg_err(-EINVAL, "%s: is %s, so --%s is of no use", im->name, im->format->name,
-                       opt->data_file ? "data-file" : "snapshot");
+                       opt->data_file && !im->format->data_file ? "data-file" : "snapshot");
     if ((opt->n_backing || opt->backing_format) && !*im->backing_name)
         return msg_err(-EINVAL, "%s: has no backing file, so --backing is of no use", im->name);
     return 0;
@@ -13006,12 +13038,10 @@ static bool overlay_reads_as_qemu(struct image *im)
     unsigned n = 0;
     struct extent ext;
 
-    if (im->damaged || (im->format != &raw_format && im->size % 512) ||
+    if (im->damaged || (!im->format->plain && im->size % 512) ||
         (im->format->as_qemu && !im->format->as_qemu(im)))
         return false;
-    if (im->format == &raw_format || im->format == &qcow2_format)
-        return true;                /* which is looked at when it is opened */
-    for (uint64_t at = 0; at < im->size; at += ext.length) {
+    for (uint64_t at = 0; !im->format->bad_to_qemu && at < im->size; at += ext.length) {
         ext_map(im, at, im->size - at, false, &ext);
         if (++n > CHECK_MAX_EXTENTS || ext.kind == EXT_BAD)
             return false;
@@ -13033,7 +13063,7 @@ static void overlay_format(const struct image *base, char word[32])
     const struct image_options *opt = base->opt;
     uint64_t hash = UTIL_HASH_START;
     char size[24];
-    bool parts = base->n_files > 1 && base->format == &raw_format, cut = opt->no_backing && *base->backing_name;
+    bool parts = base->n_files > 1 && base->format->plain, cut = opt->no_backing && *base->backing_name;
 
     util_hash(&hash, opt->snapshot);
     for (unsigned i = 0; i < (opt->n_backing ? opt->n_backing : 1); i++)
@@ -13182,7 +13212,7 @@ static int overlay_fill(struct image *im, struct image *base, const char *path, 
     snprintf(format, sizeof(format), "%s%s",
              ret || temporary || strchr(word, ':') || overlay_chain_reads_as_qemu(base) ? ""
              : probe_not_for_qemu, word);
-    return ret ? ret : qcow2_create(&im->files[0], base->size, backing, format);
+    return ret ? ret : im->format->create(&im->files[0], base->size, backing, format);
 }
 
 /*
@@ -13274,7 +13304,7 @@ static int overlay_open(struct image *im, struct image *base, const char *path, 
     int ret = chain_begin(im, path);
 
     im->opt = opt;
-    im->format = &qcow2_format;
+    im->format = probe_overlay_format();
     im->n_given = 1;
     if (!ret)
         ret = there ? probe_add_file(im, path) : overlay_make(im, base, path, temporary);
@@ -16492,7 +16522,6 @@ static int run_open_overlay(struct run *r)
     if (!base)
         return msg_err(-ENOMEM, "out of memory");
     r->overlay_options = (struct image_options){
-        .format = "qcow2",
         .lock = !o->share,
         .zero_errors = o->on_error,
         .no_backing = o->no_backing,
@@ -16591,8 +16620,7 @@ static bool run_may_pass_through(const struct run *r)
     const struct server *srv = &r->srv;
 
     return !r->o->no_passthrough && !r->o->share && !r->o->on_error && !r->o->error_map && !srv->direct_io &&
-           r->im.format == &raw_format &&
-           r->im.n_files == 1 && !r->im.files[0].is_blk && srv->views[0].start == 0 &&
+           r->im.format->plain && r->im.n_files == 1 && !r->im.files[0].is_blk && srv->views[0].start == 0 &&
            srv->views[0].size == r->im.size && (!srv->writable || (srv->growable && srv->resizable));
 }
 
@@ -17340,7 +17368,7 @@ static int cmd_info(struct image *im, bool json)
     uint64_t blocks = 0;
     int ret = 0;
 
-    for (unsigned i = 0; i < (im->format == &qcow2_format ? 1 : im->n_files); i++)
+    for (unsigned i = 0; i < (im->format->data_file ? 1 : im->n_files); i++)
         blocks += (uint64_t)im->files[i].st.st_blocks;     /* QEMU does not count an external data file either */
     out_open(&out, NULL, '{', false);
     out_text(&out, "filename", im->name);
@@ -17352,7 +17380,7 @@ static int cmd_info(struct image *im, bool json)
     if (im->encrypted)
         out_flag(&out, "encrypted", true);
     out_flag(&out, "dirty-flag", im->dirty);
-    if (im->n_files > 1 && im->format != &qcow2_format)
+    if (im->n_files > 1 && !im->format->data_file)
         out_number(&out, "files", im->n_files);
     if (*im->backing_name)
         cmd_info_backing(im, &out);
@@ -17398,7 +17426,7 @@ static void cmd_map_json(struct out *out, const struct image *im, uint64_t start
     out_flag(out, "data", !zero || (ext->sparse && im->cluster_size));
     if (place)
         out_number(out, "offset", ext->offset);
-    if (place && im->n_files > 1 && im->format != &qcow2_format)
+    if (place && im->n_files > 1 && !im->format->data_file)
         out_text(out, "filename", ext->file->path);
     if (ext->kind == EXT_BAD)
         out_text(out, "error", ext->why);
@@ -17436,8 +17464,8 @@ static int cmd_map(struct image *im, bool json)
     uint64_t size = im->size, start = 0;
 
     for (struct image *i = im; i; i = i->backing)
-        if (i->format == &qcow2_format)
-            qcow2_find_holes(i);
+        if (i->format->find_holes)
+            i->format->find_holes(i);
     if (json)
         out_open(&out, NULL, '[', false);
     else

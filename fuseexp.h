@@ -206,6 +206,7 @@ struct claims {
  *           false when `first` does not look like the first of a set, or there is no such name any more.
  *   identify  sets im->id from the headers of im->files[0], and nothing else; cheap, opens no other file. NULL: no
  *           child of this format knows its parent by identity.
+ *   create  writes an image of `size` bytes over `backing` to the empty file f. One format has it: that of overlays.
  *   open    im->files are open; sets im->size. Reports its own errors. May leave a half-built im: close() copes.
  *   begin_writing  prepares the first write, once nothing can refuse the image any more; open() changes nothing of its
  *           file. NULL: nothing to prepare.
@@ -218,6 +219,7 @@ struct claims {
  *   sync    as fsync(2) for all written before; `last`: nobody writes any more, everything is put in order.
  *   resize  the image gets `size` bytes, it had `old`; the rest of the longer of the two reads as zeros afterwards.
  *           Under size_lock; the core sets im->size afterwards. NULL: the format cannot change its size.
+ *   find_holes  before all is mapped with `exact`: may read tables to find out whether extents are sparse; may be NULL.
  *   info    writes what only this format has into the open object; may be NULL.
  *   snapshots  writes the internal snapshots as list "snapshots" into the open object, if there are any; may be NULL.
  *   claims  claims the metadata of the image's files; true if also all data, where one flat table says that (it is read
@@ -233,9 +235,15 @@ struct claims {
 struct image_format {
     const char *name, *describe, *writes;
     bool writable;                  /* in place */
+    bool plain;                     /* the files are the disk: no metadata, nothing to check, any bytes will do */
+    bool data_file;                 /* files[1] may be an external data file, which --data-file names */
+    bool has_snapshots;             /* --snapshot chooses one */
+    bool bad_to_qemu;               /* what map() calls bad is an error for QEMU, too */
+    const char *directory_file;     /* an image may be a directory that has a file of this name; NULL: none is */
     int (*probe)(const struct probe *p);
     bool (*part)(const char *first, unsigned i, char name[PATH_MAX]);
     int (*identify)(struct image *im);
+    int (*create)(struct file *f, uint64_t size, const char *backing, const char *backing_format);
     int (*open)(struct image *im);
     int (*begin_writing)(struct image *im);
     void (*map)(struct image *im, uint64_t offset, uint64_t length, struct extent *ext);
@@ -243,6 +251,7 @@ struct image_format {
     int (*zero)(struct image *im, uint64_t len, uint64_t offset, uint64_t *done);
     int (*sync)(struct image *im, bool last);
     int (*resize)(struct image *im, uint64_t old, uint64_t size);
+    void (*find_holes)(struct image *im);
     void (*info)(struct image *im, struct out *out);
     int (*snapshots)(struct image *im, struct out *out);
     bool (*claims)(struct image *im, struct claims *c);

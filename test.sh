@@ -6944,6 +6944,11 @@ for name, at in defined.items():
     if name != 'main' and own and not name.startswith(tuple(own)) and not re.match(r'[lb]e\d\d_to_cpu|cpu_to_[lb]e\d\d', name):
         bad.append('%d: %s() has not the prefix of "%s"' % (at, name, names[room(at)]))
 
+# Formats are known by their table alone.
+for i, line in enumerate(code):
+    if re.search(r'&\w+_format\b', line) and names[room(i + 1)] != 'Probing':
+        bad.append('%d: names a particular format' % (i + 1))
+
 # A comment stands on what it explains: none is followed by another, none by nothing.
 for f in sys.argv[1:]:
     t = open(f).read()
