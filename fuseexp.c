@@ -2470,6 +2470,23 @@ static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t o
            got == out_len;
 }
 
+/*
+ * Reads and decodes in_len bytes of f at offset, which must become exactly out_len. -EINVAL: they do not, which the
+ * caller reports; -EIO: they cannot be read, which is reported already; -ENOMEM.
+ */
+static int codec_read(struct file *f, uint64_t offset, size_t in_len, enum codec codec, uint8_t *out, size_t out_len)
+{
+    uint64_t done;
+    int ret = -ENOMEM;
+
+    if (codec_prepare(codec, in_len))
+        ret = file_pread(f, codec_own.coded, in_len, offset, &done) ? -EIO : 0;
+    if (!ret && !codec_decode(codec, in_len, out, out_len))
+        ret = -EINVAL;
+    codec_let_go();
+    return ret;
+}
+
 /* ******************************************************************************************************** *
  * 9. Table cache
  *
@@ -2903,18 +2920,12 @@ static struct cache_cluster *cache_add_locked(const struct extent *ext)
 
 static bool cache_decode(const struct extent *ext, uint8_t *out)
 {
-    uint64_t done,
-        in_len = util_min(util_min(ext->coded_length, MAX_CLUSTER + 512), ext->file->size - ext->offset);
+    uint64_t in_len = util_min(util_min(ext->coded_length, MAX_CLUSTER + 512), ext->file->size - ext->offset);
+    int ret = codec_read(ext->file, ext->offset, in_len, ext->codec, out, ext->decoded_length);
 
-    bool good = codec_prepare(ext->codec, in_len) &&
-                file_pread(ext->file, codec_own.coded, in_len, ext->offset, &done) == 0, decoded;
-
-    decoded = good && codec_decode(ext->codec, in_len, out, ext->decoded_length);
-    codec_let_go();
-    if (good == decoded)
-        return good;
-    msg_serving(0, "%s: the compressed cluster at %" PRIu64 " does not decode", ext->file->path, ext->offset);
-    return false;
+    if (ret == -EINVAL)
+        msg_serving(0, "%s: the compressed cluster at %" PRIu64 " does not decode", ext->file->path, ext->offset);
+    return !ret;
 }
 
 static void cache_decode_unlocked(struct cache_cluster *c, const struct extent *ext)
@@ -6809,9 +6820,10 @@ static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e,
 static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
 {
     uint32_t grain = 1u << e->grain_bits, rest = (uint32_t)(e->capacity & (grain - 1));
-    uint64_t len, done;
     struct extent ext;
+    uint64_t len;
     uint8_t *out;
+    int ret;
 
     e->last_length = grain;
     if (!e->compressed || !rest)
@@ -6821,15 +6833,11 @@ static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
         return 0;
     out = util_fault("grain") ? NULL : malloc(grain);
     len = util_min(ext.coded_length, MAX_CLUSTER);
-    if (!out || !codec_prepare(CODEC_ZLIB, len)) {
-        free(out);
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    }
-    if (file_pread(e->file, codec_own.coded, len, ext.offset, &done) == 0 && !codec_decode(CODEC_ZLIB, len, out, grain))
-        e->last_length = rest;
-    codec_let_go();
+    ret = out ? codec_read(e->file, ext.offset, len, CODEC_ZLIB, out, grain) : -ENOMEM;
     free(out);
-    return 0;
+    if (ret == -EINVAL)
+        e->last_length = rest;
+    return ret == -ENOMEM ? msg_err(ret, "%s: out of memory", im->name) : 0;
 }
 
 /* e->file is open. Reports what is wrong. alone: no other extent follows it, or is before it. */
