@@ -40,9 +40,14 @@ $(BUILD)/fuseexp: fuseexp.c fuseexp.h Makefile $(deps)/.done
 	$(Q)$(MUSL_CC) $(required) $(repro) $(hardened) $(CFLAGS) $(static) -ffunction-sections fuseexp.c -o $@.debug $(LDFLAGS) $(libs)
 	$(Q)strip -o $@ $@.debug && echo "built $@ ($$(stat -c %s $@) bytes)"
 
+# The program inside of the tests' own main, see harness() in test.sh.
+$(BUILD)/harness.c: test.sh
+	@mkdir -p $(BUILD)
+	@./test.sh --harness >$@
+
 # The same binary with every start-up step and host operation able to fail on demand (FUSEEXP_FAIL_AT).
-$(BUILD)/fuseexp-fault: fuseexp.c fuseexp.h Makefile $(deps)/.done
-	$(Q)$(MUSL_CC) $(required) $(repro) $(hardened) $(CFLAGS) -DFUSEEXP_FAULTS $(static) fuseexp.c -o $@ $(LDFLAGS) $(libs)
+$(BUILD)/fuseexp-fault: $(BUILD)/harness.c fuseexp.c fuseexp.h Makefile $(deps)/.done
+	$(Q)$(MUSL_CC) $(required) $(repro) $(hardened) $(CFLAGS) -DFUSEEXP_FAULTS $(static) -I. $< -o $@ $(LDFLAGS) $(libs)
 
 fault: $(BUILD)/fuseexp-fault ## builds build/fuseexp-fault: start-up steps fail on demand (for the tests)
 
@@ -50,9 +55,8 @@ asan: $(BUILD)/fuseexp-asan ## builds build/fuseexp-asan: glibc, address and und
 tsan: $(BUILD)/fuseexp-tsan ## builds build/fuseexp-tsan: glibc, thread sanitizer
 $(BUILD)/fuseexp-asan: sanitizer := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 $(BUILD)/fuseexp-tsan: sanitizer := -fsanitize=thread
-$(BUILD)/fuseexp-asan $(BUILD)/fuseexp-tsan: fuseexp.c fuseexp.h Makefile
-	@mkdir -p $(BUILD)
-	$(Q)$(CC) $(required) -O1 -g -fno-omit-frame-pointer $(sanitizer) -DFUSEEXP_FAULTS $(glibc) fuseexp.c -o $@ $(glibc_l)
+$(BUILD)/fuseexp-asan $(BUILD)/fuseexp-tsan: $(BUILD)/harness.c fuseexp.c fuseexp.h Makefile
+	$(Q)$(CC) $(required) -O1 -g -fno-omit-frame-pointer $(sanitizer) -DFUSEEXP_FAULTS $(glibc) -I. $< -o $@ $(glibc_l)
 
 deps: $(deps)/.done ## builds libfuse3, libdeflate and libzstd for musl from the distribution's source packages
 

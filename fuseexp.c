@@ -17612,171 +17612,6 @@ static int cmd_version(void)
     return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
 }
 
-#ifdef FUSEEXP_FAULTS
-/* For the tests: does the sandbox refuse what it should, and let work go on? */
-static void *cmd_sandboxed_thread(void *arg)
-{
-    void *memory = malloc(1 << 20);
-
-    free(memory);
-    return memory ? arg : NULL;
-}
-
-static int cmd_try_sandbox(void)
-{
-    char *no_args[] = { NULL };
-    struct sockaddr_un addr = { .sun_family = AF_UNIX };
-    int file = open("/proc/self/exe", O_RDONLY | O_CLOEXEC), sock = socket(AF_UNIX, SOCK_DGRAM, 0), bad = 0;
-    pthread_t thread;
-    void *result = NULL;
-    char byte;
-    pid_t pid;
-
-    if (file < 0 || sock < 0 || box_enter(BOX_REQUIRE))
-        return EXIT_FAILED;
-    bad |= (open("/proc/self/exe", O_RDONLY | O_CLOEXEC) >= 0) << 0;
-    bad |= (socket(AF_INET, SOCK_STREAM, 0) >= 0) << 1;
-    bad |= (connect(sock, (struct sockaddr *)&addr, sizeof(addr)) == 0 || errno != EPERM) << 2;
-    bad |= (execv("/bin/true", no_args) == 0 || errno != EPERM) << 3;
-    pid = fork();
-    if (pid == 0)
-        _exit(0);
-    bad |= (pid > 0) << 4;
-    bad |= (mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) != MAP_FAILED) << 5;
-    bad |= (mount("none", "/", "tmpfs", 0, NULL) == 0 || unlink("/no/such/file") == 0 || errno != EPERM) << 6;
-    bad |= (pread(file, &byte, 1, 0) != 1) << 7;
-    bad |= (pthread_create(&thread, NULL, cmd_sandboxed_thread, &byte) != 0 ||
-            pthread_join(thread, &result) != 0 || result != &byte)
-           << 8;
-    return bad ? msg_err(EXIT_FAILED, "the sandbox failed, bits 0x%x", (unsigned)bad) : EXIT_OK;
-}
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
-#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
-#endif
-
-/*
- * For the tests: random requests of every kind and length; what lies behind a request may not be looked at.
- */
-static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
-{
-    static struct view views[MAX_VIEWS];
-    struct image im = { .writable = writable };
-    struct server srv = { .im = &im,
-                          .views = views,
-                          .is_dir = true,
-                          .writable = writable,
-                          .growable = writable,
-                          .resizable = writable,
-                          .mode = 0600 };
-    struct counters count = { .reads = 0 };
-    struct worker w = { .srv = &srv, .count = &count, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
-    struct part_wanted want = { .offset = 0 };
-    struct image_options opt = { .format = "raw" };
-    int ret = chain_open(&im, &path, 1, &opt);
-
-    srand(1);
-    ret = ret ? ret : part_make_views(&im, &want, views, &srv.n_views);
-    for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
-        const size_t most = FX_HEAD_ROOM - FX_REQUEST_AT - sizeof(struct fuse_out_header);
-        struct fuse_in_header *head = fop_request(&w);
-        size_t len = (unsigned)rand() % (rand() % 8 ? 160 : most);
-        for (size_t i = 0; i < len; i++)
-            w.buf[FX_REQUEST_AT + i] = (uint8_t)(rand() % 3 ? 0 : rand());
-        if (len >= sizeof(*head)) {
-            head->len = rand() % 16 ? (uint32_t)len : (uint32_t)rand();
-            head->opcode = (unsigned)rand() % 56;
-            head->nodeid = (unsigned)rand() % 4;
-        }
-        ASAN_POISON_MEMORY_REGION(w.buf + FX_REQUEST_AT + len, most - len);
-        w.ref.length = 0;
-        size_t reply = fop_handle(&w, len);
-        ASAN_UNPOISON_MEMORY_REGION(w.buf, FX_HEAD_ROOM);
-        if (reply > LOOP_BUF || (reply && reply < sizeof(struct fuse_out_header)) || im.size > 1ull << 40)
-            ret = im.size > 1ull << 40 ? img_resize(&im, 4096, 0) : -EPROTO;
-    }
-    free(w.buf);
-    chain_close(&im);
-    return ret ? EXIT_FAILED : EXIT_OK;
-}
-
-/* How many blocks of the image differ from the truth; what reads as an error does not. */
-static unsigned cmd_count_wrong(struct image *im, const char *truth)
-{
-    enum { BLOCK = 4096, PIECE = 64 << 10 };
-    static uint8_t got[PIECE], want[PIECE];
-    int fd = open(truth, O_RDONLY | O_CLOEXEC);
-    unsigned wrong = 0;
-    uint64_t done;
-    ssize_t n;
-
-    for (uint64_t at = 0; fd >= 0 && at < im->size && (n = pread(fd, want, PIECE, (off_t)at)) > 0; at += (uint64_t)n) {
-        bool whole = img_read(im, got, util_min((uint64_t)n, im->size - at), at, &done) == 0;
-        for (uint64_t i = 0; i < util_min((uint64_t)n, im->size - at); i += BLOCK) {
-            uint64_t len = util_min(util_min(BLOCK, (uint64_t)n - i), im->size - at - i);
-            if (whole || img_read(im, got + i, len, at + i, &done) == 0)
-                wrong += memcmp(got + i, want + i, len) != 0;
-        }
-    }
-    util_close(&fd);
-    return wrong;
-}
-
-/*
- * For the tests: n times changes one byte of [from, to) of the image, opens and reads all of it, and changes it
- * back. No more than `most` blocks of 4 KiB may differ from the truth; refusals and errors are fine.
- */
-static int cmd_fuzz_image(char *format, unsigned n, char *path, const char *truth, uint64_t from, uint64_t to,
-                          unsigned most)
-{
-    struct image_options opt = { .format = format, .parts = true, .no_backing = true, .lock = true };
-    int fd = open(path, O_RDWR | O_CLOEXEC), ret = fd < 0 ? -errno : 0;
-    uint8_t good, bad_byte;
-
-    check_look_ms = 2;
-    srand(n);
-    for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
-        struct image im = { 0 };
-        off_t at = (off_t)(from + ((uint64_t)rand() << 20 ^ (uint64_t)rand()) % (to - from));
-        unsigned wrong = 0;
-        ret = pread(fd, &good, 1, at) == 1 ? 0 : -EIO;
-        bad_byte = (uint8_t)(rand() % 2 ? good ^ 1 << rand() % 8 : rand());
-        if (ret || pwrite(fd, &bad_byte, 1, at) != 1 || cache_start(1 << 20))
-            ret = -EIO;
-        if (!ret && chain_open(&im, &path, 1, &opt) == 0)
-            wrong = cmd_count_wrong(&im, truth);
-        if (wrong > most)
-            ret = msg_err(-EPROTO, "byte %" PRIu64 " from %u to %u: %u blocks are wrong", (uint64_t)at, good, bad_byte,
-                          wrong);
-        chain_close(&im);
-        cache_stop();
-        if (pwrite(fd, &good, 1, at) != 1)
-            ret = -EIO;
-    }
-    util_close(&fd);
-    return ret ? EXIT_FAILED : EXIT_OK;
-}
-
-static bool cmd_self_test(int argc, char **argv, int *status)
-{
-    if (argc == 2 && strcmp(argv[1], "--try-sandbox") == 0)
-        *status = cmd_try_sandbox();
-    else if (argc >= 4 && strcmp(argv[1], "--fuzz-requests") == 0)
-        *status = cmd_fuzz_requests(strtoul(argv[2], NULL, 10), argv[argc - 1], argc == 5);
-    else if (argc == 9 && strcmp(argv[1], "--fuzz-image") == 0)
-        *status = cmd_fuzz_image(argv[2], (unsigned)atoi(argv[3]), argv[4], argv[5], strtoull(argv[6], NULL, 0),
-                                 strtoull(argv[7], NULL, 0), (unsigned)atoi(argv[8]));
-    else
-        return false;
-    return true;
-}
-#else
-#define cmd_self_test(argc, argv, status) ((void)(argc), (void)(argv), (void)(status), false)
-#endif
-
 /* ******************************************************************************************************** *
  * 36. Main
  * ******************************************************************************************************** */
@@ -17792,20 +17627,6 @@ static void main_open_stdio(void)
     if (fd >= 0)
         close(fd);
 }
-
-#ifdef FUSEEXP_FAULTS
-static int main_count_fds(void)
-{
-    DIR *dir = opendir("/proc/self/fd");
-    int n = 0;
-
-    while (dir && readdir(dir))
-        n++;
-    if (dir)
-        closedir(dir);
-    return n;
-}
-#endif
 
 static int main_export(const struct options *o)
 {
@@ -17841,12 +17662,9 @@ int main(int argc, char **argv)
     int status = main_usage_status(argc, argv);
 
     main_open_stdio();
-#ifdef FUSEEXP_FAULTS
-    int fds = main_count_fds();
-#endif
     run_dispose(SIGXFSZ, SIG_IGN, &o.old_xfsz);
     util_note_inherited();
-    if (!cmd_self_test(argc, argv, &status) && opt_parse(&o, argc, argv) == 0) {
+    if (opt_parse(&o, argc, argv) == 0) {
         msg_verbosity = o.debug ? MSG_DEBUG : o.verbose ? MSG_INFO : o.quiet ? MSG_ERROR : MSG_NOTE;
         o.foreground |= o.debug;
         status = o.action == ACT_INFO      ? cmd_look(&o, cmd_info)
@@ -17859,10 +17677,5 @@ int main(int argc, char **argv)
                                            : main_export(&o);
     }
     free(o.extra);
-#ifdef FUSEEXP_FAULTS
-    int at_end = main_count_fds();  /* 0: the sandbox does not let us see */
-    if ((o.mountpoint || o.n_images) && at_end && at_end + util_n_closed != fds)
-        status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", at_end, fds);
-#endif
     return status;
 }

@@ -6879,6 +6879,14 @@ check_sanitized() {         # VARIANT SANDBOX
     "$1" -q --sandbox=$2 img d -- sh -c 'cat d/* >/dev/null; ls -la d; stat -f d' >/dev/null 2>>log
     ! grep -q 'Sanitizer\|runtime error' log || { cat log; false; }
 }
+t_unit_helpers_hold() { for u in ranges text; do "$build/fuseexp-asan" --unit $u; done; }
+t_unit_table_cache_gives_the_words_of_the_file() {
+    random img 1024
+    "$build/fuseexp-asan" --unit cache img; "$build/fuseexp-tsan" --unit cache img
+}
+t_unit_epochs_end_after_every_request_of_their_time() { "$build/fuseexp-asan" --unit epochs; "$build/fuseexp-tsan" --unit epochs; }
+t_unit_pool_runs_a_job_once_or_never() { "$build/fuseexp-asan" --unit pool; "$build/fuseexp-tsan" --unit pool; }
+
 t_address_sanitizer_finds_nothing_under_load() { check_sanitized "$build/fuseexp-asan" require; }
 t_thread_sanitizer_finds_nothing_under_load() { check_sanitized "$build/fuseexp-tsan" off; }
 
@@ -6889,6 +6897,403 @@ t_malformed_requests_are_survived() {
 }
 
 # ---- other modes -----------------------------------------------------------------------------------------------
+
+# The program with the tests' own main around it: fault hooks, --try-sandbox, --fuzz-*, --unit. The Makefile builds the
+# variants fault, asan and tsan from it.
+harness() {
+    cat <<'END'
+/* Made by ./test.sh --harness */
+int fuseexp_main(int argc, char **argv);
+#define main fuseexp_main
+#include "fuseexp.c"
+#undef main
+
+/* Does the sandbox refuse what it should, and let work go on? */
+static void *test_sandboxed_thread(void *arg)
+{
+    void *memory = malloc(1 << 20);
+
+    free(memory);
+    return memory ? arg : NULL;
+}
+
+static int test_try_sandbox(void)
+{
+    char *no_args[] = { NULL };
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    int file = open("/proc/self/exe", O_RDONLY | O_CLOEXEC), sock = socket(AF_UNIX, SOCK_DGRAM, 0), bad = 0;
+    pthread_t thread;
+    void *result = NULL;
+    char byte;
+    pid_t pid;
+
+    if (file < 0 || sock < 0 || box_enter(BOX_REQUIRE))
+        return EXIT_FAILED;
+    bad |= (open("/proc/self/exe", O_RDONLY | O_CLOEXEC) >= 0) << 0;
+    bad |= (socket(AF_INET, SOCK_STREAM, 0) >= 0) << 1;
+    bad |= (connect(sock, (struct sockaddr *)&addr, sizeof(addr)) == 0 || errno != EPERM) << 2;
+    bad |= (execv("/bin/true", no_args) == 0 || errno != EPERM) << 3;
+    pid = fork();
+    if (pid == 0)
+        _exit(0);
+    bad |= (pid > 0) << 4;
+    bad |= (mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) != MAP_FAILED) << 5;
+    bad |= (mount("none", "/", "tmpfs", 0, NULL) == 0 || unlink("/no/such/file") == 0 || errno != EPERM) << 6;
+    bad |= (pread(file, &byte, 1, 0) != 1) << 7;
+    bad |= (pthread_create(&thread, NULL, test_sandboxed_thread, &byte) != 0 ||
+            pthread_join(thread, &result) != 0 || result != &byte)
+           << 8;
+    return bad ? msg_err(EXIT_FAILED, "the sandbox failed, bits 0x%x", (unsigned)bad) : EXIT_OK;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#endif
+
+/*
+ * Random requests of every kind and length; what lies behind a request may not be looked at.
+ */
+static int test_fuzz_requests(unsigned long n, char *path, bool writable)
+{
+    static struct view views[MAX_VIEWS];
+    struct image im = { .writable = writable };
+    struct server srv = { .im = &im,
+                          .views = views,
+                          .is_dir = true,
+                          .writable = writable,
+                          .growable = writable,
+                          .resizable = writable,
+                          .mode = 0600 };
+    struct counters count = { .reads = 0 };
+    struct worker w = { .srv = &srv, .count = &count, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
+    struct part_wanted want = { .offset = 0 };
+    struct image_options opt = { .format = "raw" };
+    int ret = chain_open(&im, &path, 1, &opt);
+
+    srand(1);
+    ret = ret ? ret : part_make_views(&im, &want, views, &srv.n_views);
+    for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
+        const size_t most = FX_HEAD_ROOM - FX_REQUEST_AT - sizeof(struct fuse_out_header);
+        struct fuse_in_header *head = fop_request(&w);
+        size_t len = (unsigned)rand() % (rand() % 8 ? 160 : most);
+        for (size_t i = 0; i < len; i++)
+            w.buf[FX_REQUEST_AT + i] = (uint8_t)(rand() % 3 ? 0 : rand());
+        if (len >= sizeof(*head)) {
+            head->len = rand() % 16 ? (uint32_t)len : (uint32_t)rand();
+            head->opcode = (unsigned)rand() % 56;
+            head->nodeid = (unsigned)rand() % 4;
+        }
+        ASAN_POISON_MEMORY_REGION(w.buf + FX_REQUEST_AT + len, most - len);
+        w.ref.length = 0;
+        size_t reply = fop_handle(&w, len);
+        ASAN_UNPOISON_MEMORY_REGION(w.buf, FX_HEAD_ROOM);
+        if (reply > LOOP_BUF || (reply && reply < sizeof(struct fuse_out_header)) || im.size > 1ull << 40)
+            ret = im.size > 1ull << 40 ? img_resize(&im, 4096, 0) : -EPROTO;
+    }
+    free(w.buf);
+    chain_close(&im);
+    return ret ? EXIT_FAILED : EXIT_OK;
+}
+
+/* How many blocks of the image differ from the truth; what reads as an error does not. */
+static unsigned test_count_wrong(struct image *im, const char *truth)
+{
+    enum { BLOCK = 4096, PIECE = 64 << 10 };
+    static uint8_t got[PIECE], want[PIECE];
+    int fd = open(truth, O_RDONLY | O_CLOEXEC);
+    unsigned wrong = 0;
+    uint64_t done;
+    ssize_t n;
+
+    for (uint64_t at = 0; fd >= 0 && at < im->size && (n = pread(fd, want, PIECE, (off_t)at)) > 0; at += (uint64_t)n) {
+        bool whole = img_read(im, got, util_min((uint64_t)n, im->size - at), at, &done) == 0;
+        for (uint64_t i = 0; i < util_min((uint64_t)n, im->size - at); i += BLOCK) {
+            uint64_t len = util_min(util_min(BLOCK, (uint64_t)n - i), im->size - at - i);
+            if (whole || img_read(im, got + i, len, at + i, &done) == 0)
+                wrong += memcmp(got + i, want + i, len) != 0;
+        }
+    }
+    util_close(&fd);
+    return wrong;
+}
+
+/*
+ * n times, changes one byte of [from, to) of the image, opens and reads all of it, and changes it
+ * back. No more than `most` blocks of 4 KiB may differ from the truth; refusals and errors are fine.
+ */
+static int test_fuzz_image(char *format, unsigned n, char *path, const char *truth, uint64_t from, uint64_t to,
+                          unsigned most)
+{
+    struct image_options opt = { .format = format, .parts = true, .no_backing = true, .lock = true };
+    int fd = open(path, O_RDWR | O_CLOEXEC), ret = fd < 0 ? -errno : 0;
+    uint8_t good, bad_byte;
+
+    check_look_ms = 2;
+    srand(n);
+    for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
+        struct image im = { 0 };
+        off_t at = (off_t)(from + ((uint64_t)rand() << 20 ^ (uint64_t)rand()) % (to - from));
+        unsigned wrong = 0;
+        ret = pread(fd, &good, 1, at) == 1 ? 0 : -EIO;
+        bad_byte = (uint8_t)(rand() % 2 ? good ^ 1 << rand() % 8 : rand());
+        if (ret || pwrite(fd, &bad_byte, 1, at) != 1 || cache_start(1 << 20))
+            ret = -EIO;
+        if (!ret && chain_open(&im, &path, 1, &opt) == 0)
+            wrong = test_count_wrong(&im, truth);
+        if (wrong > most)
+            ret = msg_err(-EPROTO, "byte %" PRIu64 " from %u to %u: %u blocks are wrong", (uint64_t)at, good, bad_byte,
+                          wrong);
+        chain_close(&im);
+        cache_stop();
+        if (pwrite(fd, &good, 1, at) != 1)
+            ret = -EIO;
+    }
+    util_close(&fd);
+    return ret ? EXIT_FAILED : EXIT_OK;
+}
+
+/* -- units: what no image can show -- */
+
+#define UNIT(condition) ((condition) ? (void)0 : (void)(printf("line %d: %s\n", __LINE__, #condition), exit(1)))
+
+static void unit_ranges(void)
+{
+    enum { END = 500, ROUNDS = 20000 };
+    static struct range room[MAX_RANGES];
+    struct ranges r = { .range = room };
+    bool in[END + 1] = { false };
+
+    srand(1);
+    for (unsigned n = 0; n < ROUNDS; n++) {
+        unsigned start = (unsigned)rand() % END, end = start + 1 + (unsigned)rand() % (unsigned)(rand() % 8 ? 20 : END - start);
+        bool add = rand() % 2;
+        end = end > END ? END : end;
+        if (add)
+            UNIT(util_range_add(&r, start, end));
+        else
+            util_range_remove(&r, start, end);
+        for (unsigned i = start; i < end; i++)
+            in[i] = add;
+        unsigned at = 0;
+        for (unsigned i = 0; i < END; i++) {
+            at += at < r.n && r.range[at].end <= i;
+            UNIT(in[i] == (at < r.n && i >= r.range[at].start));
+            UNIT(util_range_after(&r, i) == at);
+        }
+        for (unsigned i = 0; i < r.n; i++)
+            UNIT(r.range[i].start < r.range[i].end && (i == 0 || r.range[i - 1].end < r.range[i].start));
+    }
+}
+
+static void unit_text(void)
+{
+    static const struct { const char *text; uint64_t value; } sizes[] = {
+        { "0", 0 }, { "4096", 4096 }, { "0x1000", 4096 }, { "0512", 512 }, { "4k", 4096 }, { "3M", 3 << 20 }, { "1g", 1 << 30 },
+        { "9223372036854775807", INT64_MAX }, { "7E", 7ull << 60 },
+    };
+    static const char *const not_sizes[] = { "", "-1", "+1", " 1", "k", "1kk", "1x", "8E", "9223372036854775808", "0x", "99999999999999999999" };
+    uint8_t guid[16], swapped[16];
+    char text[64], utf8[64];
+    uint64_t value;
+
+    for (size_t i = 0; i < ARRAY_LEN(sizes); i++)
+        UNIT(util_parse_size(sizes[i].text, &value) && value == sizes[i].value);
+    for (size_t i = 0; i < ARRAY_LEN(not_sizes); i++)
+        UNIT(!util_parse_size(not_sizes[i], &value));
+    UNIT(text_parse_guid("{00112233-4455-6677-8899-aAbBcCdDeEfF}", guid) && guid[1] == 0x11 && guid[15] == 0xff);
+    text_uuid(guid, text);
+    UNIT(strcmp(text, "00112233-4455-6677-8899-aabbccddeeff") == 0);
+    text_swap_guid(guid, swapped);
+    UNIT(swapped[0] == 0x33 && swapped[4] == 0x55 && swapped[6] == 0x77 && swapped[8] == 0x88);
+    UNIT(!text_parse_guid("0011", guid) && !text_parse_guid("00112233-4455-6677-8899-aabbccddeefg", guid) &&
+         !text_parse_guid("00112233-4455-6677-8899-aabbccddeeff0", guid));
+    UNIT(text_to_utf8("windows-1252", "caf\xe9", utf8, sizeof(utf8)) && strcmp(utf8, "caf\xc3\xa9") == 0);
+    UNIT(!text_to_utf8("windows-1252", "too long for the room", utf8, 8) && !text_to_utf8("no such code", "a", utf8, sizeof(utf8)));
+}
+
+/* Threads read random words through a cache far smaller than the file. */
+static struct file unit_file;
+static uint64_t *unit_words;
+enum { UNIT_WORDS = 1 << 19, UNIT_THREADS = 4 };
+
+static void *unit_read_words(void *arg)
+{
+    unsigned seed = (unsigned)(uintptr_t)arg;
+    uint64_t pair[2], one;
+
+    for (unsigned n = 0; n < 100000; n++) {
+        size_t i = (size_t)(rand_r(&seed) % 8 ? rand_r(&seed) % 4096 : rand_r(&seed) % (UNIT_WORDS - 1)) & ~(size_t)1;
+        UNIT(cache_words(&unit_file, i * 8, pair, 2) == 0 && pair[0] == unit_words[i] && pair[1] == unit_words[i + 1]);
+        UNIT(cache_word(&unit_file, i * 8, &one) == 0 && one == unit_words[i]);
+    }
+    return NULL;
+}
+
+static void unit_cache(char *path)
+{
+    pthread_t thread[UNIT_THREADS];
+    uint64_t done, word;
+
+    unit_words = malloc(UNIT_WORDS * 8);
+    UNIT(unit_words && file_open(&unit_file, path, false) == 0 && unit_file.size == UNIT_WORDS * 8);
+    UNIT(file_pread(&unit_file, (uint8_t *)unit_words, UNIT_WORDS * 8, 0, &done) == 0);
+    UNIT(cache_start(300000) == 0);
+    for (uintptr_t i = 0; i < UNIT_THREADS; i++)
+        UNIT(pthread_create(&thread[i], NULL, unit_read_words, (void *)(i + 1)) == 0);
+    for (unsigned i = 0; i < UNIT_THREADS; i++)
+        pthread_join(thread[i], NULL);
+    UNIT(cache_word(&unit_file, UNIT_WORDS * 8, &word) != 0);       /* past the end is an error, not zeros */
+    cache_stop();
+    file_close(&unit_file);
+    free(unit_words);
+}
+
+/* Readers use the cell that is current; the writer spoils an old one when the grace period is over. */
+static _Atomic unsigned unit_current;
+static _Atomic bool unit_over;
+static _Atomic unsigned unit_rounds;
+static unsigned unit_cell[2];
+
+static void *unit_use_cell(void *arg)
+{
+    while (!unit_over) {
+        epoch_enter();
+        const unsigned *cell = &unit_cell[atomic_load(&unit_current)];
+        for (unsigned i = 0; i < 2000; i++)     /* longer than counting everybody takes */
+            UNIT(*(const volatile unsigned *)cell % 2 == 0);
+        epoch_leave();
+        unit_rounds++;
+    }
+    return arg;
+}
+
+static void unit_epochs(void)
+{
+    pthread_t thread[UNIT_THREADS];
+    struct epoch_grace g;
+
+    for (unsigned i = 0; i < UNIT_THREADS; i++)
+        UNIT(pthread_create(&thread[i], NULL, unit_use_cell, NULL) == 0);
+    for (unsigned n = 0; n < 3000 || unit_rounds < 100000; n++) {
+        unsigned old = unit_current;
+        unit_cell[!old] = 2 * n;
+        unit_current = !old;
+        epoch_begin_grace(&g);
+        while (!epoch_grace_over(&g))
+            sched_yield();
+        unit_cell[old] = 2 * n + 1;
+    }
+    unit_over = true;
+    for (unsigned i = 0; i < UNIT_THREADS; i++)
+        pthread_join(thread[i], NULL);
+}
+
+/* A piece that was offered is run once, or lost, or withdrawn; none is run after it was withdrawn. */
+enum { UNIT_PIECES = 64 };
+static _Atomic unsigned unit_ran[UNIT_PIECES];
+
+static void unit_job(void *arg, uint64_t offset, uint64_t length)
+{
+    UNIT(arg == unit_ran && offset < UNIT_PIECES && length == 1);
+    unit_ran[offset]++;
+}
+
+static void *unit_standby(void *arg)
+{
+    pool_park();
+    return arg;
+}
+
+static void unit_pool(void)
+{
+    const struct pool_job job = { unit_job, unit_ran, 0, UNIT_PIECES };
+    pthread_t thread[UNIT_THREADS];
+    unsigned ran[UNIT_PIECES], total = 0;
+
+    pool_start(3, 3 + UNIT_THREADS);
+    for (unsigned i = 0; i < UNIT_THREADS; i++)
+        UNIT(pthread_create(&thread[i], NULL, unit_standby, NULL) == 0);
+    for (unsigned n = 0; n < 5000; n++) {
+        pool_offer(&job, 1);
+        for (unsigned spin = n % 7 * 50; spin; spin--)
+            sched_yield();
+        pool_withdraw(unit_ran, 0, UNIT_PIECES);
+        do {                        /* those that had begun end */
+            pthread_mutex_lock(&pool.lock);
+            total = pool.helping;
+            pthread_mutex_unlock(&pool.lock);
+        } while (total);
+        for (unsigned i = 0; i < UNIT_PIECES; i++) {
+            ran[i] = unit_ran[i];
+            UNIT(ran[i] <= n + 1);
+        }
+        sched_yield();
+        for (unsigned i = 0; i < UNIT_PIECES; i++)
+            UNIT(unit_ran[i] == ran[i]);
+    }
+    for (unsigned i = 0; i < UNIT_PIECES; i++)
+        total += ran[i];
+    UNIT(total > 0);
+    pool_close();
+    for (unsigned i = 0; i < UNIT_THREADS; i++)
+        pthread_join(thread[i], NULL);
+}
+
+static bool test_unit(const char *name, char *path)
+{
+    if (strcmp(name, "ranges") == 0)
+        unit_ranges();
+    else if (strcmp(name, "text") == 0)
+        unit_text();
+    else if (strcmp(name, "cache") == 0)
+        unit_cache(path);
+    else if (strcmp(name, "epochs") == 0)
+        unit_epochs();
+    else if (strcmp(name, "pool") == 0)
+        unit_pool();
+    else
+        return false;
+    return true;
+}
+
+static int count_fds(void)
+{
+    DIR *dir = opendir("/proc/self/fd");
+    int n = 0;
+
+    while (dir && readdir(dir))
+        n++;
+    if (dir)
+        closedir(dir);
+    return n;
+}
+
+int main(int argc, char **argv)
+{
+    int fds, at_end, status;
+
+    if (argc == 2 && strcmp(argv[1], "--try-sandbox") == 0)
+        return test_try_sandbox();
+    if (argc >= 4 && strcmp(argv[1], "--fuzz-requests") == 0)
+        return test_fuzz_requests(strtoul(argv[2], NULL, 10), argv[argc - 1], argc == 5);
+    if (argc == 9 && strcmp(argv[1], "--fuzz-image") == 0)
+        return test_fuzz_image(argv[2], (unsigned)atoi(argv[3]), argv[4], argv[5], strtoull(argv[6], NULL, 0),
+                               strtoull(argv[7], NULL, 0), (unsigned)atoi(argv[8]));
+    if (argc >= 3 && strcmp(argv[1], "--unit") == 0)
+        return !test_unit(argv[2], argv[argc - 1]);
+    main_open_stdio();
+    fds = count_fds();
+    status = fuseexp_main(argc, argv);
+    at_end = count_fds();           /* 0: the sandbox does not let us see */
+    if (at_end && at_end + util_n_closed != fds)
+        status = msg_err(99, "FAULT: %d descriptors at the end, %d at the start", at_end, fds);
+    return status;
+}
+END
+}
 
 # The house rules of fuseexp.c that no compiler knows: prints what breaks them.
 lint_rooms() {
@@ -7299,5 +7704,6 @@ case ${1:-} in
 --bench) bench ;;
 --lint) lint ;;
 --soak) soak ;;
+--harness) harness ;;
 *) run "$@" ;;
 esac
