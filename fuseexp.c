@@ -1261,6 +1261,120 @@ static void pool_wait_grace(void)
  * Contract in fuseexp.h. Every system call on an image is made here.
  * ******************************************************************************************************** */
 
+/* -- paths -- */
+
+static bool file_exists(const char *path)
+{
+    return access(path, F_OK) == 0;
+}
+
+static bool file_is_directory(const char *path)
+{
+    struct stat st;
+
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+/* The absolute path without links. False: there is no such file. */
+static bool file_resolve(const char *path, char real[PATH_MAX])
+{
+    return realpath(path, real);
+}
+
+static bool file_is(const struct file *f, const struct stat *st)
+{
+    return f->st.st_dev == st->st_dev && f->st.st_ino == st->st_ino;
+}
+
+/* Does path lead to f? */
+static bool file_is_at(const struct file *f, const char *path)
+{
+    struct stat st;
+
+    return stat(path, &st) == 0 && file_is(f, &st);
+}
+
+/* Reads the front of a regular file, up to room bytes. Returns how much; *size is all of it. 0: cannot be read. */
+static size_t file_peek(const char *path, uint8_t *head, size_t room, uint64_t *size)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat st;
+    ssize_t n = -1;
+
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode)) {
+        n = pread(fd, head, room, 0);
+        *size = (uint64_t)st.st_size;
+    }
+    util_close(&fd);
+    return n > 0 ? (size_t)n : 0;
+}
+
+/* Is there `part` in the directory dir? Else it becomes the one name there that differs in letter case only. */
+static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size_t room)
+{
+    char found[NAME_MAX + 1] = "";
+    struct dirent *e;
+    struct stat st;
+    unsigned n = 0;
+    size_t used = 0;
+    DIR *d;
+    int fd;
+
+    if (fstatat(dir, part, &st, AT_SYMLINK_NOFOLLOW) == 0)
+        return 0;
+    fd = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    d = fd < 0 ? NULL : fdopendir(fd);
+    while (d && (e = readdir(d)))
+        if (text_same_but_case(e->d_name, part)) {
+            util_copy(found, sizeof(found), e->d_name);
+            used += used < room ? (size_t)snprintf(matches + used, room - used, "%s'%s'", n ? ", " : "", found) : 0;
+            n++;
+        }
+    if (d)
+        closedir(d);
+    else
+        util_close(&fd);
+    if (n == 1)
+        util_copy(part, NAME_MAX + 1, found);
+    return n == 1 ? 0 : n ? -ENOTUNIQ : -ENOENT;
+}
+
+/*
+ * Windows and macOS do not tell letter cases apart, so that images from there may name files as they are not called
+ * here. fixed: `name`, below directory, with each component as it is called. No link is followed, and no "..".
+ * -ENOTUNIQ: several names would do; matches lists them.
+ */
+static int file_fix_case(const char *directory, const char *name, char fixed[PATH_MAX], char *matches, size_t room)
+{
+    int dir = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC), next, ret = dir < 0 ? -errno : 0;
+    char part[NAME_MAX + 1];
+    size_t len, used = 0;
+
+    while (!ret && *name) {
+        len = strcspn(name, "/");
+        if (len > NAME_MAX || used + NAME_MAX + 2 > PATH_MAX)
+            ret = -ENAMETOOLONG;
+        else
+            snprintf(part, sizeof(part), "%.*s", (int)len, name);
+        name += len + strspn(name + len, "/");
+        if (!ret)
+            ret = strcmp(part, "..") == 0 ? -ENOENT : file_find_entry(dir, part, matches, room);
+        if (ret)
+            break;
+        used += (size_t)snprintf(fixed + used, PATH_MAX - used, "%s%s", used ? "/" : "", part);
+        if (*name) {
+            next = openat(dir, part, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+            ret = next < 0 ? -errno : 0;
+            util_close(&dir);
+            dir = next;
+        }
+    }
+    util_close(&dir);
+    return ret;
+}
+
+/* -- opening and closing -- */
+
 static int file_size(struct file *f)
 {
     if (!f->is_blk) {
@@ -1303,11 +1417,21 @@ static void file_ask_sleep(struct file *f)
 
 static uint16_t file_ids;           /* given away since the cache was empty */
 
-/* What was opened becomes f, which owns it from here on. */
+static bool file_is_open(const struct file *f)
+{
+    return f->path;
+}
+
+/* fd becomes f, which owns it from here on: file_close() even after an error. */
 static int file_adopt(struct file *f, const char *path, int fd, bool writable)
 {
     int ret;
 
+    f->path = strdup(path);
+    if (!f->path) {
+        close(fd);
+        return msg_err(-ENOMEM, "%s: out of memory", path);
+    }
     pthread_mutex_init(&f->lock, NULL);
     pthread_cond_init(&f->changed, NULL);
     f->fd = fd;
@@ -1315,9 +1439,6 @@ static int file_adopt(struct file *f, const char *path, int fd, bool writable)
     f->gone = f->trouble = UINT64_MAX;
     f->id = file_ids++;
     f->writable = writable;
-    f->path = strdup(path);
-    if (!f->path)
-        return msg_err(-ENOMEM, "%s: out of memory", path);
     if (f->id >= MAX_FILES)
         return msg_err(-EMFILE, "%s: more than %d files", path, MAX_FILES);
     if (fstat(f->fd, &f->st) < 0)
@@ -1350,7 +1471,6 @@ static int file_open(struct file *f, const char *path, bool writable)
     int flags = O_CLOEXEC | O_NONBLOCK | (writable ? O_RDWR : O_RDONLY), fd;
     struct stat st;
 
-    f->fd = -1;
     if (util_fault("open") || stat(path, &st) < 0)
         return msg_err(-errno, "%s: %s", path, strerror(errno));
     if (S_ISDIR(st.st_mode))
@@ -1378,7 +1498,6 @@ static int file_open_beneath(struct file *f, const char *directory, const char *
     char proc[40];
     struct stat st;
 
-    f->fd = -1;
     if (dir >= 0) {
         path_fd = (int)syscall(SYS_openat2, dir, name, &how, sizeof(how));
         if (path_fd < 0 && errno == ENOSYS && !strchr(name, '/'))
@@ -1395,6 +1514,28 @@ static int file_open_beneath(struct file *f, const char *directory, const char *
     if (ret)
         return ret;                 /* the caller knows who wanted it */
     return file_adopt(f, shown, fd, writable);
+}
+
+/* As it is now; if the host cannot say, as it was at open. */
+static struct stat file_stat(const struct file *f)
+{
+    struct stat st;
+
+    return fstat(f->fd, &st) == 0 ? st : f->st;
+}
+
+/* For the kernel, when it reads and writes the file by itself. */
+static int file_descriptor(const struct file *f)
+{
+    return f->fd;
+}
+
+/* Logical sectors of a block device in bytes; 0: it is none, or does not say. */
+static uint32_t file_sector_size(const struct file *f)
+{
+    int sector = 0;
+
+    return f->is_blk && util_ioctl(f->fd, BLKSSZGET, &sector) == 0 && sector > 0 ? (uint32_t)sector : 0;
 }
 
 static int file_measure(struct file *f)
@@ -1553,70 +1694,6 @@ static int file_check_loops(const struct file *f)
     return 0;
 }
 
-/* Is there `part` in the directory dir? Else it becomes the one name there that differs in letter case only. */
-static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size_t room)
-{
-    char found[NAME_MAX + 1] = "";
-    struct dirent *e;
-    struct stat st;
-    unsigned n = 0;
-    size_t used = 0;
-    DIR *d;
-    int fd;
-
-    if (fstatat(dir, part, &st, AT_SYMLINK_NOFOLLOW) == 0)
-        return 0;
-    fd = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    d = fd < 0 ? NULL : fdopendir(fd);
-    while (d && (e = readdir(d)))
-        if (text_same_but_case(e->d_name, part)) {
-            util_copy(found, sizeof(found), e->d_name);
-            used += used < room ? (size_t)snprintf(matches + used, room - used, "%s'%s'", n ? ", " : "", found) : 0;
-            n++;
-        }
-    if (d)
-        closedir(d);
-    else
-        util_close(&fd);
-    if (n == 1)
-        util_copy(part, NAME_MAX + 1, found);
-    return n == 1 ? 0 : n ? -ENOTUNIQ : -ENOENT;
-}
-
-/*
- * Windows and macOS do not tell letter cases apart, so that images from there may name files as they are not called
- * here. fixed: `name`, below directory, with each component as it is called. No link is followed, and no "..".
- * -ENOTUNIQ: several names would do; matches lists them.
- */
-static int file_fix_case(const char *directory, const char *name, char fixed[PATH_MAX], char *matches, size_t room)
-{
-    int dir = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC), next, ret = dir < 0 ? -errno : 0;
-    char part[NAME_MAX + 1];
-    size_t len, used = 0;
-
-    while (!ret && *name) {
-        len = strcspn(name, "/");
-        if (len > NAME_MAX || used + NAME_MAX + 2 > PATH_MAX)
-            ret = -ENAMETOOLONG;
-        else
-            snprintf(part, sizeof(part), "%.*s", (int)len, name);
-        name += len + strspn(name + len, "/");
-        if (!ret)
-            ret = strcmp(part, "..") == 0 ? -ENOENT : file_find_entry(dir, part, matches, room);
-        if (ret)
-            break;
-        used += (size_t)snprintf(fixed + used, PATH_MAX - used, "%s%s", used ? "/" : "", part);
-        if (*name) {
-            next = openat(dir, part, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-            ret = next < 0 ? -errno : 0;
-            util_close(&dir);
-            dir = next;
-        }
-    }
-    util_close(&dir);
-    return ret;
-}
-
 /* Asks (F_OFD_GETLK) or sets a lock on each byte of our permissions; *byte: the one at which it failed. */
 static int file_lock_bytes(struct file *f, int op, short type, int use, int unshare, int *byte)
 {
@@ -1767,19 +1844,17 @@ static bool file_is_medium_error(int error)
 /* To be done before the sandbox forbids it; f->sector then says in what pieces the medium is read. */
 static void file_open_direct(struct file *f)
 {
+    uint32_t sector = f->is_blk ? file_sector_size(f) : 512;
     char proc[40];
-    int sector = 512;
 
     if (f->sector)
         return;
     f->sector = FILE_PAGE;
-    if (f->is_blk && util_ioctl(f->fd, BLKSSZGET, &sector) < 0)
-        return;
     snprintf(proc, sizeof(proc), "/proc/self/fd/%d", f->fd);
     if (sector > 0 && sector <= FILE_PAGE)
         f->direct_fd = file_open_fd(proc, O_RDONLY | O_DIRECT | O_NONBLOCK | O_CLOEXEC);
     if (f->direct_fd >= 0)
-        f->sector = (uint32_t)sector;
+        f->sector = sector;
 }
 
 static void file_expire_bad_locked(struct file *f)
@@ -2052,41 +2127,6 @@ static int file_pread_stored(struct file *f, void *buf, uint64_t len, uint64_t o
     return ret || wanted < len ? -EIO : 0;
 }
 
-static void file_close(struct file *f)
-{
-    file_tell_bad(f);
-    if (f->fd >= 0)
-        util_close(&f->direct_fd);
-    free(f->bad.range);
-    f->bad = (struct ranges){ NULL, 0 };
-    for (uint32_t i = 0; i < f->n_patches; i++)
-        free(f->patches[i].page);
-    free(f->patches);
-    f->patches = NULL;
-    f->n_patches = 0;
-    util_close(&f->fd);
-    free(f->path);
-    f->path = NULL;
-}
-
-/* Closes a file that was only looked at, and gives its id back: nothing read of it is in the cache. */
-static void file_forget(struct file *f)
-{
-    if (f->fd >= 0 && f->id + 1 == file_ids)
-        file_ids--;
-    file_close(f);
-}
-
-/* Nobody else knows the file yet. */
-static void file_move(struct file *to, struct file *from)
-{
-    file_tell_bad(from);
-    *to = *from;
-    pthread_mutex_init(&to->lock, NULL);
-    pthread_cond_init(&to->changed, NULL);
-    *from = (struct file){ .fd = -1 };
-}
-
 /* The first patch that ends after offset; n_patches: none does. */
 static uint32_t file_patch_after(const struct file *f, uint64_t offset)
 {
@@ -2289,7 +2329,7 @@ static int file_fallocate(struct file *f, int mode, uint64_t offset, uint64_t le
     do
         ret = util_fault_op("fallocate") ? -1 : fallocate(f->fd, mode, (off_t)offset, (off_t)len);
     while (ret < 0 && errno == EINTR);
-    util_record_end(ret == 0, 'P', f, offset, len, NULL);
+    util_record_end(ret == 0 && (mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE)), 'P', f, offset, len, NULL);
     ret = ret < 0 ? -errno : 0;
     pool_unblock();
     return ret == -ENOSYS || ret == -ENODEV ? -EOPNOTSUPP : ret;
@@ -2396,6 +2436,168 @@ static void file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool
         *data = at < 0 && errno != ENXIO;
     if (at > (off_t)offset)
         *extent = util_min(len, (uint64_t)at - offset);
+}
+
+/* -- closing -- */
+
+static void file_close(struct file *f)
+{
+    if (!file_is_open(f))
+        return;
+    file_tell_bad(f);
+    util_close(&f->direct_fd);
+    free(f->bad.range);
+    f->bad = (struct ranges){ NULL, 0 };
+    for (uint32_t i = 0; i < f->n_patches; i++)
+        free(f->patches[i].page);
+    free(f->patches);
+    f->patches = NULL;
+    f->n_patches = 0;
+    util_close(&f->fd);
+    free(f->path);
+    f->path = NULL;
+}
+
+/* Closes a file that was only looked at, and gives its id back: nothing read of it is in the cache. */
+static void file_forget(struct file *f)
+{
+    if (file_is_open(f) && f->id + 1 == file_ids)
+        file_ids--;
+    file_close(f);
+}
+
+/* Nobody else knows the file yet. */
+static void file_move(struct file *to, struct file *from)
+{
+    file_tell_bad(from);
+    *to = *from;
+    pthread_mutex_init(&to->lock, NULL);
+    pthread_cond_init(&to->changed, NULL);
+    *from = (struct file){ 0 };
+}
+
+/*
+ * -- new files --
+ *
+ * A new image appears under its name complete or not at all: it is written without a name (O_TMPFILE), or, where the
+ * file system cannot do that, under a working name, and named when it is complete.
+ */
+
+/* Errors of a file system that lacks an operation; others (no space, no permission) stand for themselves. */
+static bool file_is_unsupported(int ret)
+{
+    return ret == -EOPNOTSUPP || ret == -EINVAL || ret == -EISDIR || ret == -EPERM || ret == -ENOSYS ||
+           ret == -EMLINK || ret == -EXDEV || ret == -ENOENT;
+}
+
+/* Returns a descriptor of a file without a name, or -errno. So do the next two. */
+static int file_make_unnamed(const char *directory)
+{
+    int fd = util_fault("temporary file") ? -1 : open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+
+    return fd < 0 ? -errno : fd;
+}
+
+/* The file is gone when it is closed. On FAT and NFS it has a name for a moment. */
+static int file_make_temporary(const char *directory)
+{
+    char name[PATH_MAX];
+    int fd = file_make_unnamed(directory);
+
+    if (fd >= 0 || !file_is_unsupported(fd))
+        return fd;
+    if ((size_t)snprintf(name, sizeof(name), "%s/.fuseexp-XXXXXX", directory) >= sizeof(name))
+        return -ENAMETOOLONG;
+    fd = mkostemp(name, O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    if (unlink(name) == 0)
+        return fd;
+    close(fd);
+    return -EIO;
+}
+
+/*
+ * Makes and locks the file `name`. First removes one that a killed process has left, which shows by its lock being
+ * free. That lock is kept until the new file is locked, so that a third process does not remove the new one.
+ */
+static int file_make_working(const char *name)
+{
+    struct stat held, seen;
+    int old = -1, fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+
+    if (fd < 0 && errno == EEXIST) {
+        old = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+        if (old >= 0 && flock(old, LOCK_EX | LOCK_NB) == 0 && fstat(old, &held) == 0 && S_ISREG(held.st_mode) &&
+            lstat(name, &seen) == 0 && held.st_dev == seen.st_dev && held.st_ino == seen.st_ino && unlink(name) == 0)
+            fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+        else
+            errno = EBUSY;
+    }
+    if (fd < 0)
+        fd = -errno;
+    else
+        (void)flock(fd, LOCK_EX | LOCK_NB);
+    util_close(&old);
+    return fd;
+}
+
+/* The last resort for naming a file: claims the name with an empty file, and replaces that. */
+static int file_rename_over_own(const char *working, const char *path)
+{
+    struct stat mine, seen;
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600), ret;
+
+    if (fd < 0)
+        return -errno;
+    ret = fstat(fd, &mine) < 0 ? -errno : 0;
+    close(fd);
+    if (!ret && (lstat(path, &seen) < 0 || seen.st_dev != mine.st_dev || seen.st_ino != mine.st_ino || seen.st_size))
+        return -EEXIST;             /* another program's by now */
+    if (!ret && rename(working, path) == 0)
+        return 0;
+    ret = ret ? ret : -errno;
+    unlink(path);
+    return ret;
+}
+
+/* Names a complete file, unless the name exists: -EEXIST. working: its name so far; NULL: it has none. */
+static int file_publish(int fd, const char *working, const char *path)
+{
+    char proc[40];
+    int ret;
+
+    if (!working) {
+        snprintf(proc, sizeof(proc), "/proc/self/fd/%d", fd);
+        return linkat(AT_FDCWD, proc, AT_FDCWD, path, AT_SYMLINK_FOLLOW) < 0 ? -errno : 0;
+    }
+    ret = syscall(SYS_renameat2, AT_FDCWD, working, AT_FDCWD, path, RENAME_NOREPLACE) < 0 ? -errno : 0;
+    if (ret && file_is_unsupported(ret)) {   /* NFS, and FAT before Linux 4.9 */
+        ret = link(working, path) < 0 ? -errno : 0;
+        if (!ret)
+            unlink(working);
+        else if (file_is_unsupported(ret))
+            ret = file_rename_over_own(working, path);
+    }
+    return ret;
+}
+
+/* Removes the working file, unless it was published (NULL), and unlocks it: on NFS flock(2) would keep QEMU out. */
+static void file_leave_working(int fd, const char *working)
+{
+    if (working)
+        unlink(working);
+    (void)flock(fd, LOCK_UN);
+}
+
+static int file_sync_directory(const char *directory)
+{
+    int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC), ret = 0;
+
+    if (fd >= 0 && fsync(fd) < 0)
+        ret = -errno;
+    util_close(&fd);
+    return ret;
 }
 
 /* ******************************************************************************************************** *
@@ -3216,7 +3418,7 @@ static bool fmt_is_allowed(const struct image_options *opt, const char *path)
     char directory[PATH_MAX];
     size_t len;
 
-    if (!opt->allow_external || !realpath(opt->allow_external, directory))
+    if (!opt->allow_external || !file_resolve(opt->allow_external, directory))
         return false;
     len = strlen(directory);
     return strncmp(directory, path, len) == 0 && (path[len] == '/' || len == 1);
@@ -3272,9 +3474,8 @@ static int fmt_open_named(struct image *im, struct file *f, const char *name, co
              name);
     if (slash)
         slash[slash == directory] = 0;
-    if (realpath(shown, real) && fmt_is_allowed(im->opt, real))
+    if (file_resolve(shown, real) && fmt_is_allowed(im->opt, real))
         return file_open(f, real, writable);
-    f->fd = -1;
     if (name[0] == '/' || im->files[0].is_blk)
         return msg_err(-EPERM,
                        "%s: its %s is '%s', outside of its directory; %s--allow-external DIR allows it",
@@ -3321,6 +3522,12 @@ static int lost_start(const char *path, uint64_t from, uint64_t size)
     if (lost_list.fd < 0)
         return msg_err(-errno, "%s: cannot make the error map: %s", path, strerror(errno));
     return 0;
+}
+
+/* Is there an error map to write? */
+static bool lost_wanted(void)
+{
+    return lost_list.fd >= 0;
 }
 
 static void lost_stop(void)
@@ -3550,7 +3757,7 @@ static void img_note_rest(struct image *im, uint64_t offset, uint64_t end)
 {
     struct extent ext;
 
-    for (; lost_list.fd >= 0 && offset < end; offset += ext.length) {
+    for (; lost_wanted() && offset < end; offset += ext.length) {
         img_map(im, offset, end - offset, false, &ext);
         if (ext.kind == EXT_BAD)
             lost_note(offset, util_min(ext.length, end - offset));
@@ -3599,7 +3806,7 @@ static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, 
         n = part = util_min(ext.length, len - *done);
         if (ext.kind == EXT_DATA) {
             ret = file_pread(ext.file, to, n, ext.offset, &part);
-            if (ret && (im->opt->zero_errors || lost_list.fd >= 0))
+            if (ret && (im->opt->zero_errors || lost_wanted()))
                 ret = img_salvage(im, &ext, to, n, offset + *done, &part);
         } else if (ext.kind == EXT_ZERO) {
             memset(to, 0, n);
@@ -3892,25 +4099,19 @@ static void img_refresh_size(struct image *im)
  */
 static bool img_resized_underneath(struct image *im)
 {
-    struct stat st;
-
-    return !im->writable && im->n_files == 1 && !im->files[0].is_blk && fstat(im->files[0].fd, &st) == 0 &&
-           (uint64_t)st.st_size != im->size;
+    return !im->writable && im->n_files == 1 && !im->files[0].is_blk &&
+           (uint64_t)file_stat(&im->files[0]).st_size != im->size;
 }
 
 /* Host space that the chain takes, in units of 512 bytes. */
 static uint64_t img_blocks(const struct image *im)
 {
     uint64_t blocks = 0;
-    struct stat st;
 
     for (; im; im = im->backing)
-        for (unsigned i = 0; i < im->n_files; i++) {
-            if (im->files[i].is_blk)
-                blocks += (im->files[i].size + 511) / 512;
-            else if (fstat(im->files[i].fd, &st) == 0)
-                blocks += (uint64_t)st.st_blocks;
-        }
+        for (unsigned i = 0; i < im->n_files; i++)
+            blocks += im->files[i].is_blk ? (im->files[i].size + 511) / 512
+                                          : (uint64_t)file_stat(&im->files[i]).st_blocks;
     return blocks;
 }
 
@@ -3992,7 +4193,7 @@ static int raw_check_first(const struct image *im)
     lead = im->name[strlen(im->name) - s.len];
     gap = digits || lead == 'a' ? RAW_GAP : 1;
     for (unsigned i = 1; i <= gap && i <= s.number; i++)
-        if (raw_part_name(im->name, s, s.number - i, before) && access(before, F_OK) == 0)
+        if (raw_part_name(im->name, s, s.number - i, before) && file_exists(before))
             return msg_err(-EINVAL, "%s: looks like a later part of a split image, since %s is there; name the first "
                            "part, or take this one alone with --no-parts", im->name, util_basename(before));
     if (digits && s.number > 1 && lead == '0')
@@ -4032,7 +4233,7 @@ static int raw_check_list(const struct image *im)
             return msg_err(-EINVAL, "%s: follows %s in the list of parts, so parts are missing or in the wrong order; "
                            "--no-parts takes the list as it is", path, util_basename(last));
     }
-    if (same && raw_part_name(last, s, s.number + 1, after) && access(after, F_OK) == 0)
+    if (same && raw_part_name(last, s, s.number + 1, after) && file_exists(after))
         return msg_err(-EINVAL, "%s: is the next part, but not in the list of parts; --no-parts takes the list as it "
                        "is", after);
     return 0;
@@ -6893,7 +7094,6 @@ static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *
     if (im->n_files == MAX_PARTS)
         return msg_err(-E2BIG, "%s: more than %d files", im->name, MAX_PARTS);
     f = &im->files[im->n_files++];
-    f->fd = -1;
     e->file = f;
     if (text_to_utf8(v->encoding, e->name, name, sizeof(name)))
         ret = fmt_open_named(im, f, name, "extent", NULL);
@@ -7941,7 +8141,6 @@ static int prl_open_image(struct image *im, const struct prl_xml *x, unsigned st
         return prl_xml_bad(im, "a storage has no image of snapshot", hex);
     if (found->plain && !root)
         return prl_xml_bad(im, "a snapshot that is a plain file but has a parent", found->file);
-    l->file->fd = -1;
     im->n_files++;
     l->plain = found->plain;
     l->size = UINT64_MAX;
@@ -8030,7 +8229,7 @@ static int prl_open_bundle(struct image *im)
 static bool prl_is_over_another(struct image *im, const char *beside, uint8_t snapshot[16])
 {
     struct prl_xml *x = util_fault("parallels snapshot") ? NULL : calloc(1, sizeof(*x));
-    struct file f = { .fd = -1 };
+    struct file f = { 0 };
     struct image text = { .format = im->format, .opt = im->opt, .files = &f, .n_files = 1, .name = beside };
     const char *path = im->files[0].path;
     char directory[PATH_MAX];
@@ -8077,7 +8276,7 @@ static int prl_open_single(struct image *im)
     im->size = p->end[0] = p->layers->size;
     im->cluster_size = p->layers->cluster;
     if ((size_t)snprintf(beside, sizeof(beside), "%.*s" PRL_XML_NAME, (int)(util_basename(path) - path), path) >=
-            sizeof(beside) || access(beside, F_OK) < 0)
+            sizeof(beside) || !file_exists(beside))
         return 0;
     if (prl_is_over_another(im, beside, snapshot)) {
         text_uuid(snapshot, uuid);
@@ -8582,7 +8781,6 @@ static int qcow2_open_data_file(struct image *im, struct qcow2 *q)
                     : 0;
     if (!user && !*q->data_name)
         return msg_err(-EINVAL, "%s: does not name its external data file; --data-file FILE does", im->name);
-    f->fd = -1;
     im->n_files = 2;
     q->data = f;
     return user ? file_open(f, user, im->writable)
@@ -11755,7 +11953,7 @@ static bool probe_is_foreign(const struct probe *p, size_t i)
 static int probe_check_foreign(const struct image *im, const struct probe *p)
 {
     char next[PATH_MAX];
-    bool piece = probe_next_piece(im->name, next) && access(next, F_OK) == 0;
+    bool piece = probe_next_piece(im->name, next) && file_exists(next);
 
     for (size_t i = 0; i < ARRAY_LEN(probe_foreign); i++)
         if (probe_is_foreign(p, i))
@@ -11882,7 +12080,7 @@ static int probe_check_foreign_directory(const char *path)
 
     for (size_t i = 0; i < ARRAY_LEN(directories); i++)
         if ((size_t)snprintf(inside, sizeof(inside), "%s/%s", path, directories[i].file) < sizeof(inside) &&
-            access(inside, F_OK) == 0)
+            file_exists(inside))
             return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read: %s", path, directories[i].name,
                            directories[i].way_out);
     return 0;
@@ -11893,19 +12091,18 @@ static int probe_add_file(struct image *im, const char *path)
 {
     const char *main_file = NULL;
     char inside[PATH_MAX];
-    struct stat st;
     int ret;
 
     if (im->n_files == MAX_PARTS)
         return msg_err(-E2BIG, "%s: more than %d parts", im->name, MAX_PARTS);
-    if (stat(path, &st) < 0 || !S_ISDIR(st.st_mode))
+    if (!file_is_directory(path))
         return file_open(&im->files[im->n_files++], path, im->writable);
     if (probe_check_foreign_directory(path))
         return -EMEDIUMTYPE;
     for (size_t i = 0; i < ARRAY_LEN(probe_formats) && !main_file; i++) {
         main_file = probe_formats[i]->directory_file;
         if (main_file && ((size_t)snprintf(inside, sizeof(inside), "%s/%s", path, main_file) >= sizeof(inside) ||
-                          access(inside, F_OK) < 0))
+                          !file_exists(inside)))
             main_file = NULL;
     }
     if (!main_file)
@@ -11928,7 +12125,7 @@ static int probe_find_parts(struct image *im)
     if (im->n_given > 1 || im->files[0].is_blk || !im->format->part)
         return 0;
     for (unsigned i = 1, gap = 0; gap < RAW_GAP && im->format->part(im->name, i, name); i++) {
-        if (access(name, F_OK) < 0) {
+        if (!file_exists(name)) {
             if (gap++ == 0)
                 util_copy(missing, sizeof(missing), name);
             continue;
@@ -11961,18 +12158,11 @@ static bool probe_has_next_piece(const struct image *im, char next[PATH_MAX])
 {
     uint8_t head[PROBE_HEAD];
     struct probe p = { head, head, 0, 0, 0 };
-    struct stat st = { 0 };
-    ssize_t n = -1;
-    int fd;
 
-    if (!probe_next_piece(im->name, next) || (fd = open(next, O_RDONLY | O_CLOEXEC | O_NONBLOCK)) < 0)
+    if (!probe_next_piece(im->name, next))
         return false;
-    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
-        n = pread(fd, head, sizeof(head), 0);
-    util_close(&fd);
-    p.head_len = n > 0 ? (size_t)n : 0;
-    p.size = (uint64_t)st.st_size;
-    return n > 0 && p.size <= im->files[0].size && probe_most_certain(&p)->plain;
+    p.head_len = file_peek(next, head, sizeof(head), &p.size);
+    return p.head_len > 0 && p.size <= im->files[0].size && probe_most_certain(&p) ->plain;
 }
 
 /*
@@ -12434,8 +12624,7 @@ static int chain_check_loop(const struct image *im)
     if (im->depth >= MAX_CHAIN)
         return msg_err(-ELOOP, "%s: a backing chain of more than %d images", im->name, MAX_CHAIN);
     for (const struct image *c = im->child; c; c = c->child)
-        if (c->files[0].st.st_dev == im->files[0].st.st_dev &&
-            c->files[0].st.st_ino == im->files[0].st.st_ino)
+        if (file_is(&c->files[0], &im->files[0].st))
             return msg_err(-ELOOP, "%s: is its own backing file", im->name);
     return 0;
 }
@@ -12521,11 +12710,6 @@ static int chain_identify(const struct image *child, const struct image_format *
     return ret;
 }
 
-static bool chain_is_file(const struct image *im, const struct stat *st)
-{
-    return im->files[0].st.st_dev == st->st_dev && im->files[0].st.st_ino == st->st_ino;
-}
-
 /* Is f, which was just opened, the parent? Else it is closed. -ELOOP: it is in the chain; -ESTALE: another image. */
 static int chain_try_file(const struct image *im, const struct image_format *format, struct file *f)
 {
@@ -12533,7 +12717,7 @@ static int chain_try_file(const struct image *im, const struct image_format *for
     int ret = 0;
 
     for (const struct image *c = im; c && !ret; c = c->child)
-        ret = chain_is_file(c, &f->st) ? -ELOOP : 0;
+        ret = file_is(&c->files[0], &f->st) ? -ELOOP : 0;
     if (!ret)
         ret = chain_identify(im, format, f, &id);
     if (!ret && chain_mismatch(im, &id) != ID_KINDS)
@@ -12621,8 +12805,9 @@ static bool chain_hint_path(const struct image *im, const char *hint, enum chain
         return last != hint && !windows && util_copy(path, PATH_MAX, hint);
     if (way == CHAIN_HINT_BESIDE)
         return util_copy(path, PATH_MAX, last);
-    return im->opt->allow_external && realpath(im->opt->allow_external, path) && strlen(path) + strlen(last) < 1023 &&
-           util_copy(path + strlen(path), 1024, "/") && util_copy(path + strlen(path), 1024, last);
+    return im->opt->allow_external && file_resolve(im->opt->allow_external, path) &&
+           strlen(path) + strlen(last) < 1023 && util_copy(path + strlen(path), 1024, "/") &&
+           util_copy(path + strlen(path), 1024, last);
 }
 
 /*
@@ -12643,7 +12828,7 @@ static int chain_try_hints(struct image *im, struct image *base, char near[PATH_
         ret = fmt_open_named(im, f, path, "parent", NULL);
         msg_hushed--;
         snprintf(full, sizeof(full), "%.*s%s", *path == '/' ? 0 : directory, im->files[0].path, path);
-        rank = !ret ? OPENED : ret != -ENOENT && access(full, F_OK) == 0 ? FORBIDDEN : MISSING;
+        rank = !ret ? OPENED : ret != -ENOENT && file_exists(full) ? FORBIDDEN : MISSING;
         if (ret)
             file_forget(f);
         else
@@ -12677,7 +12862,7 @@ static bool chain_could_be(const struct image_format *format, struct file *f)
 static int chain_try_neighbour(const struct image *im, const struct image_format *format, const char *directory,
                              const char *name, struct file *f, char twin[PATH_MAX])
 {
-    struct file other = { .fd = -1 };
+    struct file other = { 0 };
     char shown[PATH_MAX];
     const char *path = im->files[0].path;
     int ret = -ENAMETOOLONG;
@@ -12693,11 +12878,11 @@ static int chain_try_neighbour(const struct image *im, const struct image_format
         ret = chain_try_file(im, format, &other);
     if (ret)
         return ret == -ENOMEM ? ret : 0;
-    if (f->fd < 0) {
+    if (!file_is_open(f)) {
         file_move(f, &other);
         return 0;
     }
-    if (other.st.st_dev != f->st.st_dev || other.st.st_ino != f->st.st_ino)
+    if (!file_is(f, &other.st))
         ret = -ENOTUNIQ;
     util_copy(twin, PATH_MAX, shown);
     file_forget(&other);
@@ -12729,7 +12914,7 @@ static int chain_search_directory(const struct image *im, struct image *base, ch
     msg_hushed--;
     if (dir)
         closedir(dir);
-    return ret ? ret : base->files[0].fd < 0 ? -ENOENT : 0;
+    return ret ? ret : !file_is_open(&base->files[0]) ? -ENOENT : 0;
 }
 
 /*
@@ -12844,7 +13029,6 @@ static int chain_open_one_backing(struct image *im, struct image *base)
     if (ret)
         return ret;
     base->n_files = 1;
-    base->files[0].fd = -1;
     ret = chain_find_parent(im, base);
     if (ret)
         return ret;
@@ -12878,7 +13062,7 @@ static bool chain_is_further_down(const struct image *im, const char *path)
 {
     struct image_options recorded = *im->opt;
     struct image top = *im, *cur = &top, *base;
-    struct file f = { .fd = -1 };
+    struct file f = { 0 };
     struct identity id;
     bool found = false;
     int ret;
@@ -12891,7 +13075,7 @@ static bool chain_is_further_down(const struct image *im, const char *path)
     ret = file_open(&f, path, false);
     while (!ret && !found && *cur->backing_name && (base = chain_add_backing(cur))) {
         ret = chain_open_one_backing(cur, base);
-        found = !ret && ((cur != &top && chain_is_file(base, &f.st)) ||
+        found = !ret && ((cur != &top && file_is(&base->files[0], &f.st)) ||
                          (chain_knows_parent(base) && chain_identify(base, base->format, &f, &id) == 0 &&
                           chain_mismatch(base, &id) == ID_KINDS));
         cur = base;
@@ -12909,7 +13093,7 @@ static int chain_check_given(const struct image *im)
 {
     unsigned next = chain_next_given(im, 0);
     const struct image *best = NULL;
-    struct file f = { .fd = -1 };
+    struct file f = { 0 };
     struct identity id, best_id = { 0 };
     const char *path;
     int ret;
@@ -13097,113 +13281,15 @@ static int overlay_backing(const struct image *base, const char *overlay, char n
     char directory[PATH_MAX], real[PATH_MAX];
     size_t len;
 
-    if (!realpath(base->files[0].path, name))
+    if (!file_resolve(base->files[0].path, name))
         return msg_err(-errno, "%s: %s", base->name, strerror(errno));
     snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(overlay) - overlay), overlay);
-    if (!realpath(*directory ? directory : ".", real))
+    if (!file_resolve(*directory ? directory : ".", real))
         return msg_err(-errno, "%s: %s", overlay, strerror(errno));
     len = strlen(real);
     if (strncmp(name, real, len) == 0 && name[len] == '/' && !strchr(name + len + 1, '/'))
         memmove(name, name + len + 1, strlen(name + len + 1) + 1);
     return strlen(name) <= 1023 ? 0 : msg_err(-ENAMETOOLONG, "%s: too long a path to be recorded", name);
-}
-
-/* Errors of a file system that cannot do this; others (no space, no right) are what they are. */
-static bool overlay_cannot(int ret)
-{
-    return ret == -EOPNOTSUPP || ret == -EINVAL || ret == -EISDIR || ret == -EPERM || ret == -ENOSYS ||
-           ret == -EMLINK || ret == -EXDEV || ret == -ENOENT;
-}
-
-static int overlay_open_unnamed(const char *directory)
-{
-    int fd = util_fault("temporary file") ? -1 : open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-
-    return fd < 0 ? -errno : fd;
-}
-
-/* A file that is gone when it is closed; FAT and NFS have to give it a name for a moment. */
-static int overlay_open_temporary(const char *directory)
-{
-    char name[PATH_MAX];
-    int fd = overlay_open_unnamed(directory);
-
-    if (fd >= 0 || !overlay_cannot(fd))
-        return fd;
-    if ((size_t)snprintf(name, sizeof(name), "%s/.fuseexp-XXXXXX", directory) >= sizeof(name))
-        return -ENAMETOOLONG;
-    fd = mkostemp(name, O_CLOEXEC);
-    if (fd < 0)
-        return -errno;
-    if (unlink(name) == 0)
-        return fd;
-    close(fd);
-    return -EIO;
-}
-
-/*
- * Makes the file `name`, locked. One that a killed start has left is removed: nobody holds its lock. Whoever
- * removes it keeps that lock until the new file is locked, so that a third start does not remove the new one.
- */
-static int overlay_open_working(const char *name)
-{
-    struct stat held, seen;
-    int old = -1, fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-
-    if (fd < 0 && errno == EEXIST) {
-        old = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-        if (old >= 0 && flock(old, LOCK_EX | LOCK_NB) == 0 && fstat(old, &held) == 0 && S_ISREG(held.st_mode) &&
-            lstat(name, &seen) == 0 && held.st_dev == seen.st_dev && held.st_ino == seen.st_ino && unlink(name) == 0)
-            fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-        else
-            errno = EBUSY;
-    }
-    if (fd < 0)
-        fd = -errno;
-    else
-        (void)flock(fd, LOCK_EX | LOCK_NB);
-    util_close(&old);
-    return fd;
-}
-
-/* The last way to give a name to a file: claims it with an empty file, and replaces that. */
-static int overlay_rename_over_own(const char *working, const char *path)
-{
-    struct stat mine, seen;
-    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600), ret;
-
-    if (fd < 0)
-        return -errno;
-    ret = fstat(fd, &mine) < 0 ? -errno : 0;
-    close(fd);
-    if (!ret && (lstat(path, &seen) < 0 || seen.st_dev != mine.st_dev || seen.st_ino != mine.st_ino || seen.st_size))
-        return -EEXIST;             /* another program's by now */
-    if (!ret && rename(working, path) == 0)
-        return 0;
-    ret = ret ? ret : -errno;
-    unlink(path);
-    return ret;
-}
-
-/* Gives a finished file its name, if there is no such file. working: its name so far; NULL: it has none. */
-static int overlay_publish(int fd, const char *working, const char *path)
-{
-    char proc[40];
-    int ret;
-
-    if (!working) {
-        snprintf(proc, sizeof(proc), "/proc/self/fd/%d", fd);
-        return linkat(AT_FDCWD, proc, AT_FDCWD, path, AT_SYMLINK_FOLLOW) < 0 ? -errno : 0;
-    }
-    ret = syscall(SYS_renameat2, AT_FDCWD, working, AT_FDCWD, path, RENAME_NOREPLACE) < 0 ? -errno : 0;
-    if (ret && overlay_cannot(ret)) {   /* NFS, and FAT before Linux 4.9 */
-        ret = link(working, path) < 0 ? -errno : 0;
-        if (!ret)
-            unlink(working);
-        else if (overlay_cannot(ret))
-            ret = overlay_rename_over_own(working, path);
-    }
-    return ret;
 }
 
 /* Writes the overlay into fd, which belongs to im from here on. A temporary one is not for others to read. */
@@ -13235,18 +13321,16 @@ static int overlay_make_named(struct image *im, struct image *base, const char *
     if ((size_t)snprintf(working, sizeof(working), "%.*s.%s.new", (int)(util_basename(path) - path), path,
                          util_basename(path)) >= sizeof(working))
         return msg_err(-ENAMETOOLONG, "%s: path too long", path);
-    fd = overlay_open_working(working);
+    fd = file_make_working(working);
     if (fd < 0)
         return msg_err(fd, "%s: cannot make the overlay: %s: %s", path, working, strerror(-fd));
     ret = overlay_fill(im, base, path, false, fd);
     if (!ret) {
-        ret = overlay_publish(fd, working, path);
+        ret = file_publish(fd, working, path);
         if (ret)
             msg_err(ret, "%s: %s", path, strerror(-ret));
     }
-    if (ret)
-        unlink(working);
-    (void)flock(fd, LOCK_UN);       /* QEMU's locks are not flock's, but on NFS they are */
+    file_leave_working(fd, ret ? working : NULL);
     return ret;
 }
 
@@ -13254,20 +13338,20 @@ static int overlay_make_named(struct image *im, struct image *base, const char *
 static int overlay_make(struct image *im, struct image *base, const char *path, bool temporary)
 {
     char directory[PATH_MAX];
-    int fd, ret, dir;
+    int fd, ret, flushed;
 
     snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(path) - path), path);
     if (!*directory)
         util_copy(directory, sizeof(directory), ".");
-    fd = temporary ? overlay_open_temporary(directory) : overlay_open_unnamed(directory);
-    if (fd < 0 && (temporary || !overlay_cannot(fd) || fd == -ENOENT))
+    fd = temporary ? file_make_temporary(directory) : file_make_unnamed(directory);
+    if (fd < 0 && (temporary || !file_is_unsupported(fd) || fd == -ENOENT))
         return msg_err(fd, "%s: cannot make %s: %s", path, temporary ? "a file there" : "the overlay", strerror(-fd));
     ret = fd < 0 ? fd : overlay_fill(im, base, path, temporary, fd);
     if (fd >= 0 && (ret || temporary))
         return ret;
     if (fd >= 0)
-        ret = overlay_publish(fd, NULL, path);
-    if (ret && !overlay_cannot(ret))
+        ret = file_publish(fd, NULL, path);
+    if (ret && !file_is_unsupported(ret))
         return msg_err(ret, "%s: %s", path, strerror(-ret));
     if (ret) {
         if (fd >= 0)
@@ -13275,10 +13359,9 @@ static int overlay_make(struct image *im, struct image *base, const char *path, 
         ret = overlay_make_named(im, base, path);
     }
     im->made = !ret;
-    dir = ret ? -1 : open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (dir >= 0 && fsync(dir) < 0)
-        msg_say(MSG_NOTE, "%s: its directory cannot be flushed: %s", path, strerror(errno));
-    util_close(&dir);
+    flushed = ret ? 0 : file_sync_directory(directory);
+    if (flushed)
+        msg_say(MSG_NOTE, "%s: its directory cannot be flushed: %s", path, strerror(-flushed));
     return ret;
 }
 
@@ -13286,13 +13369,12 @@ static int overlay_make(struct image *im, struct image *base, const char *path, 
 static int overlay_check(const struct image *im, const struct image *base)
 {
     char path[PATH_MAX + 1024], format[32];
-    struct stat st;
 
     snprintf(path, sizeof(path), "%.*s%s", im->backing_name[0] == '/' ? 0 : (int)(util_basename(im->name) - im->name),
              im->name, im->backing_name);
     if (!*im->backing_name)
         return msg_err(-EINVAL, "%s: is not an overlay: it has no backing file", im->name);
-    if (stat(path, &st) < 0 || st.st_dev != base->files[0].st.st_dev || st.st_ino != base->files[0].st.st_ino)
+    if (!file_is_at(&base->files[0], path))
         return msg_err(-EINVAL, "%s: is not an overlay of %s, but of %s", im->name, base->name, im->backing_name);
     overlay_format(base, format);
     if (strcmp(probe_recorded_format(im->backing_format), format) != 0)
@@ -13308,7 +13390,7 @@ static int overlay_check(const struct image *im, const struct image *base)
 static int overlay_open(struct image *im, struct image *base, const char *path, bool temporary,
                             const struct image_options *opt)
 {
-    bool there = !temporary && access(path, F_OK) == 0;
+    bool there = !temporary && file_exists(path);
     int ret = chain_begin(im, path);
 
     im->opt = opt;
@@ -13674,13 +13756,12 @@ static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
 /* Which sector size the device itself has, or the disk in the image; 0: the table will show. */
 static uint32_t part_device_sector(const struct image *im)
 {
-    int sector = 0;
+    uint32_t sector = im->sector_size;
 
-    if (im->sector_size > 512)      /* one of 512 may also be a copy of one with larger sectors */
-        return im->sector_size;
-    if (!im->files[0].is_blk || util_ioctl(im->files[0].fd, BLKSSZGET, &sector) < 0)
-        return 0;
-    return sector == 512 || sector == 4096 ? (uint32_t)sector : 0;
+    if (sector > 512)               /* one of 512 may also be a copy of one with larger sectors */
+        return sector;
+    sector = file_sector_size(&im->files[0]);
+    return sector == 512 || sector == 4096 ? sector : 0;
 }
 
 /* "1, 2, 5": for the message that says what could have been chosen. */
@@ -13863,10 +13944,9 @@ static bool fop_growable(const struct server *srv, const struct view *v)
 
 static void fop_fill_times(const struct server *srv, struct fuse_attr *attr)
 {
-    struct stat st = srv->im->files[0].st;
+    const struct file *f = &srv->im->files[0];
+    struct stat st = srv->writable ? file_stat(f) : f->st;
 
-    if (srv->writable)
-        (void)fstat(srv->im->files[0].fd, &st);
     attr->atime = (uint64_t)st.st_atim.tv_sec;
     attr->mtime = (uint64_t)st.st_mtim.tv_sec;
     attr->ctime = (uint64_t)st.st_ctim.tv_sec;
@@ -14702,7 +14782,7 @@ static int loop_handshake(struct server *srv, int fd, bool *passthrough)
  */
 static void loop_pass_through(struct server *srv, int fd)
 {
-    struct fx_backing_map map = { .fd = srv->im->files[0].fd };
+    struct fx_backing_map map = { .fd = file_descriptor(&srv->im->files[0]) };
     int id = util_fault("passthrough") ? -1 : util_ioctl(fd, FX_IOC_BACKING_OPEN, &map);
 
     srv->counters->passthrough = id > 0;
@@ -15324,9 +15404,7 @@ static int opt_check(struct options *o)
 /* "--temporary DIR" lacks its "=". */
 static int opt_check_temporary(const struct options *o)
 {
-    struct stat st;
-
-    if (!o->temporary || *o->temporary || o->n_images < 2 || stat(o->images[0], &st) < 0 || !S_ISDIR(st.st_mode))
+    if (!o->temporary || *o->temporary || o->n_images < 2 || !file_is_directory(o->images[0]))
         return 0;
     return msg_err(-EINVAL, "%s: is a directory and no image; --temporary=%s makes the overlay there", o->images[0],
                    o->images[0]);
@@ -16519,7 +16597,6 @@ static int run_open_overlay(struct run *r)
 {
     const struct options *o = r->o;
     struct image *base;
-    struct stat st;
     int ret;
 
     if (o->overlay && !util_copy(r->overlay_path, sizeof(r->overlay_path), o->overlay))
@@ -16536,8 +16613,8 @@ static int run_open_overlay(struct run *r)
         .strict = o->strict,
     };
     ret = chain_open(base, o->images, o->n_images, &r->image_options);
-    for (unsigned i = 0; o->overlay && stat(o->overlay, &st) == 0 && i < base->n_files && !ret; i++)
-        if (st.st_dev == base->files[i].st.st_dev && st.st_ino == base->files[i].st.st_ino)
+    for (unsigned i = 0; o->overlay && i < base->n_files && !ret; i++)
+        if (file_is_at(&base->files[i], o->overlay))
             ret = msg_err(-EINVAL, "%s: is both IMAGE and --overlay, which takes the changes to IMAGE in another file",
                           o->overlay);
     if (!ret)

@@ -75,11 +75,11 @@ struct file_patch {
 };
 
 struct file {
+    char *path;                     /* as the user named it: for messages; NULL: it is not open, and all else is void */
     int fd;
     uint16_t id;                    /* for the cache's keys, below MAX_FILES: no two open files share one */
     bool is_blk;
     bool writable;
-    char *path;                     /* as the user named it: for messages */
     _Atomic uint64_t size;          /* at open, and as we made it longer; see image.size for what is served */
     struct stat st;                 /* at open */
     _Atomic int latched;            /* the first failed write-back, 0 or -errno */

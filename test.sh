@@ -7354,6 +7354,16 @@ for i, line in enumerate(code):
     if re.search(r'&\w+_format\b', line) and names[room(i + 1)] != 'Probing':
         bad.append('%d: names a particular format' % (i + 1))
 
+# System calls on images are made in "Host files" alone; the other rooms here make them on what is no image.
+calls = r'(?<![\w.>])(p?readv?2?|p?writev?2?|f?stat|lstat|fstatat|statx|open|openat2?|close|creat|f?truncate|fallocate|lseek|f(data)?sync|sync_file_range|' \
+        r'copy_file_range|posix_fadvise|readahead|f?access(at)?|realpath|readlink(at)?|f?statfs|unlink(at)?|link(at)?|rename(at2?)?|flock|fcntl|(util_)?ioctl|' \
+        r'splice|vmsplice|tee|sendfile|mkstemp|mkostemp|syscall)\(|(?:->|\.)(?:direct_)?fd\b'
+may_call = ('Messages', 'Utilities', 'Output', 'Host files', 'Lost ranges', 'Worker loop', 'Sandbox', 'Mounts', 'Life cycle', 'One-shot commands', 'Main')
+for i, line in enumerate(code):
+    m = re.search(calls, line)
+    if inside[i] and ((m and names[room(i + 1)] not in may_call) or (re.search(r'files(\[\w+\])?(\.|->)fd\b', line) and names[room(i + 1)] != 'Host files')):
+        bad.append('%d: a system call or descriptor of an image outside of "Host files"' % (i + 1))
+
 # A comment stands on what it explains: none is followed by another, none by nothing.
 for f in sys.argv[1:]:
     t = open(f).read()
