@@ -14,7 +14,7 @@
  *    7. Host files             file_       every system call on an image
  *    8. Codecs                 codec_      one compressed cluster
  *    9. Table cache            cache_      tables, and the budget that decoded clusters share
- *   10. Decoded clusters       cache_      what compressed clusters decode to
+ *   10. Decoded clusters       decoded_    what compressed clusters decode to
  *   11. Format helpers         fmt_, ext_  refusals, opening by name, extents
  *   12. Lost ranges            lost_       what could not be read, for --error-map
  *   13. Image I/O              img_        reads, writes and resizes any image through its driver
@@ -52,7 +52,7 @@
  *   writer.lock          every change of a table; not held while data is written (qcow2)
  *   cache.set_lock       refilling table slots of a set; readers take none
  *   writer.changes.lock  the words that the file lacks (qcow2)
- *   cache.lock           the list of decoded clusters; not held while decoding
+ *   decoded.lock         the list of decoded clusters; not held while decoding
  *   img_streams.lock, lost_list.lock   who reads in order; what could not be read
  *   pool.lock            parking, waking, jobs; taken around operations that may sleep
  *   everything else is immutable once the workers run, or an atomic of its own, or belongs to one worker
@@ -1126,6 +1126,30 @@ static void pool_block(void)
     pthread_mutex_unlock(&pool.lock);
 }
 
+static void pool_unblock(void)
+{
+    if (!pool_helps)
+        pool.running++;
+}
+
+/* Waits for a condition, and says so. */
+static void pool_wait(pthread_cond_t *cond, pthread_mutex_t *lock)
+{
+    pool_block();
+    pthread_cond_wait(cond, lock);
+    pool_unblock();
+}
+
+/* Locks what is held during I/O, and says so if that takes long. */
+static void pool_lock(pthread_mutex_t *lock)
+{
+    if (pthread_mutex_trylock(lock) == 0)
+        return;
+    pool_block();
+    pthread_mutex_lock(lock);
+    pool_unblock();
+}
+
 /* Fewer workers could be started than were counted. */
 static void pool_reduce(unsigned n)
 {
@@ -1133,12 +1157,6 @@ static void pool_reduce(unsigned n)
     pool.running -= n;
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
-}
-
-static void pool_unblock(void)
-{
-    if (!pool_helps)
-        pool.running++;
 }
 
 /* Between requests. Not true: nothing to do. */
@@ -2709,8 +2727,7 @@ enum {
     CACHE_WORDS = CACHE_SLICE / 8,
     CACHE_WAYS = 4,
     CACHE_NARROW_SETS = 64,         /* 1 MiB */
-    CACHE_LOCKS = 64,
-    CACHE_BUCKETS = 8192
+    CACHE_LOCKS = 64
 };
 
 struct cache_slot {
@@ -2719,29 +2736,14 @@ struct cache_slot {
     uint32_t next_way;              /* of the set, in its first slot; under the set's lock */
 };
 
-struct cache_cluster {
-    struct cache_cluster *hash_next, *newer, *older;
-    const struct file *file;
-    uint64_t offset;
-    uint32_t length, coded_length, users;
-    enum { CACHE_DECODING, CACHE_READY, CACHE_BROKEN } state;
-    uint8_t data[];
-};
-
 static struct {
     struct cache_slot *slots;
     _Atomic uint64_t *words;        /* CACHE_WORDS per slot, as they lie in the file */
     uint64_t n_sets;
     pthread_mutex_t set_lock[CACHE_LOCKS];  /* [set % CACHE_LOCKS] protects the changes of its slots */
-
-    pthread_mutex_t lock; /* protects all that follows, and every struct cache_cluster but its data */
-    pthread_cond_t decoded;
-    struct cache_cluster *bucket[CACHE_BUCKETS], *newest, *oldest;
-    uint64_t used, budget;          /* bytes; used: by decoded clusters, and what they are decoded from */
-    uint64_t decoding_bytes;        /* of these, what cannot be dropped now ... */
-    unsigned decoding;              /* ... in so many clusters */
-    _Atomic uint64_t table_bytes;   /* of the slots that were ever filled; not under the lock */
-} cache = { .lock = PTHREAD_MUTEX_INITIALIZER, .decoded = PTHREAD_COND_INITIALIZER };
+    uint64_t budget;                /* bytes: of tables and decoded clusters together */
+    _Atomic uint64_t table_bytes;   /* of these, what the tables have: the slots that were ever filled */
+} cache;
 
 static int cache_start(uint64_t budget)
 {
@@ -2767,16 +2769,21 @@ static void cache_stop(void)
     util_unmap((void *)cache.words, cache.n_sets * CACHE_WAYS * CACHE_SLICE);
     cache.slots = NULL;
     cache.words = NULL;
-    while (cache.oldest) {
-        struct cache_cluster *c = cache.oldest;
-        cache.oldest = c->newer;
-        free(c);
-    }
-    cache.newest = NULL;
-    memset(cache.bucket, 0, sizeof(cache.bucket));
-    cache.used = 0;
     cache.table_bytes = 0;
     file_ids = 0;
+}
+
+static uint64_t cache_budget(void)
+{
+    return cache.budget;
+}
+
+/* What the tables leave of the budget. */
+static uint64_t cache_left(void)
+{
+    uint64_t tables = cache.table_bytes;
+
+    return tables < cache.budget ? cache.budget - tables : 0;
 }
 
 /*
@@ -3004,73 +3011,100 @@ static int cache_bits(struct file *f, uint64_t offset, uint64_t first, uint64_t 
     return 0;
 }
 
-/* -- decoded clusters -- */
-
 /* ******************************************************************************************************** *
  * 10. Decoded clusters
  *
- * One list in the order of use, in the same budget as the tables.
+ * A list in the order of use, in what the tables leave of the budget. A cluster is decoded once: a thread that wants
+ * one that another thread is decoding waits for it. An entry with users is not dropped. If what is being decoded
+ * fills the budget, further clusters wait, so the budget holds whatever the number of threads.
  * ******************************************************************************************************** */
 
-static void cache_unlink(struct cache_cluster *c)
+enum { DECODED_BUCKETS = 8192 };
+
+struct decoded_cluster {
+    struct decoded_cluster *hash_next, *newer, *older;
+    const struct file *file;
+    uint64_t offset;
+    uint32_t length, coded_length, users;
+    enum { DECODED_BUSY, DECODED_READY, DECODED_BROKEN } state;
+    uint8_t data[];                 /* written by the thread that decodes it, immutable once it is ready */
+};
+
+static struct {
+    pthread_mutex_t lock;           /* protects all of it, and every struct decoded_cluster but its data */
+    pthread_cond_t changed;         /* a cluster is not busy any more */
+    struct decoded_cluster *bucket[DECODED_BUCKETS], *newest, *oldest;
+    uint64_t used;                  /* bytes: of clusters, and what they are being decoded from */
+    uint64_t busy_bytes;            /* of these, what cannot be dropped now ... */
+    unsigned busy;                  /* ... in so many clusters */
+} decoded = { .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
+
+static struct decoded_cluster **decoded_bucket(const struct file *f, uint64_t offset)
 {
-    *(c->newer ? &c->newer->older : &cache.newest) = c->older;
-    *(c->older ? &c->older->newer : &cache.oldest) = c->newer;
+    return &decoded.bucket[cache_hash(f, offset) % DECODED_BUCKETS];
 }
 
-static void cache_link_newest(struct cache_cluster *c)
+static void decoded_unlink_locked(struct decoded_cluster *c)
+{
+    *(c->newer ? &c->newer->older : &decoded.newest) = c->older;
+    *(c->older ? &c->older->newer : &decoded.oldest) = c->newer;
+}
+
+static void decoded_link_newest_locked(struct decoded_cluster *c)
 {
     c->newer = NULL;
-    c->older = cache.newest;
-    *(cache.newest ? &cache.newest->newer : &cache.oldest) = c;
-    cache.newest = c;
+    c->older = decoded.newest;
+    *(decoded.newest ? &decoded.newest->newer : &decoded.oldest) = c;
+    decoded.newest = c;
 }
 
-static void cache_link_oldest(struct cache_cluster *c)
+static void decoded_link_oldest_locked(struct decoded_cluster *c)
 {
     c->older = NULL;
-    c->newer = cache.oldest;
-    *(cache.oldest ? &cache.oldest->older : &cache.newest) = c;
-    cache.oldest = c;
+    c->newer = decoded.oldest;
+    *(decoded.oldest ? &decoded.oldest->older : &decoded.newest) = c;
+    decoded.oldest = c;
 }
 
-static uint64_t cache_bytes(const struct cache_cluster *c)
+static uint64_t decoded_bytes(uint64_t length)
 {
-    return sizeof(*c) + c->length + c->length / 6;  /* what malloc() rounds up to */
+    return sizeof(struct decoded_cluster) + length + length / 6;        /* what malloc() rounds up to */
 }
 
-/* Takes c out; its memory is the caller's. */
-static void cache_remove(struct cache_cluster *c)
+/* Removes c from the table and the list; its memory is the caller's. */
+static void decoded_remove_locked(struct decoded_cluster *c)
 {
-    struct cache_cluster **p = &cache.bucket[cache_hash(c->file, c->offset) % CACHE_BUCKETS];
+    struct decoded_cluster **p = decoded_bucket(c->file, c->offset);
 
     while (*p != c)
         p = &(*p)->hash_next;
     *p = c->hash_next;
-    cache_unlink(c);
-    cache.used -= cache_bytes(c);
+    decoded_unlink_locked(c);
+    decoded.used -= decoded_bytes(c->length);
 }
 
-static void cache_drop(struct cache_cluster *c)
+static void decoded_stop(void)
 {
-    cache_remove(c);
-    free(c);
+    for (struct decoded_cluster *c; (c = decoded.oldest);) {
+        decoded_remove_locked(c);
+        free(c);
+    }
 }
 
 /*
- * Drops what was not used for longest until a cluster of `length` more bytes fits. One of the right size is given
- * to the caller instead: memory that was just in use has its pages already.
+ * Drops the least recently used clusters until one of `length` bytes more fits. A dropped one of the same length is
+ * returned, for its memory: its pages are there already.
  */
-static struct cache_cluster *cache_make_room(uint64_t length)
+static struct decoded_cluster *decoded_evict_locked(uint64_t length)
 {
-    uint64_t tables = cache.table_bytes, most = tables < cache.budget ? cache.budget - tables : 0;
-    struct cache_cluster *c = cache.oldest, *newer, *again = NULL;
+    uint64_t max = cache_left();
+    struct decoded_cluster *c = decoded.oldest, *newer, *again = NULL;
 
-    for (; c && cache.used + sizeof(*c) + length + length / 6 > most; c = newer) {
+    for (; c && decoded.used + decoded_bytes(length) > max; c = newer) {
         newer = c->newer;
         if (c->users)
             continue;
-        cache_remove(c);
+        decoded_remove_locked(c);
         if (!again && c->length == length)
             again = c;
         else
@@ -3079,48 +3113,46 @@ static struct cache_cluster *cache_make_room(uint64_t length)
     return again;
 }
 
-/* What is being decoded cannot be dropped: is there no room beside it for one more? */
-static bool cache_is_full_locked(const struct extent *ext)
+/* True: what is being decoded now, which cannot be dropped, leaves no room for ext. */
+static bool decoded_is_full_locked(const struct extent *ext)
 {
-    uint64_t tables = cache.table_bytes, most = tables < cache.budget ? cache.budget - tables : 0;
-
-    return cache.decoding && cache.decoding_bytes + ext->decoded_length + ext->coded_length > most;
+    return decoded.busy && decoded.busy_bytes + ext->decoded_length + ext->coded_length > cache_left();
 }
 
-static struct cache_cluster *cache_find_locked(const struct extent *ext)
+static struct decoded_cluster *decoded_find_locked(const struct extent *ext)
 {
-    struct cache_cluster *c = cache.bucket[cache_hash(ext->file, ext->offset) % CACHE_BUCKETS];
+    struct decoded_cluster *c = *decoded_bucket(ext->file, ext->offset);
 
     while (c && (c->file != ext->file || c->offset != ext->offset || c->length != ext->decoded_length ||
-                 c->coded_length != ext->coded_length || c->state == CACHE_BROKEN))
+                 c->coded_length != ext->coded_length || c->state == DECODED_BROKEN))
         c = c->hash_next;
     return c;
 }
 
-/* A new entry with us as its user, to be decoded by us. */
-static struct cache_cluster *cache_add_locked(const struct extent *ext)
+/* A new entry, to be decoded by the caller, who is its user. */
+static struct decoded_cluster *decoded_add_locked(const struct extent *ext)
 {
-    struct cache_cluster **bucket = &cache.bucket[cache_hash(ext->file, ext->offset) % CACHE_BUCKETS];
-    struct cache_cluster *c = cache_make_room(ext->decoded_length);
+    struct decoded_cluster **bucket = decoded_bucket(ext->file, ext->offset);
+    struct decoded_cluster *c = decoded_evict_locked(ext->decoded_length);
 
     if (!c)
         c = malloc(sizeof(*c) + ext->decoded_length);
     if (!c)
         return NULL;
-    *c = (struct cache_cluster){ .hash_next = *bucket,
-                                 .file = ext->file,
-                                 .offset = ext->offset,
-                                 .length = ext->decoded_length,
-                                 .coded_length = ext->coded_length,
-                                 .users = 1,
-                                 .state = CACHE_DECODING };
+    *c = (struct decoded_cluster){ .hash_next = *bucket,
+                                   .file = ext->file,
+                                   .offset = ext->offset,
+                                   .length = ext->decoded_length,
+                                   .coded_length = ext->coded_length,
+                                   .users = 1,
+                                   .state = DECODED_BUSY };
     *bucket = c;
-    cache_link_newest(c);
-    cache.used += cache_bytes(c);
+    decoded_link_newest_locked(c);
+    decoded.used += decoded_bytes(c->length);
     return c;
 }
 
-static bool cache_decode(const struct extent *ext, uint8_t *out)
+static bool decoded_decode(const struct extent *ext, uint8_t *out)
 {
     uint64_t in_len = util_min(util_min(ext->coded_length, MAX_CLUSTER + 512), ext->file->size - ext->offset);
     int ret = codec_read(ext->file, ext->offset, in_len, ext->codec, out, ext->decoded_length);
@@ -3130,90 +3162,93 @@ static bool cache_decode(const struct extent *ext, uint8_t *out)
     return !ret;
 }
 
-static void cache_decode_unlocked(struct cache_cluster *c, const struct extent *ext)
+/* Decodes c, which the caller has just added, without the lock. */
+static void decoded_fill_unlocked(struct decoded_cluster *c, const struct extent *ext)
 {
     bool good;
 
-    cache.decoding++;
-    cache.decoding_bytes += ext->decoded_length + ext->coded_length;
-    cache.used += ext->coded_length;
-    pthread_mutex_unlock(&cache.lock);
-    good = cache_decode(ext, c->data);
-    pthread_mutex_lock(&cache.lock);
-    cache.decoding--;
-    cache.decoding_bytes -= ext->decoded_length + ext->coded_length;
-    cache.used -= ext->coded_length;
-    c->state = good ? CACHE_READY : CACHE_BROKEN;
-    pthread_cond_broadcast(&cache.decoded);
+    decoded.busy++;
+    decoded.busy_bytes += ext->decoded_length + ext->coded_length;
+    decoded.used += ext->coded_length;
+    pthread_mutex_unlock(&decoded.lock);
+    good = decoded_decode(ext, c->data);
+    pthread_mutex_lock(&decoded.lock);
+    decoded.busy--;
+    decoded.busy_bytes -= ext->decoded_length + ext->coded_length;
+    decoded.used -= ext->coded_length;
+    c->state = good ? DECODED_READY : DECODED_BROKEN;
+    pthread_cond_broadcast(&decoded.changed);
 }
 
-static void cache_put_locked(struct cache_cluster *c)
+/* The caller is no user of c any more. A broken one goes: a read error may have been a passing one. */
+static void decoded_put_locked(struct decoded_cluster *c)
 {
-    if (--c->users == 0 && c->state == CACHE_BROKEN)
-        cache_drop(c);              /* a read error may go away; a bad cluster is tried again */
+    if (--c->users == 0 && c->state == DECODED_BROKEN) {
+        decoded_remove_locked(c);
+        free(c);
+    }
 }
 
-/* WAIT until somebody else has decoded it; PASSING by: once its end was read, it is the first to go. */
-enum { CACHE_WAIT = 1, CACHE_PASSING = 2 };
+/* WAIT until another thread has decoded it. PASSING: once its end was read, it is the first to be dropped. */
+enum { DECODED_WAIT = 1, DECODED_PASSING = 2 };
 
 /*
- * Reads len bytes from ext->skip on of what a compressed extent decodes to. -EAGAIN, without CACHE_WAIT: somebody
- * else is decoding it. *hit: nobody had to decode it now.
+ * Reads len bytes from ext->skip on of what a compressed extent decodes to. -EAGAIN, without DECODED_WAIT: another
+ * thread is decoding it. *hit: it was decoded already, or another thread was at it.
  */
-static int cache_read_decoded(const struct extent *ext, uint8_t *buf, uint64_t len, unsigned how, bool *hit)
+static int decoded_read(const struct extent *ext, uint8_t *buf, uint64_t len, unsigned how, bool *hit)
 {
-    struct cache_cluster *c;
+    struct decoded_cluster *c;
     bool good;
 
-    pthread_mutex_lock(&cache.lock);
-    /* Within the budget nothing waits; beyond it, one after the other. */
-    while (!(c = cache_find_locked(ext)) && cache_is_full_locked(ext))
-        pthread_cond_wait(&cache.decoded, &cache.lock);
+    pthread_mutex_lock(&decoded.lock);
+    while (!(c = decoded_find_locked(ext)) && decoded_is_full_locked(ext))
+        pool_wait(&decoded.changed, &decoded.lock);
     *hit = c;
-    if (c && c->state == CACHE_DECODING && !(how & CACHE_WAIT)) {
-        pthread_mutex_unlock(&cache.lock);
+    if (c && c->state == DECODED_BUSY && !(how & DECODED_WAIT)) {
+        pthread_mutex_unlock(&decoded.lock);
         return -EAGAIN;
     }
     if (c) {
         c->users++;
-        cache_unlink(c);
-        cache_link_newest(c);
+        decoded_unlink_locked(c);
+        decoded_link_newest_locked(c);
     } else {
-        c = cache_add_locked(ext);
+        c = decoded_add_locked(ext);
         if (c)
-            cache_decode_unlocked(c, ext);
+            decoded_fill_unlocked(c, ext);
     }
-    while (c && c->state == CACHE_DECODING)
-        pthread_cond_wait(&cache.decoded, &cache.lock);
-    pthread_mutex_unlock(&cache.lock);
+    while (c && c->state == DECODED_BUSY)
+        pool_wait(&decoded.changed, &decoded.lock);
+    pthread_mutex_unlock(&decoded.lock);
     if (!c)
         return -ENOMEM;
-    good = c->state == CACHE_READY;
+    good = c->state == DECODED_READY;       /* it stays what it is, and c stays while we are its user */
     if (good)
         memcpy(buf, c->data + ext->skip, len);
-    pthread_mutex_lock(&cache.lock);
-    if ((how & CACHE_PASSING) && ext->skip + len == c->length) {
-        cache_unlink(c);
-        cache_link_oldest(c);
+    pthread_mutex_lock(&decoded.lock);
+    if ((how & DECODED_PASSING) && ext->skip + len == c->length) {
+        decoded_unlink_locked(c);
+        decoded_link_oldest_locked(c);
     }
-    cache_put_locked(c);
-    pthread_mutex_unlock(&cache.lock);
+    decoded_put_locked(c);
+    pthread_mutex_unlock(&decoded.lock);
     return good ? 0 : -EIO;
 }
 
-/* Decodes ahead of those who will ask, unless somebody has or does. */
-static void cache_prefetch(const struct extent *ext)
+/* Decodes ahead of readers, unless the cluster is there, or on its way, or the budget is full. */
+static void decoded_prefetch(const struct extent *ext)
 {
-    struct cache_cluster *c = NULL;
+    struct decoded_cluster *c = NULL;
 
-    pthread_mutex_lock(&cache.lock);
-    if (!cache_find_locked(ext) && !cache_is_full_locked(ext))
-        c = cache_add_locked(ext);
+    pthread_mutex_lock(&decoded.lock);
+    if (!decoded_find_locked(ext) && !decoded_is_full_locked(ext))
+        c = decoded_add_locked(ext);
     if (c) {
-        cache_decode_unlocked(c, ext);
-        cache_put_locked(c);
+        decoded_fill_unlocked(c, ext);
+        decoded_put_locked(c);
     }
-    pthread_mutex_unlock(&cache.lock);
+    pthread_mutex_unlock(&decoded.lock);
 }
 
 /* ******************************************************************************************************** *
@@ -3687,7 +3722,7 @@ static void img_prefetch(void *arg, uint64_t offset, uint64_t length)
     for (uint64_t end = offset + length; offset < end; offset += ext.length) {
         img_map(arg, offset, end - offset, false, &ext);
         if (ext.kind == EXT_COMPRESSED)
-            cache_prefetch(&ext);
+            decoded_prefetch(&ext);
     }
 }
 
@@ -3706,7 +3741,7 @@ static void img_share_decoding(struct image *im, const struct extent *ext, uint6
     if (rest.length)
         pool_offer(&rest, piece);
     ahead.length = until > ahead.offset ? until - ahead.offset : 0;
-    if (ahead.length && window < cache.budget / 4)
+    if (ahead.length && window < cache_budget() / 4)
         pool_offer(&ahead, piece);
 }
 
@@ -3779,7 +3814,7 @@ static int img_read_pending(struct image *im, uint64_t offset, const struct img_
     bool hit;
 
     for (unsigned i = 0; i < n; i++) {
-        r = cache_read_decoded(&pending[i].ext, pending[i].buf, pending[i].len, CACHE_WAIT | how, &hit);
+        r = decoded_read(&pending[i].ext, pending[i].buf, pending[i].len, DECODED_WAIT | how, &hit);
         if (r)
             r = img_give_up(im, r, pending[i].buf, pending[i].len, offset + pending[i].at, &part);
         if (r && pending[i].at < *done) {
@@ -3794,7 +3829,7 @@ static int img_read_pending(struct image *im, uint64_t offset, const struct img_
 static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
 {
     struct img_pending pending[IMG_PENDING];
-    unsigned n_pending = 0, how = len >= IMG_LARGE ? CACHE_PASSING : 0;
+    unsigned n_pending = 0, how = len >= IMG_LARGE ? DECODED_PASSING : 0;
     bool shared = false, hit;
     struct extent ext;
     uint64_t n, part;
@@ -3813,7 +3848,7 @@ static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, 
         } else if (ext.kind == EXT_COMPRESSED) {
             if (!shared && len >= IMG_LARGE)
                 img_share_decoding(im, &ext, offset + *done, offset + len);
-            ret = cache_read_decoded(&ext, to, n, n_pending == IMG_PENDING ? how | CACHE_WAIT : how, &hit);
+            ret = decoded_read(&ext, to, n, n_pending == IMG_PENDING ? how | DECODED_WAIT : how, &hit);
             if (!shared && len < IMG_LARGE && !hit)
                 img_share_decoding(im, &ext, offset + *done, offset + len);
             shared = true;
@@ -9807,9 +9842,7 @@ static int qcow2_sync(struct image *im, bool last)
     pthread_mutex_lock(&w->lock);
     before = w->commits;
     pthread_mutex_unlock(&w->lock);
-    pool_block();
-    pthread_mutex_lock(&w->commit_lock);
-    pool_unblock();
+    pool_lock(&w->commit_lock);
     pthread_mutex_lock(&w->lock);
     if (w->commits > before && !last) {     /* one was begun after we came, and is over */
         ret = w->result;
@@ -10130,9 +10163,7 @@ static int qcow2_make_way(struct image *im, bool grow)
 
     if (!grow)
         return qcow2_sync(im, false);
-    pool_block();
-    pthread_mutex_lock(&w->commit_lock);
-    pool_unblock();
+    pool_lock(&w->commit_lock);
     pthread_mutex_lock(&w->lock);
     ret = w->hint / qcow2_per_block(im->state) >= w->table_entries ? qcow2_grow_table(im) : 0;
     pthread_mutex_unlock(&w->lock);
@@ -10151,7 +10182,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
     *done = 0;
     pthread_mutex_lock(&w->lock);
     while (qcow2_is_busy(w, first, 1))
-        pthread_cond_wait(&w->idle, &w->lock);
+        pool_wait(&w->idle, &w->lock);
     ret = qcow2_is_due_locked(im) ? -EAGAIN : qcow2_plan_locked(im, len, offset, &p);
     if (!ret && p.n)
         w->busy[w->n_busy++] = (struct qcow2_range){ first, p.n };
@@ -10222,7 +10253,7 @@ static int qcow2_zero_locked(struct image *im, uint64_t len, uint64_t offset, ui
         if (qcow2_is_busy(q->w, (offset + *done) >> q->cluster_bits, 1)) {
             if (*done)
                 return 0;
-            pthread_cond_wait(&q->w->idle, &q->w->lock);
+            pool_wait(&q->w->idle, &q->w->lock);
             return 0;
         }
         ret = qcow2_zero_cluster_locked(
@@ -10463,7 +10494,7 @@ static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
     if (!q->w || (q->v2 && q->n_snapshots))
         return -EOPNOTSUPP;         /* snapshots of version 2 do not know their size */
     if (size > old && ((size - 1) >> covers) + 1 > q->l1_entries) {
-        pthread_mutex_lock(&q->w->commit_lock);
+        pool_lock(&q->w->commit_lock);
         pthread_mutex_lock(&q->w->lock);
         ret = qcow2_grow_l1_locked(im, ((size - 1) >> covers) + 1);
         pthread_mutex_unlock(&q->w->lock);
@@ -16800,6 +16831,7 @@ static void run_let_go(struct run *r)
     loop_release(&r->srv, r->mp.session_fd);
     mnt_end_session(&r->mp);
     chain_close(&r->im);
+    decoded_stop();
     cache_stop();
     lost_stop();
 }
@@ -17241,6 +17273,7 @@ out_image:
     if (!r->started)
         run_remove_made(&r->made_overlay);
     chain_close(&r->im);
+    decoded_stop();
     cache_stop();
 out_control:
     run_close_control(r, status);
@@ -17426,6 +17459,7 @@ static int cmd_look(const struct options *o, int (*look)(struct image *im, bool 
         chain_open_direct(&im) == 0 && box_enter(o->sandbox) == 0)
         status = out_finish(look(&im, o->json));
     chain_close(&im);
+    decoded_stop();
     cache_stop();
     return status;
 }
@@ -17688,6 +17722,172 @@ static int cmd_version(void)
            LIBDEFLATE_VERSION_STRING);
     return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
 }
+
+#ifdef FUSEEXP_FAULTS
+/* For the tests: does the sandbox refuse what it should, and let work go on? */
+static void *cmd_sandboxed_thread(void *arg)
+{
+    void *memory = malloc(1 << 20);
+
+    free(memory);
+    return memory ? arg : NULL;
+}
+
+static int cmd_try_sandbox(void)
+{
+    char *no_args[] = { NULL };
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    int file = open("/proc/self/exe", O_RDONLY | O_CLOEXEC), sock = socket(AF_UNIX, SOCK_DGRAM, 0), bad = 0;
+    pthread_t thread;
+    void *result = NULL;
+    char byte;
+    pid_t pid;
+
+    if (file < 0 || sock < 0 || box_enter(BOX_REQUIRE))
+        return EXIT_FAILED;
+    bad |= (open("/proc/self/exe", O_RDONLY | O_CLOEXEC) >= 0) << 0;
+    bad |= (socket(AF_INET, SOCK_STREAM, 0) >= 0) << 1;
+    bad |= (connect(sock, (struct sockaddr *)&addr, sizeof(addr)) == 0 || errno != EPERM) << 2;
+    bad |= (execv("/bin/true", no_args) == 0 || errno != EPERM) << 3;
+    pid = fork();
+    if (pid == 0)
+        _exit(0);
+    bad |= (pid > 0) << 4;
+    bad |= (mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) != MAP_FAILED) << 5;
+    bad |= (mount("none", "/", "tmpfs", 0, NULL) == 0 || unlink("/no/such/file") == 0 || errno != EPERM) << 6;
+    bad |= (pread(file, &byte, 1, 0) != 1) << 7;
+    bad |= (pthread_create(&thread, NULL, cmd_sandboxed_thread, &byte) != 0 ||
+            pthread_join(thread, &result) != 0 || result != &byte)
+           << 8;
+    return bad ? msg_err(EXIT_FAILED, "the sandbox failed, bits 0x%x", (unsigned)bad) : EXIT_OK;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#endif
+
+/*
+ * For the tests: random requests of every kind and length; what lies behind a request may not be looked at.
+ */
+static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
+{
+    static struct view views[MAX_VIEWS];
+    struct image im = { .writable = writable };
+    struct server srv = { .im = &im,
+                          .views = views,
+                          .is_dir = true,
+                          .writable = writable,
+                          .growable = writable,
+                          .resizable = writable,
+                          .mode = 0600 };
+    struct counters count = { .reads = 0 };
+    struct worker w = { .srv = &srv, .count = &count, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
+    struct part_wanted want = { .offset = 0 };
+    struct image_options opt = { .format = "raw" };
+    int ret = chain_open(&im, &path, 1, &opt);
+
+    srand(1);
+    ret = ret ? ret : part_make_views(&im, &want, views, &srv.n_views);
+    for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
+        const size_t most = FX_HEAD_ROOM - FX_REQUEST_AT - sizeof(struct fuse_out_header);
+        struct fuse_in_header *head = fop_request(&w);
+        size_t len = (unsigned)rand() % (rand() % 8 ? 160 : most);
+        for (size_t i = 0; i < len; i++)
+            w.buf[FX_REQUEST_AT + i] = (uint8_t)(rand() % 3 ? 0 : rand());
+        if (len >= sizeof(*head)) {
+            head->len = rand() % 16 ? (uint32_t)len : (uint32_t)rand();
+            head->opcode = (unsigned)rand() % 56;
+            head->nodeid = (unsigned)rand() % 4;
+        }
+        ASAN_POISON_MEMORY_REGION(w.buf + FX_REQUEST_AT + len, most - len);
+        w.ref.length = 0;
+        size_t reply = fop_handle(&w, len);
+        ASAN_UNPOISON_MEMORY_REGION(w.buf, FX_HEAD_ROOM);
+        if (reply > LOOP_BUF || (reply && reply < sizeof(struct fuse_out_header)) || im.size > 1ull << 40)
+            ret = im.size > 1ull << 40 ? img_resize(&im, 4096, 0) : -EPROTO;
+    }
+    free(w.buf);
+    chain_close(&im);
+    return ret ? EXIT_FAILED : EXIT_OK;
+}
+
+/* How many blocks of the image differ from the truth; what reads as an error does not. */
+static unsigned cmd_count_wrong(struct image *im, const char *truth)
+{
+    enum { BLOCK = 4096, PIECE = 64 << 10 };
+    static uint8_t got[PIECE], want[PIECE];
+    int fd = open(truth, O_RDONLY | O_CLOEXEC);
+    unsigned wrong = 0;
+    uint64_t done;
+    ssize_t n;
+
+    for (uint64_t at = 0; fd >= 0 && at < im->size && (n = pread(fd, want, PIECE, (off_t)at)) > 0; at += (uint64_t)n) {
+        bool whole = img_read(im, got, util_min((uint64_t)n, im->size - at), at, &done) == 0;
+        for (uint64_t i = 0; i < util_min((uint64_t)n, im->size - at); i += BLOCK) {
+            uint64_t len = util_min(util_min(BLOCK, (uint64_t)n - i), im->size - at - i);
+            if (whole || img_read(im, got + i, len, at + i, &done) == 0)
+                wrong += memcmp(got + i, want + i, len) != 0;
+        }
+    }
+    util_close(&fd);
+    return wrong;
+}
+
+/*
+ * For the tests: n times changes one byte of [from, to) of the image, opens and reads all of it, and changes it
+ * back. No more than `most` blocks of 4 KiB may differ from the truth; refusals and errors are fine.
+ */
+static int cmd_fuzz_image(char *format, unsigned n, char *path, const char *truth, uint64_t from, uint64_t to,
+                          unsigned most)
+{
+    struct image_options opt = { .format = format, .parts = true, .no_backing = true, .lock = true };
+    int fd = open(path, O_RDWR | O_CLOEXEC), ret = fd < 0 ? -errno : 0;
+    uint8_t good, bad_byte;
+
+    check_look_ms = 2;
+    srand(n);
+    for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
+        struct image im = { 0 };
+        off_t at = (off_t)(from + ((uint64_t)rand() << 20 ^ (uint64_t)rand()) % (to - from));
+        unsigned wrong = 0;
+        ret = pread(fd, &good, 1, at) == 1 ? 0 : -EIO;
+        bad_byte = (uint8_t)(rand() % 2 ? good ^ 1 << rand() % 8 : rand());
+        if (ret || pwrite(fd, &bad_byte, 1, at) != 1 || cache_start(1 << 20))
+            ret = -EIO;
+        if (!ret && chain_open(&im, &path, 1, &opt) == 0)
+            wrong = cmd_count_wrong(&im, truth);
+        if (wrong > most)
+            ret = msg_err(-EPROTO, "byte %" PRIu64 " from %u to %u: %u blocks are wrong", (uint64_t)at, good, bad_byte,
+                          wrong);
+        chain_close(&im);
+        decoded_stop();
+        cache_stop();
+        if (pwrite(fd, &good, 1, at) != 1)
+            ret = -EIO;
+    }
+    util_close(&fd);
+    return ret ? EXIT_FAILED : EXIT_OK;
+}
+
+static bool cmd_self_test(int argc, char **argv, int *status)
+{
+    if (argc == 2 && strcmp(argv[1], "--try-sandbox") == 0)
+        *status = cmd_try_sandbox();
+    else if (argc >= 4 && strcmp(argv[1], "--fuzz-requests") == 0)
+        *status = cmd_fuzz_requests(strtoul(argv[2], NULL, 10), argv[argc - 1], argc == 5);
+    else if (argc == 9 && strcmp(argv[1], "--fuzz-image") == 0)
+        *status = cmd_fuzz_image(argv[2], (unsigned)atoi(argv[3]), argv[4], argv[5], strtoull(argv[6], NULL, 0),
+                                 strtoull(argv[7], NULL, 0), (unsigned)atoi(argv[8]));
+    else
+        return false;
+    return true;
+}
+#else
+#define cmd_self_test(argc, argv, status) ((void)(argc), (void)(argv), (void)(status), false)
+#endif
 
 /* ******************************************************************************************************** *
  * 36. Main
