@@ -4340,23 +4340,18 @@ static int raw_resize(struct image *im, uint64_t old, uint64_t size)
     return im->n_files > 1 || im->files[0].is_blk ? -EOPNOTSUPP : file_truncate(&im->files[0], size);
 }
 
-static void raw_close(struct image *im)
-{
-    free(im->state);
-}
-
 static const struct image_format raw_format = {
     .name = "raw",
     .describe = "raw files, split raw files (.000 .001 .aa), block devices",
     .writes = "in place",
     .writable = true,
     .plain = true,
+    .several_files = true,
     .probe = raw_probe,
     .part = raw_part,
     .open = raw_open,
     .map = raw_map,
     .resize = raw_resize,
-    .close = raw_close,
 };
 
 /* ******************************************************************************************************** *
@@ -4544,13 +4539,9 @@ static int vdi_identify(struct image *im)
 
 static int vdi_open(struct image *im)
 {
-    struct vdi *v = im->state = util_fault("vdi") ? NULL : calloc(1, sizeof(*v));
+    struct vdi *v = im->state;
     int ret;
 
-    if (!v)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        return msg_err(-EINVAL, "%s: a VDI image is one file", im->name);
     ret = vdi_read_header(im, v);
     if (ret)
         return ret;
@@ -4560,11 +4551,6 @@ static int vdi_open(struct image *im)
         return 0;
     ext_set_parent(im, "vdi");
     return im->parent_id.known[ID_IMAGE] ? ext_add_uuid_hint(im, "vdi") : 0;
-}
-
-static void vdi_close(struct image *im)
-{
-    free(im->state);
 }
 
 static int vdi_read_entry(const struct image *im, uint64_t i, uint32_t *entry)
@@ -4653,13 +4639,13 @@ static const struct image_format vdi_format = {
     .name = "vdi",
     .describe = "VirtualBox images: dynamic, fixed, differencing",
     .writes = "overlay",
+    .state_size = sizeof(struct vdi),
     .probe = vdi_probe,
     .identify = vdi_identify,
     .open = vdi_open,
     .map = vdi_map,
     .claims = vdi_claims,
     .as_qemu = vdi_as_qemu,
-    .close = vdi_close,
 };
 
 /* ******************************************************************************************************** *
@@ -4791,14 +4777,10 @@ static int qed_read_backing(struct image *im, const struct qed *q, const uint8_t
 
 static int qed_open(struct image *im)
 {
-    struct qed *q = im->state = util_fault("qed") ? NULL : calloc(1, sizeof(*q));
+    struct qed *q = im->state;
     uint8_t h[QED_HEADER] = { 0 };
     int ret;
 
-    if (!q)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        return msg_err(-EINVAL, "%s: a QED image is one file", im->name);
     ret = qed_read_header(im, q, h);
     if (!ret)
         ret = qed_read_backing(im, q, h);
@@ -4810,11 +4792,6 @@ static int qed_open(struct image *im)
     if (im->dirty)
         msg_say(MSG_NOTE, "%s: is marked dirty (not closed properly); reading it is safe", im->name);
     return 0;
-}
-
-static void qed_close(struct image *im)
-{
-    free(im->state);
 }
 
 /* The entry of a table for `index`. NULL: all is well, else why not. */
@@ -4887,11 +4864,11 @@ static const struct image_format qed_format = {
     .name = "qed",
     .describe = "QEMU's older format: backing chains",
     .writes = "overlay",
+    .state_size = sizeof(struct qed),
     .probe = qed_probe,
     .open = qed_open,
     .map = qed_map,
     .claims = qed_claims,
-    .close = qed_close,
 };
 
 /* ******************************************************************************************************** *
@@ -5265,13 +5242,9 @@ static int vhd_identify(struct image *im)
 
 static int vhd_open(struct image *im)
 {
-    struct vhd *v = im->state = util_fault("vhd") ? NULL : calloc(1, sizeof(*v));
+    struct vhd *v = im->state;
     int ret;
 
-    if (!v)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        return msg_err(-EINVAL, "%s: a VHD image is one file", im->name);
     ret = vhd_identify_as(im, v);
     if (ret)
         return ret;
@@ -5280,11 +5253,6 @@ static int vhd_open(struct image *im)
         msg_say(MSG_NOTE, "%s: made by a program that counts by the geometry, so %" PRIu64 " bytes and not %" PRIu64,
                 im->name, (uint64_t)im->size, be64_to_cpu(v->footer.size));
     return ret;
-}
-
-static void vhd_close(struct image *im)
-{
-    free(im->state);
 }
 
 /* length bytes from in_block on of the block whose bitmap is at `start`, its data behind that. */
@@ -5455,6 +5423,7 @@ static const struct image_format vhd_format = {
     .name = "vpc",
     .describe = "VHD images of Virtual PC, Hyper-V, Azure: fixed, dynamic, differencing",
     .writes = "overlay",
+    .state_size = sizeof(struct vhd),
     .probe = vhd_probe,
     .identify = vhd_identify,
     .open = vhd_open,
@@ -5462,7 +5431,6 @@ static const struct image_format vhd_format = {
     .claims = vhd_claims,
     .as_qemu = vhd_as_qemu,
     .info = vhd_info,
-    .close = vhd_close,
 };
 
 /* ******************************************************************************************************** *
@@ -6112,16 +6080,13 @@ static int vhdx_identify(struct image *im)
 
 static int vhdx_open(struct image *im)
 {
-    struct vhdx *v = im->state = util_fault("vhdx") ? NULL : calloc(1, sizeof(*v));
-    uint8_t *room = v ? malloc(VHDX_TABLE) : NULL;
-    int ret = 0;
+    struct vhdx *v = im->state;
+    uint8_t *room = util_fault("vhdx") ? NULL : malloc(VHDX_TABLE);
+    int ret;
 
     if (!room)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        ret = msg_err(-EINVAL, "%s: a VHDX image is one file", im->name);
-    if (!ret)
-        ret = vhdx_read_headers(im, v, room);
+    ret = vhdx_read_headers(im, v, room);
     if (!ret && im->dirty)
         ret = vhdx_replay(im, v);
     if (!ret)
@@ -6134,11 +6099,6 @@ static int vhdx_open(struct image *im)
         ret = vhdx_read_parent(im, v, room);
     free(room);
     return ret;
-}
-
-static void vhdx_close(struct image *im)
-{
-    free(im->state);
 }
 
 /* -- reading -- */
@@ -6293,6 +6253,7 @@ static const struct image_format vhdx_format = {
     .name = "vhdx",
     .describe = "VHDX images of Hyper-V: fixed, dynamic, differencing; the log is replayed in memory",
     .writes = "overlay",
+    .state_size = sizeof(struct vhdx),
     .probe = vhdx_probe,
     .identify = vhdx_identify,
     .open = vhdx_open,
@@ -6300,7 +6261,6 @@ static const struct image_format vhdx_format = {
     .claims = vhdx_claims,
     .as_qemu = vhdx_as_qemu,
     .info = vhdx_info,
-    .close = vhdx_close,
 };
 
 /* ******************************************************************************************************** *
@@ -7320,15 +7280,6 @@ static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head)
     return ret;
 }
 
-static void vmdk_free(struct vmdk *v)
-{
-    if (v) {
-        free(v->extents);
-        free(v->text);
-    }
-    free(v);
-}
-
 /* Reads and parses the descriptor, if there is one. */
 static int vmdk_read_text(struct image *im, struct vmdk *v)
 {
@@ -7353,23 +7304,19 @@ static int vmdk_read_text(struct image *im, struct vmdk *v)
 
 static int vmdk_identify(struct image *im)
 {
-    struct vmdk *v = calloc(1, sizeof(*v));
-    int ret = v ? vmdk_read_text(im, v) : -ENOMEM;
+    struct vmdk *v = im->state;
+    int ret = vmdk_read_text(im, v);
 
     if (!ret && v->text)
         vmdk_set_id(im, v);
-    vmdk_free(v);
     return ret;
 }
 
 static int vmdk_open(struct image *im)
 {
-    struct vmdk *v = im->state = util_fault("vmdk") ? NULL : calloc(1, sizeof(*v));
-    int ret;
+    struct vmdk *v = im->state;
+    int ret = vmdk_read_text(im, v);
 
-    if (!v)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = vmdk_read_text(im, v);
     if (!ret && !v->text)
         return vmdk_open_alone(im, v);
     if (!ret)
@@ -7386,7 +7333,10 @@ static int vmdk_probe(const struct probe *p)
 
 static void vmdk_close(struct image *im)
 {
-    vmdk_free(im->state);
+    struct vmdk *v = im->state;
+
+    free(v->extents);
+    free(v->text);
 }
 
 /* -- mapping -- */
@@ -7732,6 +7682,8 @@ static const struct image_format vmdk_format = {
     .name = "vmdk",
     .describe = "VMware images: hosted, stream-optimized, COWD and seSparse extents, flat ones, split, with parents",
     .writes = "overlay",
+    .state_size = sizeof(struct vmdk),
+    .several_files = true,
     .probe = vmdk_probe,
     .identify = vmdk_identify,
     .open = vmdk_open,
@@ -8347,16 +8299,10 @@ static int prl_probe(const struct probe *p)
 
 static int prl_open(struct image *im)
 {
-    struct prl *p = im->state = util_fault("parallels") ? NULL : calloc(1, sizeof(*p));
     uint8_t head[4096];
     uint64_t done, len = util_min(im->files[0].size, sizeof(head));
-    int ret;
+    int ret = file_pread(&im->files[0], head, len, 0, &done);
 
-    if (!p)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        return msg_err(-EINVAL, "%s: name the directory of a Parallels disk, not its files", im->name);
-    ret = file_pread(&im->files[0], head, len, 0, &done);
     if (ret)
         return ret;
     return prl_is_xml(head, len) ? prl_open_bundle(im) : prl_open_single(im);
@@ -8366,11 +8312,8 @@ static void prl_close(struct image *im)
 {
     struct prl *p = im->state;
 
-    if (p) {
-        free(p->end);
-        free(p->layers);
-    }
-    free(p);
+    free(p->end);
+    free(p->layers);
 }
 
 /* -- mapping -- */
@@ -8482,6 +8425,7 @@ static const struct image_format prl_format = {
     .writes = "overlay",
     .directory_file = PRL_XML_NAME,
     .has_snapshots = true,
+    .state_size = sizeof(struct prl),
     .probe = prl_probe,
     .open = prl_open,
     .map = prl_map,
@@ -8824,17 +8768,13 @@ static int qcow2_open_data_file(struct image *im, struct qcow2 *q)
 
 static int qcow2_open(struct image *im)
 {
-    struct qcow2 *q = im->state = util_fault("qcow2") ? NULL : calloc(1, sizeof(*q));
+    struct qcow2 *q = im->state;
     uint8_t header[112] = { 0 }, *cluster = NULL;
     uint64_t hash = UTIL_HASH_START;
     const char *snapshot = im->depth == 0 ? im->opt->snapshot : NULL;
     uint64_t len, done;
     int ret;
 
-    if (!q)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (im->n_files > 1)
-        return msg_err(-EINVAL, "%s: a qcow2 image is one file", im->name);
     ret = qcow2_read(im, 0, header, util_min(im->files[0].size, sizeof(header)), "the header");
     if (!ret && (im->files[0].size < QCOW2_HEADER_V2 || util_be32(header) != QCOW2_MAGIC))
         ret = msg_err(-EINVAL, "%s: is not a qcow2 image", im->name);
@@ -10360,9 +10300,7 @@ static void qcow2_stop_writer(struct image *im)
 
 static void qcow2_close(struct image *im)
 {
-    if (im->state)
-        qcow2_stop_writer(im);
-    free(im->state);
+    qcow2_stop_writer(im);
 }
 
 /*
@@ -11642,6 +11580,7 @@ static const struct image_format qcow2_format = {
     .data_file = true,
     .has_snapshots = true,
     .bad_to_qemu = true,
+    .state_size = sizeof(struct qcow2),
     .probe = qcow2_probe,
     .create = qcow2_create,
     .open = qcow2_open,
@@ -12584,8 +12523,9 @@ static int check_image(struct image *im, struct check *c)
 
 static void chain_close_one(struct image *im)
 {
-    if (im->format && im->format->close)
+    if (im->state && im->format->close)
         im->format->close(im);
+    free(im->state);
     for (unsigned i = 0; i < im->n_files; i++)
         file_close(&im->files[i]);
     for (unsigned i = 0; i < im->n_hints; i++)
@@ -12640,6 +12580,13 @@ static int chain_finish(struct image *im)
         ret = file_lock(&im->files[locked]);
     for (unsigned i = 0; i < im->n_files && !ret; i++)
         ret = file_measure(&im->files[i]);
+    if (!ret && im->n_files > 1 && !im->format->several_files)
+        ret = msg_err(-EINVAL, "%s: a %s image is one file%s", im->name, im->format->name,
+                      im->format->directory_file ? "; of a directory, name that" : "");
+    if (!ret && im->format->state_size) {
+        im->state = util_fault("state of the image") ? NULL : calloc(1, im->format->state_size);
+        ret = im->state ? 0 : msg_err(-ENOMEM, "%s: out of memory", im->name);
+    }
     if (!ret)
         ret = im->format->open(im);
     for (; im->opt->lock && locked < im->n_files && !ret; locked++)
@@ -12731,11 +12678,15 @@ static int chain_identify(const struct image *child, const struct image_format *
                         struct identity *id)
 {
     struct image im = { .format = format, .opt = child->opt, .files = f, .n_files = 1, .name = f->path };
-    int ret = -EMEDIUMTYPE;
+    int ret = format->identify ? -ENOMEM : -EMEDIUMTYPE;
 
     msg_hushed++;
-    if (format->identify)
+    im.state = calloc(1, format->state_size + 1);
+    if (im.state && format->identify)
         ret = format->identify(&im);
+    if (im.state && format->close)
+        format->close(&im);
+    free(im.state);
     msg_hushed--;
     *id = im.id;
     return ret;
@@ -17722,172 +17673,6 @@ static int cmd_version(void)
            LIBDEFLATE_VERSION_STRING);
     return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
 }
-
-#ifdef FUSEEXP_FAULTS
-/* For the tests: does the sandbox refuse what it should, and let work go on? */
-static void *cmd_sandboxed_thread(void *arg)
-{
-    void *memory = malloc(1 << 20);
-
-    free(memory);
-    return memory ? arg : NULL;
-}
-
-static int cmd_try_sandbox(void)
-{
-    char *no_args[] = { NULL };
-    struct sockaddr_un addr = { .sun_family = AF_UNIX };
-    int file = open("/proc/self/exe", O_RDONLY | O_CLOEXEC), sock = socket(AF_UNIX, SOCK_DGRAM, 0), bad = 0;
-    pthread_t thread;
-    void *result = NULL;
-    char byte;
-    pid_t pid;
-
-    if (file < 0 || sock < 0 || box_enter(BOX_REQUIRE))
-        return EXIT_FAILED;
-    bad |= (open("/proc/self/exe", O_RDONLY | O_CLOEXEC) >= 0) << 0;
-    bad |= (socket(AF_INET, SOCK_STREAM, 0) >= 0) << 1;
-    bad |= (connect(sock, (struct sockaddr *)&addr, sizeof(addr)) == 0 || errno != EPERM) << 2;
-    bad |= (execv("/bin/true", no_args) == 0 || errno != EPERM) << 3;
-    pid = fork();
-    if (pid == 0)
-        _exit(0);
-    bad |= (pid > 0) << 4;
-    bad |= (mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) != MAP_FAILED) << 5;
-    bad |= (mount("none", "/", "tmpfs", 0, NULL) == 0 || unlink("/no/such/file") == 0 || errno != EPERM) << 6;
-    bad |= (pread(file, &byte, 1, 0) != 1) << 7;
-    bad |= (pthread_create(&thread, NULL, cmd_sandboxed_thread, &byte) != 0 ||
-            pthread_join(thread, &result) != 0 || result != &byte)
-           << 8;
-    return bad ? msg_err(EXIT_FAILED, "the sandbox failed, bits 0x%x", (unsigned)bad) : EXIT_OK;
-}
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
-#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
-#endif
-
-/*
- * For the tests: random requests of every kind and length; what lies behind a request may not be looked at.
- */
-static int cmd_fuzz_requests(unsigned long n, char *path, bool writable)
-{
-    static struct view views[MAX_VIEWS];
-    struct image im = { .writable = writable };
-    struct server srv = { .im = &im,
-                          .views = views,
-                          .is_dir = true,
-                          .writable = writable,
-                          .growable = writable,
-                          .resizable = writable,
-                          .mode = 0600 };
-    struct counters count = { .reads = 0 };
-    struct worker w = { .srv = &srv, .count = &count, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
-    struct part_wanted want = { .offset = 0 };
-    struct image_options opt = { .format = "raw" };
-    int ret = chain_open(&im, &path, 1, &opt);
-
-    srand(1);
-    ret = ret ? ret : part_make_views(&im, &want, views, &srv.n_views);
-    for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
-        const size_t most = FX_HEAD_ROOM - FX_REQUEST_AT - sizeof(struct fuse_out_header);
-        struct fuse_in_header *head = fop_request(&w);
-        size_t len = (unsigned)rand() % (rand() % 8 ? 160 : most);
-        for (size_t i = 0; i < len; i++)
-            w.buf[FX_REQUEST_AT + i] = (uint8_t)(rand() % 3 ? 0 : rand());
-        if (len >= sizeof(*head)) {
-            head->len = rand() % 16 ? (uint32_t)len : (uint32_t)rand();
-            head->opcode = (unsigned)rand() % 56;
-            head->nodeid = (unsigned)rand() % 4;
-        }
-        ASAN_POISON_MEMORY_REGION(w.buf + FX_REQUEST_AT + len, most - len);
-        w.ref.length = 0;
-        size_t reply = fop_handle(&w, len);
-        ASAN_UNPOISON_MEMORY_REGION(w.buf, FX_HEAD_ROOM);
-        if (reply > LOOP_BUF || (reply && reply < sizeof(struct fuse_out_header)) || im.size > 1ull << 40)
-            ret = im.size > 1ull << 40 ? img_resize(&im, 4096, 0) : -EPROTO;
-    }
-    free(w.buf);
-    chain_close(&im);
-    return ret ? EXIT_FAILED : EXIT_OK;
-}
-
-/* How many blocks of the image differ from the truth; what reads as an error does not. */
-static unsigned cmd_count_wrong(struct image *im, const char *truth)
-{
-    enum { BLOCK = 4096, PIECE = 64 << 10 };
-    static uint8_t got[PIECE], want[PIECE];
-    int fd = open(truth, O_RDONLY | O_CLOEXEC);
-    unsigned wrong = 0;
-    uint64_t done;
-    ssize_t n;
-
-    for (uint64_t at = 0; fd >= 0 && at < im->size && (n = pread(fd, want, PIECE, (off_t)at)) > 0; at += (uint64_t)n) {
-        bool whole = img_read(im, got, util_min((uint64_t)n, im->size - at), at, &done) == 0;
-        for (uint64_t i = 0; i < util_min((uint64_t)n, im->size - at); i += BLOCK) {
-            uint64_t len = util_min(util_min(BLOCK, (uint64_t)n - i), im->size - at - i);
-            if (whole || img_read(im, got + i, len, at + i, &done) == 0)
-                wrong += memcmp(got + i, want + i, len) != 0;
-        }
-    }
-    util_close(&fd);
-    return wrong;
-}
-
-/*
- * For the tests: n times changes one byte of [from, to) of the image, opens and reads all of it, and changes it
- * back. No more than `most` blocks of 4 KiB may differ from the truth; refusals and errors are fine.
- */
-static int cmd_fuzz_image(char *format, unsigned n, char *path, const char *truth, uint64_t from, uint64_t to,
-                          unsigned most)
-{
-    struct image_options opt = { .format = format, .parts = true, .no_backing = true, .lock = true };
-    int fd = open(path, O_RDWR | O_CLOEXEC), ret = fd < 0 ? -errno : 0;
-    uint8_t good, bad_byte;
-
-    check_look_ms = 2;
-    srand(n);
-    for (msg_verbosity = MSG_ERROR; n && !ret; n--) {
-        struct image im = { 0 };
-        off_t at = (off_t)(from + ((uint64_t)rand() << 20 ^ (uint64_t)rand()) % (to - from));
-        unsigned wrong = 0;
-        ret = pread(fd, &good, 1, at) == 1 ? 0 : -EIO;
-        bad_byte = (uint8_t)(rand() % 2 ? good ^ 1 << rand() % 8 : rand());
-        if (ret || pwrite(fd, &bad_byte, 1, at) != 1 || cache_start(1 << 20))
-            ret = -EIO;
-        if (!ret && chain_open(&im, &path, 1, &opt) == 0)
-            wrong = cmd_count_wrong(&im, truth);
-        if (wrong > most)
-            ret = msg_err(-EPROTO, "byte %" PRIu64 " from %u to %u: %u blocks are wrong", (uint64_t)at, good, bad_byte,
-                          wrong);
-        chain_close(&im);
-        decoded_stop();
-        cache_stop();
-        if (pwrite(fd, &good, 1, at) != 1)
-            ret = -EIO;
-    }
-    util_close(&fd);
-    return ret ? EXIT_FAILED : EXIT_OK;
-}
-
-static bool cmd_self_test(int argc, char **argv, int *status)
-{
-    if (argc == 2 && strcmp(argv[1], "--try-sandbox") == 0)
-        *status = cmd_try_sandbox();
-    else if (argc >= 4 && strcmp(argv[1], "--fuzz-requests") == 0)
-        *status = cmd_fuzz_requests(strtoul(argv[2], NULL, 10), argv[argc - 1], argc == 5);
-    else if (argc == 9 && strcmp(argv[1], "--fuzz-image") == 0)
-        *status = cmd_fuzz_image(argv[2], (unsigned)atoi(argv[3]), argv[4], argv[5], strtoull(argv[6], NULL, 0),
-                                 strtoull(argv[7], NULL, 0), (unsigned)atoi(argv[8]));
-    else
-        return false;
-    return true;
-}
-#else
-#define cmd_self_test(argc, argv, status) ((void)(argc), (void)(argv), (void)(status), false)
-#endif
 
 /* ******************************************************************************************************** *
  * 36. Main

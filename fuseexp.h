@@ -230,12 +230,14 @@ struct claims {
  *   check   NULL: the core walks map() and finds what is bad, or used twice (as data, or in claims). Else counts into
  *           *c what is wrong; < 0: could not be done.
  *   repair  sets right what check finds; never touches data. *c is what is left. NULL: cannot.
- *   close   frees im->state; may be NULL.
+ *   close   frees what im->state refers to, which the core then frees; not called without a state; may be NULL.
  */
 struct image_format {
     const char *name, *describe, *writes;
     bool writable;                  /* in place */
     bool plain;                     /* the files are the disk: no metadata, nothing to check, any bytes will do */
+    bool several_files;             /* may be given as more than one */
+    size_t state_size;              /* of im->state, zeroed, before identify() and open(); 0: open() allocates it */
     bool data_file;                 /* files[1] may be an external data file, which --data-file names */
     bool has_snapshots;             /* --snapshot chooses one */
     bool bad_to_qemu;               /* what map() calls bad is an error for QEMU, too */
@@ -269,7 +271,7 @@ struct image {
     bool found_parts;               /* files past the first were found by name, not given by the user */
     bool writable, growable;
     bool made;                      /* an overlay that was not there before */
-    void *state;                    /* the driver's */
+    void *state;                    /* the driver's, see state_size */
     const struct image_options *opt;
     struct image *backing;          /* opened and owned by the core; NULL: EXT_BACKING does not occur */
     char backing_name[1024];        /* set by the driver's open(): as the image says it; empty: none */

@@ -5061,7 +5061,7 @@ EOF
     vhdx_edit 131072 "$(vhdx_py 'print(head(8, bytes([1] * 16)).hex())')"; refused 1 'two different headers with one sequence number' "$fx" -q bad m
     head -c 250000 good >bad; refused 1 'neither of its region tables' "$fx" -q bad m
     refused 1 'is not a VHDX image' "$fx" -q --format vhdx truth m
-    cp good a.001; cp good a.002; refused 1 'a VHDX image is one file' "$fx" -q a.001 a.002 m
+    cp good a.001; cp good a.002; refused 1 'a vhdx image is one file' "$fx" -q a.001 a.002 m
 }
 
 t_vhdx_damaged_metadata_is_refused() {
