@@ -3258,20 +3258,20 @@ static void decoded_prefetch(const struct extent *ext)
  * parents.
  * ******************************************************************************************************** */
 
-/* What a header says cannot be: the image is not opened. */
+/* Rejects an invalid header: the image is not opened. */
 static int fmt_refuse(const struct image *im, const char *what, uint64_t value)
 {
     return msg_err(-EINVAL, "%s: damaged or hostile %s image: %s (0x%" PRIx64 ")", im->name, im->format->name, what,
                    value);
 }
 
-/* A field that is damaged or unknown, and not needed to read the disk. */
+/* Notes a damaged or unknown field that reading the disk does not need. */
 static void fmt_odd(const struct image *im, const char *what, uint64_t value)
 {
     msg_say(MSG_NOTE, "%s: a field is odd, but not needed: %s (0x%" PRIx64 ")", im->name, what, value);
 }
 
-/* The same for a table at `offset` of f. If it reaches past the end, the file is rather cut off than hostile. */
+/* As fmt_refuse(), for a table at `offset` of f. One that ends past the end of the file means a truncated file. */
 static int fmt_refuse_table(const struct image *im, const struct file *f, const char *what, uint64_t offset,
                             uint64_t length)
 {
@@ -3282,14 +3282,14 @@ static int fmt_refuse_table(const struct image *im, const struct file *f, const 
                    (uint64_t)f->size);
 }
 
-/* A kind of image that is sound for all we know, but not read. */
+/* Refuses a valid image of a kind that is not supported. */
 static int fmt_unsupported(const struct image *im, const char *what, uint64_t value)
 {
     return msg_err(-EOPNOTSUPP, "%s: a %s image of a kind that is not supported: %s (0x%" PRIx64 ")", im->name,
                    im->format->name, what, value);
 }
 
-/* The data is encrypted, `how`; `who` can decrypt it. The tables are not: --info and --check read nothing else. */
+/* The data is encrypted with `how`; `who` can decrypt it. The tables are plain, so --info and --check still work. */
 static int fmt_encrypted(struct image *im, const char *how, const char *who)
 {
     im->encrypted = true;
@@ -3303,24 +3303,24 @@ static void ext_bad(struct extent *ext, uint64_t length, const char *why)
     *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why };
 }
 
-/* Bad because f ends before `end`, which is what the image needs of it. */
+/* Bad because f ends before `end`, up to which the image needs it. */
 static void ext_past(struct extent *ext, uint64_t length, const char *why, struct file *f, uint64_t end)
 {
     *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why, .file = f, .offset = end };
 }
 
-/* Is the time up that a look at the tables may take? */
+/* Has the time limit of this walk over the tables passed? */
 static bool ext_time_is_up(struct claims *c)
 {
     c->stopped |= c->until && util_clock() > c->until;
     return c->stopped;
 }
 
-/* An entry of a table: claims what it names. `by`: whose it is. */
+/* Claims what entry i of a table refers to. by: the driver's context. */
 typedef void ext_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i,
                              const uint8_t *entry);
 
-/* Goes through n entries of a table in f at offset. What cannot be read is left out. */
+/* Calls `each` for n entries of a table in f at `offset`. Entries that cannot be read are skipped. */
 static void ext_claim_table(struct claims *c, const struct image *im, const void *by, struct file *f, uint64_t offset,
                             uint64_t n, uint64_t width, ext_claim_entry *each)
 {
@@ -3339,13 +3339,13 @@ static void ext_claim_table(struct claims *c, const struct image *im, const void
     }
 }
 
-/* Unallocated: what the backing file has, or zeros if there is none. */
+/* The kind of an unallocated range: in the backing file, or zeros if there is none. */
 static enum extent_kind ext_hole(const struct image *im)
 {
     return *im->backing_name ? EXT_BACKING : EXT_ZERO;
 }
 
-/* Does b carry a on, so that both are one extent? For reading all zeros are alike. */
+/* Is b, which follows a on the disk, a continuation of a? Without `exact` all zeros are alike. */
 static bool ext_continues(const struct extent *a, const struct extent *b, bool exact)
 {
     if (a->kind != b->kind || a->kind == EXT_BAD || a->kind == EXT_COMPRESSED)
@@ -3357,15 +3357,15 @@ static bool ext_continues(const struct extent *a, const struct extent *b, bool e
 }
 
 /*
- * Blocks that are joined into one extent. Fewer where the backing file decides: it may cut the range to pieces, and all
- * of it is looked up again for each.
+ * Max blocks joined into one extent. Fewer in the backing file: it may split the range into small extents, and the
+ * range is mapped again after each of them.
  */
 enum { EXT_MAX_BLOCKS = 1024, EXT_MAX_BACKING_BLOCKS = 128 };
 
 /*
- * What the image itself says of a range inside of it, from its start on: blocks that continue each other are one
- * extent. exact: tells allocated zeros from unallocated ones, and holes of a sparse file from data, which may cost
- * system calls. Without, EXT_DATA is right for anything that can be read.
+ * Maps [offset, offset + length), which is inside the image, without its backing files. Blocks that continue each
+ * other become one extent. exact: allocated zeros differ from unallocated ones, and holes of a sparse file from data;
+ * this may cost system calls. Without it EXT_DATA is right for anything that can be read.
  */
 static void ext_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
 {
@@ -3389,14 +3389,14 @@ static void ext_map(struct image *im, uint64_t offset, uint64_t length, bool exa
     }
 }
 
-/* Sets one value of an identity; the null UUID stands for none. */
+/* Sets one value of an identity. The null UUID means that there is none. */
 static void ext_set_id(struct identity *id, enum identity_kind kind, const uint8_t value[16])
 {
     id->known[kind] = !text_is_null_id(value);
     memcpy(id->value[kind], value, 16);
 }
 
-/* The image has a parent of this format, which is known by im->parent_id; ext_add_hint() adds its names. */
+/* The image has a parent of this format, identified by im->parent_id; ext_add_hint() adds its recorded names. */
 static void ext_set_parent(struct image *im, const char *format)
 {
     im->has_hints = true;
@@ -3404,7 +3404,7 @@ static void ext_set_parent(struct image *im, const char *format)
     util_copy(im->backing_format, sizeof(im->backing_format), format);
 }
 
-/* A name of the parent, as recorded; often a path of Windows. What cannot be the name of a file is left out. */
+/* Adds a recorded name of the parent, often a Windows path. A name that no file can have is ignored. */
 static int ext_add_hint(struct image *im, const char *name)
 {
     char *hint;
@@ -3429,7 +3429,7 @@ static int ext_add_hint(struct image *im, const char *name)
     return 0;
 }
 
-/* VirtualBox names snapshots by their UUIDs: {UUID}.EXTENSION */
+/* Adds the name that VirtualBox gives to snapshots: {UUID}.EXTENSION */
 static int ext_add_uuid_hint(struct image *im, const char *extension)
 {
     char uuid[37], name[64];
@@ -3439,7 +3439,7 @@ static int ext_add_uuid_hint(struct image *im, const char *extension)
     return ext_add_hint(im, name);
 }
 
-/* Names that are no plain file name of this host, or could be meant as something else. */
+/* Is it a URL, or a name with a protocol as QEMU has them, rather than a file name? */
 static bool fmt_is_url(const char *name)
 {
     size_t n = strcspn(name, ":/");
@@ -3459,7 +3459,7 @@ static bool fmt_is_allowed(const struct image_options *opt, const char *path)
     return strncmp(directory, path, len) == 0 && (path[len] == '/' || len == 1);
 }
 
-/* Opens `name` below the image's directory: that, or the one file whose name differs in letter case only. */
+/* Opens `name` below the image's directory, or else the one file whose name differs in letter case only. */
 static int fmt_open_below(const struct image *im, struct file *f, const char *directory, const char *name,
                           const char *shown, bool writable, char matches[512])
 {
@@ -3479,9 +3479,9 @@ static int fmt_open_below(const struct image *im, struct file *f, const char *di
 }
 
 /*
- * Opens into f what the image calls `name`. The image does not choose freely: beside it, or below it, or
- * where the user allowed it. `what` and `option` are for the message; NULL: there is no such option, and that there is
- * no such file (-ENOENT) is for the caller to say.
+ * Opens into f the file that the image calls `name`. It must be in or below the image's directory, or in the
+ * directory of --allow-external. what, option: for messages; option NULL: there is none, and the caller reports
+ * -ENOENT.
  */
 static int fmt_open_named(struct image *im, struct file *f, const char *name, const char *what,
                           const char *option)
@@ -3545,7 +3545,7 @@ static struct {
     bool failed;
 } lost_list = { .lock = PTHREAD_MUTEX_INITIALIZER, .fd = -1 };
 
-/* An existing file may be the map of another rescue: it is not overwritten. */
+/* Never overwrites a file: it may be the map of another rescue. */
 static int lost_start(const char *path, uint64_t from, uint64_t size)
 {
     lost_list.bad.range = util_fault("error map") ? NULL : calloc(MAX_RANGES, sizeof(struct range));
@@ -3559,7 +3559,6 @@ static int lost_start(const char *path, uint64_t from, uint64_t size)
     return 0;
 }
 
-/* Is there an error map to write? */
 static bool lost_wanted(void)
 {
     return lost_list.fd >= 0;
@@ -3773,7 +3772,7 @@ static int img_salvage(struct image *im, const struct extent *ext, uint8_t *to, 
     return 0;
 }
 
-/* n bytes cannot be read: the error, or zeros where the user wants them. */
+/* n bytes cannot be read: returns the error, or fills in zeros if the user asked for them. */
 static int img_give_up(struct image *im, int ret, uint8_t *to, uint64_t n, uint64_t offset, uint64_t *part)
 {
     *part = 0;
@@ -3787,7 +3786,7 @@ static int img_give_up(struct image *im, int ret, uint8_t *to, uint64_t n, uint6
     return 0;
 }
 
-/* After an error nobody may ask for the rest of a request again: what is bad there is noted as well. */
+/* Records the bad ranges in the rest of a request that failed: the reader may never ask for them again. */
 static void img_note_rest(struct image *im, uint64_t offset, uint64_t end)
 {
     struct extent ext;
@@ -3799,7 +3798,7 @@ static void img_note_rest(struct image *im, uint64_t offset, uint64_t end)
     }
 }
 
-/* Compressed clusters that somebody else is decoding: read when all else is done. */
+/* Compressed clusters that another worker is decoding: read last. */
 struct img_pending {
     struct extent ext;
     uint8_t *buf;
@@ -3825,7 +3824,7 @@ static int img_read_pending(struct image *im, uint64_t offset, const struct img_
     return ret;
 }
 
-/* Fills buf or fails; *done bytes at its front are good either way. */
+/* Fills buf or fails; in both cases the first *done bytes are good. */
 static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, uint64_t *done)
 {
     struct img_pending pending[IMG_PENDING];
@@ -3882,20 +3881,20 @@ static int img_note_failure(struct image *im, int ret)
 /*
  * -- the size --
  *
- * What readers, the kernel and the file see changes in one step:
- *   1. size_lock is taken. One change follows the other.
- *   2. Shorter: `admit` goes down, so that requests for what is cut off wait for size_lock, and those that came in
- *      before are waited for. Nobody is reading or writing there any more.
- *   3. The driver changes the image. What is cut off, or new, reads as zeros. If that fails the size stays.
- *   4. im->size says so.
- * A write past the end writes its data between 3 and 4, so nobody sees a size without the data; and if that fails, the
- * size stays as well. Else the next O_APPEND would leave a gap of zeros.
+ * The size that readers see, the kernel's and the file's change in one step:
+ *   1. Take size_lock: one change at a time.
+ *   2. To shrink, lower `admit`. New requests past it wait for size_lock; then wait for the requests that were in
+ *      flight (pool_wait_grace()). After that nobody reads or writes there.
+ *   3. The driver resizes the image. The range that was cut off or added reads as zeros. On failure the size stays.
+ *   4. Publish im->size.
+ * A write past the end writes its data between 3 and 4, so that nobody sees the size without the data. If it fails,
+ * the size stays: else the next O_APPEND write would leave a gap of zeros.
  *
- * Who waits for size_lock has looked nothing up yet, and is not waited for in 2: it may be that one who waits.
+ * A request that waits for size_lock has looked up nothing yet and has left its epoch, so step 2 does not wait for
+ * it: the two would wait for each other.
  *
- * A write that was made before the disk was cut, but comes here afterwards, does not make it longer again, and writes
- * nothing behind the cut when somebody else has. (The kernel does not wait for asynchronous writes before it asks for
- * a cut.)
+ * The kernel does not wait for asynchronous writes before it truncates. A write made before a cut that arrives after
+ * it neither grows the disk nor writes past the cut, even if the disk has grown again (image.cut, cut_to).
  */
 static void img_lock_size(struct image *im)
 {
@@ -3909,8 +3908,9 @@ static void img_lock_size(struct image *im)
 }
 
 /*
- * How much of [offset, offset + len) is there, and may be used until the request is over. To be asked before anything
- * is looked up. `admit` is read first: when it does not tell of a change, the change is over, or waits for us.
+ * How much of [offset, offset + len) is inside the disk until the request completes. Call it before anything is
+ * looked up. It reads `admit` before the size: if `admit` shows no change, then a change has either completed, or
+ * will wait for this request.
  */
 static uint64_t img_inside(struct image *im, uint64_t offset, uint64_t len)
 {
@@ -3939,7 +3939,7 @@ static int img_resize_locked(struct image *im, uint64_t old, uint64_t size)
     return ret == -EIO ? img_note_failure(im, ret) : ret;
 }
 
-/* ticket: grows from request to request, in the order in which they were made. */
+/* ticket: increases with each request, in the order in which the requests were made. */
 static int img_resize(struct image *im, uint64_t size, uint64_t ticket)
 {
     bool cut;
@@ -3955,7 +3955,7 @@ static int img_resize(struct image *im, uint64_t size, uint64_t ticket)
     if (!ret)
         im->size = size;
     if (!ret && cut) {
-        im->cut_to = size;          /* first: who finds the new ticket needs it */
+        im->cut_to = size;          /* before `cut`: whoever sees the new ticket reads it */
         im->cut = ticket;
     }
     im->admit = UINT64_MAX;
@@ -3966,8 +3966,8 @@ static int img_resize(struct image *im, uint64_t size, uint64_t ticket)
 static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done);
 
 /*
- * Zeros into what the image cannot give back, as a part of a cluster. A hole is punched into the host's file if the
- * caller wants one: that needs no room, so it works where the disk is full.
+ * Writes zeros where the driver cannot free a whole cluster. With PUNCH_HOLE it punches the hole into the host's
+ * file, which needs no space: it works on a full disk.
  */
 static int img_write_zeros(struct image *im, int mode, uint64_t len, uint64_t offset, uint64_t *done)
 {
@@ -3983,7 +3983,7 @@ static int img_write_zeros(struct image *im, int mode, uint64_t len, uint64_t of
     return img_change(im, zeros, 0, util_min(len, sizeof(zeros)), offset, done);
 }
 
-/* Changes the front of a range that ext describes; buf NULL: zeroes it, with fallocate(2)'s mode. */
+/* Writes to, or zeroes (buf NULL, with fallocate(2)'s mode), the front of the range that ext describes. */
 static int img_change_owned(const struct extent *ext, const uint8_t *buf, int mode, uint64_t len, uint64_t *part)
 {
     uint64_t n = util_min(ext->length, len);
@@ -4000,9 +4000,8 @@ static int img_change_owned(const struct extent *ext, const uint8_t *buf, int mo
 }
 
 /*
- * Walks the extents of a range that is to be changed: what the image owns is overwritten where it lies, without a
- * lock; the rest is the driver's. buf NULL: zero it or set room aside, with fallocate(2)'s mode. No request may be
- * without progress twice.
+ * Changes a range extent by extent: what the image owns is overwritten in place, without a lock; the driver does the
+ * rest. buf NULL: zeroes or allocates, with fallocate(2)'s mode. Fails rather than loop without progress.
  */
 static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset,
                       uint64_t *done)
@@ -4027,11 +4026,13 @@ static int img_change(struct image *im, const void *buf, int mode, uint64_t len,
         else
             ret = format->write ? format->write(im, from, len - *done, offset + *done, &part) : -EIO;
     }
-    /* What was only to be given back or set aside is not lost when that is refused. */
+    /* A refused discard or allocation loses no data. */
     return buf || ret == -EIO ? img_note_failure(im, ret) : ret;
 }
 
-/* As img_change(), for a range that ends at the end of the disk or past it. The disk ends with what was done there. */
+/*
+ * As img_change(), for a range that ends at the end of the disk or past it. The disk then ends where the data does.
+ */
 static int img_extend_locked(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done)
 {
     uint64_t old = im->size, end = offset + len > old ? offset + len : old, now = end;
@@ -4044,12 +4045,12 @@ static int img_extend_locked(struct image *im, const void *buf, int mode, uint64
     if (ret)
         now = buf && *done && offset + *done > old ? offset + *done : old;
     if (now < end && img_resize_locked(im, end, now))
-        now = end;                  /* as the file has it */
+        now = end;                  /* the file could not be cut back */
     im->size = now;
     return ret;
 }
 
-/* img_inside() for a write: if it was made before the last cut, the disk ends there for it. */
+/* As img_inside(), for a write. One made before the last cut sees the disk end at that cut. */
 static uint64_t img_inside_write(struct image *im, uint64_t offset, uint64_t len, uint64_t ticket)
 {
     uint64_t inside = img_inside(im, offset, len), end = ticket < im->cut ? im->cut_to : UINT64_MAX;
@@ -4058,8 +4059,8 @@ static uint64_t img_inside_write(struct image *im, uint64_t offset, uint64_t len
 }
 
 /*
- * Writes what is inside the disk; with `grow` the disk gets longer where need be. *done bytes were written even on
- * failure. -ENOSPC: nothing of it is inside. ticket: as for img_resize().
+ * Writes the part that is inside the disk; with `grow` the disk grows as needed. *done bytes were written, also on
+ * failure. -ENOSPC: no part is inside. ticket: as for img_resize().
  */
 static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t offset, bool grow, uint64_t ticket,
                      uint64_t *done)
@@ -4083,8 +4084,8 @@ static int img_write(struct image *im, const void *buf, uint64_t len, uint64_t o
 }
 
 /*
- * fallocate(2), mode PUNCH_HOLE, ZERO_RANGE or none of them, each with or without KEEP_SIZE. Past the end there is
- * nothing that could be punched; room is set aside there only where the disk may get longer, and then it does.
+ * fallocate(2): PUNCH_HOLE, ZERO_RANGE or neither, each with or without KEEP_SIZE. Past the end there is nothing to
+ * punch; space is allocated there only if the disk may grow, and then it does.
  */
 static int img_fallocate(struct image *im, int mode, uint64_t len, uint64_t offset, bool grow)
 {
@@ -4093,7 +4094,7 @@ static int img_fallocate(struct image *im, int mode, uint64_t len, uint64_t offs
 
     if (inside == len && offset + len < im->size)
         return img_change(im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, offset, &done);
-    img_lock_size(im);              /* the end must not move */
+    img_lock_size(im);
     inside = offset < im->size ? util_min(len, im->size - offset) : 0;
     if (inside < len && !(mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)) && grow)
         ret = img_extend_locked(im, NULL, mode | FALLOC_FL_KEEP_SIZE, len, offset, &done);
@@ -4120,7 +4121,7 @@ static int img_sync(struct image *im, bool last)
     return img_note_failure(im, ret);
 }
 
-/* Passed-through writes grow the file behind our back. */
+/* Writes through passthrough grow the file without our knowledge. */
 static void img_refresh_size(struct image *im)
 {
     img_lock_size(im);
@@ -4128,10 +4129,7 @@ static void img_refresh_size(struct image *im)
     pthread_mutex_unlock(&im->size_lock);
 }
 
-/*
- * What the kernel would not tell anyone: a file that passthrough serves was made shorter or longer
- * underneath.
- */
+/* Did another program resize the file that passthrough serves? The kernel reports no error for that. */
 static bool img_resized_underneath(struct image *im)
 {
     return !im->writable && im->n_files == 1 && !im->files[0].is_blk &&
@@ -5993,7 +5991,19 @@ static int vhdx_read_items(struct image *im, struct vhdx *v)
     return ret ? ret : vhdx_check_bat(im, v);
 }
 
-/* -- parents -- */
+/*
+ * -- parents --
+ *
+ * Where a child records the identity of its parent, the parent is the first of these that has it, opened in the
+ * child's format:
+ *   1. a file named by --backing
+ *   2. the recorded names, in the order of the specification: as a path below the child's directory (or below
+ *      --allow-external), then its last component beside the child, then that in the directory of --allow-external
+ *   3. the only matching file in the child's directory; two matches would be a guess
+ * A name proves nothing, so a file found by name is opened only if its identity matches. If none matches, the
+ * nearest file is opened to report the mismatch, or to be accepted with --force-parent. Where no identity is
+ * recorded (qcow2, QED), the name decides, and the next --backing replaces it.
+ */
 
 static bool vhdx_key_is(const uint8_t *key, size_t len, const char *name)
 {
@@ -11605,8 +11615,8 @@ static const struct image_format qcow2_format = {
  * ******************************************************************************************************** */
 
 /*
- * In the order of who wins when two are equally certain. VHD comes before what is told by its head: a guest writes
- * the head of its fixed disk, but not the footer behind it.
+ * Of two that are equally certain the first wins. VHD stands before the formats with a magic at the start: a guest
+ * writes to the start of its fixed disk, but not to the footer behind it.
  */
 static const struct image_format *const probe_formats[] = {
     &raw_format, &vhd_format, &vhdx_format, &qcow2_format, &vmdk_format, &vdi_format, &qed_format, &prl_format,
@@ -11615,11 +11625,11 @@ static const struct image_format *const probe_formats[] = {
 enum { PROBE_HEAD = 4096, PROBE_TAIL = 512 };
 
 /*
- * -- containers that are not read --
+ * -- containers that are not supported --
  *
- * Shown as raw they would look like a broken disk, so they are refused by name, with a way out. But a raw disk may
- * begin with anything: where a magic is short, or readable text, more than the magic must fit. What is told by text
- * alone must be text from its beginning to its end, as far as the head goes, and be small.
+ * As raw disks they would look damaged, so they are refused by name, with a way out. A raw disk may begin with any
+ * bytes, so a short or textual magic needs more evidence. Text formats must be text throughout the probed head, and
+ * small.
  */
 
 static bool probe_is_text(const struct probe *p)
@@ -11630,7 +11640,7 @@ static bool probe_is_text(const struct probe *p)
     return p->head_len && p->size <= (16 << 20);
 }
 
-/* `len` digits of base 8 or 16, no other characters. */
+/* Are these `len` bytes all digits of base 8 or 16? */
 static bool probe_is_digits(const uint8_t *bytes, size_t len, unsigned base)
 {
     for (size_t i = 0; i < len; i++)
@@ -11639,7 +11649,7 @@ static bool probe_is_digits(const uint8_t *bytes, size_t len, unsigned base)
     return true;
 }
 
-/* A member's header of 512 bytes, whatever its flavour: the sum of its bytes, its own field taken as blanks. */
+/* The header of a member, of any flavour: its checksum counts its own field as blanks. */
 static bool probe_is_tar(const struct probe *p)
 {
     uint32_t sum = 0, want = 0;
@@ -11682,7 +11692,7 @@ static bool probe_is_lz4(const struct probe *p)
     return p->head_len >= 7 && p->head[4] >> 6 == 1 && !(p->head[4] & 2) && !(p->head[5] & 0x8f) && p->head[5] >= 0x40;
 }
 
-/* Blocks of 8 MiB and their lengths. */
+/* Blocks of 8 MiB, each after its coded length. */
 static bool probe_is_lz4_legacy(const struct probe *p)
 {
     return p->head_len >= 8 && util_le32(p->head + 4) && util_le32(p->head + 4) <= (8 << 20) + (8 << 20) / 255 + 16;
@@ -11693,7 +11703,7 @@ static bool probe_is_lzip(const struct probe *p)
     return p->head_len >= 6 && p->head[4] <= 1 && (p->head[5] & 0x1f) >= 12 && (p->head[5] & 0x1f) <= 29;
 }
 
-/* The usual properties; a dictionary of 2^n or 3 * 2^n bytes; a size that is not known or can be; a coder's 0. */
+/* The usual properties; a dictionary of 2^n or 3 * 2^n bytes; an unknown or possible size; the range coder's 0. */
 static bool probe_is_lzma(const struct probe *p)
 {
     uint32_t dictionary = p->head_len >= 18 ? util_le32(p->head + 1) : 0, bit = dictionary & -dictionary;
@@ -11703,7 +11713,7 @@ static bool probe_is_lzma(const struct probe *p)
            (size == UINT64_MAX || (size && size < 1ull << 40)) && !p->head[13];
 }
 
-/* Frames to be skipped, of zstd or lz4, before one that is not. */
+/* Skippable frames of zstd or lz4 before a data frame. */
 static bool probe_is_skippable(const struct probe *p)
 {
     size_t at = 0;
@@ -11723,7 +11733,7 @@ static bool probe_is_cpio(const struct probe *p)
                              : (p->head[5] == '1' || p->head[5] == '2') && probe_is_digits(p->head, 110, 16);
 }
 
-/* dump(8): 1 KiB of numbers, in either byte order, that add up to a constant. */
+/* dump(8): 1 KiB of numbers, in either byte order, with a fixed sum. */
 static bool probe_is_dump(const struct probe *p)
 {
     uint32_t le = 0, be = 0;
@@ -11750,7 +11760,7 @@ static bool probe_is_ghost(const struct probe *p)
     return p->head_len >= 512 && !(p->head[3] & 0xf7);
 }
 
-/* A map of GNU ddrescue: the position and status of the run, and at least one range; with comments. */
+/* A mapfile of GNU ddrescue: comments, the current position and status, and at least one range. */
 static bool probe_is_mapfile(const struct probe *p)
 {
     char text[4096 + 1], *line = text, *next, status;
@@ -11780,8 +11790,8 @@ static bool probe_is_mapfile(const struct probe *p)
 static const struct {
     const char *name;
     const char *way_out;
-    const char *text;               /* not NULL: text that contains this; then there need not be a magic */
-    bool (*check)(const struct probe *p);   /* what else must be so; NULL: nothing */
+    const char *text;               /* if not NULL: text that contains this, and a magic is optional */
+    bool (*check)(const struct probe *p);   /* a further condition; NULL: none */
     uint16_t offset;
     uint8_t length;
     bool tail;                      /* offset counts from the start of the last 512 bytes */
@@ -11887,7 +11897,7 @@ static const struct {
     { "an XML file in UTF-16", PROBE_NAME_DISK, NULL, NULL, 0, 12, false, "\xff\xfe<\0?\0x\0m\0l\0" },
 };
 
-/* The name of the piece after this one. False: it is not called like a piece. */
+/* The name of the piece after this one. False: the name is not one of a piece. */
 static bool probe_next_piece(const char *path, char next[PATH_MAX])
 {
     const char *base = util_basename(path);
@@ -11906,7 +11916,7 @@ static bool probe_next_piece(const char *path, char next[PATH_MAX])
            snprintf(next, PATH_MAX, "%.*s%c01", stem - 3, path, path[stem - 3]) < PATH_MAX;
 }
 
-/* Is it the foreign container number i? */
+/* Is it container i of probe_foreign? */
 static bool probe_is_foreign(const struct probe *p, size_t i)
 {
     const uint8_t *bytes = probe_foreign[i].tail ? p->tail : p->head;
@@ -11919,7 +11929,7 @@ static bool probe_is_foreign(const struct probe *p, size_t i)
            (!probe_foreign[i].check || probe_foreign[i].check(p));
 }
 
-/* Refuses what is told to be a container that is not read. */
+/* Refuses containers that are not supported. */
 static int probe_check_foreign(const struct image *im, const struct probe *p)
 {
     char next[PATH_MAX];
@@ -11933,10 +11943,13 @@ static int probe_check_foreign(const struct image *im, const struct probe *p)
     return 0;
 }
 
-/* Before a recorded format that QEMU is to refuse. With the longest one 15 bytes at most, or QEMU does not tell. */
+/*
+ * Prefix of a recorded format that QEMU must refuse. At most 15 bytes with the longest name: QEMU ignores longer
+ * ones.
+ */
 static const char probe_not_for_qemu[] = "fx-";
 
-/* The format that an overlay or a backing file has recorded, in our words. */
+/* The recorded format of a backing file, without the prefix. */
 static const char *probe_recorded_format(const char *word)
 {
     size_t len = sizeof(probe_not_for_qemu) - 1;
@@ -11952,7 +11965,7 @@ static const struct image_format *probe_format_named(const char *name)
     return NULL;
 }
 
-/* By another name, or in capitals: what may have been meant. */
+/* Refuses an unknown format name and suggests the one that was probably meant. */
 static int probe_unknown_format(const char *name)
 {
     static const char *const others[][2] = {
@@ -11971,7 +11984,7 @@ static int probe_unknown_format(const char *name)
                    meant ? "; here it is called " : "", meant ? meant : "");
 }
 
-/* The format that overlays have. */
+/* The format of overlays. */
 static const struct image_format *probe_overlay_format(void)
 {
     for (size_t i = 0; i < ARRAY_LEN(probe_formats); i++)
@@ -11989,7 +12002,7 @@ static bool probe_is_directory_file(const char *name)
     return false;
 }
 
-/* The format that is most certain; raw, if nothing else is. */
+/* The most certain format; raw if nothing else matches. */
 static const struct image_format *probe_most_certain(const struct probe *p)
 {
     const struct image_format *format = NULL;
@@ -12005,7 +12018,7 @@ static const struct image_format *probe_most_certain(const struct probe *p)
     return format;
 }
 
-/* Sets im->format: the one named, or the most certain. Raw by default is said aloud: it is an assumption. */
+/* Sets im->format: the one named, or the most certain. Says when raw is only assumed. */
 static int probe_image(struct image *im, const char *wanted)
 {
     uint8_t head[PROBE_HEAD], tail[PROBE_TAIL];
@@ -12019,7 +12032,7 @@ static int probe_image(struct image *im, const char *wanted)
     if (wanted)
         return im->format ? 0 : probe_unknown_format(wanted);
 
-    /* A head that cannot be read must not lead to a guess: on a dying disk it may have been any format. */
+    /* If the head cannot be read, do not guess: on a failing disk it may have been of any format. */
     if (file_pread(first, head, p.head_len, 0, &done) ||
         file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
         return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it",
@@ -12037,7 +12050,7 @@ static int probe_image(struct image *im, const char *wanted)
     return 0;
 }
 
-/* Directories that hold a disk which is not read. */
+/* Refuses directories that hold a disk in an unsupported format. */
 static int probe_check_foreign_directory(const char *path)
 {
     static const struct {
@@ -12056,7 +12069,10 @@ static int probe_check_foreign_directory(const char *path)
     return 0;
 }
 
-/* A Parallels disk is a directory: its descriptor stands for it. Other directories are refused by file_open(). */
+/*
+ * Adds a file to the image. An image may be a directory (Parallels): then its descriptor is opened. file_open()
+ * refuses other directories.
+ */
 static int probe_add_file(struct image *im, const char *path)
 {
     const char *main_file = NULL;
@@ -12084,9 +12100,7 @@ static int probe_add_file(struct image *im, const char *path)
     return ret;
 }
 
-/*
- * Opens the parts that follow the first one. A gap in the numbering is a lost part, not the end of the set.
- */
+/* Opens the parts after the first. A gap in the numbering means a missing part, not the end of the set. */
 static int probe_find_parts(struct image *im)
 {
     char name[PATH_MAX], missing[PATH_MAX] = "";
@@ -12116,14 +12130,14 @@ static int probe_find_parts(struct image *im)
 /*
  * -- pieces --
  *
- * A container that was cut into pieces (.001, .aa, disk.vmdk.000000000, .vhd and .v01) must be joined first. Its first
- * piece alone seems to be truncated, and all together would be taken for the extents of one disk.
+ * A container that was split into pieces (.001, .aa, disk.vmdk.000000000, .vhd and .v01) must be joined first. The
+ * first piece alone would look truncated, and all of them would be taken for the extents of one disk.
  */
 
 #define PROBE_JOIN "join them: fuseexp --format raw PIECE... JOINED shows them as one file, and then fuseexp JOINED " \
                  "MOUNTPOINT its disk; --no-parts takes %s"
 
-/* Is there a next piece? It is no longer than the first, and no image by itself, as numbered snapshots are. */
+/* Is there a next piece? It is no longer than this one and no image of its own, unlike numbered snapshots. */
 static bool probe_has_next_piece(const struct image *im, char next[PATH_MAX])
 {
     uint8_t head[PROBE_HEAD];
@@ -12136,8 +12150,8 @@ static bool probe_has_next_piece(const struct image *im, char next[PATH_MAX])
 }
 
 /*
- * Are several files the pieces of one? The extents of a VMDK are images of its format, each of them; a descriptor is
- * shorter than what it describes, but no piece is longer than the first.
+ * Are these files the pieces of one image? The extents of a VMDK each probe as VMDK; a descriptor is shorter than
+ * what it describes, while no piece is longer than the first.
  */
 static bool probe_are_pieces(const struct image *im)
 {
@@ -12155,7 +12169,10 @@ static bool probe_are_pieces(const struct image *im)
     return !each;
 }
 
-/* The parts of a split image were found by name: only now its end is known. A fixed VHD has nothing but a footer. */
+/*
+ * Looks at the end of a split image, which is known only now that its parts are found: a fixed VHD has only a
+ * footer.
+ */
 static int probe_check_end(const struct image *im)
 {
     uint8_t tail[PROBE_TAIL];
@@ -12165,7 +12182,7 @@ static int probe_check_end(const struct image *im)
     uint64_t done;
 
     if (file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
-        return 0;                   /* read errors of the disk are told where they are read */
+        return 0;                   /* read errors are reported when the range is read */
     format = probe_most_certain(&p);
     if (format->plain)
         return probe_check_foreign(im, &p);
@@ -12186,7 +12203,7 @@ static int probe_check_pieces(const struct image *im)
     if (im->files[0].is_blk)
         return 0;
     if (plain && (im->opt->format || len < 4 || strcasecmp(im->name + len - 4, ".vhd") != 0))
-        return 0;                   /* the head of a disk: the parts of split images were looked for */
+        return 0;                   /* a raw disk: its parts were looked for */
     if (!probe_has_next_piece(im, next))
         return 0;
     return msg_err(-EINVAL, "%s: looks like the first piece of a %s image, since %s is there; " PROBE_JOIN, im->name,
@@ -12200,20 +12217,20 @@ static int probe_check_pieces(const struct image *im)
  * ******************************************************************************************************** */
 
 /*
- * -- the look at an image that was just opened --
+ * -- the look at a newly opened image --
  *
- * What its tables use is held against the lengths of its files, and against itself, for as long as a user does not
- * notice. A file that was cut off is told now, not by the first program that meets the end; a table or a block that
- * lies in another one means that some of the disk is wrong, and no read would ever tell. --check looks at everything.
+ * Compares what the tables refer to with the lengths of the files and with each other, for a time too short to
+ * notice. So a truncated file is reported at the start, not when a program reads past its end. Two claims on one
+ * range mean that part of the disk is wrong, which no read would show. --check looks at everything.
  */
 
 enum {
-    CHECK_LOOK_MS = 100,              /* for a whole chain */
-    CHECK_STRIPES = 1 << 10,          /* of the disk, looked at in an order that has something of each part early */
-    CHECK_MAX_RANGES = 1 << 19,       /* after merging: 12 MiB, given back at once */
+    CHECK_LOOK_MS = 100,              /* for the whole chain */
+    CHECK_STRIPES = 1 << 10,          /* of the disk, in bit-reversed order: some of each part comes early */
+    CHECK_MAX_RANGES = 1 << 19,       /* after merging: 12 MiB, freed at the end of the look */
 };
 #define CHECK_STRIPE_MIN (1ull << 20)
-#define CHECK_LOOK_FAR (1ull << 30)   /* nothing lies further behind the file's end than this and the disk's size */
+#define CHECK_LOOK_FAR (1ull << 30)   /* an offset this far past the end, plus the disk's size, is a damaged entry */
 
 static unsigned check_look_ms = CHECK_LOOK_MS;
 
@@ -12246,7 +12263,7 @@ static bool check_look_has_room(struct check_look *l)
     return true;
 }
 
-/* A range that is far behind the end is a damaged entry, and reads as an error. */
+/* Ranges far past the end come from damaged entries, which read as errors. */
 static void check_look_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
                            uint64_t guest)
 {
@@ -12268,7 +12285,7 @@ static void check_look_claim(struct claims *c, struct file *f, uint64_t offset, 
         l->ranges[l->n++] = (struct check_range){ f, offset, end };
 }
 
-/* A number of CHECK_STRIPES bit by bit reversed: 0, then the half, then the quarters ... */
+/* Reverses the bits of a stripe's number: 0, then the half, then the quarters ... */
 static uint64_t check_stripe(unsigned i)
 {
     uint64_t reversed = 0;
@@ -12278,7 +12295,7 @@ static uint64_t check_stripe(unsigned i)
     return reversed;
 }
 
-/* The data, where no flat table says it. From the end on, as that is what was written last. */
+/* Claims the data by map() where no flat table lists it. Starts at the end of the disk, which was written last. */
 static void check_look_at_map(struct check_look *l)
 {
     uint64_t size = l->im->size, stripe = (size / CHECK_STRIPES + CHECK_STRIPE_MIN) & -CHECK_STRIPE_MIN, start, end;
@@ -12306,7 +12323,7 @@ static int check_compare_ranges(const void *a, const void *b)
     return x->start < y->start ? -1 : x->start > y->start;
 }
 
-/* Bytes that are claimed more than once. */
+/* Counts the bytes that are claimed more than once. */
 static uint64_t check_look_twice(struct check_look *l)
 {
     uint64_t twice = 0, reached = 0;
@@ -12346,7 +12363,7 @@ static int check_look_tell(struct check_look *l)
     return 0;
 }
 
-/* One image, until the clock says `until`. */
+/* Looks at one image until util_clock() passes `until`. */
 static int check_look(struct image *im, uint64_t until)
 {
     struct check_look l = { .claims = { .claim = check_look_claim, .until = until }, .im = im };
@@ -12369,7 +12386,10 @@ static int check_look(struct image *im, uint64_t until)
     return ret;
 }
 
-/* All images of a chain. One that somebody else may be writing to is longer by now than it was. */
+/*
+ * Looks at all images of a chain. Not without locks: a file that another program writes to has grown since it was
+ * opened.
+ */
 static int check_look_at_chain(struct image *im)
 {
     uint64_t until = util_clock() + check_look_ms * 1000000ull;
@@ -12381,11 +12401,11 @@ static int check_look_at_chain(struct image *im)
 }
 
 /*
- * -- what --check does for formats that have no check of their own --
+ * -- --check for formats without a check of their own --
  *
- * What cannot be read, and what is used twice. The second is looked for with a bit for every sector of every
- * file: first for the metadata that the driver claims, then for data. Of a compressed cluster, whose length is a bound,
- * only the sector in which it begins.
+ * Finds what cannot be read and what is used twice. One bit for each sector of each file is set, first for the
+ * metadata that the driver claims, then for data. Of a compressed cluster only its first sector counts, as its length
+ * is an upper bound.
  */
 
 struct check_image {
@@ -12393,10 +12413,10 @@ struct check_image {
     bool all_claimed;               /* the data, too: not marked when map() says it */
     struct image *im;
     struct check *c;
-    uint64_t unit;                  /* what is counted in: clusters */
+    uint64_t unit;                  /* bytes of a cluster, in which --check counts */
     uint64_t allocated, compressed; /* bytes of the disk */
     uint64_t **used;                /* one bitmap per file, made when it is needed */
-    const struct file *after;       /* where the last extent ended: what follows there is not fragmented */
+    const struct file *after;       /* where the last extent ended: one that begins there is not fragmented */
     uint64_t after_offset;
 };
 
@@ -12409,7 +12429,7 @@ static bool check_bitmap(struct check_image *k, unsigned file)
     return k->used[file];
 }
 
-/* Marks sectors from `at` up to `end`, as far as the file goes. How many bytes were marked before? */
+/* Marks the sectors of [at, end) inside the file. Returns how many bytes were marked already. */
 static uint64_t check_mark(struct check_image *k, const struct file *f, uint64_t at, uint64_t end)
 {
     unsigned file = (unsigned)(f - k->im->files);
@@ -12443,7 +12463,7 @@ static void check_twice(struct check_image *k, uint64_t twice, const struct file
                     " is used for something else, too", guest, length, util_basename(f->path), offset);
 }
 
-/* Metadata takes all of its last sector; of data only whole sectors are marked. */
+/* Metadata owns its last sector as a whole; data marks only whole sectors. */
 static void check_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
                             uint64_t guest)
 {
@@ -12484,7 +12504,7 @@ static void check_extent(struct check_image *k, uint64_t at, const struct extent
     check_twice(k, twice, ext->file, ext->offset, ext->length, NULL, at);
 }
 
-/* Counts what is wrong with the top image. -EOPNOTSUPP: nothing in the format can be. */
+/* Counts the errors of the top image. -EOPNOTSUPP: the format has nothing to check. */
 static int check_image(struct image *im, struct check *c)
 {
     struct check_image k = { .claims = { .claim = check_claim }, .im = im, .c = c,
@@ -12548,7 +12568,7 @@ static void chain_close(struct image *im)
     }
 }
 
-/* Holds files and a lock; the caller has set writable, growable, opt, depth and child. */
+/* Prepares im, which then owns its files and a lock. The caller has set writable, growable, opt, depth and child. */
 static int chain_begin(struct image *im, const char *name)
 {
     im->name = name;
@@ -12560,13 +12580,13 @@ static int chain_begin(struct image *im, const char *name)
     return 0;
 }
 
-/* The last step that may change the image: all that can refuse it has been looked at. */
+/* The first step that may change the image, after everything that can refuse it. */
 static int chain_begin_writing(struct image *im)
 {
     return im->writable && !im->opt->top_only && im->format->begin_writing ? im->format->begin_writing(im) : 0;
 }
 
-/* Once the files are open: parts, locks, the driver. */
+/* After the files are open: locks them and lets the driver open the image. */
 static int chain_finish(struct image *im)
 {
     unsigned locked = 0;
@@ -12575,7 +12595,7 @@ static int chain_finish(struct image *im)
     if (im->writable && !im->format->writable)
         return msg_err(-EROFS, "%s: %s images are not written in place; --overlay and --temporary take the changes",
                        im->name, im->format->name);
-    /* Locked before it is read: the header that counts is the one that nobody changes any more. */
+    /* Lock before reading, so that the header cannot change afterwards. */
     for (; im->opt->lock && locked < im->n_files && !ret; locked++)
         ret = file_lock(&im->files[locked]);
     for (unsigned i = 0; i < im->n_files && !ret; i++)
@@ -12596,7 +12616,7 @@ static int chain_finish(struct image *im)
     return ret;
 }
 
-/* A chain that bites its tail would be endless. */
+/* Detects a backing chain that loops or is too long. */
 static int chain_check_loop(const struct image *im)
 {
     if (im->depth >= MAX_CHAIN)
@@ -12607,7 +12627,7 @@ static int chain_check_loop(const struct image *im)
     return 0;
 }
 
-/* Of a backing file that was cut short, zeros would be shown for what is missing. */
+/* A backing file that was truncated would show zeros for the missing data. */
 static int chain_check_backing_size(const struct image *im, const struct image *base)
 {
     if (base->size >= im->backing_size)
@@ -12641,7 +12661,7 @@ static bool chain_knows_parent(const struct image *im)
     return known[ID_IMAGE] || known[ID_CID] || known[ID_STATE];
 }
 
-/* The first value in which `id` is not the identity of im's parent; ID_KINDS: it is. */
+/* The first value in which `id` differs from what im records of its parent; ID_KINDS: none does. */
 static enum identity_kind chain_mismatch(const struct image *im, const struct identity *id)
 {
     const struct identity *want = &im->parent_id;
@@ -12667,13 +12687,13 @@ static const char *chain_id_text(const struct identity *id, enum identity_kind k
     return text;
 }
 
-/* The value that tells most about im's parent. */
+/* The most specific recorded value, as text. */
 static const char *chain_parent_text(const struct image *im, char text[37])
 {
     return chain_id_text(&im->parent_id, im->parent_id.known[ID_IMAGE] ? ID_IMAGE : ID_CID, text);
 }
 
-/* The identity of a file, taken for this format. Silent; the file stays open. */
+/* Reads the identity of a file as an image of this format. Silent; the file stays open. */
 static int chain_identify(const struct image *child, const struct image_format *format, struct file *f,
                         struct identity *id)
 {
@@ -12692,7 +12712,7 @@ static int chain_identify(const struct image *child, const struct image_format *
     return ret;
 }
 
-/* Is f, which was just opened, the parent? Else it is closed. -ELOOP: it is in the chain; -ESTALE: another image. */
+/* Is f the parent of im? If not, f is closed. -ELOOP: it is in the chain already; -ESTALE: it is another image. */
 static int chain_try_file(const struct image *im, const struct image_format *format, struct file *f)
 {
     struct identity id;
@@ -12709,7 +12729,7 @@ static int chain_try_file(const struct image *im, const struct image_format *for
     return ret;
 }
 
-/* The first --backing that is not in the chain that ends with im, counted from 1; 0: there is none. */
+/* The first --backing after number `after` that the chain ending with im does not use; 0: none. They count from 1. */
 static unsigned chain_next_given(const struct image *im, unsigned after)
 {
     const struct image *c;
@@ -12723,7 +12743,7 @@ static unsigned chain_next_given(const struct image *im, unsigned after)
     return 0;
 }
 
-/* Sets the format of im's backing file; given: the user named the file. It is never guessed: see section 4. */
+/* Sets the format of im's backing file, which is never guessed. given: the user named the file. */
 static int chain_set_backing_format(const struct image *im, struct image *base, bool given)
 {
     bool user = im->opt->backing_format && (!*im->backing_format || (im->depth == 0 && given));
@@ -12736,7 +12756,7 @@ static int chain_set_backing_format(const struct image *im, struct image *base, 
         return msg_err(-EINVAL,
                        "%s: does not say which format its backing file '%s' has; --backing-format NAME does",
                        im->name, im->backing_name);
-    /* QEMU's drivers for files and devices: nothing is interpreted. */
+    /* QEMU's names of its drivers for host files: a raw disk */
     base->format = probe_format_named(strcmp(format, "file") == 0 || strcmp(format, "host_device") == 0 ? "raw"
                                                                                                         : format);
     if (!base->format)
@@ -12754,7 +12774,7 @@ static int chain_take_given(const struct image *im, struct image *base, unsigned
     return ret ? ret : file_open(&base->files[0], im->opt->backing[given - 1], false);
 }
 
-/* The --backing whose identity fits. */
+/* Opens the --backing file whose identity matches. */
 static int chain_try_given(const struct image *im, struct image *base)
 {
     struct file *f = &base->files[0];
@@ -12777,7 +12797,7 @@ static int chain_try_given(const struct image *im, struct image *base)
 
 enum chain_hint_way { CHAIN_HINT_PATH, CHAIN_HINT_BESIDE, CHAIN_HINT_ALLOWED, CHAIN_HINT_WAYS };
 
-/* A path to try for a recorded name. False: this way there is none. */
+/* The path to try for a recorded name in this way. False: there is none. */
 static bool chain_hint_path(const struct image *im, const char *hint, enum chain_hint_way way, char path[PATH_MAX])
 {
     const char *last = util_basename(hint);
@@ -12793,8 +12813,8 @@ static bool chain_hint_path(const struct image *im, const char *hint, enum chain
 }
 
 /*
- * Opens what one of the recorded names leads to, if its identity fits. near: else a name that leads to another image,
- * or to one that may not be opened.
+ * Opens the first file by a recorded name whose identity matches. near: else the best candidate: a name that leads to
+ * another image, or to a file that may not be opened.
  */
 static int chain_try_hints(struct image *im, struct image *base, char near[PATH_MAX])
 {
@@ -12838,8 +12858,8 @@ static bool chain_could_be(const struct image_format *format, struct file *f)
 }
 
 /*
- * One file of the child's directory; f: what was found so far; -ENOTUNIQ: twin is another one. Links are followed as
- * far as the directory reaches.
+ * Tries one file of the child's directory. f: the match so far; -ENOTUNIQ: `twin` matches as well. Symbolic links are
+ * followed inside the directory.
  */
 static int chain_try_neighbour(const struct image *im, const struct image_format *format, const char *directory,
                              const char *name, struct file *f, char twin[PATH_MAX])
@@ -12871,7 +12891,7 @@ static int chain_try_neighbour(const struct image *im, const struct image_format
     return ret;
 }
 
-/* The file beside im that is its parent by its identity, if there is just one. -ENOTUNIQ: twin is another. */
+/* Opens the only file beside im that matches. -ENOTUNIQ: `twin` is a second one. */
 static int chain_search_directory(const struct image *im, struct image *base, char twin[PATH_MAX])
 {
     const char *path = im->files[0].path;
@@ -12900,8 +12920,7 @@ static int chain_search_directory(const struct image *im, struct image *base, ch
 }
 
 /*
- * No file fits. Opens the nearest all the same: its identity is wrong, which chain_check_identity() refuses or, if that
- * is forced, accepts.
+ * No file matches. Opens the nearest one; chain_check_identity() then refuses it, or accepts it with --force-parent.
  */
 static int chain_take_nearest(struct image *im, struct image *base, const char *near, const char *twin, int why)
 {
@@ -12968,8 +12987,8 @@ static int chain_find_parent(struct image *im, struct image *base)
 }
 
 /*
- * A file that is not the parent. It may be, changed, if its name is the only one recorded, or if it is the right one in
- * another state; then --force-parent is offered. Else it could as well be an ancestor further down.
+ * Reports a file that is not the parent. --force-parent is offered if it may be the parent in another state, or has
+ * the only recorded name. Otherwise it may be an ancestor further down the chain.
  */
 static int chain_say_mismatch(const struct image *im, const char *name, const struct identity *id, bool offer)
 {
@@ -12989,7 +13008,7 @@ static int chain_say_mismatch(const struct image *im, const char *name, const st
                          offer ? "; --force-parent takes it all the same" : "");
 }
 
-/* A differencing disk over another parent than its own would be a wrong disk that looks right. */
+/* A differencing disk over the wrong parent would be a wrong disk that looks right. */
 static int chain_check_identity(const struct image *im, const struct image *base)
 {
     enum identity_kind kind = chain_mismatch(im, &base->id);
@@ -13037,8 +13056,8 @@ static struct image *chain_add_backing(struct image *im)
 }
 
 /*
- * Is this file an image of the chain below the parent of im, as the images record it? Taken for the parent it would
- * leave out those between. Silent; only where a --backing is about to be taken that nothing proves right.
+ * Is this file in the chain below im's parent, as the images record it? As the parent it would leave out the images
+ * between. Silent. Needed only for a --backing that no identity confirms.
  */
 static bool chain_is_further_down(const struct image *im, const char *path)
 {
@@ -13070,7 +13089,7 @@ static bool chain_is_further_down(const struct image *im, const char *path)
     return found;
 }
 
-/* Once the chain that ends with im is open: a --backing that is not in it was meant for something. */
+/* After the chain that ends with im is open: refuses a --backing that is not part of it. */
 static int chain_check_given(const struct image *im)
 {
     unsigned next = chain_next_given(im, 0);
@@ -13121,9 +13140,7 @@ static int chain_open_backing(struct image *im)
     return ret ? ret : chain_check_given(im);
 }
 
-/*
- * An option that has no meaning for this image was meant for another one: better no disk than the wrong one.
- */
+/* Refuses an option that means nothing for this image: it was probably meant for another one. */
 static int chain_check_options(const struct image *im)
 {
     const struct image_options *opt = im->opt;
@@ -13136,7 +13153,7 @@ static int chain_check_options(const struct image *im)
     return 0;
 }
 
-/* Leaves im half-built on failure: chain_close() is due all the same. Set before: writable, growable. */
+/* Call chain_close() also after a failure. The caller has set writable and growable. */
 static int chain_open(struct image *im, char *const *paths, unsigned n_paths, const struct image_options *opt)
 {
     int ret;
@@ -13163,7 +13180,7 @@ static int chain_open(struct image *im, char *const *paths, unsigned n_paths, co
     return ret ? ret : check_look_at_chain(im);
 }
 
-/* So that bad sectors can be looked into where the sandbox forbids opening. What cannot be opened is no failure. */
+/* Opens O_DIRECT handles for all files before the sandbox forbids it: sectors are salvaged through them. Optional. */
 static int chain_open_direct(struct image *im)
 {
     for (; im; im = im->backing)
@@ -13172,7 +13189,7 @@ static int chain_open_direct(struct image *im)
     return 0;
 }
 
-/* --strict: follows every entry of every table before anything is shown. */
+/* --strict: maps the whole disk before anything is shown. */
 static int chain_check_strict(struct image *im)
 {
     struct extent ext;
@@ -13196,17 +13213,17 @@ static int chain_check_strict(struct image *im)
  * ******************************************************************************************************** */
 
 /*
- * -- overlays --
+ * -- compatibility with QEMU --
  *
- * What is written to an image of any format goes into a qcow2 overlay, and the image stays as it is. QEMU can go on
- * with such an overlay where it reads the same disk from the image. Where it would read another one (split images,
- * snapshots, parents that it does not know, what is damaged), a format is recorded that it refuses: else qemu-img
- * commit would write into the image what does not belong there.
+ * Writes to an image of any format go to a qcow2 overlay; the image stays as it is. QEMU can use such an overlay if
+ * it reads the same disk from the image. If it would read another one (split images, snapshots, parents that it does
+ * not know, damage), the overlay records a format that QEMU refuses: else qemu-img commit would write wrong data into
+ * the image.
  */
 
-enum { CHECK_MAX_EXTENTS = 1 << 18 };                 /* looked at before an overlay is made */
+enum { CHECK_MAX_EXTENTS = 1 << 18 };                 /* max extents mapped before an overlay is made */
 
-/* Is what we read from an image what QEMU reads, or refuses to? What reads as an error here may be zeros there. */
+/* Does QEMU read what we read from this image, or refuse it? A range that is an error here may be zeros there. */
 static bool overlay_reads_as_qemu(struct image *im)
 {
     unsigned n = 0;
@@ -13231,7 +13248,7 @@ static bool overlay_chain_reads_as_qemu(struct image *im)
     return true;
 }
 
-/* The recorded format: QEMU's word; or, with a sum of what it depends on, one that nobody else knows. */
+/* The format to record: QEMU's name, or a private one with a hash of the options that the disk depends on. */
 static void overlay_format(const struct image *base, char word[32])
 {
     const struct image_options *opt = base->opt;
@@ -13257,7 +13274,7 @@ static void overlay_format(const struct image *base, char word[32])
         util_copy(word, 32, base->format->name);
 }
 
-/* The image's name as seen from the overlay's directory, or else absolute. */
+/* The image's path to record: relative to the overlay's directory if it is in there, else absolute. */
 static int overlay_backing(const struct image *base, const char *overlay, char name[PATH_MAX])
 {
     char directory[PATH_MAX], real[PATH_MAX];
@@ -13274,7 +13291,10 @@ static int overlay_backing(const struct image *base, const char *overlay, char n
     return strlen(name) <= 1023 ? 0 : msg_err(-ENAMETOOLONG, "%s: too long a path to be recorded", name);
 }
 
-/* Writes the overlay into fd, which belongs to im from here on. A temporary one is not for others to read. */
+/*
+ * Writes the overlay into fd, which im owns from here on. QEMU never opens a temporary one, so its format needs no
+ * prefix.
+ */
 static int overlay_fill(struct image *im, struct image *base, const char *path, bool temporary, int fd)
 {
     char backing[PATH_MAX], word[32], format[64];
@@ -13292,8 +13312,8 @@ static int overlay_fill(struct image *im, struct image *base, const char *path, 
 }
 
 /*
- * Where a file without a name cannot be had, or cannot be given one: writes under a name that is always the same, so
- * that the next start removes what a killed one has left.
+ * Without O_TMPFILE, or a way to link it: creates the overlay under a fixed working name, so that the next start
+ * removes what a killed one left.
  */
 static int overlay_make_named(struct image *im, struct image *base, const char *path)
 {
@@ -13316,7 +13336,7 @@ static int overlay_make_named(struct image *im, struct image *base, const char *
     return ret;
 }
 
-/* path: its name; with `temporary`, the one it would have. It appears when it is complete. */
+/* Creates the overlay at `path` (temporary: a name it could have). It appears there complete, or not at all. */
 static int overlay_make(struct image *im, struct image *base, const char *path, bool temporary)
 {
     char directory[PATH_MAX];
@@ -13347,7 +13367,7 @@ static int overlay_make(struct image *im, struct image *base, const char *path, 
     return ret;
 }
 
-/* One that is there already must have been made over this very image. */
+/* An existing overlay must have been made over this very image. */
 static int overlay_check(const struct image *im, const struct image *base)
 {
     char path[PATH_MAX + 1024], format[32];
@@ -13366,8 +13386,8 @@ static int overlay_check(const struct image *im, const struct image *base)
 }
 
 /*
- * Opens `im` as an overlay of base, which is open, and then belongs to it. path: the overlay, made if it does not
- * exist; with `temporary` the name that an unnamed one would have.
+ * Opens `im` as an overlay of base, which is open and belongs to im on success. path: created if it does not exist;
+ * with `temporary`, a name the overlay could have.
  */
 static int overlay_open(struct image *im, struct image *base, const char *path, bool temporary,
                             const struct image_options *opt)
@@ -13388,7 +13408,7 @@ static int overlay_open(struct image *im, struct image *base, const char *path, 
         ret = chain_begin_writing(im);
     if (ret)
         return ret;
-    ret = check_look_at_chain(im);    /* of itself: its base was looked at */
+    ret = check_look_at_chain(im);    /* only the overlay: its base was looked at before */
     im->backing = base;
     base->child = im;
     return ret;
