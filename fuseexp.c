@@ -13850,13 +13850,9 @@ struct server {
     bool writers_direct;            /* see fop_count_open(); set by the handshake */
     _Atomic int64_t opens;          /* of handles that are cached; below 0: of direct ones */
     int backing_id;                 /* > 0: views[0] is passed through */
-    int end_fd;                     /* the supervisor reads there that the file system is unmounted everywhere */
     uint64_t attr_valid;            /* seconds the kernel may keep attributes */
     struct timespec started;
     _Atomic uint32_t mode, uid, gid;
-    struct worker *workers;
-    struct counters *counters;      /* one for each worker, in memory that the supervisor sees as well */
-    unsigned n_workers, n_running;  /* n_running of them wait for requests, the others replace who sleeps */
 };
 
 /* The data of a READ's reply, not copied into the buffer (yet). */
@@ -13872,16 +13868,16 @@ struct counters {                   /* written by one worker alone, read by the 
     char apart[16];                 /* a cache line each */
 };
 
-/* One thread, its own descriptor (or the session's, where it could not be cloned) and its own buffer. */
+/* What one thread needs to handle requests. The transport owns it, and more: see struct loop_worker. */
 struct worker {
     struct server *srv;
-    pthread_t thread;
-    int fd;
-    int pipe[2];          /* for replies by reference; -1 if there is none */
-    struct reference ref; /* of the reply in hand; length 0: its data is in buf */
-    uint8_t *buf;         /* LOOP_BUF; requests at FX_REQUEST_AT, the data of replies at FX_HEAD_ROOM */
+    bool sends_references;          /* the transport can send data that a reference names */
+    struct reference ref;           /* of the current reply; length 0: its data is in buf */
+    uint8_t *buf;                   /* FOP_BUF bytes: requests at FX_REQUEST_AT, the data of replies at FX_HEAD_ROOM */
     struct counters *count;
 };
+
+enum { FOP_BUF = FX_HEAD_ROOM + FX_MAX_IO };
 
 struct request {
     const struct fuse_in_header *head;
@@ -14223,7 +14219,7 @@ static int fop_read(struct worker *w, struct request *rq)
         return -EIO;
     ref.length = inside;
     ref.offset = v->start + in->offset;
-    if (w->pipe[0] >= 0 && ref.length >= FX_SPLICE_MIN && ref.length <= FX_SPLICE_MAX)
+    if (w->sends_references && ref.length >= FX_SPLICE_MIN && ref.length <= FX_SPLICE_MAX)
         img_map(srv->im, ref.offset, ref.length, false, &ext);
     if (ext.kind == EXT_DATA && ext.length >= ref.length) {
         ref.file = ext.file;
@@ -14556,7 +14552,22 @@ static size_t fop_fetch(struct worker *w)
  * are started together and stay: a thread that waits in read(2) costs nothing, and the kernel wakes just one.
  * ******************************************************************************************************** */
 
-enum { LOOP_BUF = FX_HEAD_ROOM + FX_MAX_IO };
+struct loop_worker {
+    struct worker w;
+    struct loop *loop;
+    pthread_t thread;
+    int fd;                         /* a clone of the session's, or that itself where it could not be cloned */
+    int pipe[2];                    /* for replies by reference; -1: there is none */
+};
+
+struct loop {
+    struct server *srv;
+    struct loop_worker *workers;
+    struct counters *counters;      /* one for each worker, in memory shared with the supervisor */
+    unsigned n_workers, n_running;  /* n_running of them wait for requests; the others replace those that sleep */
+    int session_fd;                 /* /dev/fuse as it was mounted; not owned */
+    int end_fd;                     /* tells the supervisor that the file system is unmounted everywhere */
+};
 
 /* For USR1, which the supervisor answers: no worker has to be woken from its read(2). */
 static void loop_print_counters(const struct counters *counters, unsigned n, const char *name)
@@ -14580,26 +14591,27 @@ static void loop_print_counters(const struct counters *counters, unsigned n, con
 /*
  * Sends header and data through the worker's pipe, without copying the data. False: the pipe is empty again.
  */
-static bool loop_send_reference(struct worker *w, size_t len)
+static bool loop_send_reference(struct loop_worker *l, size_t len)
 {
-    const struct fuse_out_header *reply = fop_reply(w);
+    const struct fuse_out_header *reply = fop_reply(&l->w);
+    const struct reference *ref = &l->w.ref;
 
-    if (write(w->pipe[1], reply, sizeof(*reply)) == sizeof(*reply) &&
-        file_splice(w->ref.file, w->pipe[1], w->ref.length, w->ref.file_offset) &&
-        splice(w->pipe[0], NULL, w->fd, NULL, len, 0) == (ssize_t)len)
+    if (write(l->pipe[1], reply, sizeof(*reply)) == sizeof(*reply) &&
+        file_splice(ref->file, l->pipe[1], ref->length, ref->file_offset) &&
+        splice(l->pipe[0], NULL, l->fd, NULL, len, 0) == (ssize_t)len)
         return true;
-    while (read(w->pipe[0], w->buf + FX_HEAD_ROOM, FX_MAX_IO) > 0)
+    while (read(l->pipe[0], l->w.buf + FX_HEAD_ROOM, FX_MAX_IO) > 0)
         ;
     return false;
 }
 
-static bool loop_send(struct worker *w, size_t len)
+static bool loop_send(struct loop_worker *l, size_t len)
 {
-    if (w->ref.length && loop_send_reference(w, len))
+    if (l->w.ref.length && loop_send_reference(l, len))
         return true;
-    if (w->ref.length)
-        len = fop_fetch(w);
-    return write(w->fd, fop_reply(w), len) >= 0;
+    if (l->w.ref.length)
+        len = fop_fetch(&l->w);
+    return write(l->fd, fop_reply(&l->w), len) >= 0;
 }
 
 /* ECONNABORTED: the connection went while a request was being fetched. */
@@ -14609,22 +14621,22 @@ static bool loop_unmounted(int error)
 }
 
 /* 0: another request may follow, 1: unmounted, < 0: broken. */
-static int loop_once(struct worker *w)
+static int loop_once(struct loop_worker *l)
 {
     ssize_t n;
     size_t len;
     bool sent;
 
-    n = read(w->fd, fop_request(w), FX_REQUEST_MAX);
+    n = read(l->fd, fop_request(&l->w), FX_REQUEST_MAX);
     if (n < 0) {
         if (errno == EINTR || errno == EAGAIN || errno == ENOENT)   /* ENOENT: the request was taken back */
             return 0;
         return loop_unmounted(errno) ? 1 : msg_err(-errno, "reading from /dev/fuse: %s", strerror(errno));
     }
-    w->ref.length = 0;
+    l->w.ref.length = 0;
     epoch_enter();
-    len = fop_handle(w, (size_t)n);
-    sent = len == 0 || loop_send(w, len);
+    len = fop_handle(&l->w, (size_t)n);
+    sent = len == 0 || loop_send(l, len);
     epoch_leave();
     if (sent)
         return 0;
@@ -14635,83 +14647,87 @@ static int loop_once(struct worker *w)
 
 static void *loop_worker(void *arg)
 {
-    struct worker *w = arg;
+    struct loop_worker *l = arg;
     int ret;
 
     do {
         if (pool_crowded()) {
-            madvise(w->buf, LOOP_BUF, MADV_DONTNEED);
+            madvise(l->w.buf, FOP_BUF, MADV_DONTNEED);
             pool_park();
         }
-        ret = loop_once(w);
+        ret = loop_once(l);
     } while (ret == 0);
-    (void)!write(w->srv->end_fd, "", 1);
+    (void)!write(l->loop->end_fd, "", 1);
     pool_close();
     return ret < 0 ? arg : NULL;    /* non-NULL: it broke */
 }
 
-/* Room for a header and FX_SPLICE_MAX bytes of pages; any user may have that much, up to a limit. */
-static void loop_open_pipe(struct worker *w)
+/* A pipe for a header and FX_SPLICE_MAX bytes of pages: any user may have that much, up to a limit. */
+static void loop_open_pipe(struct loop_worker *l)
 {
-    if (util_fault_op("pipe") || pipe2(w->pipe, O_CLOEXEC | O_NONBLOCK) < 0) {
-        w->pipe[0] = w->pipe[1] = -1;
-    } else if (fcntl(w->pipe[1], F_SETPIPE_SZ, 2 * FX_SPLICE_MAX) < 0) {
-        util_close(&w->pipe[0]);
-        util_close(&w->pipe[1]);
+    if (util_fault_op("pipe") || pipe2(l->pipe, O_CLOEXEC | O_NONBLOCK) < 0) {
+        l->pipe[0] = l->pipe[1] = -1;
+    } else if (fcntl(l->pipe[1], F_SETPIPE_SZ, 2 * FX_SPLICE_MAX) < 0) {
+        util_close(&l->pipe[0]);
+        util_close(&l->pipe[1]);
     }
+    l->w.sends_references = l->pipe[0] >= 0;
 }
 
-/*
- * Buffers and descriptors for n workers. Where /dev/fuse may not be opened (mode 0600), they share the
- * session's.
- */
-static int loop_prepare(struct server *srv, unsigned n, int session_fd)
+/* Buffers and descriptors for n workers. Where /dev/fuse may not be opened (mode 0600), they share the session's. */
+static int loop_prepare(struct loop *loop, struct server *srv, unsigned n, int session_fd)
 {
     uint32_t from = (uint32_t)session_fd;
+    struct counters *counters = MAP_FAILED;
     int fd, shared = -1;
 
-    srv->workers = util_fault("workers") ? NULL : calloc(n, sizeof(*srv->workers));
-    srv->counters = !srv->workers || util_fault("counters")
-                        ? MAP_FAILED
-                        : mmap(NULL, n * sizeof(*srv->counters), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
-                               -1, 0);
-    if (srv->counters == MAP_FAILED) {
-        srv->counters = NULL;
+    loop->srv = srv;
+    loop->session_fd = session_fd;
+    loop->workers = util_fault("workers") ? NULL : calloc(n, sizeof(*loop->workers));
+    if (loop->workers && !util_fault("counters"))
+        counters = mmap(NULL, n * sizeof(*counters), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (counters == MAP_FAILED)
         return msg_err(-ENOMEM, "out of memory for %u workers", n);
-    }
-    for (; srv->n_workers < n; srv->n_workers++) {
-        struct worker *w = &srv->workers[srv->n_workers];
-        w->srv = srv;
-        w->count = &srv->counters[srv->n_workers];
-        w->fd = w->pipe[0] = w->pipe[1] = -1;
-        w->buf = MAP_FAILED;
+    loop->counters = counters;
+    for (; loop->n_workers < n; loop->n_workers++) {
+        struct loop_worker *l = &loop->workers[loop->n_workers];
+        *l = (struct loop_worker){ .w = { .srv = srv, .count = &counters[loop->n_workers], .buf = MAP_FAILED },
+                                   .loop = loop, .fd = -1, .pipe = { -1, -1 } };
         if (!util_fault("worker buffer"))
-            w->buf = mmap(NULL, LOOP_BUF, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (w->buf == MAP_FAILED)
+            l->w.buf = mmap(NULL, FOP_BUF, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (l->w.buf == MAP_FAILED)
             return msg_err(-ENOMEM, "out of memory for %u workers", n);
         fd = shared >= 0 || util_fault("clone") ? -1 : open("/dev/fuse", O_RDWR | O_CLOEXEC);
         if (fd >= 0 && util_ioctl(fd, FX_IOC_CLONE, &from) < 0)
             util_close(&fd);
-        w->fd = fd;
+        l->fd = fd;
         if (fd < 0)
-            w->fd = shared = session_fd;
-        loop_open_pipe(w);
+            l->fd = shared = session_fd;
+        loop_open_pipe(l);
     }
     return 0;
 }
 
-static void loop_release(struct server *srv, int session_fd)
+/* Not the counters: the supervisor reads them until the end. */
+static void loop_release(struct loop *loop)
 {
-    for (unsigned i = 0; i < srv->n_workers; i++) {
-        munmap(srv->workers[i].buf, LOOP_BUF);
-        util_close(&srv->workers[i].pipe[0]);
-        util_close(&srv->workers[i].pipe[1]);
-        if (srv->workers[i].fd != session_fd)
-            util_close(&srv->workers[i].fd);
+    for (unsigned i = 0; i < loop->n_workers; i++) {
+        struct loop_worker *l = &loop->workers[i];
+        munmap(l->w.buf, FOP_BUF);
+        util_close(&l->pipe[0]);
+        util_close(&l->pipe[1]);
+        if (l->fd != loop->session_fd)
+            util_close(&l->fd);
     }
-    free(srv->workers);
-    srv->workers = NULL;
-    srv->n_workers = 0;
+    free(loop->workers);
+    loop->workers = NULL;
+    loop->n_workers = 0;
+}
+
+static void loop_release_counters(struct loop *loop, unsigned n)
+{
+    if (loop->counters)
+        munmap(loop->counters, n * sizeof(*loop->counters));
 }
 
 static void loop_fill_init(const struct server *srv, const struct fuse_init_in *in, uint64_t offered,
@@ -14740,10 +14756,10 @@ static void loop_fill_init(const struct server *srv, const struct fuse_init_in *
 }
 
 /* Answers FUSE_INIT, the first request on every connection. *passthrough: wanted -> granted. */
-static int loop_handshake(struct server *srv, int fd, bool *passthrough)
+static int loop_handshake(struct loop *loop, int fd, bool *passthrough)
 {
-    struct worker *w = &srv->workers[0];
-    const struct fuse_in_header *head = fop_request(w);
+    struct server *srv = loop->srv;
+    struct fuse_in_header *head = fop_request(&loop->workers[0].w);
     struct fuse_init_in in;
     struct { struct fuse_out_header head; struct fx_init_out out; } reply;
     uint64_t offered;
@@ -14751,7 +14767,7 @@ static int loop_handshake(struct server *srv, int fd, bool *passthrough)
 
     for (;;) {
         do
-            n = util_fault("INIT") ? -1 : read(fd, fop_request(w), FX_REQUEST_MAX);
+            n = util_fault("INIT") ? -1 : read(fd, head, FX_REQUEST_MAX);
         while (n < 0 && errno == EINTR);
         if (n < 0)
             return msg_err(-errno, "no FUSE_INIT from the kernel: %s", strerror(errno));
@@ -14782,40 +14798,40 @@ static int loop_handshake(struct server *srv, int fd, bool *passthrough)
  * Hands the image to the kernel. It takes CAP_SYS_ADMIN, Linux 6.9 and a file system that can; else workers
  * serve.
  */
-static void loop_pass_through(struct server *srv, int fd)
+static void loop_pass_through(struct loop *loop, int fd)
 {
-    struct fx_backing_map map = { .fd = file_descriptor(&srv->im->files[0]) };
+    struct image *im = loop->srv->im;
+    struct fx_backing_map map = { .fd = file_descriptor(&im->files[0]) };
     int id = util_fault("passthrough") ? -1 : util_ioctl(fd, FX_IOC_BACKING_OPEN, &map);
 
-    srv->counters->passthrough = id > 0;
+    loop->counters->passthrough = id > 0;
     if (id > 0)
-        srv->backing_id = id;
+        loop->srv->backing_id = id;
     else
-        msg_say(MSG_INFO, "%s: no passthrough: %s", srv->im->name, strerror(errno));
+        msg_say(MSG_INFO, "%s: no passthrough: %s", im->name, strerror(errno));
 }
 
 /* The first worker runs in the calling thread. Returns when the file system is unmounted. */
-static int loop_run(struct server *srv)
+static int loop_run(struct loop *loop)
 {
     unsigned started = 1;
     bool broken = false;
     void *result;
     int ret;
 
-    pool_start(srv->n_running, srv->n_workers);
-    for (; started < srv->n_workers; started++) {
-        struct worker *w = &srv->workers[started];
-        ret = util_fault("thread") ? EAGAIN : pthread_create(&w->thread, NULL, loop_worker, w);
+    pool_start(loop->n_running, loop->n_workers);
+    for (; started < loop->n_workers; started++) {
+        struct loop_worker *l = &loop->workers[started];
+        ret = util_fault("thread") ? EAGAIN : pthread_create(&l->thread, NULL, loop_worker, l);
         if (ret) {
-            msg_say(MSG_NOTE, "only %u of %u threads could be started: %s", started, srv->n_workers,
-                    strerror(ret));
+            msg_say(MSG_NOTE, "only %u of %u threads could be started: %s", started, loop->n_workers, strerror(ret));
             break;
         }
     }
-    pool_reduce(srv->n_workers - started);
-    broken = loop_worker(&srv->workers[0]) != NULL;
+    pool_reduce(loop->n_workers - started);
+    broken = loop_worker(&loop->workers[0]) != NULL;
     for (unsigned i = 1; i < started; i++)
-        if (pthread_join(srv->workers[i].thread, &result) != 0 || result)
+        if (pthread_join(loop->workers[i].thread, &result) != 0 || result)
             broken = true;
     return broken ? -EIO : 0;
 }
@@ -16328,6 +16344,7 @@ struct run {
     struct view views[MAX_VIEWS];
     unsigned n_views;
     struct server srv;
+    struct loop loop;
     struct mountpoint mp;
     char source[PATH_MAX];          /* the image, as the mount table shows it */
     char pidfile[PATH_MAX];         /* absolute */
@@ -16419,8 +16436,8 @@ static void run_on_signal(struct run *r, const struct signalfd_siginfo *si)
         run_reap(&r->command, &r->command_status);
         break;
     case SIGUSR1:
-        if (r->srv.counters)
-            loop_print_counters(r->srv.counters, run_threads(r->o), r->o->images[0]);
+        if (r->loop.counters)
+            loop_print_counters(r->loop.counters, run_threads(r->o), r->o->images[0]);
         break;
     default:
         if (r->command > 0 && si->ssi_code <= 0)
@@ -16691,7 +16708,7 @@ static void run_setup_server(struct run *r)
     srv->direct_io = o->direct_io || (r->im.writable && r->n_views > 1);
     srv->keep_cache = !o->share && !r->im.writable;
     srv->debug = o->debug;
-    srv->n_running = cpus < 2 ? 2 : (unsigned)cpus;
+    r->loop.n_running = cpus < 2 ? 2 : (unsigned)cpus;
     srv->attr_valid = r->im.writable || o->share ? 1 : 3600;
     srv->uid = o->uid == OPT_UNSET ? getuid() : o->uid;
     srv->gid = o->gid == OPT_UNSET ? getgid() : o->gid;
@@ -16765,9 +16782,9 @@ static int run_server(struct run *r, int ready_fd)
     util_close(&r->shell_fd);
     util_close_inherited();
 
-    ret = loop_handshake(&r->srv, fd, &pass);
+    ret = loop_handshake(&r->loop, fd, &pass);
     if (!ret && pass)
-        loop_pass_through(&r->srv, fd);
+        loop_pass_through(&r->loop, fd);
     if (!ret)
         mnt_raise_readahead(&r->mp, 1024);
     if (!ret)
@@ -16776,8 +16793,8 @@ static int run_server(struct run *r, int ready_fd)
         ret = msg_err(-EIO, "cannot tell the supervisor that all is ready");
     if (ret)
         return EXIT_FAILED;
-    r->srv.end_fd = ready_fd;
-    ret = loop_run(&r->srv);
+    r->loop.end_fd = ready_fd;
+    ret = loop_run(&r->loop);
     file_tell_bad(NULL);
     if (!lost_finish())
         ret = -EIO;
@@ -16799,7 +16816,7 @@ static void run_null_stdio(int first, int last)
 /* What the server alone may hold from now on. */
 static void run_let_go(struct run *r)
 {
-    loop_release(&r->srv, r->mp.session_fd);
+    loop_release(&r->loop);
     mnt_end_session(&r->mp);
     chain_close(&r->im);
     decoded_stop();
@@ -17205,7 +17222,7 @@ static int run_export(const struct options *o, int shell_fd)
     if (run_mount(r))
         goto out_mount;
     run_name_control(r);
-    if (loop_prepare(&r->srv, run_threads(o), r->mp.session_fd))
+    if (loop_prepare(&r->loop, &r->srv, run_threads(o), r->mp.session_fd))
         goto out_workers;
     if (run_fork_server(r))
         goto out_server;
@@ -17229,9 +17246,8 @@ out_server:
         run_stop_server(r);
     util_close(&r->ready_fd);
 out_workers:
-    loop_release(&r->srv, r->mp.session_fd);
-    if (r->srv.counters)
-        munmap(r->srv.counters, run_threads(o) * sizeof(*r->srv.counters));
+    loop_release(&r->loop);
+    loop_release_counters(&r->loop, run_threads(o));
 out_mount:
     run_release_mount(r);
 out_mountpoint:

@@ -6968,7 +6968,7 @@ static int test_fuzz_requests(unsigned long n, char *path, bool writable)
                           .resizable = writable,
                           .mode = 0600 };
     struct counters count = { .reads = 0 };
-    struct worker w = { .srv = &srv, .count = &count, .pipe = { -1, -1 }, .buf = calloc(1, LOOP_BUF) };
+    struct worker w = { .srv = &srv, .count = &count, .buf = calloc(1, FOP_BUF) };
     struct part_wanted want = { .offset = 0 };
     struct image_options opt = { .format = "raw" };
     int ret = chain_open(&im, &path, 1, &opt);
@@ -6990,7 +6990,7 @@ static int test_fuzz_requests(unsigned long n, char *path, bool writable)
         w.ref.length = 0;
         size_t reply = fop_handle(&w, len);
         ASAN_UNPOISON_MEMORY_REGION(w.buf, FX_HEAD_ROOM);
-        if (reply > LOOP_BUF || (reply && reply < sizeof(struct fuse_out_header)) || im.size > 1ull << 40)
+        if (reply > FOP_BUF || (reply && reply < sizeof(struct fuse_out_header)) || im.size > 1ull << 40)
             ret = im.size > 1ull << 40 ? img_resize(&im, 4096, 0) : -EPROTO;
     }
     free(w.buf);
