@@ -3258,11 +3258,15 @@ static void decoded_prefetch(const struct extent *ext)
  * parents.
  * ******************************************************************************************************** */
 
-/* Rejects an invalid header: the image is not opened. */
+/* Rejects an invalid header, of the image's file at `path`: the image is not opened. */
+static int fmt_refuse_in(const struct image *im, const char *path, const char *what, uint64_t value)
+{
+    return msg_err(-EINVAL, "%s: damaged or hostile %s image: %s (0x%" PRIx64 ")", path, im->format->name, what, value);
+}
+
 static int fmt_refuse(const struct image *im, const char *what, uint64_t value)
 {
-    return msg_err(-EINVAL, "%s: damaged or hostile %s image: %s (0x%" PRIx64 ")", im->name, im->format->name, what,
-                   value);
+    return fmt_refuse_in(im, im->name, what, value);
 }
 
 /* Notes a damaged or unknown field that reading the disk does not need. */
@@ -3276,17 +3280,22 @@ static int fmt_refuse_table(const struct image *im, const struct file *f, const 
                             uint64_t length)
 {
     if (offset <= f->size && length <= f->size - offset)
-        return fmt_refuse(im, what, offset);
+        return fmt_refuse_in(im, f->path, what, offset);
     return msg_err(-EINVAL, "%s: cut off or damaged %s image: %s (0x%" PRIx64 "), past the end of the file, which "
                    "has %" PRIu64 " bytes: a whole copy is needed", f->path, im->format->name, what, offset,
                    (uint64_t)f->size);
 }
 
 /* Refuses a valid image of a kind that is not supported. */
+static int fmt_unsupported_in(const struct image *im, const char *path, const char *what, uint64_t value)
+{
+    return msg_err(-EOPNOTSUPP, "%s: a %s image of a kind that is not supported: %s (0x%" PRIx64 ")", path,
+                   im->format->name, what, value);
+}
+
 static int fmt_unsupported(const struct image *im, const char *what, uint64_t value)
 {
-    return msg_err(-EOPNOTSUPP, "%s: a %s image of a kind that is not supported: %s (0x%" PRIx64 ")", im->name,
-                   im->format->name, what, value);
+    return fmt_unsupported_in(im, im->name, what, value);
 }
 
 /* The data is encrypted with `how`; `who` can decrypt it. The tables are plain, so --info and --check still work. */
@@ -6277,63 +6286,131 @@ static const struct image_format vhdx_format = {
  * 19. VMDK
  *
  * VMware "Virtual Disk Format 5.0"; COWD and seSparse: the documentation of libvmdk and QEMU. All numbers are
- * little-endian; most places are sectors of 512 bytes.
+ * little-endian; offsets and sizes on disk are in sectors of 512 bytes.
  *
  *   descriptor  text: CID, parent, and one line for each extent of the disk, in order. A file of its own, or
- *               inside the sparse extent that is the whole disk, which is then meant whatever name it says
+ *               inside the sparse extent that is the whole disk: then its line means this file, whatever it is called
  *   flat        bytes of a file from some sector on
  *   hosted      "KDMV": header | descriptor | redundant grain directory, its tables | grain directory, its
- *               tables | grains. streamOptimized: compressed grains, each behind a marker with its place and
- *               length; then tables, directory, and a footer that repeats the header and says where they are
- *   COWD        header | grain directory | tables of 4096 entries and grains, as they came
+ *               tables | grains. streamOptimized: compressed grains, each behind a marker with its sector of the disk
+ *               and its length; then tables, directory, and a footer: the header again, with the directory's offset
+ *   COWD        header | grain directory | tables of 4096 entries and grains, as they were allocated
  *   seSparse    header | volatile header | ... | grain directory | tables | ... | grains; entries of 8 bytes
  *
  *   grain directory entry -> grain table; grain table entry -> grain; 0: what the parent has
  *
- * Where an extent has two directories, both are asked. Writers keep them equal, so that where they differ one
- * is damaged: the one that cannot be true loses, and so does a sector of zeros (a bad sector of the disk that
- * the image was on); else it is an error. Only after a crash (unclean) the entry that has data is taken.
+ * An extent with two grain directories has every table twice, and writers keep both equal. Both are read, and what one
+ * has lost comes from the other. Where the entries of a grain differ,
+ *   - an invalid one loses;
+ *   - after a crash (unclean) the one that has data wins: the other one was not written yet;
+ *   - one in a sector of zeros loses: copies of dying disks have zeros for what was unreadable;
+ *   - otherwise the grain is an error.
+ * Example: a bad sector of the disk that the image was on lost 128 entries of a table. QEMU reads the first directory
+ * alone, and shows 8 MiB of zeros if the table was one of that; the table of the redundant directory has the data.
  * ******************************************************************************************************** */
+
+struct vmdk_header {                /* of a hosted extent; a footer has the same shape */
+    le32 magic;                     /* 0x00 "KDMV" */
+    le32 version;                   /* 0x04 1 to 3 */
+    le32 flags;                     /* 0x08 VMDK_FLAG_... */
+    le64 capacity;                  /* 0x0c */
+    le64 grain;                     /* 0x14 */
+    le64 descriptor;                /* 0x1c offset; 0: none */
+    le64 descriptor_size;           /* 0x24 */
+    le32 table_entries;             /* 0x2c */
+    le64 redundant;                 /* 0x30 offset of the redundant grain directory; 0: none */
+    le64 directory;                 /* 0x38 offset of the grain directory; VMDK_AT_END: the footer has it */
+    le64 overhead;                  /* 0x40 */
+    uint8_t unclean;                /* 0x48 */
+    uint8_t newlines[4];            /* 0x49 "\n \r\n", see vmdk_check_newlines() */
+    le16 algorithm;                 /* 0x4d of compression: 1 is zlib */
+    uint8_t reserved[433];          /* 0x4f */
+};
+_Static_assert(sizeof(struct vmdk_header) == 512, "VMDK header of a hosted extent");
+
+struct vmdk_marker {                /* before each part of a stream */
+    le64 value;                     /* 0x00 of a grain: its sector of the disk; else the part's size */
+    le32 size;                      /* 0x08 of a grain: bytes of compressed data, which begin at 0x0c; else 0 */
+    le32 type;                      /* 0x0c VMDK_MARKER_FOOTER, ... */
+    uint8_t reserved[496];          /* 0x10 */
+};
+_Static_assert(sizeof(struct vmdk_marker) == 512, "VMDK marker");
+
+struct vmdk_cowd_header {
+    le32 magic;                     /* 0x000 "COWD" */
+    le32 version;                   /* 0x004 1 */
+    le32 flags;                     /* 0x008 */
+    le32 capacity;                  /* 0x00c */
+    le32 grain;                     /* 0x010 */
+    le32 directory;                 /* 0x014 offset */
+    le32 directory_entries;         /* 0x018 */
+    le32 next_free;                 /* 0x01c offset */
+    char parent[1024];              /* 0x020 its name; of a whole disk: cylinders, heads, sectors in 4 bytes each */
+    uint8_t unused[592];            /* 0x420 generations, name, description */
+    le32 unclean;                   /* 0x670 */
+    uint8_t padding[396];           /* 0x674 */
+};
+_Static_assert(sizeof(struct vmdk_cowd_header) == 2048, "VMDK COWD header");
+
+struct vmdk_se_header {
+    le64 magic;                     /* 0x00 VMDK_SE_MAGIC */
+    le64 version;                   /* 0x08 VMDK_SE_VERSION */
+    le64 capacity;                  /* 0x10 */
+    le64 grain;                     /* 0x18 */
+    le64 table_size;                /* 0x20 */
+    le64 flags;                     /* 0x28 features, none of which is known */
+    le64 reserved[4];               /* 0x30 */
+    le64 volatile_header[2];        /* 0x50 offset, size; so have all of these: */
+    le64 journal_header[2];         /* 0x60 */
+    le64 journal[2];                /* 0x70 */
+    le64 directory[2];              /* 0x80 */
+    le64 tables[2];                 /* 0x90 */
+    le64 free_bitmap[2];            /* 0xa0 */
+    le64 back_map[2];               /* 0xb0 */
+    le64 grains[2];                 /* 0xc0 */
+    uint8_t padding[304];           /* 0xd0 */
+};
+_Static_assert(sizeof(struct vmdk_se_header) == 512, "VMDK seSparse header");
+
+struct vmdk_se_volatile {
+    le64 magic;                     /* 0x00 VMDK_SE_VOLATILE_MAGIC */
+    le64 free_table;                /* 0x08 */
+    le64 next_transaction;          /* 0x10 */
+    uint8_t replay;                 /* 0x18 not 0: the journal has what the tables lack */
+    uint8_t padding[487];           /* 0x19 */
+};
+_Static_assert(sizeof(struct vmdk_se_volatile) == 512, "VMDK seSparse volatile header");
 
 enum {
     VMDK_SECTOR = 512,
     VMDK_MAX_TEXT = 1 << 20,        /* bytes of a descriptor: MAX_PARTS lines need less */
     VMDK_MAX_GRAIN = 1 << 17,       /* sectors: 64 MiB; 128 is usual */
-    VMDK_ROUNDED = 1 << 16,         /* bytes that a file may be longer than its extent and yet be just that */
-    VMDK_FOOTER_BACK = 128,         /* sectors at the end in which the footer is looked for */
+    VMDK_MAX_ROUNDING = 1 << 16,    /* bytes: a flat file that is longer than its extent by less was just rounded up */
+    VMDK_MAX_FOOTER_BACK = 128,     /* sectors at the end in which the footer is looked for */
 
     VMDK_HOSTED_MAGIC = 0x564d444b, /* "KDMV" */
-    VMDK_HOSTED_GRAIN_MIN = 8,      /* sectors */
+    VMDK_HOSTED_MIN_GRAIN = 8,      /* sectors */
     VMDK_HOSTED_ENTRIES = 512,      /* of a grain table, at most */
+    VMDK_MAX_ENTRIES = 4096,        /* of a table of COWD and seSparse, always */
     VMDK_USUAL_GRAIN_BITS = 16,
-    VMDK_OFF_VERSION = 4, VMDK_OFF_FLAGS = 8, VMDK_OFF_CAPACITY = 12, VMDK_OFF_GRAIN = 20, VMDK_OFF_DESCRIPTOR = 28,
-    VMDK_OFF_DESCRIPTOR_SIZE = 36, VMDK_OFF_ENTRIES = 44, VMDK_OFF_REDUNDANT = 48, VMDK_OFF_DIRECTORY = 56,
-    VMDK_OFF_UNCLEAN = 72, VMDK_OFF_NEWLINES = 73, VMDK_OFF_ALGORITHM = 77,
     VMDK_FLAG_NEWLINES = 1, VMDK_FLAG_REDUNDANT = 2, VMDK_FLAG_ZERO_GRAINS = 4, VMDK_FLAG_COMPRESSED = 1 << 16,
     VMDK_FLAG_MARKERS = 1 << 17,
-    VMDK_MARKER_HEAD = 12,          /* of a grain: u64 sector of the disk, u32 length of what follows */
-    VMDK_MARKER_FOOTER = 3,         /* u64 sectors, u32 0, u32 type */
+    VMDK_MARKER_HEAD = 12,          /* bytes before a grain's compressed data */
+    VMDK_MARKER_FOOTER = 3,
 
     VMDK_COWD_MAGIC = 0x44574f43,   /* "COWD" */
-    VMDK_COWD_ENTRIES_BITS = 12,
-    VMDK_COWD_OFF_CAPACITY = 12, VMDK_COWD_OFF_GRAIN = 16, VMDK_COWD_OFF_DIRECTORY = 20, VMDK_COWD_OFF_ENTRIES = 24,
-    VMDK_COWD_OFF_PARENT = 32, VMDK_COWD_OFF_UNCLEAN = 1648, VMDK_COWD_HEADER = 2048,
 
-    VMDK_SE_GRAIN_BITS = 12,        /* nothing else was ever written: 4 KiB, tables of 4096 entries */
-    VMDK_SE_ENTRIES_BITS = 12,
-    VMDK_SE_TABLE = 32768,          /* bytes */
-    VMDK_SE_OFF_VERSION = 8, VMDK_SE_OFF_CAPACITY = 16, VMDK_SE_OFF_GRAIN = 24, VMDK_SE_OFF_TABLE = 32,
-    VMDK_SE_OFF_FLAGS = 40, VMDK_SE_OFF_VOLATILE = 80, VMDK_SE_OFF_DIRECTORY = 128, VMDK_SE_OFF_DIRECTORY_SIZE = 136,
-    VMDK_SE_OFF_TABLES = 144, VMDK_SE_OFF_GRAINS = 192,
-    VMDK_SE_OFF_REPLAY = 24,        /* of the volatile header */
+    VMDK_SE_GRAIN = 8,              /* sectors: nothing else was ever written */
+    VMDK_SE_TABLE = 64,             /* sectors of a grain table */
 };
 #define VMDK_SE_MAGIC 0xcafebabeu
 #define VMDK_SE_VOLATILE_MAGIC 0xcafecafeu
 #define VMDK_SE_VERSION 0x0000000200000001u
+#define VMDK_MAX_SECTORS ((uint64_t)MAX_IMAGE_SIZE / VMDK_SECTOR)
 #define VMDK_NO_PARENT 0xffffffffu
 #define VMDK_NEW_CID 0xfffffffeu    /* of every disk that was never written, and of all that some programs make */
 #define VMDK_LINE_ENDS "\r\n"       /* of a descriptor: either, or both */
-#define VMDK_AT_END UINT64_MAX      /* place of the grain directory: the footer says it */
+#define VMDK_AT_END UINT64_MAX      /* offset of the grain directory: the footer has it */
 
 enum vmdk_kind { VMDK_BAD, VMDK_ZERO, VMDK_FLAT, VMDK_HOSTED, VMDK_COWD, VMDK_SESPARSE };
 
@@ -6350,17 +6427,18 @@ struct vmdk_extent {
     uint64_t capacity;              /* bytes: by its header; its last grain may reach past `size` */
     uint32_t grain_bits, table_bits, entry_size;    /* log2 of a grain's bytes, of a table's entries; 4 or 8 */
     uint32_t last_length;           /* compressed: what the last grain decodes to */
-    uint64_t directory[2];          /* bytes: of the one or two grain directories; 0: none */
+    uint64_t directory[2];          /* offsets in file of the one or two grain directories; 0: none */
     uint64_t header_sectors;        /* with the descriptor: no directory lies before */
-    uint64_t first_grain;           /* bytes: what lies before is not data for sure */
-    uint64_t tables, grains;        /* seSparse, bytes: entries count from here */
+    uint64_t first_grain;           /* offset in file: no data lies before */
+    uint64_t tables, grains;        /* seSparse: offsets in file, entries count from here */
 };
 
 struct vmdk {
     struct vmdk_extent *extents;
     unsigned n_extents;
     uint32_t cid, parent_cid;
-    bool no_cid, odd_parent_cid;    /* damaged: the latter means none, if there is no other sign of a parent */
+    bool no_cid;                    /* its own is missing or damaged */
+    bool odd_parent_cid;            /* damaged: means none, if there is no other sign of a parent */
     char *text;                     /* the descriptor, cut into lines; NULL: none */
     bool embedded;                  /* in the extent that is the whole disk */
     const char *create_type, *hint, *encoding;      /* in text, or "" */
@@ -6394,24 +6472,20 @@ static size_t vmdk_bom(const char *text)
 }
 
 /* Text that begins like a descriptor: the usual comment, or a version and, soon, a CID. */
-static bool vmdk_is_descriptor(const uint8_t *bytes, size_t len)
+static bool vmdk_is_descriptor(const void *bytes, size_t len)
 {
     char head[1024];
     const char *p = head;
-    bool comment;
 
     len = util_min(len, sizeof(head) - 1);
     memcpy(head, bytes, len);
     head[len] = 0;
-    p += vmdk_bom(head);
-    while (p) {
+    for (p += vmdk_bom(head); p; p = strpbrk(p, VMDK_LINE_ENDS)) {
         p += strspn(p, " \t" VMDK_LINE_ENDS);
-        comment = *p == '#';
-        if (comment && vmdk_starts(p + 1 + strspn(p + 1, " \t"), "Disk DescriptorFile"))
-            return true;
-        if (!comment)
+        if (*p != '#')
             return vmdk_starts(p, "version") && p[7 + strspn(p + 7, " \t")] == '=' && strcasestr(p, "CID");
-        p = strpbrk(p, VMDK_LINE_ENDS);
+        if (vmdk_starts(p + 1 + strspn(p + 1, " \t"), "Disk DescriptorFile"))
+            return true;
     }
     return false;
 }
@@ -6419,24 +6493,6 @@ static bool vmdk_is_descriptor(const uint8_t *bytes, size_t len)
 static int vmdk_bad_line(const struct image *im, const char *what, const char *line)
 {
     return msg_err(-EINVAL, "%s: damaged or hostile VMDK descriptor: %s: '%.200s'", im->name, what, line);
-}
-
-/* A decimal number up to the next blank; moves on to what follows. */
-static bool vmdk_number(char **p, uint64_t most, uint64_t *value)
-{
-    char *at = *p;
-
-    if (!isdigit((unsigned char)*at))
-        return false;
-    for (*value = 0; isdigit((unsigned char)*at); at++) {
-        *value = *value * 10 + (uint64_t)(*at - '0');
-        if (*value > most)
-            return false;
-    }
-    if (*at && *at != ' ' && *at != '\t')
-        return false;
-    *p = at + strspn(at, " \t");
-    return true;
 }
 
 /* Cuts the word at *p off; moves on to what follows. */
@@ -6451,6 +6507,36 @@ static char *vmdk_word(char **p)
     return word;
 }
 
+/* A word that is a number of sectors; in bytes. */
+static bool vmdk_sectors(char **p, uint64_t *bytes)
+{
+    const char *word = vmdk_word(p);
+    uint64_t sectors = 0;
+
+    *bytes = 0;
+    if (!*word)
+        return false;
+    for (; *word; word++) {
+        sectors = sectors * 10 + (uint64_t)(*word - '0');
+        if (!isdigit((unsigned char)*word) || sectors > VMDK_MAX_SECTORS)
+            return false;
+    }
+    *bytes = sectors * VMDK_SECTOR;
+    return true;
+}
+
+/* A name in quotes; NULL: there is none. */
+static char *vmdk_quoted(char **p)
+{
+    char *name = *p + 1, *end = **p == '"' ? strchr(name, '"') : NULL;
+
+    if (!end)
+        return NULL;
+    *end++ = 0;
+    *p = end + strspn(end, " \t");
+    return name;
+}
+
 static bool vmdk_is_extent_line(const char *line)
 {
     static const char *const access[] = { "RW", "RDONLY", "NOACCESS" };
@@ -6461,7 +6547,7 @@ static bool vmdk_is_extent_line(const char *line)
     return false;
 }
 
-static const struct {
+static const struct vmdk_type {
     const char *word;
     enum vmdk_kind kind;            /* of the sparse ones the file's own magic decides */
 } vmdk_types[] = {
@@ -6470,52 +6556,54 @@ static const struct {
     { "VMFSPASSTHROUGHRDM", VMDK_BAD }, { "VMFSPASSTHROUGHRAW", VMDK_BAD },
 };
 
+static int vmdk_set_type(const struct image *im, struct vmdk_extent *e, const char *access, const char *line)
+{
+    const struct vmdk_type *type = vmdk_types, *end = vmdk_types + ARRAY_LEN(vmdk_types);
+
+    while (type < end && strcasecmp(e->type, type->word) != 0)
+        type++;
+    if (!*e->type)
+        return vmdk_bad_line(im, "the type of an extent", line);
+    if (type == end)
+        return msg_err(-EOPNOTSUPP, "%s: the type of an extent, %.40s, is not supported", im->name, e->type);
+    if (type->kind == VMDK_BAD)
+        return msg_err(-EOPNOTSUPP, "%s: an extent of type %s: its data are on a device, not in the image, "
+                       "which is not supported", im->name, e->type);
+    e->kind = type->kind;
+    e->exact = strcmp(access, "RW") == 0 && strcmp(e->type, type->word) == 0;
+    e->no_access = vmdk_starts(access, "NOACCESS");
+    return 0;
+}
+
 /* ACCESS SECTORS TYPE ["FILE" [SECTOR [...]]] */
 static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
 {
     struct vmdk_extent *e = &v->extents[v->n_extents];
-    char shown[201], *p = line, *end;
+    char shown[201], *p = line;
     const char *access;
-    uint64_t sectors, sector = 0;
-    size_t type = 0;
-    bool placed;
+    int ret;
 
     util_copy(shown, sizeof(shown), line);
     if (v->n_extents == MAX_PARTS)
         return msg_err(-E2BIG, "%s: more than %d extents", im->name, MAX_PARTS);
     access = vmdk_word(&p);
-    e->no_access = vmdk_starts(access, "NOACCESS");
-    if (!vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sectors) || !sectors)
+    if (!vmdk_sectors(&p, &e->size) || !e->size)
         return vmdk_bad_line(im, "the size of an extent", shown);
-    e->size = sectors * VMDK_SECTOR;
     e->type = vmdk_word(&p);
-    while (type < ARRAY_LEN(vmdk_types) && strcasecmp(e->type, vmdk_types[type].word) != 0)
-        type++;
-    if (type == ARRAY_LEN(vmdk_types))
-        return !*e->type ? vmdk_bad_line(im, "the type of an extent", shown)
-                         : msg_err(-EOPNOTSUPP, "%s: the type of an extent, %.40s, is not supported", im->name,
-                                   e->type);
-    e->kind = vmdk_types[type].kind;
-    e->exact = strcmp(access, "RW") == 0 && strcmp(e->type, vmdk_types[type].word) == 0;
-    if (e->kind == VMDK_BAD)
-        return msg_err(-EOPNOTSUPP, "%s: an extent of type %s: its data are on a device, not in the image, "
-                       "which is not supported", im->name, e->type);
-    end = *p == '"' ? strchr(p + 1, '"') : NULL;
-    if (end) {
-        *end = 0;
-        e->name = p + 1;
-        p = end + 1 + strspn(end + 1, " \t");
-    }
-    if (e->kind == VMDK_HOSTED && v->embedded && (e->name || !*p) && !(e->name && *e->name))
+    ret = vmdk_set_type(im, e, access, shown);
+    if (ret)
+        return ret;
+    e->name = vmdk_quoted(&p);
+    if (e->kind == VMDK_HOSTED && v->embedded && (e->name ? !*e->name : !*p))
         e->name = "";               /* as FreeBSD's mkimg has it: the file itself, see vmdk_find_self() */
     else if (e->kind == VMDK_ZERO ? !!*p : !e->name || !*e->name)
         return vmdk_bad_line(im, "the file of an extent", shown);
-    placed = *p && (e->kind == VMDK_FLAT || strcmp(p, "0") == 0);
-    if (placed && !vmdk_number(&p, MAX_IMAGE_SIZE / VMDK_SECTOR, &sector))
-        return vmdk_bad_line(im, "the place of an extent in its file", shown);
-    e->offset = sector * VMDK_SECTOR;
-    if ((*p && !placed) || (e->kind == VMDK_FLAT && !placed && strcasecmp(e->type, "FLAT") == 0))
+    if (*p && (e->kind == VMDK_FLAT || strcmp(p, "0") == 0)) {
+        if (!vmdk_sectors(&p, &e->offset))
+            return vmdk_bad_line(im, "the offset of an extent in its file", shown);
+    } else if (*p || strcasecmp(e->type, "FLAT") == 0) {
         return vmdk_bad_line(im, "a malformed extent", shown);
+    }
     v->n_extents++;
     return 0;
 }
@@ -6528,57 +6616,89 @@ static bool vmdk_cid(const char *value, uint32_t *cid)
     return len && len <= 8 && !value[len];
 }
 
-/* Its own CID is for its children alone. A damaged one fits none of them. */
-static void vmdk_set_cid(const struct image *im, struct vmdk *v, const char *value)
+/* A key of the descriptor, and how its value is set. */
+struct vmdk_key {
+    const char *name;
+    int (*set)(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value);
+    size_t field;                   /* offset in struct vmdk: of a text, or of an identity */
+    enum identity_kind kind;        /* of a UUID */
+};
+
+static int vmdk_set_version(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value)
 {
+    (void)v;
+    (void)key;
+    if (isdigit((unsigned char)*value) && (*value < '1' || *value > '4' || value[1]))
+        return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s', which is not supported; 1 to 4 "
+                       "are", im->name, value);
+    return 0;
+}
+
+static int vmdk_set_text(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value)
+{
+    (void)im;
+    *(const char **)(void *)((char *)v + key->field) = value;
+    return 0;
+}
+
+/* Its own CID is for its children alone. A damaged one fits none of them. */
+static int vmdk_set_cid(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value)
+{
+    (void)key;
     v->no_cid = !vmdk_cid(value, &v->cid);
     if (v->no_cid)
         msg_say(MSG_NOTE, "%s: its CID is damaged: '%.20s' (no child of it can be checked)", im->name, value);
+    return 0;
 }
 
 /*
- * One wrong character in "ffffffff" makes no parent, unless a parent is named: see vmdk_set_parent(). But "fffffffe" is
- * a true CID.
+ * "ffffffff" with one wrong character still means no parent, unless a parent is named: see vmdk_set_parent(). But
+ * "fffffffe" is a true CID.
  */
-static bool vmdk_set_parent_cid(const struct image *im, struct vmdk *v, const char *value)
+static int vmdk_set_parent_cid(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value)
 {
+    bool valid = vmdk_cid(value, &v->parent_cid);
     unsigned wrong = 0;
 
     for (const char *p = value; *p; p++)
         wrong += *p != 'f' && *p != 'F';
-    v->odd_parent_cid = strlen(value) == 8 && wrong == 1;
-    if (vmdk_cid(value, &v->parent_cid) && (!v->odd_parent_cid || v->parent_cid == VMDK_NEW_CID)) {
-        v->odd_parent_cid = false;
-        return true;
-    }
+    v->odd_parent_cid = strlen(value) == 8 && wrong == 1 && !(valid && v->parent_cid == VMDK_NEW_CID);
     if (v->odd_parent_cid)
         msg_say(MSG_NOTE, "%s: its parent's CID is damaged, or very odd: '%s'", im->name, value);
-    return v->odd_parent_cid;
+    return valid || v->odd_parent_cid ? 0 : vmdk_bad_line(im, key->name, value);
 }
 
-/* VirtualBox names the parent in no other way: its parentCID is ffffffff, and there is no hint. */
-static const struct {
-    const char *key;
-    bool parent;
-    enum identity_kind kind;
-} vmdk_uuids[] = {
-    { "ddb.uuid.image", false, ID_IMAGE }, { "ddb.uuid.modification", false, ID_STATE },
-    { "ddb.uuid.parent", true, ID_IMAGE }, { "ddb.uuid.parentmodification", true, ID_STATE },
-};
-
-/* As for the CID, one wrong character in a null UUID makes no parent. */
-static void vmdk_set_uuid(struct vmdk *v, bool parent, enum identity_kind kind, const char *value)
+/* A null UUID means none, and so does one with one wrong character. */
+static int vmdk_set_uuid(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value)
 {
     uint8_t uuid[16];
     unsigned wrong = 0;
 
+    (void)im;
     for (const char *p = value; *p; p++)
         wrong += !strchr("0-{}", *p);
-    if (wrong > 1 && text_parse_guid(value, uuid))
-        ext_set_id(parent ? &v->parent_id : &v->id, kind, uuid);
-    else if (wrong > 1 && parent && kind == ID_IMAGE)
+    if (wrong <= 1)
+        return 0;
+    if (text_parse_guid(value, uuid))
+        ext_set_id((struct identity *)(void *)((char *)v + key->field), key->kind, uuid);
+    else if (key->field == offsetof(struct vmdk, parent_id) && key->kind == ID_IMAGE)
         v->odd_parent_uuid = true;
+    return 0;
 }
+
+/* VirtualBox names the parent by its UUID alone: its parentCID is ffffffff, and there is no hint. */
+static const struct vmdk_key vmdk_keys[] = {
+    { "version", vmdk_set_version, 0, 0 },
+    { "CID", vmdk_set_cid, 0, 0 },
+    { "parentCID", vmdk_set_parent_cid, 0, 0 },
+    { "createType", vmdk_set_text, offsetof(struct vmdk, create_type), 0 },
+    { "encoding", vmdk_set_text, offsetof(struct vmdk, encoding), 0 },
+    { "parentFileNameHint", vmdk_set_text, offsetof(struct vmdk, hint), 0 },
+    { "ddb.uuid.image", vmdk_set_uuid, offsetof(struct vmdk, id), ID_IMAGE },
+    { "ddb.uuid.modification", vmdk_set_uuid, offsetof(struct vmdk, id), ID_STATE },
+    { "ddb.uuid.parent", vmdk_set_uuid, offsetof(struct vmdk, parent_id), ID_IMAGE },
+    { "ddb.uuid.parentmodification", vmdk_set_uuid, offsetof(struct vmdk, parent_id), ID_STATE },
+};
 
 /* Could a line that makes no sense have been an extent, or have said that there is a parent? */
 static bool vmdk_line_matters(const char *line)
@@ -6594,13 +6714,13 @@ static bool vmdk_line_matters(const char *line)
 /* NAME = VALUE, perhaps in quotes. in_ddb: among the lines on the virtual hardware, of which none is needed. */
 static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_ddb)
 {
-    char *value = strchr(line, '='), *key = line;
+    char *value = strchr(line, '='), *name;
     size_t len;
 
     if (value)
         *value++ = 0;
-    key = vmdk_trim(key);
-    if (!value || key[strcspn(key, " \t\"")]) {
+    name = vmdk_trim(line);
+    if (!value || name[strcspn(name, " \t\"")]) {
         if (!in_ddb && (vmdk_line_matters(line) || (value && vmdk_line_matters(value))))
             return vmdk_bad_line(im, "neither an extent nor a value", line);
         if (!in_ddb)
@@ -6613,24 +6733,11 @@ static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_
         value[len - 1] = 0;
         value++;
     }
-    if (strcasecmp(key, "version") == 0 && isdigit((unsigned char)*value) && (*value < '1' || *value > '4' || value[1]))
-        return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s', which is not supported",
-                       im->name, value);
-    if (strcasecmp(key, "CID") == 0)
-        vmdk_set_cid(im, v, value);
-    if (strcasecmp(key, "parentCID") == 0 && !vmdk_set_parent_cid(im, v, value))
-        return vmdk_bad_line(im, key, value);
-    if (vmdk_starts(key, "encryption"))
-        return fmt_encrypted(im, key, "VMware");
-    for (size_t i = 0; i < ARRAY_LEN(vmdk_uuids); i++)
-        if (strcasecmp(key, vmdk_uuids[i].key) == 0)
-            vmdk_set_uuid(v, vmdk_uuids[i].parent, vmdk_uuids[i].kind, value);
-    if (strcasecmp(key, "createType") == 0)
-        v->create_type = value;
-    if (strcasecmp(key, "encoding") == 0)
-        v->encoding = value;
-    if (strcasecmp(key, "parentFileNameHint") == 0)
-        v->hint = value;
+    if (vmdk_starts(name, "encryption"))
+        return fmt_encrypted(im, name, "VMware");
+    for (size_t i = 0; i < ARRAY_LEN(vmdk_keys); i++)
+        if (strcasecmp(name, vmdk_keys[i].name) == 0)
+            return vmdk_keys[i].set(im, v, &vmdk_keys[i], value);
     return 0;
 }
 
@@ -6663,7 +6770,7 @@ static int vmdk_parse(struct image *im, struct vmdk *v)
     return ret;
 }
 
-static void vmdk_cid_id(struct identity *id, uint32_t cid)
+static void vmdk_set_cid_id(struct identity *id, uint32_t cid)
 {
     uint32_t be = htobe32(cid);
 
@@ -6675,7 +6782,7 @@ static void vmdk_set_id(struct image *im, const struct vmdk *v)
 {
     im->id = v->id;
     if (!v->no_cid)
-        vmdk_cid_id(&im->id, v->cid);
+        vmdk_set_cid_id(&im->id, v->cid);
 }
 
 static int vmdk_set_parent(struct image *im, const struct vmdk *v)
@@ -6692,7 +6799,7 @@ static int vmdk_set_parent(struct image *im, const struct vmdk *v)
     if (uuid)
         im->parent_id = v->parent_id;
     if (cid || (*v->hint && !uuid))
-        vmdk_cid_id(&im->parent_id, v->parent_cid);
+        vmdk_set_cid_id(&im->parent_id, v->parent_cid);
     im->common_parent_id = !uuid && v->parent_cid == VMDK_NEW_CID;
     ret = text_to_utf8(v->encoding, v->hint, name, sizeof(name)) ? ext_add_hint(im, name) : 0;
     if (!ret)
@@ -6702,30 +6809,35 @@ static int vmdk_set_parent(struct image *im, const struct vmdk *v)
 
 /* -- sparse extents -- */
 
-static int vmdk_bad(const struct file *f, const char *what, uint64_t value)
+static int vmdk_bad(const struct image *im, const struct vmdk_extent *e, const char *what, uint64_t value)
 {
-    return msg_err(-EINVAL, "%s: damaged or hostile VMDK: %s (0x%" PRIx64 ")", f->path, what, value);
+    return fmt_refuse_in(im, e->file->path, what, value);
 }
 
-static int vmdk_read(struct file *f, uint64_t offset, void *buf, uint64_t len, const char *what)
+static int vmdk_read(const struct image *im, const struct vmdk_extent *e, uint64_t offset, void *buf, uint64_t len,
+                     const char *what)
 {
     uint64_t done;
 
-    if (offset > f->size || len > f->size - offset)
-        return msg_err(-EINVAL, "%s: damaged or truncated VMDK: %s is past the end of the file (0x%" PRIx64 ")",
-                       f->path, what, offset);
-    return file_pread(f, buf, len, offset, &done);
+    if (offset > e->file->size || len > e->file->size - offset)
+        return fmt_refuse_table(im, e->file, what, offset, len);
+    return file_pread(e->file, buf, len, offset, &done);
 }
 
 static uint64_t vmdk_table_size(const struct vmdk_extent *e)
 {
-    return ((uint64_t)e->entry_size << e->table_bits);
+    return (uint64_t)e->entry_size << e->table_bits;
 }
 
-/* Entries that the grain directory must have. */
+/* Entries that the grain directory must have, and the sectors that they fill. */
 static uint64_t vmdk_directory_entries(const struct vmdk_extent *e)
 {
     return ((e->capacity - 1) >> (e->grain_bits + e->table_bits)) + 1;
+}
+
+static uint64_t vmdk_directory_sectors(const struct vmdk_extent *e)
+{
+    return (vmdk_directory_entries(e) * e->entry_size + VMDK_SECTOR - 1) / VMDK_SECTOR;
 }
 
 static uint32_t vmdk_log2(uint64_t value)
@@ -6733,70 +6845,71 @@ static uint32_t vmdk_log2(uint64_t value)
     return 63 - (uint32_t)__builtin_clzll(value);
 }
 
-/* What all sparse headers say: in sectors, and entries of a table. */
-static int vmdk_set_geometry(struct vmdk_extent *e, uint64_t capacity, uint64_t grain, uint64_t least_grain,
-                             uint64_t entries, uint64_t most_entries)
+static bool vmdk_is_power(uint64_t value, uint64_t min, uint64_t max)
 {
-    if (!capacity || capacity > MAX_IMAGE_SIZE / VMDK_SECTOR)
-        return vmdk_bad(e->file, "the capacity", capacity);
-    if (grain < least_grain || grain > VMDK_MAX_GRAIN || (grain & (grain - 1)))
-        return vmdk_bad(e->file, "the grain size", grain);
-    if (!entries || entries > most_entries || (entries & (entries - 1)))
-        return vmdk_bad(e->file, "the size of a grain table", entries);
+    return value >= min && value <= max && !(value & (value - 1));
+}
+
+/* What all sparse headers say: the sectors of the extent and of a grain, the entries of a table. */
+static int vmdk_set_geometry(const struct image *im, struct vmdk_extent *e, uint64_t capacity, uint64_t grain,
+                             uint64_t entries)
+{
+    if (!capacity || capacity > VMDK_MAX_SECTORS)
+        return vmdk_bad(im, e, "the capacity in sectors is 0, or more than 8 EiB", capacity);
+    if (!vmdk_is_power(grain, e->kind == VMDK_HOSTED ? VMDK_HOSTED_MIN_GRAIN : 1, VMDK_MAX_GRAIN))
+        return vmdk_bad(im, e, "the grain size in sectors is not 1 (hosted: 8) to 131072, a power of two", grain);
+    if (!vmdk_is_power(entries, 1, e->kind == VMDK_HOSTED ? VMDK_HOSTED_ENTRIES : VMDK_MAX_ENTRIES))
+        return vmdk_bad(im, e, "the size of a grain table in entries is not 1 to 512, a power of two", entries);
     e->capacity = capacity * VMDK_SECTOR;
     e->grain_bits = vmdk_log2(grain * VMDK_SECTOR);
     e->table_bits = vmdk_log2(entries);
+    e->entry_size = e->kind == VMDK_SESPARSE ? 8 : 4;
     return 0;
 }
 
-/* Does a directory at this sector lie inside the file? If so sets *place, in bytes. */
-static bool vmdk_directory_fits(const struct vmdk_extent *e, uint64_t sector, uint64_t *place)
+/* The offset in bytes of a directory at this sector, if it lies inside the file behind the header; else 0. */
+static uint64_t vmdk_directory_at(const struct vmdk_extent *e, uint64_t sector)
 {
-    uint64_t entries = vmdk_directory_entries(e);
+    uint64_t sectors = e->file->size / VMDK_SECTOR, entries = vmdk_directory_entries(e);
 
-    if (sector < e->header_sectors || sector > e->file->size / VMDK_SECTOR ||
+    if (sector < e->header_sectors || sector > sectors ||
         entries > (e->file->size - sector * VMDK_SECTOR) / e->entry_size)
-        return false;
-    *place = sector * VMDK_SECTOR;
-    return true;
+        return 0;
+    return sector * VMDK_SECTOR;
 }
 
 /*
- * Writers of two directories lay all the tables of each out in a row behind it. Are these as many as the capacity
+ * Writers of two directories lay out all the tables of each in a row behind it. Are these as many as the capacity
  * needs? A damaged capacity, grain size or table size shows here. VMDK_NO_ROW: they lie in another way.
  */
 enum vmdk_row { VMDK_NO_ROW, VMDK_ROW, VMDK_ROW_TOO_SHORT, VMDK_ROW_TOO_LONG };
 
-/*
- * Too long is a row whose directory goes on with one more table. But entries past those that are needed may be
- * anything: there is no room for that table where the other directory begins behind the last one that is needed.
- */
-static bool vmdk_is_padding(uint64_t directory, uint64_t other, uint64_t next, uint64_t table)
+static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, unsigned which)
 {
-    return other > directory && other / VMDK_SECTOR >= next && other / VMDK_SECTOR < next + table;
-}
-
-static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, uint64_t directory, uint64_t other)
-{
-    uint64_t n = vmdk_directory_entries(e), table = (vmdk_table_size(e) + VMDK_SECTOR - 1) / VMDK_SECTOR,
-             after = directory / VMDK_SECTOR + (n * 4 + VMDK_SECTOR - 1) / VMDK_SECTOR;
+    uint64_t directory = e->directory[which], n = vmdk_directory_entries(e), end,
+             table = (vmdk_table_size(e) + VMDK_SECTOR - 1) / VMDK_SECTOR, start = directory / VMDK_SECTOR,
+             after = start + vmdk_directory_sectors(e), other = e->directory[1 - which] / VMDK_SECTOR;
     uint32_t first, last, next = 0;
 
     if (cache_le32(e->file, directory, &first) || cache_le32(e->file, directory + (n - 1) * 4, &last) ||
         (n * 4 % VMDK_SECTOR && cache_le32(e->file, directory + n * 4, &next)))
         return VMDK_NO_ROW;
-    if (first > directory / VMDK_SECTOR && first < after)
+    if (first > start && first < after)
         return VMDK_ROW_TOO_SHORT;  /* the tables begin where the directory goes on */
-    if (first != after)
+    if (first == after && !last)
+        return VMDK_ROW_TOO_SHORT;
+    end = after + n * table;
+    if (first != after || last != end - table)
         return VMDK_NO_ROW;
-    if (last == first + (n - 1) * table)
-        return next != last + table || vmdk_is_padding(directory, other, next, table) ? VMDK_ROW : VMDK_ROW_TOO_LONG;
-    return last ? VMDK_NO_ROW : VMDK_ROW_TOO_SHORT;
+    if (next != end)
+        return VMDK_ROW;
+    /* One more table. But entries past those that are needed may be anything, if the other directory lies there. */
+    return other > start && other >= end && other < end + table ? VMDK_ROW : VMDK_ROW_TOO_LONG;
 }
 
 /*
- * Does something else than the header say how many tables there are? The descriptor knows the capacity, and all
- * writers but a few have grains of 64 KiB and tables of 512.
+ * Does the descriptor say how many tables there are? It knows the capacity, and all writers but a few have grains of
+ * 64 KiB and tables of 512.
  */
 static bool vmdk_is_confirmed(const struct vmdk_extent *e)
 {
@@ -6804,43 +6917,49 @@ static bool vmdk_is_confirmed(const struct vmdk_extent *e)
            e->grain_bits == VMDK_USUAL_GRAIN_BITS && 1 << e->table_bits == VMDK_HOSTED_ENTRIES;
 }
 
-/*
- * Chooses between the directories at two sectors, of which one may be missing or damaged. A capacity that fits
- * neither row of tables is damaged itself.
- */
-static int vmdk_set_directories(struct vmdk_extent *e, uint64_t primary, uint64_t redundant, bool use_redundant)
+/* Drops the directory whose row of tables does not fit the capacity. If neither fits, the capacity is damaged. */
+static int vmdk_check_rows(const struct image *im, struct vmdk_extent *e)
 {
-    uint64_t *d = e->directory;
-    enum vmdk_row row[2] = { VMDK_NO_ROW, VMDK_NO_ROW };
-    bool both;
+    enum vmdk_row row[2] = { vmdk_look_at_row(e, 0), vmdk_look_at_row(e, 1) };
+    bool padded = row[0] == VMDK_ROW || row[1] == VMDK_ROW || vmdk_is_confirmed(e);
 
-    if ((!vmdk_directory_fits(e, primary, &d[0]) || use_redundant) && redundant != primary)
-        vmdk_directory_fits(e, redundant, &d[1]);
-    if (!d[0] && !d[1])
-        return vmdk_bad(e->file, "the grain directory is not inside the file, or too small for the capacity", primary);
-    both = d[0] && d[1];
-    for (int i = 0; i < 2 && both && !e->compressed; i++)
-        row[i] = vmdk_look_at_row(e, d[i], d[1 - i]);
-    for (int i = 0; i < 2; i++)     /* what goes on behind as many tables as the other one has is padding */
-        if (row[i] == VMDK_ROW_TOO_LONG && (row[1 - i] == VMDK_ROW || vmdk_is_confirmed(e)))
+    for (unsigned i = 0; i < 2; i++)        /* what goes on behind as many tables as are needed is padding */
+        if (padded && row[i] == VMDK_ROW_TOO_LONG)
             row[i] = VMDK_ROW;
     if (row[0] >= VMDK_ROW_TOO_SHORT && row[1] >= VMDK_ROW_TOO_SHORT)
-        return vmdk_bad(e->file, row[0] == VMDK_ROW_TOO_LONG ? "the grain directory is for more than the capacity"
-                                                             : "the grain directory is too small for the capacity",
+        return vmdk_bad(im, e, row[0] == VMDK_ROW_TOO_LONG ? "the grain directory is for more than the capacity"
+                                                           : "the grain directory is too small for the capacity",
                         e->capacity / VMDK_SECTOR);
     if (row[0] != row[1] && (row[0] == VMDK_ROW || row[1] == VMDK_ROW))
-        d[row[0] == VMDK_ROW ? 1 : 0] = 0;
-    if (!d[0] || (use_redundant && redundant && !d[1]))
-        msg_say(MSG_NOTE, "%s: one of its two grain directories is damaged; the other one is used", e->file->path);
+        e->directory[row[0] == VMDK_ROW] = 0;
     return 0;
 }
 
-/* Newlines that were changed on the way: so were those in the data. */
-static int vmdk_check_newlines(const struct vmdk_extent *e, const uint8_t *h)
+/* Sets the directories from two sectors, of which one may be missing or damaged. */
+static int vmdk_set_directories(const struct image *im, struct vmdk_extent *e, uint64_t primary, uint64_t redundant,
+                                bool use_redundant)
 {
-    const uint8_t *nl = h + VMDK_OFF_NEWLINES;
+    uint64_t *d = e->directory;
+    int ret = 0;
 
-    if ((util_le32(h + VMDK_OFF_FLAGS) & VMDK_FLAG_NEWLINES) &&
+    d[0] = vmdk_directory_at(e, primary);
+    if ((!d[0] || use_redundant) && redundant != primary)
+        d[1] = vmdk_directory_at(e, redundant);
+    if (!d[0] && !d[1])
+        return vmdk_bad(im, e, "the grain directory is not inside the file, or too small for the capacity", primary);
+    if (d[0] && d[1] && !e->compressed)
+        ret = vmdk_check_rows(im, e);
+    if (!ret && (!d[0] || (use_redundant && redundant && !d[1])))
+        msg_say(MSG_NOTE, "%s: one of its two grain directories is damaged; the other one is used", e->file->path);
+    return ret;
+}
+
+/* Newlines that were changed on the way: so were those in the data. */
+static int vmdk_check_newlines(const struct vmdk_extent *e, const struct vmdk_header *h)
+{
+    const uint8_t *nl = h->newlines;
+
+    if ((le32_to_cpu(h->flags) & VMDK_FLAG_NEWLINES) &&
         (memcmp(nl, "\r\n \r", 4) == 0 || memcmp(nl, "\n \n", 3) == 0 || memcmp(nl, "\r \r\r", 4) == 0))
         return msg_err(-EINVAL, "%s: was transferred as text, which changed its newlines and with them its data",
                        e->file->path);
@@ -6848,161 +6967,162 @@ static int vmdk_check_newlines(const struct vmdk_extent *e, const uint8_t *h)
 }
 
 /* Replaces the header by the footer: ... | footer marker | footer | end-of-stream marker, all one sector. */
-static int vmdk_find_footer(struct file *f, uint8_t h[VMDK_SECTOR])
+static int vmdk_find_footer(const struct image *im, struct vmdk_extent *e, struct vmdk_header *h)
 {
-    uint64_t end = f->size / VMDK_SECTOR;
-    uint8_t s[2 * VMDK_SECTOR] = { 0 }, *footer = s + VMDK_SECTOR;
+    struct { struct vmdk_marker marker; struct vmdk_header footer; } s;
+    uint64_t end = e->file->size / VMDK_SECTOR;
     int ret;
 
-    for (uint64_t back = 2; back < VMDK_FOOTER_BACK && back + 2 <= end; back++) {
-        ret = vmdk_read(f, (end - back - 1) * VMDK_SECTOR, s, sizeof(s), "the footer");
+    for (uint64_t back = 2; back < VMDK_MAX_FOOTER_BACK && back + 2 <= end; back++) {
+        ret = vmdk_read(im, e, (end - back - 1) * VMDK_SECTOR, &s, sizeof(s), "the footer");
         if (ret)
             return ret;
-        if (util_le32(footer) != VMDK_HOSTED_MAGIC || util_le32(s + 8) != 0 || util_le32(s + 12) != VMDK_MARKER_FOOTER)
+        if (le32_to_cpu(s.footer.magic) != VMDK_HOSTED_MAGIC || le32_to_cpu(s.marker.size) != 0 ||
+            le32_to_cpu(s.marker.type) != VMDK_MARKER_FOOTER)
             continue;
-        /* the capacity and the grain size; the entries of a table */
-        if (memcmp(footer + VMDK_OFF_CAPACITY, h + VMDK_OFF_CAPACITY, VMDK_OFF_DESCRIPTOR - VMDK_OFF_CAPACITY) != 0 ||
-            util_le32(footer + VMDK_OFF_ENTRIES) != util_le32(h + VMDK_OFF_ENTRIES))
-            return vmdk_bad(f, "the footer says something else than the header", util_le64(footer + VMDK_OFF_CAPACITY));
-        memcpy(h, footer, VMDK_SECTOR);
+        if (le64_to_cpu(s.footer.capacity) != le64_to_cpu(h->capacity) ||
+            le64_to_cpu(s.footer.grain) != le64_to_cpu(h->grain) ||
+            le32_to_cpu(s.footer.table_entries) != le32_to_cpu(h->table_entries))
+            return vmdk_bad(im, e, "the footer says something else than the header", le64_to_cpu(s.footer.capacity));
+        *h = s.footer;
         return 0;
     }
     return msg_err(-EINVAL, "%s: truncated VMDK: the footer, which says where its tables are, is not at the end",
-                   f->path);
+                   e->file->path);
 }
 
 static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
 {
-    uint8_t h[VMDK_SECTOR] = { 0 };
-    uint64_t descriptor, sectors;
-    uint32_t flags, version;
-    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+    struct vmdk_header h;
+    uint64_t sectors;
+    uint32_t flags, version, algorithm;
+    int ret = vmdk_read(im, e, 0, &h, sizeof(h), "the header");
 
     if (!ret)
-        ret = vmdk_check_newlines(e, h);
-    if (!ret && util_le64(h + VMDK_OFF_DIRECTORY) == VMDK_AT_END)
-        ret = vmdk_find_footer(e->file, h);
+        ret = vmdk_check_newlines(e, &h);
+    if (!ret && le64_to_cpu(h.directory) == VMDK_AT_END)
+        ret = vmdk_find_footer(im, e, &h);
     if (ret)
         return ret;
-    version = util_le32(h + VMDK_OFF_VERSION);
-    flags = util_le32(h + VMDK_OFF_FLAGS);
+    version = le32_to_cpu(h.version);
     if (version < 1 || version > 3)
-        return msg_err(-EOPNOTSUPP, "%s: a VMDK extent of unknown version %u, which is not supported", e->file->path,
-                       version);
-    e->entry_size = 4;
-    ret = vmdk_set_geometry(e, util_le64(h + VMDK_OFF_CAPACITY), util_le64(h + VMDK_OFF_GRAIN), VMDK_HOSTED_GRAIN_MIN,
-                            util_le32(h + VMDK_OFF_ENTRIES), VMDK_HOSTED_ENTRIES);
+        return fmt_unsupported_in(im, e->file->path, "the version, not 1 to 3", version);
+    ret = vmdk_set_geometry(im, e, le64_to_cpu(h.capacity), le64_to_cpu(h.grain), le32_to_cpu(h.table_entries));
     if (ret)
         return ret;
+    flags = le32_to_cpu(h.flags);
     e->zero_grains = flags & VMDK_FLAG_ZERO_GRAINS;
     e->compressed = flags & VMDK_FLAG_COMPRESSED;
     e->markers = flags & VMDK_FLAG_MARKERS;
-    if (util_le16(h + VMDK_OFF_ALGORITHM) != (e->compressed ? 1 : 0))
-        return msg_err(-EOPNOTSUPP, "%s: the compression algorithm %u of a VMDK is not supported", e->file->path,
-                       util_le16(h + VMDK_OFF_ALGORITHM));
+    algorithm = le16_to_cpu(h.algorithm);
+    if (algorithm != (e->compressed ? 1 : 0))
+        return fmt_unsupported_in(im, e->file->path, "the compression algorithm, not 1 (zlib), or 0 if uncompressed",
+                                  algorithm);
     if (e->compressed && 1u << e->grain_bits > MAX_CLUSTER)
-        return vmdk_bad(e->file, "the size of compressed grains", 1u << e->grain_bits);
-    e->unclean = h[VMDK_OFF_UNCLEAN];
+        return vmdk_bad(im, e, "the size of compressed grains is more than 2 MiB", 1u << e->grain_bits);
+    e->unclean = h.unclean;
     im->dirty |= e->unclean;
-    descriptor = util_le64(h + VMDK_OFF_DESCRIPTOR);
-    sectors = util_le64(h + VMDK_OFF_DESCRIPTOR_SIZE);
-    e->header_sectors = descriptor == 1 && sectors < VMDK_MAX_TEXT / VMDK_SECTOR ? 1 + sectors : 1;
+    sectors = le64_to_cpu(h.descriptor_size);
+    e->header_sectors = le64_to_cpu(h.descriptor) == 1 && sectors < VMDK_MAX_TEXT / VMDK_SECTOR ? 1 + sectors : 1;
     e->first_grain = e->header_sectors * VMDK_SECTOR;
-    return vmdk_set_directories(e, util_le64(h + VMDK_OFF_DIRECTORY), util_le64(h + VMDK_OFF_REDUNDANT),
-                                flags & VMDK_FLAG_REDUNDANT);
+    return vmdk_set_directories(im, e, le64_to_cpu(h.directory), le64_to_cpu(h.redundant), flags & VMDK_FLAG_REDUNDANT);
 }
 
 /* A COWD header has the parent's name where that of a whole disk has its geometry, of which no number has 4 letters. */
-static int vmdk_cowd_parent(struct image *im, const uint8_t h[VMDK_COWD_HEADER])
+static int vmdk_cowd_parent(struct image *im, const struct vmdk_cowd_header *h)
 {
-    const char *name = (const char *)h + VMDK_COWD_OFF_PARENT;
-    size_t len = strnlen(name, 1024);
+    size_t len = strnlen(h->parent, sizeof(h->parent));
 
-    if (*im->backing_name || len < 4 || len == 1024)
+    if (*im->backing_name || len < 4 || len == sizeof(h->parent))
         return 0;
     for (size_t i = 0; i < len; i++)
-        if ((uint8_t)name[i] < ' ')
+        if ((uint8_t)h->parent[i] < ' ')
             return 0;
     ext_set_parent(im, "vmdk");
-    return ext_add_hint(im, name);
+    return ext_add_hint(im, h->parent);
 }
 
 static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
 {
-    uint8_t h[VMDK_COWD_HEADER] = { 0 };
-    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+    struct vmdk_cowd_header h;
+    uint32_t entries;
+    int ret = vmdk_read(im, e, 0, &h, sizeof(h), "the header");
 
     if (ret)
         return ret;
-    if (util_le32(h + 4) != 1)
-        return msg_err(-EOPNOTSUPP, "%s: a COWD extent of unknown version %u, which is not supported", e->file->path,
-                       util_le32(h + 4));
-    e->entry_size = 4;
-    ret = vmdk_set_geometry(e, util_le32(h + VMDK_COWD_OFF_CAPACITY), util_le32(h + VMDK_COWD_OFF_GRAIN), 1,
-                            1 << VMDK_COWD_ENTRIES_BITS, 1 << VMDK_COWD_ENTRIES_BITS);
+    if (le32_to_cpu(h.version) != 1)
+        return fmt_unsupported_in(im, e->file->path, "the version, of COWD not 1", le32_to_cpu(h.version));
+    ret = vmdk_set_geometry(im, e, le32_to_cpu(h.capacity), le32_to_cpu(h.grain), VMDK_MAX_ENTRIES);
     if (ret)
         return ret;
-    e->unclean = util_le32(h + VMDK_COWD_OFF_UNCLEAN);
+    e->unclean = le32_to_cpu(h.unclean);
     im->dirty |= e->unclean;
-    ret = vmdk_cowd_parent(im, h);
+    ret = vmdk_cowd_parent(im, &h);
     if (ret)
         return ret;
-    e->first_grain = VMDK_COWD_HEADER;
-    e->header_sectors = VMDK_COWD_HEADER / VMDK_SECTOR;
-    if (util_le32(h + VMDK_COWD_OFF_ENTRIES) < vmdk_directory_entries(e))
-        return vmdk_bad(e->file, "the grain directory is too small for the capacity",
-                        util_le32(h + VMDK_COWD_OFF_ENTRIES));
-    return vmdk_set_directories(e, util_le32(h + VMDK_COWD_OFF_DIRECTORY), 0, false);
+    e->first_grain = sizeof(h);
+    e->header_sectors = sizeof(h) / VMDK_SECTOR;
+    entries = le32_to_cpu(h.directory_entries);
+    if (entries < vmdk_directory_entries(e))
+        return vmdk_bad(im, e, "the grain directory is too small for the capacity", entries);
+    return vmdk_set_directories(im, e, le32_to_cpu(h.directory), 0, false);
+}
+
+/* Of the features and sizes that the header could have, these were ever written. */
+static int vmdk_check_se_header(const struct image *im, struct vmdk_extent *e, const struct vmdk_se_header *h)
+{
+    const le64 *offset[] = { h->volatile_header, h->directory, h->tables, h->grains };
+
+    if (le64_to_cpu(h->version) != VMDK_SE_VERSION)
+        return fmt_unsupported_in(im, e->file->path, "the version, of seSparse not 0x200000001",
+                                  le64_to_cpu(h->version));
+    if (le64_to_cpu(h->flags))
+        return fmt_unsupported_in(im, e->file->path, "unknown seSparse features", le64_to_cpu(h->flags));
+    if (le64_to_cpu(h->grain) != VMDK_SE_GRAIN)
+        return vmdk_bad(im, e, "the grain size of seSparse is not 8 sectors", le64_to_cpu(h->grain));
+    if (le64_to_cpu(h->table_size) != VMDK_SE_TABLE)
+        return vmdk_bad(im, e, "the size of a grain table of seSparse is not 64 sectors", le64_to_cpu(h->table_size));
+    for (size_t i = 0; i < ARRAY_LEN(offset); i++)
+        if (!le64_to_cpu(*offset[i]) || le64_to_cpu(*offset[i]) > VMDK_MAX_SECTORS)
+            return vmdk_bad(im, e, "an offset in the header is 0, or past 8 EiB", le64_to_cpu(*offset[i]));
+    return 0;
 }
 
 static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
 {
-    uint8_t h[VMDK_SECTOR] = { 0 }, vh[VMDK_SECTOR] = { 0 };
-    uint64_t at[4], end;            /* sectors: volatile header, directory, tables, grains; the directory's end */
-    int ret = vmdk_read(e->file, 0, h, sizeof(h), "the header");
+    struct vmdk_se_header h;
+    struct vmdk_se_volatile v;
+    uint64_t at, directory, tables, grains;
+    int ret = vmdk_read(im, e, 0, &h, sizeof(h), "the header");
 
-    if (ret)
-        return ret;
-    if (util_le64(h + VMDK_SE_OFF_VERSION) != VMDK_SE_VERSION)
-        return msg_err(-EOPNOTSUPP, "%s: a seSparse extent of unknown version 0x%" PRIx64 ", which is not supported",
-                       e->file->path, util_le64(h + VMDK_SE_OFF_VERSION));
-    if (util_le64(h + VMDK_SE_OFF_FLAGS))
-        return msg_err(-EOPNOTSUPP, "%s: needs unknown seSparse features (flags 0x%" PRIx64 "), "
-                       "which are not supported", e->file->path, util_le64(h + VMDK_SE_OFF_FLAGS));
-    if (util_le64(h + VMDK_SE_OFF_GRAIN) != 1 << (VMDK_SE_GRAIN_BITS - 9))
-        return vmdk_bad(e->file, "the grain size", util_le64(h + VMDK_SE_OFF_GRAIN));
-    if (util_le64(h + VMDK_SE_OFF_TABLE) != VMDK_SE_TABLE / VMDK_SECTOR)
-        return vmdk_bad(e->file, "the size of a grain table", util_le64(h + VMDK_SE_OFF_TABLE));
-    for (int i = 0; i < 4; i++) {
-        static const uint8_t where[] = { VMDK_SE_OFF_VOLATILE, VMDK_SE_OFF_DIRECTORY, VMDK_SE_OFF_TABLES,
-                                         VMDK_SE_OFF_GRAINS };
-        at[i] = util_le64(h + where[i]);
-        if (!at[i] || at[i] > MAX_IMAGE_SIZE / VMDK_SECTOR)
-            return vmdk_bad(e->file, "a place in the header", at[i]);
-    }
-    ret = vmdk_read(e->file, at[0] * VMDK_SECTOR, vh, sizeof(vh), "the volatile header");
-    if (!ret && util_le64(vh) != VMDK_SE_VOLATILE_MAGIC)
-        ret = vmdk_bad(e->file, "the volatile header", util_le64(vh));
-    if (!ret && vh[VMDK_SE_OFF_REPLAY])
-        ret = msg_err(-EOPNOTSUPP, "%s: its journal was not replayed (a crash), which is not supported", e->file->path);
-    e->entry_size = 8;
     if (!ret)
-        ret = vmdk_set_geometry(e, util_le64(h + VMDK_SE_OFF_CAPACITY), 1 << (VMDK_SE_GRAIN_BITS - 9), 1,
-                                1 << VMDK_SE_ENTRIES_BITS, 1 << VMDK_SE_ENTRIES_BITS);
+        ret = vmdk_check_se_header(im, e, &h);
     if (ret)
         return ret;
-    if (util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE) < (vmdk_directory_entries(e) * 8 + VMDK_SECTOR - 1) / VMDK_SECTOR)
-        return vmdk_bad(e->file, "the grain directory is too small for the capacity",
-                        util_le64(h + VMDK_SE_OFF_DIRECTORY_SIZE));
-    e->tables = at[2] * VMDK_SECTOR;
-    e->grains = e->first_grain = at[3] * VMDK_SECTOR;
-    e->header_sectors = at[0] + 1;
-    ret = vmdk_set_directories(e, at[1], 0, false);
-    /* In this order they lie, with the journal and other tables between them. */
-    end = at[1] + (vmdk_directory_entries(e) * 8 + VMDK_SECTOR - 1) / VMDK_SECTOR;
-    if (!ret && (at[2] < end || at[3] < at[2]))
-        ret = vmdk_bad(e->file, "tables in the wrong order, or one in another", at[2] < end ? at[2] : at[3]);
-    (void)im;
+    at = le64_to_cpu(h.volatile_header[0]);
+    directory = le64_to_cpu(h.directory[0]);
+    tables = le64_to_cpu(h.tables[0]);
+    grains = le64_to_cpu(h.grains[0]);
+    ret = vmdk_read(im, e, at * VMDK_SECTOR, &v, sizeof(v), "the volatile header");
+    if (!ret && le64_to_cpu(v.magic) != VMDK_SE_VOLATILE_MAGIC)
+        ret = vmdk_bad(im, e, "the volatile header does not begin with 0xcafecafe", le64_to_cpu(v.magic));
+    if (!ret && v.replay)
+        ret = fmt_unsupported_in(im, e->file->path, "a journal that was not replayed, after a crash", v.replay);
+    if (!ret)
+        ret = vmdk_set_geometry(im, e, le64_to_cpu(h.capacity), VMDK_SE_GRAIN, VMDK_MAX_ENTRIES);
+    if (ret)
+        return ret;
+    if (le64_to_cpu(h.directory[1]) < vmdk_directory_sectors(e))
+        return vmdk_bad(im, e, "the grain directory is too small for the capacity", le64_to_cpu(h.directory[1]));
+    e->tables = tables * VMDK_SECTOR;
+    e->grains = e->first_grain = grains * VMDK_SECTOR;
+    e->header_sectors = at + 1;
+    ret = vmdk_set_directories(im, e, directory, 0, false);
+    /* They lie in this order, with the journal and other tables between them. */
+    if (!ret && tables < directory + vmdk_directory_sectors(e))
+        ret = vmdk_bad(im, e, "tables in the wrong order, or one in another", tables);
+    if (!ret && grains < tables)
+        ret = vmdk_bad(im, e, "tables in the wrong order, or one in another", grains);
     return ret;
 }
 
@@ -7051,7 +7171,7 @@ static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
 {
     uint8_t head[8] = { 0 };
     uint64_t grain, line = e->size;
-    int ret = vmdk_read(e->file, 0, head, sizeof(head), "the header");
+    int ret = vmdk_read(im, e, 0, head, sizeof(head), "the header");
 
     if (ret)
         return ret;
@@ -7059,21 +7179,20 @@ static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
     ret = e->kind == VMDK_HOSTED     ? vmdk_open_hosted(im, e)
           : e->kind == VMDK_COWD     ? vmdk_open_cowd(im, e)
           : e->kind == VMDK_SESPARSE ? vmdk_open_sesparse(im, e)
-                                     : vmdk_bad(e->file, "not a sparse extent", util_le64(head));
+                                     : vmdk_bad(im, e, "not a sparse extent", util_le64(head));
     if (ret)
         return ret;
     grain = 1ull << e->grain_bits;
     if (line > e->capacity && line - e->capacity < grain && alone) {
         msg_say(MSG_NOTE, "%s: its descriptor says %" PRIu64 " sectors, its header %" PRIu64 ", which counts",
                 e->file->path, line / VMDK_SECTOR, e->capacity / VMDK_SECTOR);
-        line = e->size = e->capacity;
+        line = e->capacity;
     }
     if (line && (line > e->capacity || e->capacity - line >= grain))
         return msg_err(-EINVAL, "%s: holds %" PRIu64 " sectors, but the descriptor says %" PRIu64
                        ": extents are swapped, or one is damaged", e->file->path, e->capacity / VMDK_SECTOR,
                        line / VMDK_SECTOR);
-    if (!line)
-        e->size = e->capacity;
+    e->size = line ? line : e->capacity;
     if (!im->cluster_size)
         im->cluster_size = (uint32_t)grain;
     return vmdk_measure_last(im, e);
@@ -7169,7 +7288,7 @@ static int vmdk_check_flat(const struct image *im, const struct vmdk *v)
         users = 0;
         for (unsigned j = 0; j < v->n_extents; j++)
             users += v->extents[j].file == e->file;
-        if (users == 1 && (e->file->size - e->size >= VMDK_ROUNDED || vmdk_is_flat_short(v)))
+        if (users == 1 && (e->file->size - e->size >= VMDK_MAX_ROUNDING || vmdk_is_flat_short(v)))
             return msg_err(-EINVAL, "%s: its extent '%s' has %" PRIu64 " bytes instead of %" PRIu64
                            ": extents are swapped, or one is of another disk", im->name, e->name, e->file->size,
                            e->size);
@@ -7236,49 +7355,66 @@ static int vmdk_open_alone(struct image *im, struct vmdk *v)
     return ret;
 }
 
-/* An embedded descriptor: one of its sparse extents is the file itself. */
+/*
+ * An embedded descriptor: one of its sparse extents is the file itself. It is the one without a name, or the one with
+ * the file's name, or the only one: the file may have been renamed.
+ */
 static int vmdk_find_self(struct image *im, struct vmdk *v)
 {
-    struct vmdk_extent *self = NULL;
-    unsigned sparse = 0;
+    struct vmdk_extent *self = NULL, *only = NULL;
+    unsigned sparse = 0, unnamed = 0;
 
     for (unsigned i = 0; i < v->n_extents; i++) {
         struct vmdk_extent *e = &v->extents[i];
         if (e->kind < VMDK_HOSTED)
             continue;
-        if (!*e->name && self && !*self->name)
-            return msg_err(-EINVAL, "%s: several extents of its descriptor have no name", im->name);
-        if (sparse++ == 0 || !*e->name || (*self->name && strcmp(util_basename(im->name), e->name) == 0))
+        only = sparse++ ? NULL : e;
+        unnamed += !*e->name;
+        if (!*e->name || (!unnamed && strcmp(util_basename(im->name), e->name) == 0))
             self = e;
     }
-    if (!self || (sparse > 1 && *self->name && strcmp(util_basename(im->name), self->name) != 0))
+    if (unnamed > 1)
+        return msg_err(-EINVAL, "%s: several extents of its descriptor have no name", im->name);
+    if (!self)
+        self = only;
+    if (!self)
         return msg_err(-EINVAL, "%s: none of the extents of its descriptor is the file itself", im->name);
     self->file = &im->files[0];
     return 0;
 }
 
+/* The offset and length in bytes of an embedded descriptor; 0: there is none. */
+static int vmdk_find_text(const struct image *im, const struct vmdk_header *h, uint64_t *offset, uint64_t *len)
+{
+    const struct file *f = &im->files[0];
+    uint64_t at = le64_to_cpu(h->descriptor), sectors = le64_to_cpu(h->descriptor_size);
+
+    *offset = *len = 0;
+    if (!at || !sectors)
+        return 0;
+    if (at > VMDK_MAX_SECTORS || sectors > VMDK_MAX_SECTORS)
+        return fmt_refuse(im, "the offset of the descriptor, or its size, is past 8 EiB", at);
+    *offset = at * VMDK_SECTOR;
+    *len = sectors * VMDK_SECTOR;
+    if (at > f->size / VMDK_SECTOR || sectors > f->size / VMDK_SECTOR - at)
+        return fmt_refuse_table(im, f, "the offset of the descriptor", *offset, *len);
+    return 0;
+}
+
 /* Loads the descriptor's text; v->text stays NULL where there is none. */
-static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head)
+static int vmdk_load_text(struct image *im, struct vmdk *v, const struct vmdk_header *h)
 {
     struct file *f = &im->files[0];
     uint64_t at = 0, len = f->size, done;
-    int ret;
+    int ret = 0;
 
-    v->embedded = vmdk_kind_of(head, VMDK_SECTOR) == VMDK_HOSTED;
-    if (v->embedded) {
-        at = util_le64(head + VMDK_OFF_DESCRIPTOR);
-        len = util_le64(head + VMDK_OFF_DESCRIPTOR_SIZE);
-        if (!at || !len)
-            return 0;
-        if (at > f->size / VMDK_SECTOR || len > f->size / VMDK_SECTOR - at)
-            return at > MAX_IMAGE_SIZE / VMDK_SECTOR || len > MAX_IMAGE_SIZE / VMDK_SECTOR
-                       ? vmdk_bad(f, "the place of the descriptor", at)
-                       : fmt_refuse_table(im, f, "the place of the descriptor", at * VMDK_SECTOR, len * VMDK_SECTOR);
-        at *= VMDK_SECTOR;
-        len *= VMDK_SECTOR;
-    }
+    v->embedded = le32_to_cpu(h->magic) == VMDK_HOSTED_MAGIC;
+    if (v->embedded)
+        ret = vmdk_find_text(im, h, &at, &len);
+    if (ret || (v->embedded && !len))
+        return ret;
     if (len > VMDK_MAX_TEXT)
-        return vmdk_bad(f, "the length of the descriptor", len);
+        return fmt_refuse(im, "the length of the descriptor is more than 1 MiB", len);
     v->text = util_fault("descriptor") ? NULL : calloc(1, len + 1);
     if (!v->text)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
@@ -7293,20 +7429,21 @@ static int vmdk_load_text(struct image *im, struct vmdk *v, const uint8_t *head)
 /* Reads and parses the descriptor, if there is one. */
 static int vmdk_read_text(struct image *im, struct vmdk *v)
 {
-    uint8_t head[2 * VMDK_SECTOR] = { 0 };
+    union { struct vmdk_header header; uint8_t bytes[2 * VMDK_SECTOR]; } head = { 0 };
     uint64_t done, len = util_min(im->files[0].size, sizeof(head));
-    int ret = file_pread(&im->files[0], head, len, 0, &done);
+    int ret = file_pread(&im->files[0], &head, len, 0, &done);
+    enum vmdk_kind kind = vmdk_kind_of(head.bytes, len);
 
     v->parent_cid = VMDK_NO_PARENT;
     v->no_cid = true;
     v->create_type = v->hint = v->encoding = "";
     if (ret)
         return ret;
-    if (vmdk_kind_of(head, len) == VMDK_BAD && !vmdk_is_descriptor(head, len))
+    if (kind == VMDK_BAD && !vmdk_is_descriptor(head.bytes, len))
         return msg_err(-EINVAL, "%s: is not a VMDK image", im->name);
-    if (vmdk_kind_of(head, len) == VMDK_COWD || vmdk_kind_of(head, len) == VMDK_SESPARSE)
+    if (kind == VMDK_COWD || kind == VMDK_SESPARSE)
         return 0;
-    ret = vmdk_load_text(im, v, head);
+    ret = vmdk_load_text(im, v, &head.header);
     if (!ret && v->text && im->n_files > 1)
         ret = msg_err(-EINVAL, "%s: has a descriptor, which names the files of the disk; give it alone", im->name);
     return ret || !v->text ? ret : vmdk_parse(im, v);
@@ -7351,111 +7488,108 @@ static void vmdk_close(struct image *im)
 
 /* -- mapping -- */
 
-/* What a grain table entry says. EXT_DATA: at `place` in the file. EXT_BACKING: nothing. EXT_BAD: `why`. */
-struct vmdk_grain {
-    enum extent_kind kind;
-    uint64_t place;
-    const char *why;
-    uint64_t end;                   /* EXT_BAD: not 0 where the file would have to reach so far */
-};
-
-static struct vmdk_grain vmdk_bad_grain(const char *why)
+static struct extent vmdk_bad_grain(const char *why)
 {
-    return (struct vmdk_grain){ .kind = EXT_BAD, .why = why };
+    return (struct extent){ .kind = EXT_BAD, .why = why };
 }
 
-static struct vmdk_grain vmdk_read_entry(const struct vmdk_extent *e, uint64_t entry)
+/*
+ * What a grain table entry says, as an extent without a length. EXT_DATA: the grain is at `offset` in the file.
+ * unreadable: there is no entry.
+ */
+static struct extent vmdk_parse_entry(const struct vmdk_extent *e, uint64_t entry, bool unreadable)
 {
-    struct vmdk_grain g = { .kind = EXT_DATA, .place = entry * VMDK_SECTOR };
+    uint64_t offset = entry * VMDK_SECTOR, needed = e->compressed ? VMDK_SECTOR : 1ull << e->grain_bits;
 
+    if (unreadable)
+        return vmdk_bad_grain("its grain table cannot be read");
+    if (!entry)
+        return (struct extent){ .kind = EXT_BACKING };
     if (e->kind == VMDK_SESPARSE) {
         /* the type in the top 4 bits; the next 12 are the low ones of the grain's number */
-        g.place = (entry >> 48 & 0xfff) | (entry & 0xffffffffffff) << 12;
-        if (entry >> 60 == 1 || entry >> 60 == 2)
-            return (struct vmdk_grain){ .kind = EXT_ZERO };     /* unmapped by the guest, or zeros */
-        if (entry && entry >> 60 != 3)
+        offset = (entry >> 48 & 0xfff) | (entry & 0xffffffffffff) << 12;
+        if (entry >> 60 == 1 || entry >> 60 == 2)       /* unmapped by the guest, or zeros */
+            return (struct extent){ .kind = EXT_ZERO, .zeroed = true };
+        if (entry >> 60 != 3)
             return vmdk_bad_grain("its grain table entry is of an unknown type");
-        if (entry && g.place > (MAX_IMAGE_SIZE - e->grains) >> e->grain_bits)
+        if (offset > (MAX_IMAGE_SIZE - e->grains) >> e->grain_bits)
             return vmdk_bad_grain("its grain lies past the end of the file");
-        g.place = e->grains + (g.place << e->grain_bits);
+        offset = e->grains + (offset << e->grain_bits);
     }
-    if (!entry)
-        return (struct vmdk_grain){ .kind = EXT_BACKING };
     if (entry == 1 && e->zero_grains)
-        return (struct vmdk_grain){ .kind = EXT_ZERO };
+        return (struct extent){ .kind = EXT_ZERO, .zeroed = true };
     if (entry == 1 && e->kind == VMDK_HOSTED)
         return vmdk_bad_grain("a zeroed grain in an extent that has none");
-    if (g.place < e->first_grain)
+    if (offset < e->first_grain)
         return vmdk_bad_grain("its grain table entry points into the header");
     for (unsigned i = 0; i < 2; i++)
-        if (e->directory[i] && g.place < e->directory[i] + vmdk_directory_entries(e) * e->entry_size &&
-            g.place + (e->compressed ? VMDK_SECTOR : 1ull << e->grain_bits) > e->directory[i])
+        if (e->directory[i] && offset < e->directory[i] + vmdk_directory_entries(e) * e->entry_size &&
+            offset + needed > e->directory[i])
             return vmdk_bad_grain("its grain table entry points into a grain directory");
-    if (g.place >= e->file->size)
-        return (struct vmdk_grain){ .kind = EXT_BAD, .why = "its grain lies past the end of the file",
-                                    .end = g.place + (e->compressed ? VMDK_SECTOR : 1ull << e->grain_bits) };
-    return g;
+    if (offset >= e->file->size)
+        return (struct extent){ .kind = EXT_BAD, .why = "its grain lies past the end of the file", .file = e->file,
+                                .offset = offset + needed };
+    return (struct extent){ .kind = EXT_DATA, .file = e->file, .offset = offset };
 }
 
-static int vmdk_load(const struct vmdk_extent *e, uint64_t place, uint64_t *value)
+static int vmdk_read_entry(const struct vmdk_extent *e, uint64_t offset, uint64_t *value)
 {
     uint32_t half;
     int ret;
 
     if (e->entry_size == 8)
-        return cache_le64(e->file, place, value);
-    ret = cache_le32(e->file, place, &half);
+        return cache_le64(e->file, offset, value);
+    ret = cache_le32(e->file, offset, &half);
     *value = half;
     return ret;
 }
 
-/* Is the sector that this byte is in nothing but zeros, as copies of dying disks have it for what was unreadable? */
-static bool vmdk_is_wiped(const struct vmdk_extent *e, uint64_t place)
+/* Is the sector that this byte is in nothing but zeros? */
+static bool vmdk_is_wiped(const struct vmdk_extent *e, uint64_t offset)
 {
     uint64_t word;
 
-    place -= place % VMDK_SECTOR;
+    offset -= offset % VMDK_SECTOR;
     for (unsigned i = 0; i < VMDK_SECTOR; i += 8)
-        if (cache_le64(e->file, place + i, &word) || word)
+        if (cache_le64(e->file, offset + i, &word) || word)
             return false;
     return true;
 }
 
-/* One grain, by the entries at one or (place[1] not 0) two places. */
-static struct vmdk_grain vmdk_find_grain(const struct vmdk_extent *e, const uint64_t place[2])
+/* One grain, by its entry in one or (at[1] not 0) two tables. The banner says which of two counts. */
+static struct extent vmdk_find_grain(const struct vmdk_extent *e, const uint64_t at[2])
 {
-    const char *unreadable = "its grain table cannot be read";
     uint64_t entry[2] = { 0 };
-    int ret[2] = { vmdk_load(e, place[0], &entry[0]), place[1] ? vmdk_load(e, place[1], &entry[1]) : 0 };
-    struct vmdk_grain a = ret[0] ? vmdk_bad_grain(unreadable) : vmdk_read_entry(e, entry[0]), b;
+    int ret[2] = { vmdk_read_entry(e, at[0], &entry[0]), at[1] ? vmdk_read_entry(e, at[1], &entry[1]) : 0 };
+    struct extent a = vmdk_parse_entry(e, entry[0], ret[0]), b;
 
-    if (!place[1] || (!ret[0] && !ret[1] && entry[0] == entry[1]))
+    if (!at[1] || (!ret[0] && !ret[1] && entry[0] == entry[1]))
         return a;
-    b = ret[1] ? vmdk_bad_grain(unreadable) : vmdk_read_entry(e, entry[1]);
+    b = vmdk_parse_entry(e, entry[1], ret[1]);
     if (a.kind == EXT_BAD || b.kind == EXT_BAD)
         return a.kind == EXT_BAD ? b : a;
     if (e->unclean && a.kind != b.kind && (a.kind == EXT_DATA || b.kind == EXT_DATA))
         return a.kind == EXT_DATA ? a : b;
-    if (vmdk_is_wiped(e, place[0]))
+    if (vmdk_is_wiped(e, at[0]))
         return b;
-    return vmdk_is_wiped(e, place[1]) ? a : vmdk_bad_grain("its two grain tables contradict each other");
+    return vmdk_is_wiped(e, at[1]) ? a : vmdk_bad_grain("its two grain tables contradict each other");
 }
 
-/* Where the table lies (bytes) that a directory's entry names; 0: none. */
-static uint64_t vmdk_table_place(const struct vmdk_extent *e, uint64_t entry)
+/* The offset of the table that a directory's entry names; 0: none. */
+static uint64_t vmdk_table_offset(const struct vmdk_extent *e, uint64_t entry)
 {
     if (e->kind != VMDK_SESPARSE || !entry)
         return entry * VMDK_SECTOR;
-    return entry >> 32 == 0x10000000 ? e->tables + (entry & 0xffffffff) * VMDK_SE_TABLE : UINT64_MAX;
+    return entry >> 32 == 0x10000000 ? e->tables + (entry & 0xffffffff) * VMDK_SE_TABLE * VMDK_SECTOR : UINT64_MAX;
 }
 
 /*
- * The tables (bytes, in the file) that both directories have for entry `index`: table[1] only besides
- * table[0]; none: 0. Else says what is wrong.
+ * The offsets of the tables that the directories have for entry `index`: table[1] only besides table[0]; none: 0.
+ * Returns what is wrong if that leaves none.
  */
 static const char *vmdk_find_tables(const struct vmdk_extent *e, uint64_t index, uint64_t table[2])
 {
-    uint64_t entry, place, size = vmdk_table_size(e);
+    uint64_t entry, offset, size = vmdk_table_size(e);
     const char *why = NULL;
     unsigned n = 0;
 
@@ -7463,101 +7597,88 @@ static const char *vmdk_find_tables(const struct vmdk_extent *e, uint64_t index,
     for (unsigned i = 0; i < 2; i++) {
         if (!e->directory[i])
             continue;
-        if (vmdk_load(e, e->directory[i] + index * e->entry_size, &entry)) {
+        if (vmdk_read_entry(e, e->directory[i] + index * e->entry_size, &entry)) {
             why = "its grain directory cannot be read";
             continue;
         }
         if (!entry)
             continue;
-        place = vmdk_table_place(e, entry);
-        if (place < VMDK_SECTOR || place > e->file->size || size > e->file->size - place)
+        offset = vmdk_table_offset(e, entry);
+        if (offset < VMDK_SECTOR || offset > e->file->size || size > e->file->size - offset)
             why = "its grain directory entry is damaged";
         else
-            table[n++] = place;
+            table[n++] = offset;
     }
     return n ? NULL : why;
 }
 
-/* A compressed grain. Its marker must be of this place: so a damaged table is found out. */
-static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t place, uint64_t offset, uint64_t length,
-                                struct extent *ext)
+/*
+ * A compressed grain, at ext->offset. Its marker must have the sector of the disk that was asked for: so a damaged
+ * table is found out.
+ */
+static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t offset, uint64_t length, struct extent *ext)
 {
-    uint64_t grain = 1ull << e->grain_bits, start = offset & ~(grain - 1), lba = start / VMDK_SECTOR;
-    uint32_t coded = (uint32_t)util_min(2 * grain, e->file->size - place);
+    uint64_t grain = 1ull << e->grain_bits, start = offset & ~(grain - 1), lba = start / VMDK_SECTOR, at = ext->offset;
+    uint32_t coded = (uint32_t)util_min(2 * grain, e->file->size - at);
 
     if (e->markers) {
-        if (cache_le64(e->file, place, &lba) || cache_le32(e->file, place + 8, &coded)) {
+        if (cache_le64(e->file, at, &lba) || cache_le32(e->file, at + 8, &coded)) {
             ext_bad(ext, length, "its grain marker cannot be read");
             return;
         }
-        place += VMDK_MARKER_HEAD;
+        at += VMDK_MARKER_HEAD;
     }
     if (lba != start / VMDK_SECTOR)
         ext_bad(ext, length, "its grain marker is of another place");
     else if (!coded || coded > 2 * grain)
         ext_bad(ext, length, "the length in its grain marker is damaged");
-    else if (place > e->file->size || coded > e->file->size - place)
-        ext_past(ext, length, "its compressed grain lies past the end of the file", e->file, place + coded);
+    else if (at > e->file->size || coded > e->file->size - at)
+        ext_past(ext, length, "its compressed grain lies past the end of the file", e->file, at + coded);
     else
         *ext = (struct extent){
-            .kind = EXT_COMPRESSED, .length = length, .file = e->file, .offset = place, .codec = CODEC_ZLIB,
+            .kind = EXT_COMPRESSED, .length = length, .file = e->file, .offset = at, .codec = CODEC_ZLIB,
             .coded_length = coded, .skip = (uint32_t)(offset - start),
             .decoded_length = e->capacity - start < grain ? e->last_length : (uint32_t)grain,
         };
 }
 
-/* `length` bytes from `offset` of the extent, all in the grain g. */
-static void vmdk_map_grain(const struct image *im, const struct vmdk_extent *e, const struct vmdk_grain *g,
-                           uint64_t offset, uint64_t length, struct extent *ext)
-{
-    if (g->kind == EXT_BAD) {
-        ext_past(ext, length, g->why, g->end ? e->file : NULL, g->end);
-    } else if (g->kind != EXT_DATA) {
-        *ext = (struct extent){ .kind = *im->backing_name ? g->kind : EXT_ZERO, .length = length,
-                                .zeroed = g->kind == EXT_ZERO };
-    } else if (e->compressed) {
-        vmdk_map_compressed(e, g->place, offset, length, ext);
-    } else {
-        uint64_t place = g->place + (offset & ((1ull << e->grain_bits) - 1));
-        if (place >= e->file->size)
-            ext_past(ext, length, "its grain lies past the end of the file", e->file, place + length);
-        else
-            *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place),
-                                    .file = e->file, .offset = place };
-    }
-}
-
 static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
                             struct extent *ext)
 {
-    uint64_t grain = 1ull << e->grain_bits, covered = grain << e->table_bits, table[2], place[2] = { 0 }, i;
+    uint64_t grain = 1ull << e->grain_bits, covered = grain << e->table_bits, table[2], at[2] = { 0 }, i;
     const char *why = vmdk_find_tables(e, offset >> (e->grain_bits + e->table_bits), table);
-    struct vmdk_grain g = { .kind = EXT_BACKING };
 
     length = util_min(length, covered - (offset & (covered - 1)));
-    if (why) {
-        ext_bad(ext, length, why);
-        return;
-    }
+    *ext = why ? vmdk_bad_grain(why) : (struct extent){ .kind = EXT_BACKING };
     if (table[0]) {
         length = util_min(length, grain - (offset & (grain - 1)));
         i = (offset & (covered - 1)) >> e->grain_bits;
-        place[0] = table[0] + i * e->entry_size;
-        place[1] = table[1] ? table[1] + i * e->entry_size : 0;
-        g = vmdk_find_grain(e, place);
+        at[0] = table[0] + i * e->entry_size;
+        at[1] = table[1] ? table[1] + i * e->entry_size : 0;
+        *ext = vmdk_find_grain(e, at);
     }
-    vmdk_map_grain(im, e, &g, offset, length, ext);
+    ext->length = length;
+    if (ext->kind == EXT_BACKING || ext->kind == EXT_ZERO) {
+        ext->kind = *im->backing_name ? ext->kind : EXT_ZERO;
+    } else if (ext->kind == EXT_DATA && e->compressed) {
+        vmdk_map_compressed(e, offset, length, ext);
+    } else if (ext->kind == EXT_DATA) {
+        ext->offset += offset & (grain - 1);
+        if (ext->offset >= e->file->size)
+            ext_past(ext, length, "its grain lies past the end of the file", e->file, ext->offset + length);
+        else
+            ext->length = util_min(length, e->file->size - ext->offset);
+    }
 }
 
 static void vmdk_map_flat(const struct vmdk_extent *e, uint64_t offset, uint64_t length, struct extent *ext)
 {
-    uint64_t place = e->offset + offset;
-
-    if (place >= e->file->size)
+    offset += e->offset;
+    if (offset >= e->file->size)
         ext_bad(ext, length, "past the end of a truncated extent");
     else
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - place), .file = e->file,
-                                .offset = place, .sparse = true };
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - offset), .file = e->file,
+                                .offset = offset, .sparse = true };
 }
 
 static void vmdk_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
@@ -7589,7 +7710,7 @@ static void vmdk_map(struct image *im, uint64_t offset, uint64_t length, struct 
 static void vmdk_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
 {
     const struct vmdk_extent *e = by;
-    uint64_t table = vmdk_table_place(e, e->entry_size == 8 ? util_le64(bytes) : util_le32(bytes));
+    uint64_t table = vmdk_table_offset(e, e->entry_size == 8 ? util_le64(bytes) : util_le32(bytes));
 
     (void)im;
     (void)i;
@@ -7659,7 +7780,7 @@ static bool vmdk_directories_agree(const struct vmdk_extent *e)
         if (!table[0])
             continue;
         for (uint64_t at = 0; at < vmdk_table_size(e); at += e->entry_size)
-            if (!table[1] || vmdk_load(e, table[0] + at, &a) || vmdk_load(e, table[1] + at, &b) || a != b)
+            if (!table[1] || vmdk_read_entry(e, table[0] + at, &a) || vmdk_read_entry(e, table[1] + at, &b) || a != b)
                 return false;
     }
     return e->directory[0];

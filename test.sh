@@ -5692,8 +5692,8 @@ file of an extent|RW 8 SPARSE
 file of an extent|RW 8 ZERO 0
 malformed extent|RW 8 FLAT "f"
 malformed extent|RW 8 SPARSE "f" 7
-place of an extent|RW 8 FLAT "f" -1
-place of an extent|RW 8 FLAT "f" 99999999999999999999
+offset of an extent|RW 8 FLAT "f" -1
+offset of an extent|RW 8 FLAT "f" 99999999999999999999
 neither an extent nor|XW 8 FLAT "f" 0
 neither an extent nor|RW8 FLAT "f" 0
 neither an extent nor|RX 8 ZERO
@@ -5712,7 +5712,7 @@ device of Windows|RW 8 FLAT "C:\\\\f" 0
 not a plain file name|RW 8 VMFS "vsan://f"
 not a sparse extent|RW 8 SPARSE "f"
 ROWS
-    : >empty; printf '# Disk DescriptorFile\nRW 8 SPARSE "empty"\n' >bad; refused 1 'the header is past the end' "$fx" -q bad m
+    : >empty; printf '# Disk DescriptorFile\nRW 8 SPARSE "empty"\n' >bad; refused 1 'the header (0x0), past the end' "$fx" -q bad m
     printf '# Disk DescriptorFile\n' >bad; seq -f 'RW 1 ZERO # %g' 5000 | sed 's/ #.*//' >>bad; refused 1 'more than 4096' "$fx" -q bad m
     printf '# Disk DescriptorFile\n' >bad; truncate -s 2M bad; refused 1 'length of the descriptor' "$fx" -q bad m
     printf '# Disk DescriptorFile\nRW 8 ZERO\nRW 8 FLAT "f" 0\n' >bad; refused 1 'give it alone' "$fx" -q bad f m
@@ -5854,8 +5854,8 @@ t_vmdk_extents_without_a_descriptor() {
 t_vmdk_damaged_headers_are_refused() {
     qemu-img create -q -f vmdk good 64M; qemu-io -c 'write -P 1 0 1M' good >/dev/null
     local rows='
-4 00000000 unknown version 0
-4 04000000 unknown version 4
+4 00000000 the version, not 1 to 3 (0x0)
+4 04000000 the version, not 1 to 3 (0x4)
 12 0000000000000000 the capacity
 12 ffffffffffffffff the capacity
 12 0000000000000040 the capacity
@@ -5869,8 +5869,8 @@ t_vmdk_damaged_headers_are_refused() {
 20 ffffffffffffffff the grain size
 20 4000000000000000 grain directory is too small
 20 0001000000000000 grain directory is for more
-28 ffffffffffff0000 place of the descriptor
-36 ffffffffffff0000 place of the descriptor
+28 ffffffffffff0000 offset of the descriptor
+36 ffffffffffff0000 offset of the descriptor
 44 00000000 size of a grain table
 44 ffffffff size of a grain table
 44 00040000 size of a grain table
@@ -5899,16 +5899,16 @@ save("cowd", cowd(grains(1, 5, 1, 100), 100000)); save("se", sesparse(grains(1, 
     refused 1 'truncated VMDK: the footer' "$fx" -q cut m
     refused 1 'size of compressed grains' "$fx" -q grain m
     cp cowd good
-    for row in '4 02000000 unknown version' '12 00000000 the capacity' '12 ffffffff too small for' '16 03000000 the grain size' \
+    for row in '4 02000000 the version, of COWD' '12 00000000 the capacity' '12 ffffffff too small for' '16 03000000 the grain size' \
         '16 00000000 the grain size' '20 00ffff00 not inside' '24 01000000 too small for'; do
         read -r offset hex pattern <<<"$row"
         poke bad "$offset" "$hex"; refused 1 "$pattern" "$fx" -q bad m
     done
     cp se good
-    for row in '8 02 unknown version' '16 0000000000000000 the capacity' '16 ffffffff too small for' '24 10 the grain size' \
-        '32 41 size of a grain table' '40 01 unknown seSparse features' '80 0000 a place in' '81 40 volatile header' '82 ff volatile header is past' \
-        '128 0000 a place in' '130 ff not inside' '136 00 too small for' '128 0100 not inside' '144 0000 a place in' '144 0800 wrong order' '192 0800 wrong order' '192 00000000 a place in' \
-        '192 ffffffffffffffff a place in' '512 00 the volatile header' '536 01 its journal'; do
+    for row in '8 02 the version, of seSparse' '16 0000000000000000 the capacity' '16 ffffffff too small for' '24 10 the grain size' \
+        '32 41 size of a grain table' '40 01 unknown seSparse features' '80 0000 an offset in' '81 40 volatile header' '82 ff volatile header (0x' \
+        '128 0000 an offset in' '130 ff not inside' '136 00 too small for' '128 0100 not inside' '144 0000 an offset in' '144 0800 wrong order' '192 0800 wrong order' '192 00000000 an offset in' \
+        '192 ffffffffffffffff an offset in' '512 00 the volatile header' '536 01 a journal that was not replayed'; do
         read -r offset hex pattern <<<"$row"
         poke bad "$offset" "$hex"; refused 1 "$pattern" "$fx" -q bad m
     done
