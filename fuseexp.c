@@ -13962,7 +13962,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
  * nodes from 2 on. Requests come from the kernel, but every length is checked all the same.
  * ******************************************************************************************************** */
 
-/* What is served: set up before the workers start, then only the atomics change. */
+/* What is served. Set up before the workers start; after that only the atomics change. */
 struct server {
     struct image *im;
     struct view *views;
@@ -13976,11 +13976,11 @@ struct server {
     _Atomic uint32_t mode, uid, gid;
 };
 
-/* The data of a READ's reply, not copied into the buffer (yet). */
+/* The data of a READ's reply that was not copied into the buffer. */
 struct reference {
     struct file *file;
     uint64_t file_offset, offset, length;   /* offset: in the image */
-    bool front_will_do;             /* a short reply says where the error is */
+    bool front_will_do;             /* the reader takes a short reply, which ends where the error is */
 };
 
 struct counters {                   /* written by one worker alone, read by the supervisor */
@@ -14024,7 +14024,7 @@ static const struct view *fop_view(const struct server *srv, uint64_t node)
     return i < srv->n_views ? &srv->views[i] : NULL;
 }
 
-/* Only a whole image that is not behind a window can change its size, and that is the view's size then. */
+/* Only the view of a whole image can be resized; its size is then that of the image. */
 static bool fop_resizable(const struct server *srv, const struct view *v)
 {
     return srv->resizable && v == srv->views;
@@ -14039,10 +14039,7 @@ static uint64_t fop_size(const struct server *srv, const struct view *v)
     return srv->im->size;
 }
 
-/*
- * How much of a range of the view is there: the disk may be shorter than the view says, or have been made so. 0:
- * nothing; of a window the log says so.
- */
+/* How much of a range of the view is inside the disk, which may be shorter than the view, or have been truncated. */
 static uint64_t fop_inside(const struct server *srv, const struct view *v, uint64_t offset, uint64_t len)
 {
     uint64_t inside;
@@ -14093,7 +14090,7 @@ static int fop_fill_attr(const struct server *srv, uint64_t node, struct fuse_at
         attr->size = fop_size(srv, v);
         attr->blocks = util_min(img_blocks(srv->im), attr->size / 512 + (attr->size % 512 != 0));
     } else {
-        attr->mode = S_IFDIR | (mode & 0444) | (mode & 0444) >> 2; /* who may read the files may list them */
+        attr->mode = S_IFDIR | (mode & 0444) | (mode & 0444) >> 2; /* read permission implies search permission */
         attr->nlink = 2;
     }
     return 0;
@@ -14158,7 +14155,7 @@ static int fop_statx(struct worker *w, struct request *rq)
     return ret;
 }
 
-/* unique: of the request; the kernel counts them (fuse_get_unique()) as it hands them out. */
+/* unique: the request's number, which the kernel increments with each request (fuse_get_unique()). */
 static int fop_set_size(const struct server *srv, const struct view *v, uint64_t size, uint64_t unique)
 {
     if (!v)
@@ -14170,7 +14167,10 @@ static int fop_set_size(const struct server *srv, const struct view *v, uint64_t
     return fop_resizable(srv, v) ? img_resize(srv->im, size, unique) : -EOPNOTSUPP;
 }
 
-/* QEMU's rules: no +w on a read-only export, nothing for group and others who cannot reach it anyway. */
+/*
+ * QEMU's rules: no +w on a read-only export, and no permissions for group and others unless --allow-other lets them
+ * in.
+ */
 static int fop_setattr(struct worker *w, struct request *rq)
 {
     const uint32_t harmless = FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME | FATTR_KILL_SUIDGID;
@@ -14200,15 +14200,15 @@ static int fop_setattr(struct worker *w, struct request *rq)
     return fop_getattr(w, rq);
 }
 
-/* File handles, as the kernel gives them back with READ and RELEASE. */
+/* File handles: the kernel passes them to READ, WRITE and RELEASE. */
 enum { FOP_FH_PLAIN, FOP_FH_CACHED, FOP_FH_DIRECT };
 
 /*
- * Who opens the file to write bypasses the page cache: a loop device has its own above us, and to copy everything
- * once more costs it a third of its speed; and the kernel lets in several O_DIRECT writers at once (four with 4 KiB:
- * 2.8x). Not O_WRONLY with O_DIRECT, one stream of large writes: their pieces are sent all at once through a cached
- * handle only (dd bs=1M: 1.2x). Cached and direct handles are never open at the same time, since the kernel does not
- * keep a reader's pages up to date while another handle writes directly: the first one decides.
+ * A handle for writing bypasses the page cache (direct I/O): a loop device has its own cache above, and copying twice
+ * costs it a third of its speed; and the kernel runs several O_DIRECT writers in parallel (four with 4 KiB: 2.8x).
+ * Except O_WRONLY with O_DIRECT, one stream of large writes, whose pieces the kernel sends in parallel only through a
+ * cached handle (dd bs=1M: 1.2x). Cached and direct handles are never open together, as a direct write does not
+ * update the pages of a cached reader: the first handle decides.
  */
 static uint64_t fop_count_open(struct server *srv, uint32_t flags)
 {
@@ -14233,9 +14233,10 @@ static int fop_release(struct worker *w, struct request *rq)
 }
 
 /*
- * A passed-through file whose length was changed underneath is not passed through any more: then reads past its end
- * fail. O_TRUNC ("cp backup m", "> m") is refused unless what it empties may grow again. A block device ignores it, but
- * this is a regular file to cp, which then leaves out the holes of its source and would leave the old data there.
+ * Stops passthrough once the file was resized by another program: reads past its end must fail.
+ *
+ * Refuses O_TRUNC ("cp backup m", "> m") unless the disk may grow again. A block device would ignore it, but cp takes
+ * this for a regular file, skips the holes of its source, and would leave old data there.
  */
 static int fop_open(struct worker *w, struct request *rq)
 {
@@ -14276,9 +14277,8 @@ static int fop_open(struct worker *w, struct request *rq)
 }
 
 /*
- * Cached reads are all or nothing: after a short reply the kernel would believe that the file ends there;
- * after an error it tries again page by page, so that just the bad page is lost. Direct ones get the good
- * front.
+ * A cached read succeeds as a whole or fails: after a short reply the kernel would assume the end of the file. After
+ * an error it reads page by page, so that only the bad page is lost. A direct read returns the good front.
  */
 static int fop_copy(struct worker *w, const struct reference *ref, uint8_t *out, size_t *out_len)
 {
@@ -14289,7 +14289,7 @@ static int fop_copy(struct worker *w, const struct reference *ref, uint8_t *out,
     return ret && done && ref->front_will_do ? 0 : ret;
 }
 
-/* With --on-error=zero what lies past the end of the disk is zeros too. */
+/* With --on-error=zero, past the end of the disk there are zeros. */
 static int fop_read_padded(struct worker *w, struct request *rq, uint64_t offset, uint64_t inside, uint64_t len)
 {
     uint64_t done = 0;
@@ -14300,16 +14300,13 @@ static int fop_read_padded(struct worker *w, struct request *rq, uint64_t offset
     return ret;
 }
 
-/*
- * Large reads of plain data are answered by reference, one copy less; what is small or not plain is copied
- * here.
- */
+/* Answers large reads of plain data by reference, which saves a copy; copies everything else. */
 static int fop_read(struct worker *w, struct request *rq)
 {
     const struct fuse_read_in *in = rq->arg;
     const struct server *srv = w->srv;
     const struct view *v = fop_view(srv, rq->head->nodeid);
-    /* Only a read past the page cache has an owner. O_DIRECT does not tell: the kernel may fall back to the cache. */
+    /* Only a direct read carries a lock owner. O_DIRECT does not tell: the kernel may fall back to the cache. */
     struct reference ref = { .front_will_do = in->read_flags & FUSE_READ_LOCKOWNER };
     struct extent ext = { .kind = EXT_BAD };
     uint64_t size, inside;
@@ -14325,14 +14322,14 @@ static int fop_read(struct worker *w, struct request *rq)
     inside = fop_inside(srv, v, in->offset, ref.length);
     if (fop_resizable(srv, v) && inside < ref.length) {
         if (!inside)
-            return 0;               /* it was made shorter meanwhile */
+            return 0;               /* truncated meanwhile */
         ref.length = inside;
     }
     if (inside < ref.length)
         lost_note(v->start + in->offset + inside, ref.length - inside);
     if (inside < ref.length && srv->im->opt->zero_errors)
         return fop_read_padded(w, rq, v->start + in->offset, inside, ref.length);
-    if (inside && inside < ref.length && !ref.front_will_do) /* larger ones come again page by page */
+    if (inside && inside < ref.length && !ref.front_will_do) /* the kernel retries larger ones page by page */
         return ref.length > 4096
                    ? -EIO
                    : msg_serving(-EIO, "%s: %s: ends at %" PRIu64, srv->im->name, v->name, v->inside);
@@ -14383,7 +14380,7 @@ static int fop_write(struct worker *w, struct request *rq)
     }
     ret = img_write(srv->im, (const uint8_t *)rq->arg + sizeof(*in), len, v->start + in->offset,
                     fop_growable(srv, v), rq->head->unique, &done);
-    /* O_SYNC contains O_DSYNC. Through a cached handle the kernel sends an FSYNC of its own. */
+    /* O_SYNC includes O_DSYNC. For a cached handle the kernel sends FSYNC itself. */
     if (done && (in->flags & O_DSYNC) && (srv->direct_io || in->fh == FOP_FH_DIRECT) && img_sync(srv->im, false))
         return -EIO;
     fop_count(&w->count->writes, 1);
@@ -14396,10 +14393,7 @@ static int fop_write(struct worker *w, struct request *rq)
     return 0;
 }
 
-/*
- * close(2) is the last chance to tell a reader whose passed-through file was cut short, or a writer of a
- * lost flush.
- */
+/* close(2) is the last chance to report that a passed-through file was truncated, or that a flush failed. */
 static int fop_flush(struct worker *w, struct request *rq)
 {
     const struct server *srv = w->srv;
@@ -14453,10 +14447,7 @@ static int fop_fallocate(struct worker *w, struct request *rq)
     return img_fallocate(srv->im, mode, len, v->start + in->offset, fop_growable(srv, v));
 }
 
-/*
- * SEEK_DATA and SEEK_HOLE over the image's extents. Bad ranges count as data: whoever copies must meet the
- * error.
- */
+/* SEEK_DATA and SEEK_HOLE over the image's extents. Bad ranges count as data, so that a copy meets the error. */
 static int fop_lseek(struct worker *w, struct request *rq)
 {
     const struct fuse_lseek_in *in = rq->arg;
@@ -14552,7 +14543,7 @@ static int fop_ok(struct worker *w, struct request *rq)
     return 0;
 }
 
-/* Creating, renaming and removing: there is nothing to change in this directory. */
+/* Refuses to create, rename and remove: the directory is fixed. */
 static int fop_not_permitted(struct worker *w, struct request *rq)
 {
     (void)w;
@@ -14561,7 +14552,7 @@ static int fop_not_permitted(struct worker *w, struct request *rq)
 }
 
 /*
- * What is not in the table gets -ENOSYS, after which the kernel does it alone or stops asking (POLL, ACCESS,
+ * Requests that are not in the table get -ENOSYS; the kernel then handles them alone or stops asking (POLL, ACCESS,
  * xattrs, locks, INTERRUPT, IOCTL, COPY_FILE_RANGE).
  */
 static const struct fop {
@@ -14609,7 +14600,7 @@ static struct fuse_in_header *fop_request(const struct worker *w)
     return (struct fuse_in_header *)(w->buf + FX_REQUEST_AT);
 }
 
-/* The reply's header ends the head room, so that it and the data are one piece. */
+/* The reply's header ends where its data begins: one contiguous piece. */
 static struct fuse_out_header *fop_reply(const struct worker *w)
 {
     return (struct fuse_out_header *)(w->buf + FX_HEAD_ROOM) - 1;
@@ -14628,8 +14619,8 @@ static size_t fop_finish(struct worker *w, uint64_t unique, int ret, size_t out_
 }
 
 /*
- * Handles the request of n bytes at fop_request(). Returns the reply's length, 0: none. With w->ref, its data is
- * elsewhere.
+ * Handles the request of n bytes at fop_request(). Returns the length of the reply, 0: none. If w->ref is set, the
+ * reply's data is what it refers to.
  */
 static size_t fop_handle(struct worker *w, size_t n)
 {
@@ -14653,7 +14644,7 @@ static size_t fop_handle(struct worker *w, size_t n)
     return op->no_reply ? 0 : fop_finish(w, unique, ret, rq.out_len);
 }
 
-/* The reply turned out not to be sendable by reference: reads its data into the buffer after all. */
+/* The reference could not be sent: reads its data into the buffer. Returns the reply's length. */
 static size_t fop_fetch(struct worker *w)
 {
     const struct fuse_out_header *reply = fop_reply(w);
@@ -14690,7 +14681,7 @@ struct loop {
     int end_fd;                     /* tells the supervisor that the file system is unmounted everywhere */
 };
 
-/* For USR1, which the supervisor answers: no worker has to be woken from its read(2). */
+/* For SIGUSR1. The supervisor prints them, so no worker has to leave its read(2). */
 static void loop_print_counters(const struct counters *counters, unsigned n, const char *name)
 {
     uint64_t sum[5] = { 0 };
@@ -14735,7 +14726,7 @@ static bool loop_send(struct loop_worker *l, size_t len)
     return write(l->fd, fop_reply(&l->w), len) >= 0;
 }
 
-/* ECONNABORTED: the connection went while a request was being fetched. */
+/* ECONNABORTED: the connection was closed while a request was being read. */
 static bool loop_unmounted(int error)
 {
     return error == ENODEV || error == ECONNABORTED;
@@ -14750,7 +14741,7 @@ static int loop_once(struct loop_worker *l)
 
     n = read(l->fd, fop_request(&l->w), FX_REQUEST_MAX);
     if (n < 0) {
-        if (errno == EINTR || errno == EAGAIN || errno == ENOENT)   /* ENOENT: the request was taken back */
+        if (errno == EINTR || errno == EAGAIN || errno == ENOENT)   /* ENOENT: the request was interrupted */
             return 0;
         return loop_unmounted(errno) ? 1 : msg_err(-errno, "reading from /dev/fuse: %s", strerror(errno));
     }
@@ -14761,7 +14752,7 @@ static int loop_once(struct loop_worker *l)
     epoch_leave();
     if (sent)
         return 0;
-    if (errno == ENOENT || errno == EINTR)                          /* whoever asked has gone */
+    if (errno == ENOENT || errno == EINTR)                          /* the caller was interrupted */
         return 0;
     return loop_unmounted(errno) ? 1 : msg_err(-errno, "writing to /dev/fuse: %s", strerror(errno));
 }
@@ -14780,7 +14771,7 @@ static void *loop_worker(void *arg)
     } while (ret == 0);
     (void)!write(l->loop->end_fd, "", 1);
     pool_close();
-    return ret < 0 ? arg : NULL;    /* non-NULL: it broke */
+    return ret < 0 ? arg : NULL;    /* non-NULL: a read or write failed */
 }
 
 /* A pipe for a header and FX_SPLICE_MAX bytes of pages: any user may have that much, up to a limit. */
@@ -14910,13 +14901,13 @@ static int loop_handshake(struct loop *loop, int fd, bool *passthrough)
             break;                  /* a newer major has now seen ours and asks again */
     }
     *passthrough = reply.out.flags2 & (uint32_t)(FX_PASSTHROUGH >> 32);
-    /* A direct handle that cannot be mapped would be worse than a slow one. */
+    /* Without mmap of direct handles, cached handles are the lesser evil. */
     srv->writers_direct = srv->writable && reply.out.flags2 & (uint32_t)(FX_DIRECT_IO_ALLOW_MMAP >> 32);
     return 0;
 }
 
 /*
- * Hands the image to the kernel. It takes CAP_SYS_ADMIN, Linux 6.9 and a file system that can; else workers
+ * Lets the kernel serve the image. Needs CAP_SYS_ADMIN, Linux 6.9 and a file system that supports it; else workers
  * serve.
  */
 static void loop_pass_through(struct loop *loop, int fd)
@@ -15030,9 +15021,9 @@ static int box_landlock(void)
 #endif
 
 /*
- * Allowed: I/O on open descriptors, memory without PROT_EXEC, threads, signals to ourselves, leaving. (pwritev2 is what
- * newer C libraries make of pwrite(2). tkill is not there: it reaches any process.) All else fails with EPERM: a
- * C library that tries something new must not cost the user the mount.
+ * Allowed: I/O on open descriptors, memory without PROT_EXEC, threads, signals to ourselves, exit. Newer C libraries
+ * turn pwrite(2) into pwritev2. tkill is left out: it reaches any process. All else fails with EPERM rather than
+ * kills: a C library that tries something new must not cost the user the mount.
  */
 static int box_seccomp(void)
 {
@@ -15045,7 +15036,7 @@ static int box_seccomp(void)
         SYS_exit,       SYS_exit_group, SYS_clock_gettime,   SYS_gettid,         SYS_getpid,
         SYS_writev,     SYS_set_robust_list, SYS_sched_yield, SYS_restart_syscall,
 #ifdef __GLIBC__
-        SYS_newfstatat,     /* its fstat(3), in the builds for tests; a path could be asked for as well */
+        SYS_newfstatat,     /* fstat(3) of glibc, in builds for tests; it could ask for a path as well */
 #endif
 #ifdef __SANITIZE_ADDRESS__
         SYS_sched_getaffinity, SYS_sigaltstack,
@@ -15120,7 +15111,7 @@ static int box_enter(enum box_mode mode)
 
 #ifdef PR_SET_IO_FLUSHER
     (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0,
-                0); /* a loop device above us must not wait for memory that needs us */
+                0); /* a loop device above us must not wait for memory that only our writes can free */
 #endif
     for (size_t i = 0; mode != BOX_OFF && i < ARRAY_LEN(step); i++) {
         ret = util_fault(step[i].name) ? -EIO : step[i].enter();
@@ -15150,7 +15141,7 @@ struct options {
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
         no_backing, force_parent, ignore_log, strict, lazy, verbose, quiet, json, repair, read_only;
     bool mount_helper; /* called by mount(8) */
-    struct sigaction old_xfsz;      /* for the command: we ignore it, so that a limit is an error that we report */
+    struct sigaction old_xfsz;      /* for the command: we ignore the signal, so the limit is an error for us */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid, timeout;
     uint32_t sandbox, allow_other, action, on_error;
@@ -15243,14 +15234,14 @@ static const struct opt {
     { 'h', "help", NULL, OPT_ACTION, OPT_AT(action), ACT_HELP, "show this" },
 };
 
-/* fstab's own words, and what mount(8) adds: nothing to us. */
+/* Words of fstab, and what mount(8) adds: ignored. */
 static const char *const opt_ignored[] = {
     "defaults",    "auto",     "noauto", "nofail",  "user",     "nouser",     "users",
     "owner",       "rw",       "dev",    "suid",    "relatime", "norelatime", "nodiratime",
     "strictatime", "lazytime", "group",  "_netdev", "loop",
 };
 
-/* "[DIR]" is "[=DIR]" behind a name. */
+/* Shows "[DIR]" as "[=DIR]" after a name. */
 static const char *opt_shown_value(const struct opt *opt, char *text, size_t room)
 {
     if (!opt->arg || *opt->arg != '[')
@@ -15310,7 +15301,7 @@ static bool opt_choose(const char *choices, const char *value, uint32_t *index)
     return false;
 }
 
-/* A value in brackets may be left out. */
+/* A value in brackets is optional. */
 static int opt_has_value(const struct opt *opt)
 {
     return !opt->arg ? no_argument : *opt->arg == '[' ? optional_argument : required_argument;
@@ -15379,8 +15370,8 @@ static int opt_pass_to_mount(struct options *o, const char *word)
 }
 
 /*
- * One word of -o: ours, fstab's, or the mount's. mount(8) and mount.fuse3 say "rw,dev,suid" by themselves, so
- * "rw" must not make anything writable.
+ * Handles one word of -o: our option, fstab's, or the mount's. mount(8) and mount.fuse3 add "rw,dev,suid" by
+ * themselves, so "rw" must not make anything writable.
  */
 static int opt_mount_option(struct options *o, char *word)
 {
@@ -15421,7 +15412,7 @@ static int opt_mount_options(struct options *o, char *list)
     return ret;
 }
 
-/* Behind an option that is unknown: "fuseexp IMAGE MOUNTPOINT fsck -n" lacks its "--". */
+/* After an unknown option: in "fuseexp IMAGE MOUNTPOINT fsck -n" the "--" is missing. */
 static const char *opt_hint(int argc, char **argv)
 {
     int words = 0;
@@ -15470,7 +15461,7 @@ static int opt_getopt(struct options *o, int argc, char **argv)
 static int opt_parse_helper(struct options *o, int argc, char **argv)
 {
     static const struct option none[] = { { NULL, 0, NULL,
-                                            0 } }; /* musl's getopt does not look behind IMAGE */
+                                            0 } }; /* musl's getopt stops at the first argument that is no option */
     int c, ret = 0;
 
     o->mount_helper = true;
@@ -15483,14 +15474,14 @@ static int opt_parse_helper(struct options *o, int argc, char **argv)
         else if (c == 'v')
             o->verbose = true;
         else if (c == 'f')
-            o->action = ACT_VERSION;    /* a fake mount: do nothing well */
+            o->action = ACT_VERSION;    /* a fake mount: succeeds without doing anything */
         else if (c == '?')
             return msg_err(-EINVAL, "unknown option -%c", optopt);
     }
     return ret;
 }
 
-/* What says how to mount means nothing to a command that only looks: it was meant otherwise. */
+/* Refuses mount options with a command that only looks: the user meant something else. */
 static int opt_check_look(const struct options *o)
 {
     const char *lost = o->overlay                   ? "--overlay"
@@ -15606,7 +15597,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
 struct mountpoint {
     char path[PATH_MAX];            /* absolute, no symbolic links */
     bool is_dir, exists, created, mounted;
-    dev_t dev;                      /* of the file we created, to remove that one only */
+    dev_t dev;                      /* of the file we created: only that one is removed */
     ino_t ino;
     uint64_t id;                    /* of the mount, see mnt_identity() */
     unsigned minor;                 /* of the mounted file system: the number of its FUSE connection */
@@ -15618,12 +15609,12 @@ struct mount_entry {
     char path[PATH_MAX];
     uint64_t id;                    /* see mnt_identity() */
     unsigned major, minor;
-    bool covered;                   /* by another mount at the same place */
+    bool covered;                   /* by another mount on top of it */
     uid_t owner;                    /* who mounted it */
     bool fuseexp;
 };
 
-/* What libfuse and fusermount3 say goes into our message instead of onto stderr. */
+/* Output of libfuse and fusermount3, for our message instead of stderr. */
 static char mnt_said[400];
 
 __attribute__((format(printf, 2, 0))) static void mnt_log(enum fuse_log_level level, const char *fmt,
@@ -15635,7 +15626,7 @@ __attribute__((format(printf, 2, 0))) static void mnt_log(enum fuse_log_level le
     vsnprintf(mnt_said + at, sizeof(mnt_said) - at, fmt, ap);
 }
 
-/* The last line said, without its "fuse: " or "fusermount3: ". */
+/* The last line of it, without the prefix "fuse: " or "fusermount3: ". */
 static const char *mnt_last_words(void)
 {
     size_t len = strlen(mnt_said);
@@ -15682,13 +15673,13 @@ static bool mnt_parse_line(char *line, struct mount_entry *entry)
         return false;
     rest = strstr(rest, " - ");
     entry->fuseexp = rest && strncmp(rest + 3, "fuse.fuseexp ", 13) == 0;
-    rest = entry->fuseexp ? strchr(rest + 16, ' ') : NULL; /* behind the source, which may say anything */
+    rest = entry->fuseexp ? strchr(rest + 16, ' ') : NULL; /* after the source, which may hold any text */
     user = rest ? strstr(rest, "user_id=") : NULL;
     entry->owner = user ? (uid_t)strtoul(user + 8, NULL, 10) : 0;
     return true;
 }
 
-/* The unique id of the mount that is seen at path; 0: the kernel knows none. */
+/* The unique id of the topmost mount at path; 0: the kernel has none. */
 static uint64_t mnt_ask_identity(const char *path)
 {
     union { uint8_t raw[256]; uint32_t mask; } stx;
@@ -15702,9 +15693,9 @@ static uint64_t mnt_ask_identity(const char *path)
 }
 
 /*
- * Unique mount id (Linux 6.8): minors, and mountinfo's ids, are given to the next mount as soon as they are free.
- * Such a kernel answers from its cache alone, so that no server is waited for. An older one might ask the server,
- * even ours before it has answered INIT, so it is found out with another path what the kernel is.
+ * Unique mount id (Linux 6.8, statx): minors and the ids of mountinfo are reused at once. Such a kernel answers from
+ * its cache, without asking the server. An older one might ask our server before it has answered INIT, so another
+ * path is used to find out which kernel this is.
  */
 static uint64_t mnt_identity(const char *path)
 {
@@ -15716,9 +15707,8 @@ static uint64_t mnt_identity(const char *path)
 }
 
 /*
- * The topmost mount at path; or, with path NULL, where the mount with this minor and identity is to be seen
- * (it may have been moved). With covered set it is there, but another one lies over it. 1: found, 0: there is
- * none.
+ * Finds the topmost mount at path; or, with path NULL, the mount with this minor and id wherever it was moved to.
+ * covered: another mount lies on top of it. 1: found, 0: not found.
  */
 static int mnt_find(const char *path, unsigned minor, uint64_t id, struct mount_entry *entry)
 {
@@ -15743,7 +15733,7 @@ static int mnt_find(const char *path, unsigned minor, uint64_t id, struct mount_
             e->id = mnt_identity(e->path);
             if (!path && id && e->id != id) {
                 util_copy(hidden, sizeof(hidden),
-                          e->path); /* ours, out of sight, or one that has our minor now */
+                          e->path); /* ours but hidden, or a new mount with our old minor */
                 continue;
             }
             *entry = *e;
@@ -15776,8 +15766,8 @@ static int mnt_unmount(const char *path, int flags)
 }
 
 /*
- * What the names of the control sockets of a mount begin with. Root may not ask for the identity of a mount
- * that a plain user keeps to himself; then the minor must do.
+ * Prefix of the names of a mount's control sockets. Root may not ask for the id of a mount that is private to a user;
+ * then the minor must do.
  */
 static void mnt_control_prefix(uint64_t id, unsigned minor, char text[48])
 {
@@ -15787,7 +15777,7 @@ static void mnt_control_prefix(uint64_t id, unsigned minor, char text[48])
         snprintf(text, 48, "fuseexp:%u:", minor);
 }
 
-/* One socket of that name, held by the mount's owner; or -1. */
+/* Connects to the socket of that name if the mount's owner holds it; else -1. */
 static int mnt_connect(const char *name, uid_t owner)
 {
     struct sockaddr_un addr = { .sun_family = AF_UNIX };
@@ -15832,8 +15822,7 @@ static size_t mnt_find_servers(const struct mount_entry *entry, struct pollfd *f
 }
 
 /*
- * Detaches a mount whose server died; refuses to mount over anything that is alive. Asks no server that may
- * hang.
+ * Detaches a mount whose server died; refuses to mount over one that is alive. Never waits for a server that hangs.
  */
 static int mnt_clear_stale(const char *path)
 {
@@ -15855,7 +15844,7 @@ static int mnt_clear_stale(const char *path)
     return 0;
 }
 
-/* Makes the path absolute: the directory it is in must exist, the last component is taken as it is. */
+/* Makes the path absolute. Its directory must exist; the last component is not resolved. */
 static int mnt_resolve_directory(const char *arg, char path[PATH_MAX])
 {
     char directory[PATH_MAX], parent[PATH_MAX], *base;
@@ -15875,7 +15864,7 @@ static int mnt_resolve_directory(const char *arg, char path[PATH_MAX])
 /* Makes a mountpoint's path absolute and free of links. It need not exist (yet). */
 static int mnt_resolve(const char *arg, char path[PATH_MAX])
 {
-    int fd = open(arg, O_PATH | O_CLOEXEC);     /* asks the kernel's protection of links, unlike realpath() */
+    int fd = open(arg, O_PATH | O_CLOEXEC);     /* obeys fs.protected_symlinks, unlike realpath() */
 
     if (fd < 0 && errno == EACCES)
         return msg_err(-errno, "%s: %s", arg, strerror(errno));
@@ -15890,9 +15879,8 @@ static int mnt_resolve(const char *arg, char path[PATH_MAX])
 }
 
 /*
- * Whoever forgets MOUNTPOINT ("fuseexp ev.*") names a part, or another image, in its place. It would be hidden
- * below a disk that lacks it. So a file that has something in it is taken only if it is IMAGE itself, and an empty
- * one only if it is no part.
+ * If MOUNTPOINT is forgotten ("fuseexp ev.*"), the last argument is a part, or another image, which the mount would
+ * hide. So a file with contents is accepted only if it is IMAGE itself, and an empty one only if it is no part.
  */
 static int mnt_check_file(const char *path, const struct stat *st, char *const *images, unsigned n)
 {
@@ -15911,17 +15899,17 @@ static int mnt_check_file(const char *path, const struct stat *st, char *const *
     return 0;
 }
 
-/* A file that we make has this attribute, so that the next one removes what a killed one has left. */
+/* Attribute of a mountpoint that we created, so that the next start removes one that a killed start left. */
 #define MNT_MARK "user.fuseexp.mountpoint"
 
-/* Is it a file that mnt_create() made, and nobody has put anything into it? */
+/* Was it created by mnt_create(), and is it still empty? */
 static bool mnt_is_marked(const char *path, struct stat *st)
 {
     return lstat(path, st) == 0 && S_ISREG(st->st_mode) && st->st_size == 0 && st->st_nlink == 1 &&
            lgetxattr(path, MNT_MARK, NULL, 0) >= 0;
 }
 
-/* Makes it ours to remove in the end. */
+/* From now on it is removed at the end. */
 static void mnt_own(struct mountpoint *mp, const struct stat *st)
 {
     mp->created = true;
@@ -15929,7 +15917,7 @@ static void mnt_own(struct mountpoint *mp, const struct stat *st)
     mp->ino = st->st_ino;
 }
 
-/* Before anything is opened or made: can the path be MOUNTPOINT? Makes nothing. */
+/* Can the path be MOUNTPOINT? Called before anything is opened or created; creates nothing. */
 static int mnt_check(struct mountpoint *mp, char *const *images, unsigned n)
 {
     struct stat st;
@@ -15952,7 +15940,7 @@ static int mnt_check(struct mountpoint *mp, char *const *images, unsigned n)
     return 0;
 }
 
-/* Makes the mountpoint if there was none. One that has appeared since is another file of ours, or a stranger's. */
+/* Creates the mountpoint if it did not exist. O_EXCL: one that appeared since then is somebody else's. */
 static int mnt_create(struct mountpoint *mp)
 {
     struct stat st;
@@ -15967,15 +15955,12 @@ static int mnt_create(struct mountpoint *mp)
         return msg_err(-errno, "%s: cannot be created: %s", mp->path, strerror(errno));
     if (fstat(fd, &st) == 0)
         mnt_own(mp, &st);
-    (void)fsetxattr(fd, MNT_MARK, "", 0, 0);    /* not every file system can; there it would stay after a kill */
+    (void)fsetxattr(fd, MNT_MARK, "", 0, 0);    /* optional: without it the file stays after a kill */
     close(fd);
     return 0;
 }
 
-/*
- * Removes the file that mnt_create() made: only that one, only when nothing is mounted on it, only when
- * empty.
- */
+/* Removes the file that mnt_create() made, if it is still that file, empty, and nothing is mounted on it. */
 static void mnt_remove(struct mountpoint *mp)
 {
     struct mount_entry entry = { 0 };
@@ -15988,7 +15973,7 @@ static void mnt_remove(struct mountpoint *mp)
     mp->created = false;
 }
 
-/* After an unmount: the same, if the process that made it was killed. */
+/* The same after an unmount, if the process that created it was killed. */
 static void mnt_remove_orphan(const char *path)
 {
     struct mountpoint *mp = calloc(1, sizeof(*mp));
@@ -16001,7 +15986,7 @@ static void mnt_remove_orphan(const char *path)
     free(mp);
 }
 
-/* Runs fusermount3, keeping what it says. comm_fd: where it hands over /dev/fuse, or -1. */
+/* Runs fusermount3 and keeps its output in mnt_said. comm_fd: the socket on which it sends /dev/fuse, or -1. */
 static int mnt_run_fusermount(const char *const argv[], int comm_fd)
 {
     int out[2], status = -1;
@@ -16044,7 +16029,7 @@ static int mnt_run_fusermount(const char *const argv[], int comm_fd)
     return status == 0 ? 0 : -EIO;
 }
 
-/* fusermount3 sends the descriptor of /dev/fuse through the socket. */
+/* Receives the descriptor of /dev/fuse from fusermount3. */
 static int mnt_receive_fd(int sock)
 {
     union { char buf[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control;
@@ -16064,9 +16049,7 @@ static int mnt_receive_fd(int sock)
     return fd;
 }
 
-/*
- * libfuse 3.14 does not fall back to fusermount3 when /dev/fuse is for root alone, so we call it ourselves.
- */
+/* libfuse 3.14 does not fall back to fusermount3 if only root may open /dev/fuse, so call it here. */
 static int mnt_mount_user(struct mountpoint *mp, char *opts)
 {
     const char *argv[] = { "fusermount3", "-o", opts, "--", mp->path, NULL };
@@ -16083,7 +16066,7 @@ static int mnt_mount_user(struct mountpoint *mp, char *opts)
     return fd < 0 ? -EPERM : 0;
 }
 
-/* Root of a container may lack what mounting takes; fusermount3 then says so. */
+/* May this process mount? Root in a container may not; fusermount3 then reports why. */
 static bool mnt_privileged(void)
 {
     struct __user_cap_header_struct head = { .version = _LINUX_CAPABILITY_VERSION_3 };
@@ -16092,7 +16075,7 @@ static bool mnt_privileged(void)
     return syscall(SYS_capget, &head, caps) == 0 && (caps[0].effective & 1u << CAP_SYS_ADMIN);
 }
 
-/* One try with these options. The session object parses and checks them in both cases. */
+/* Tries to mount with these options. libfuse parses and checks them in both cases. */
 static int mnt_try(struct mountpoint *mp, char *opts)
 {
     static const struct fuse_lowlevel_ops none;
@@ -16196,9 +16179,7 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
     return 0;
 }
 
-/*
- * Where our mount is to be seen now, wherever somebody moved it. False: nowhere, or (covered) not from here.
- */
+/* Where our mount is now, even if it was moved. False: nowhere, or (covered) hidden. */
 static bool mnt_where(const struct mountpoint *mp, struct mount_entry *where)
 {
     int found;
@@ -16210,7 +16191,7 @@ static bool mnt_where(const struct mountpoint *mp, struct mount_entry *where)
     return found == 1 && !where->covered;
 }
 
-/* Who uses a mount, for messages: the first few of them. */
+/* The users of a mount, for messages: the first few of them. */
 struct mount_users {
     char text[500];
     unsigned n;
@@ -16240,7 +16221,7 @@ static bool mnt_is_below(const char *path, const char *mount)
     return strncmp(path, mount, len) == 0 && (!path[len] || path[len] == '/');
 }
 
-/* What is stacked on a block device, such as a LUKS mapping. sysfs: its directory there. */
+/* Adds what is stacked on a block device, such as a LUKS mapping. sysfs: its directory there. */
 static void mnt_add_holders(struct mount_users *users, const char *sysfs)
 {
     char path[PATH_MAX], name[128];
@@ -16281,7 +16262,7 @@ static void mnt_add_loop(struct mount_users *users, const char *name)
         closedir(dir);
 }
 
-/* path: of the mount; NULL: it is detached, so that the loop devices have to be asked. */
+/* Adds loop devices on the mount. path: the mountpoint; NULL: the mount is detached, so ask each loop device. */
 static void mnt_add_loops(struct mount_users *users, const char *path, unsigned minor)
 {
     struct file_loop loop = { .dev = 0 };
@@ -16294,7 +16275,7 @@ static void mnt_add_loops(struct mount_users *users, const char *path, unsigned 
         closedir(dir);
 }
 
-/* Does a link, or one in a directory of links such as /proc/N/fd, lead below the mount? */
+/* Does a link, or a link in a directory such as /proc/N/fd, lead below the mount? */
 static bool mnt_leads_below(const char *link, const char *mount)
 {
     char name[PATH_MAX], to[PATH_MAX];
@@ -16316,7 +16297,7 @@ static bool mnt_leads_below(const char *link, const char *mount)
     return found;
 }
 
-/* Does the process have something below the mount open or mapped, or as its directory? */
+/* Does the process have a file below the mount open or mapped, or as its working or root directory? */
 static bool mnt_is_used_by(const char *process, const char *mount)
 {
     static const char *const links[] = { "cwd", "root", "exe", "fd", "map_files" };
@@ -16347,7 +16328,7 @@ static void mnt_add_processes(struct mount_users *users, const char *path)
         closedir(dir);
 }
 
-/* Where the file system is mounted in one process's namespace. process: "self", or a number. */
+/* Adds where the file system is mounted in the namespace of a process: "self", or a number. */
 static void mnt_add_places(struct mount_users *users, const char *process, unsigned minor)
 {
     struct mount_entry *e = malloc(sizeof(*e));
@@ -16370,7 +16351,7 @@ static void mnt_add_places(struct mount_users *users, const char *process, unsig
     free(e);
 }
 
-/* Everywhere: bind mounts, and copies in the namespaces of others, as far as we may look there. */
+/* Adds bind mounts, and copies in other namespaces as far as they are visible to us. */
 static void mnt_add_mounts(struct mount_users *users, unsigned minor)
 {
     enum { SEEN = 64 };
@@ -16400,7 +16381,7 @@ static void mnt_add_mounts(struct mount_users *users, unsigned minor)
         closedir(dir);
 }
 
-/* Is the file system still mounted anywhere, even where nobody can see it? */
+/* Is the file system still mounted anywhere, even where it is not visible? */
 static bool mnt_is_alive(unsigned minor)
 {
     char path[64];
@@ -16410,8 +16391,8 @@ static bool mnt_is_alive(unsigned minor)
 }
 
 /*
- * Cuts the connection: every request fails at once. Only while the mount is to be seen: later its number may
- * be another one's. Needs fusectl; the caller has other means as well.
+ * Aborts the connection: all requests fail at once. Only while the mount is visible, as its minor is reused later.
+ * Needs fusectl; the caller has other means, too.
  */
 static void mnt_abort(const struct mountpoint *mp)
 {
@@ -16424,7 +16405,7 @@ static void mnt_abort(const struct mountpoint *mp)
 }
 
 /*
- * The kernel's 128 KiB of read-ahead starve a reader that waits for a process; 1 MiB is one request of ours.
+ * 128 KiB of read-ahead, the kernel's default, are too little for a server in user space; 1 MiB is two of our READs.
  */
 static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 {
@@ -16451,7 +16432,7 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
  * ******************************************************************************************************** */
 
 struct run_made {
-    char path[PATH_MAX];            /* absolute, since we leave the directory; "": nothing was made */
+    char path[PATH_MAX];            /* absolute, as the working directory changes; "": nothing was created */
     dev_t dev;
     ino_t ino;
 };
@@ -16469,17 +16450,17 @@ struct run {
     struct mountpoint mp;
     char source[PATH_MAX];          /* the image, as the mount table shows it */
     char pidfile[PATH_MAX];         /* absolute */
-    sigset_t old_mask;              /* with these, the command gets its signals as we were given them */
+    sigset_t old_mask;              /* to give the command the signal state that we started with */
     struct sigaction old_pipe, old_chld;
     struct rlimit old_files;        /* the command gets them back */
     int shell_fd;                   /* to the process that the user started; -1 in the foreground */
     int sig_fd, ctl_fd, ready_fd, log_fd;
     pid_t server, command;          /* 0: not running (any more) */
     int server_status, command_status;
-    bool ready, not_ready, started; /* started: ready, and everyone who waits has been told */
+    bool ready, not_ready, started; /* started: ready and announced */
     bool ended;                     /* the server is unmounted everywhere, and only has to flush */
     bool cut_off;                   /* by the second signal */
-    bool in_use, left;              /* after the command: somebody uses the disk; so the server is left alone */
+    bool in_use, left;              /* after the command: the disk is in use; the server is left running */
     char log_text[4096];            /* from log_fd: a line that is not complete yet */
     size_t log_len;
     int waiters[MAX_WAITERS];       /* connected to ctl_fd */
@@ -16487,7 +16468,7 @@ struct run {
     unsigned stop_signals;          /* INT, TERM, HUP so far */
 };
 
-/* Lines of a server that has no stderr of its own: for the user's eyes, or in the background for syslog. */
+/* Passes on lines of the server, which has no stderr of its own: to stderr, or in the background to syslog. */
 static void run_relay_log(struct run *r)
 {
     size_t room = sizeof(r->log_text) - 1 - r->log_len;
@@ -16511,7 +16492,7 @@ static void run_relay_log(struct run *r)
     memmove(r->log_text, line, r->log_len);
 }
 
-/* Whoever waits for the end is taken in; whoever gave up (the mount was busy) makes room. */
+/* Accepts connections of those who wait for the end, and drops those that were closed. */
 static void run_accept_waiters(struct run *r)
 {
     unsigned kept = 0;
@@ -16534,7 +16515,7 @@ static void run_accept_waiters(struct run *r)
             close(fd);
     }
     if (fd < 0 && errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
-        util_close(&r->ctl_fd);     /* whoever waits there would keep poll(2) busy */
+        util_close(&r->ctl_fd);     /* connections that nobody accepts would keep poll(2) busy */
 }
 
 static unsigned run_threads(const struct options *o)
@@ -16548,7 +16529,7 @@ static void run_reap(pid_t *pid, int *status)
         *pid = 0;
 }
 
-/* A terminal sends its signals to the command by itself; what kill(1) sent us is passed on. */
+/* Passes on to the command a signal that came from kill(1); a terminal signals the whole process group by itself. */
 static void run_on_signal(struct run *r, const struct signalfd_siginfo *si)
 {
     switch (si->ssi_signo) {
@@ -16568,7 +16549,7 @@ static void run_on_signal(struct run *r, const struct signalfd_siginfo *si)
     }
 }
 
-/* Waits for whatever comes next, or for timeout milliseconds (-1: for ever). */
+/* Handles the next event, or returns after timeout milliseconds (-1: waits without limit). */
 static void run_poll(struct run *r, int timeout)
 {
     struct pollfd fds[] = {
@@ -16608,7 +16589,7 @@ static void run_dispose(int sig, void (*handler)(int), struct sigaction *old)
 static int run_take_signals(struct run *r)
 {
     static const int taken[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCHLD, SIGUSR1 };
-    static const int deaf[] = { SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF };     /* would kill us for nothing */
+    static const int deaf[] = { SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF };     /* would end us for no reason */
     sigset_t set;
 
     sigemptyset(&set);
@@ -16622,7 +16603,7 @@ static int run_take_signals(struct run *r)
         sigaddset(&set, deaf[i]);
     sigprocmask(SIG_BLOCK, &set, NULL);
     run_dispose(SIGPIPE, SIG_IGN, &r->old_pipe);
-    run_dispose(SIGCHLD, SIG_DFL, &r->old_chld);    /* ignored, as inherited, it would lose us the exit statuses */
+    run_dispose(SIGCHLD, SIG_DFL, &r->old_chld);    /* if it were ignored, wait(2) would lose the exit statuses */
     return 0;
 }
 
@@ -16645,7 +16626,7 @@ static int run_make_control(struct run *r)
     return r->ctl_fd < 0 ? msg_err(-errno, "control socket: %s", strerror(errno)) : 0;
 }
 
-/* Without the name nobody can wait for us; that is no reason not to serve. */
+/* Optional: without a name --umount cannot wait for us. */
 static void run_name_control(struct run *r)
 {
     struct sockaddr_un addr = { .sun_family = AF_UNIX };
@@ -16658,11 +16639,11 @@ static void run_name_control(struct run *r)
              (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)len)) < 0 ||
         util_fault_op("listen") || listen(r->ctl_fd, MAX_WAITERS) < 0) {
         msg_say(MSG_INFO, "control socket: %s", strerror(errno));
-        util_close(&r->ctl_fd);     /* poll(2) would return at once, again and again */
+        util_close(&r->ctl_fd);     /* else poll(2) would return at once each time */
     }
 }
 
-/* Tells everyone who waits for the end how it ended. The sockets close by themselves, when this process is gone. */
+/* Sends the exit status to everyone who waits. The sockets are closed when this process exits. */
 static void run_close_control(struct run *r, int status)
 {
     char byte = (char)status;
@@ -16702,7 +16683,7 @@ static struct image_options run_image_options(const struct options *o)
     };
 }
 
-/* Where a temporary overlay grows: not where memory is, if there is a choice. */
+/* Directory of a temporary overlay: not a file system in memory, if there is another. */
 static void run_temporary_path(const struct options *o, char path[PATH_MAX])
 {
     const char *directory = *o->temporary ? o->temporary : getenv("TMPDIR");
@@ -16724,7 +16705,7 @@ static void run_note_made(struct run_made *made, const char *path)
     made->ino = st.st_ino;
 }
 
-/* Only the file that we made, not one that has come in its place. */
+/* Removes the file that we created, unless another one has replaced it. */
 static void run_remove_made(const struct run_made *made)
 {
     struct stat st;
@@ -16793,8 +16774,8 @@ static int run_open_image(struct run *r)
 }
 
 /*
- * Bytes that cannot be read are reported as of what is shown: the disk, or the window, or the partition. The map
- * is that of the disk, and as long as the partitions that reach past its end.
+ * The error map counts offsets from the start of what is shown: the disk, the window or the partition. In a directory
+ * its map is that of the disk, extended to partitions that reach past its end.
  */
 static int run_start_error_map(struct run *r)
 {
@@ -16825,7 +16806,7 @@ static void run_setup_server(struct run *r)
     srv->writable = r->im.writable;
     srv->growable = o->growable && r->im.writable;
     srv->resizable = r->im.writable && whole && r->im.format->resize;
-    /* Every file has a page cache of its own; where they overlap and are written, none can be kept. */
+    /* Each file has its own page cache, which a write through another file would not update. */
     srv->direct_io = o->direct_io || (r->im.writable && r->n_views > 1);
     srv->keep_cache = !o->share && !r->im.writable;
     srv->debug = o->debug;
@@ -16837,8 +16818,8 @@ static void run_setup_server(struct run *r)
 }
 
 /*
- * The kernel may serve a whole raw file alone. Not when it is written but must not grow: the kernel would not
- * ask us before it writes past the end.
+ * May the kernel serve the file alone? Only a whole raw file, and not one that is written but must not grow: the
+ * kernel would not ask us before a write past its end.
  */
 static bool run_may_pass_through(const struct run *r)
 {
@@ -16872,7 +16853,7 @@ static int run_mount(struct run *r)
     return 0;
 }
 
-/* Opens what the sandbox forbids to open, and makes sure that it allows what serving takes. */
+/* Opens what the sandbox would forbid, enters it, and checks that serving still works. */
 static int run_enter_sandbox(struct run *r)
 {
     int ret;
@@ -16887,7 +16868,7 @@ static int run_enter_sandbox(struct run *r)
 /* The server's whole life, in the child. Returns its exit status. */
 static int run_server(struct run *r, int ready_fd)
 {
-    /* The supervisor unmounts, and that ends us. */
+    /* Ignored: the supervisor handles them and unmounts, which ends the server. */
     static const int ignored[] = { SIGINT,  SIGTERM, SIGHUP,    SIGQUIT, SIGUSR1,
                                    SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF };
     bool pass = run_may_pass_through(r);
@@ -16896,7 +16877,7 @@ static int run_server(struct run *r, int ready_fd)
     for (size_t i = 0; i < ARRAY_LEN(ignored); i++)
         signal(ignored[i], SIG_IGN);
     signal(SIGCHLD, SIG_DFL);
-    (void)setsid();                 /* away from the terminal's signals, and from Ctrl-Z */
+    (void)setsid();                 /* out of reach of the terminal's signals and Ctrl-Z */
     (void)!chdir("/");
     sigprocmask(SIG_SETMASK, &r->old_mask, NULL);
     util_close(&r->sig_fd);
@@ -16934,7 +16915,7 @@ static void run_null_stdio(int first, int last)
         close(null);
 }
 
-/* What the server alone may hold from now on. */
+/* Releases what only the server may hold from now on. */
 static void run_let_go(struct run *r)
 {
     loop_release(&r->loop);
@@ -16962,7 +16943,7 @@ static int run_fork_server(struct run *r)
         close(ready[0]);
         if (log[1] >= 0) {
             run_null_stdio(STDIN_FILENO, STDOUT_FILENO);
-            fcntl(log[1], F_SETFL, O_NONBLOCK);     /* a supervisor that was stopped must not stop us */
+            fcntl(log[1], F_SETFL, O_NONBLOCK);     /* a stopped supervisor must not block us */
             dup2(log[1], STDERR_FILENO);
             close(log[1]);
             close(log[0]);
@@ -16981,13 +16962,13 @@ static int run_wait_ready(struct run *r)
 {
     while (!r->ready && !r->not_ready && !r->stop_signals)
         run_poll(r, -1);
-    /* The disk was there to be seen: in the foreground the signal ends it like any later one. */
+    /* Ready and in the foreground: the signal ends the disk like any later one. */
     if (r->stop_signals && !(r->ready && r->shell_fd < 0 && !r->o->command))
         return msg_err(-EINTR, "interrupted before the mount was ready");
     return r->ready ? 0 : -EIO;     /* the server has said why */
 }
 
-/* Follows no link and writes into nothing but a file: pidfiles lie in directories of many. */
+/* Follows no link and writes only to a regular file: others may write to the directory of the pidfile. */
 static int run_write_pidfile(struct run *r)
 {
     struct stat st;
@@ -17011,7 +16992,7 @@ static int run_write_pidfile(struct run *r)
                : 0;
 }
 
-/* Only while it says our number: another instance may have taken it over. */
+/* Only while it holds our number: another instance may have replaced it. */
 static void run_remove_pidfile(const struct run *r)
 {
     int fd = r->o->pidfile ? open(r->pidfile, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC) : -1;
@@ -17044,7 +17025,7 @@ static void run_notify(const char *state)
     util_close(&fd);
 }
 
-/* From the terminal and the directory of whoever started us; messages go to syslog from now on. */
+/* Leaves the caller's terminal and directory; messages go to syslog from now on. */
 static void run_enter_background(void)
 {
     (void)setsid();
@@ -17056,7 +17037,7 @@ static void run_enter_background(void)
     run_null_stdio(STDIN_FILENO, STDERR_FILENO);
 }
 
-/* Everyone who waits may go on. In the background this is where the shell's process returns 0. */
+/* Reports readiness. In the background the caller's process returns 0 now. */
 static int run_announce(struct run *r)
 {
     if (r->shell_fd < 0) {
@@ -17097,7 +17078,7 @@ static int run_start_command(struct run *r)
     return 0;
 }
 
-/* While the mount is still attached, so that its users can be told by their paths. */
+/* Called while the mount is still attached, so that its users are found by their paths. */
 static void run_say_in_use(const struct run *r, const char *path)
 {
     struct mount_users users = { "", 0 };
@@ -17113,7 +17094,7 @@ static void run_say_in_use(const struct run *r, const char *path)
                 users.n ? ": " : "", users.text);
 }
 
-/* Unmounts, waiting up to patience milliseconds for users to leave (udev looks at every new loop device). */
+/* Unmounts; waits up to patience milliseconds for users to finish (udev probes every new loop device). */
 static bool run_unmount(struct run *r, int patience)
 {
     int64_t until = util_now() + patience;
@@ -17143,7 +17124,7 @@ static bool run_unmount(struct run *r, int patience)
     return !ret;
 }
 
-/* The second signal: no more waiting for users. */
+/* The second signal: ends the server without waiting for users. */
 static void run_cut_off(struct run *r)
 {
     mnt_abort(&r->mp);
@@ -17151,7 +17132,7 @@ static void run_cut_off(struct run *r)
     r->cut_off = r->ended = true;
 }
 
-/* The last chance to leave nothing behind, so it takes more than one fork that fails to give up. */
+/* The last chance to unmount, so it retries when fork fails. */
 static void run_release_mount(struct run *r)
 {
     struct mount_entry where;
@@ -17181,25 +17162,25 @@ static void run_report_death(const struct run *r)
                 strsignal(sig));
 }
 
-enum { RUN_PATIENCE = 2000 };      /* milliseconds for users of the disk to leave after the command */
+enum { RUN_PATIENCE = 2000 };      /* milliseconds that users of the disk have to finish after the command */
 
 /*
- * The command has ended, and we have tried to unmount. Somebody may still use the disk: a loop device, a mapping, a
- * process in the background, a mount elsewhere. To wait for him would hang a script, to end the server would lose
- * what he writes: it is left alone, and ends with its last user.
+ * The command has ended, and we have tried to unmount. The disk may still be in use: by a loop device, a mapping, a
+ * background process, a mount elsewhere. Waiting for it could hang a script, and ending the server would lose writes,
+ * so the server is left running and ends with its last user.
  */
 static void run_wait_for_users(struct run *r, int64_t until)
 {
     struct mount_users users = { "", 0 };
 
     if (r->ended) {
-        run_poll(r, -1);            /* for its flush */
+        run_poll(r, -1);            /* while it flushes */
     } else if (!r->in_use && util_now() < until) {
         run_poll(r, 20);
     } else {
         r->left = true;
         if (r->in_use)
-            return;                 /* this has been told */
+            return;                 /* already reported */
         mnt_add_mounts(&users, r->mp.minor);
         mnt_add_loops(&users, NULL, r->mp.minor);
         msg_err(0, "%s: the command has ended, but the disk is still in use%s%s: served until its last user goes; not "
@@ -17207,10 +17188,10 @@ static void run_wait_for_users(struct run *r, int64_t until)
     }
 }
 
-/* Until the server is gone. Whoever unmounts ends it: we, umount(8), fusermount3, a kernel without memory. */
+/* Runs until the server has ended, whatever unmounted it: we, umount(8), fusermount3, the OOM killer. */
 static void run_supervise(struct run *r)
 {
-    unsigned handled = 0;           /* run_wait_ready() may leave one */
+    unsigned handled = 0;           /* run_wait_ready() may leave one pending */
     bool unmounted = false;
     int64_t until = 0;
 
@@ -17233,11 +17214,11 @@ static void run_supervise(struct run *r)
         return;
     run_report_death(r);
     run_release_mount(r);
-    while (r->command > 0) /* its disk is gone, but its status is still to be told */
+    while (r->command > 0) /* the disk is gone, but the command's status is needed */
         run_poll(r, -1);
 }
 
-/* The server goes on without us; who passes its messages on to syslog stays as long. */
+/* Leaves the server running without us. A child relays its messages to syslog until it ends. */
 static void run_leave_server(struct run *r)
 {
     if (!util_fault("keeper") && fork() == 0) {
@@ -17257,13 +17238,13 @@ static void run_leave_server(struct run *r)
 }
 
 /*
- * After a failure: ends the server. If it was ready, somebody may have the file open already; he is cut off,
- * so that the server ends as after any unmount, with its flush.
+ * Ends the server after a failure. If it was ready, a program may have opened the file already: aborts the
+ * connection, so that the server flushes and ends as after an unmount.
  */
 static void run_stop_server(struct run *r)
 {
     while (r->log_fd >= 0 && r->server > 0 && r->not_ready)
-        run_relay_log(r); /* its last words: it is leaving by itself */
+        run_relay_log(r); /* its last messages: it is exiting */
     if (r->server > 0 && r->ready) {
         mnt_abort(&r->mp);
         run_release_mount(r);
@@ -17279,7 +17260,7 @@ static void run_stop_server(struct run *r)
         run_relay_log(r);
 }
 
-/* The exit status of the whole, once the server (and the command) have ended. */
+/* The exit status, after the server (and the command) have ended. */
 static int run_status(const struct run *r)
 {
     bool good = !r->left && WIFEXITED(r->server_status) && WEXITSTATUS(r->server_status) == EXIT_OK;
@@ -17292,7 +17273,7 @@ static int run_status(const struct run *r)
                                                         : WEXITSTATUS(r->command_status);
 }
 
-/* Before anything is opened or made: where are MOUNTPOINT and the pidfile, and can they be there? */
+/* Resolves and checks MOUNTPOINT and the pidfile, before anything is opened or created. */
 static int run_resolve_paths(struct run *r)
 {
     const struct options *o = r->o;
@@ -17309,7 +17290,22 @@ static int run_resolve_paths(struct run *r)
     return ret;
 }
 
-/* Serves until unmounted. shell_fd: who waits for readiness, or -1. Returns the exit status. */
+/*
+ * Serves until unmounted. shell_fd: where to report readiness, or -1. Returns the exit status.
+ *
+ * The clean-up chain: what is acquired in this order, and the label that releases it before all that is above it here.
+ *   1. signals           blocked, read through sig_fd           out_signals
+ *   2. control socket    closed with the exit status            out_control
+ *   3. images, cache     a failed start removes its overlay     out_image
+ *   4. error map         a failed start removes it              out_error_map
+ *   5. mountpoint        removed if we created it               out_mountpoint
+ *   6. mount             detached                               out_mount
+ *   7. workers           buffers and descriptors                out_workers
+ *   8. server            flushes and exits, or is left running  out_server
+ *   9. pidfile           removed                                out_pidfile
+ * From the fork (8) on the server alone holds the image and /dev/fuse: run_let_go() closes our copies, so that 3 and
+ * 7 release memory only. A mount that a user moved or covered is found by its unique id.
+ */
 static int run_export(const struct options *o, int shell_fd)
 {
     int status = o->command ? EXIT_CMD_NOT_STARTED : EXIT_FAILED;
@@ -17336,7 +17332,7 @@ static int run_export(const struct options *o, int shell_fd)
     if (run_start_error_map(r))
         goto out_error_map;
     if (shell_fd >= 0)
-        util_close_inherited();     /* not sooner: IMAGE may be /dev/fd/9 */
+        util_close_inherited();     /* not earlier: IMAGE may be /dev/fd/9 */
     run_setup_server(r);
     if (mnt_create(&r->mp))
         goto out_mountpoint;
@@ -17388,14 +17384,14 @@ out_control:
 out_signals:
     util_close(&r->sig_fd);
     util_close(&r->shell_fd);
-    free(r);                        /* signals stay blocked: one that waits must not become the exit status */
+    free(r);                        /* signals stay blocked: a pending one must not become the exit status */
 out:
     return status;
 }
 
 /*
- * Goes into the background. In the child, returns 0 with *shell_fd to report readiness to. In the process
- * that the user started, returns 1 with its exit status once the child is ready or has failed.
+ * Forks into the background. The child returns 0 with *shell_fd, to report readiness to. The process that the user
+ * started returns 1, with its exit status, once the child is ready or has failed.
  */
 static int run_background(int *shell_fd, int *status)
 {
@@ -17434,8 +17430,8 @@ static int run_background(int *shell_fd, int *status)
 enum { CMD_TIMEOUT = 5, CMD_SAY_AFTER = 2 };    /* seconds */
 
 /*
- * Waits for the one byte of a server. As long as it only flushes there is no limit, unless the user has set one; for
- * users elsewhere (bind mounts, other namespaces) there is. False: the time is up, and the user knows.
+ * Waits for a server's exit status. While it only flushes there is no time limit unless the user sets one; while it
+ * is in use elsewhere (bind mounts, other namespaces) there is. False: the time is over, which was reported.
  */
 static bool cmd_wait_for_server(const struct options *o, unsigned minor, struct pollfd *fd, int64_t start)
 {
@@ -17467,7 +17463,7 @@ static bool cmd_wait_for_server(const struct options *o, unsigned minor, struct 
     return true;
 }
 
-/* Waits until every server of the mount has ended, and its supervisor, too. */
+/* Waits until each server of the mount and its supervisor have ended. */
 static int cmd_wait_for_servers(const struct options *o, const struct mount_entry *entry, struct pollfd *fds, size_t n)
 {
     int64_t start = util_now();
@@ -17552,8 +17548,8 @@ static int cmd_umount(const struct options *o)
 }
 
 /*
- * Opens the image as --info, --map and --check need it, and goes into the sandbox: the image may be a
- * stranger's, and nothing more is opened. Nothing is written to stdout if that fails.
+ * Opens the image for --info, --map and --check and enters the sandbox: the image may be hostile, and nothing more is
+ * opened. Prints nothing to stdout before that has succeeded.
  */
 static int cmd_look(const struct options *o, int (*look)(struct image *im, bool json))
 {
@@ -17572,7 +17568,7 @@ static int cmd_look(const struct options *o, int (*look)(struct image *im, bool 
     return status;
 }
 
-/* A relative name of a backing file counts from the directory of the image that says it. */
+/* A relative name of a backing file is relative to the image that records it. */
 static void cmd_info_backing(const struct image *im, struct out *out)
 {
     const char *slash = strrchr(im->files[0].path, '/');
@@ -17596,7 +17592,7 @@ static int cmd_info(struct image *im, bool json)
     int ret = 0;
 
     for (unsigned i = 0; i < (im->format->data_file ? 1 : im->n_files); i++)
-        blocks += (uint64_t)im->files[i].st.st_blocks;     /* QEMU does not count an external data file either */
+        blocks += (uint64_t)im->files[i].st.st_blocks;     /* like QEMU, without an external data file */
     out_open(&out, NULL, '{', false);
     out_text(&out, "filename", im->name);
     out_text(&out, "format", im->format->name);
@@ -17625,7 +17621,7 @@ static int cmd_info(struct image *im, bool json)
     return ret ? EXIT_FAILED : EXIT_OK;
 }
 
-/* Is `next`, which begins where `ext` ends, more of the same? By the rules of qemu-img map. */
+/* Does `next` continue `ext` by the rules of qemu-img map? */
 static bool cmd_map_continues(const struct extent *ext, const struct extent *next)
 {
     if (ext->kind != next->kind || ext->depth != next->depth)
@@ -17660,7 +17656,7 @@ static void cmd_map_json(struct out *out, const struct image *im, uint64_t start
     out_close(out);
 }
 
-/* One line of the table for people; zeros are left out, as qemu-img does. */
+/* Prints one line for people; leaves out zeros, like qemu-img. */
 static void cmd_map_line(uint64_t start, const struct extent *ext)
 {
     char place[24];
@@ -17770,7 +17766,7 @@ static void cmd_check_lines(const struct image *im, const struct check *c, uint6
     }
 }
 
-/* Mends what can be mended. c: what was found; then what is left, which is what counts. */
+/* Repairs what can be repaired. c: in, what was found; out, what is left, which decides the exit status. */
 static int cmd_repair(struct image *im, struct check *c, uint64_t *corruptions, uint64_t *leaks)
 {
     const struct check found = *c;
@@ -17835,7 +17831,7 @@ static int cmd_version(void)
  * 36. Main
  * ******************************************************************************************************** */
 
-/* Whoever started us with a standard stream closed must not find an image in its place. */
+/* If a standard stream is closed, an image must not get its number. */
 static void main_open_stdio(void)
 {
     int fd;
@@ -17857,8 +17853,8 @@ static int main_export(const struct options *o)
 }
 
 /*
- * How a usage error ends, by the words alone: with --check 2 means corruptions, and COMMAND may return 2 as well.
- * "--" begins COMMAND, unless there are but options before it.
+ * The exit status of a usage error, judged by the words alone: with --check 2 means corruptions, and COMMAND may
+ * return 2 as well. "--" begins COMMAND, unless only options come before it.
  */
 static int main_usage_status(int argc, char **argv)
 {
