@@ -1027,65 +1027,74 @@ __attribute__((format(printf, 5, 6))) static void out_finding(struct check *c, c
 /* ******************************************************************************************************** *
  * 5. Epochs
  *
- * Counts what each worker begins and ends, so that a writer can tell that no request from before is left.
+ * A writer frees what a request in flight may still be using, say a cluster that the request has looked up in a table.
+ * It may be reused only after every request that was in flight at that time has completed. Each worker counts when it
+ * enters and when it leaves a request, so its count is odd inside. A grace period copies all counts, and is over when
+ * each that was odd has changed. Nobody waits, and a request costs two atomic additions in a cache line of its own.
+ *
+ *   worker                                  writer
+ *   epoch_enter(): count 4 -> 5             changes the table: new requests do not find the cluster
+ *   looks the cluster up                    epoch_begin_grace(): copies 5
+ *   reads the cluster                       epoch_grace_over(): still 5, false
+ *   epoch_leave(): count 5 -> 6             epoch_grace_over(): not 5, true: the cluster is reused
+ *
+ * Orderings. All accesses are sequentially consistent. epoch_begin_grace() reads by an addition of 0, not by a load: a
+ * worker that enters later adds to the value that the addition has stored, so it sees the changed table; a load could
+ * be done before the change is visible to others. epoch_grace_over() sees a count change only after all that the
+ * worker did in that request.
  * ******************************************************************************************************** */
 
-/*
- * Who has found out where something lies may use that place until his request is over. A place that is given up
- * is given away again when all requests of that time are over: every worker counts its steps into and out of
- * requests (odd: inside), and epoch_grace_over() compares. Nobody waits.
- */
-struct epoch_counts {
-    _Atomic uint64_t n;
-    char apart[56];                 /* a cache line each */
+struct epoch_count {
+    _Atomic uint64_t n;             /* odd: inside a request */
+    char padding[56];               /* a cache line each */
 };
 struct epoch_grace {
     uint64_t n[MAX_THREADS];
 };
-static struct epoch_counts epoch_counts[MAX_THREADS];
+static struct epoch_count epoch_count[MAX_THREADS];
 static _Atomic unsigned epoch_n_threads;
-static _Thread_local unsigned epoch_self;    /* index + 1 */
+static _Thread_local unsigned epoch_self;       /* index + 1; 0: no request yet */
 
 static void epoch_enter(void)
 {
     if (!epoch_self)
         epoch_self = ++epoch_n_threads;
     if (epoch_self <= MAX_THREADS)
-        epoch_counts[epoch_self - 1].n++;
+        epoch_count[epoch_self - 1].n++;
 }
 
 static void epoch_leave(void)
 {
-    epoch_enter();
+    epoch_enter();                  /* the other step of the same count */
 }
 
 static void epoch_begin_grace(struct epoch_grace *g)
 {
     for (unsigned i = 0; i < MAX_THREADS; i++)
-        g->n[i] = atomic_fetch_add(&epoch_counts[i].n, 0);        /* not before the places were given up */
+        g->n[i] = atomic_fetch_add(&epoch_count[i].n, 0);
 }
 
-/* We ourselves look places up anew. */
+/* The caller's own request does not count: it uses nothing that it has looked up before. */
 static bool epoch_grace_over(const struct epoch_grace *g)
 {
     for (unsigned i = 0; i < MAX_THREADS; i++)
-        if (g->n[i] % 2 && g->n[i] == epoch_counts[i].n && i + 1 != epoch_self)
+        if (g->n[i] % 2 && g->n[i] == epoch_count[i].n && i + 1 != epoch_self)
             return false;
-    return epoch_n_threads <= MAX_THREADS;
+    return epoch_n_threads <= MAX_THREADS;      /* more cannot be told apart: never over */
 }
 
 /* ******************************************************************************************************** *
  * 6. Worker pool
  *
- * Who may run. As many workers as there are processors wait for requests; the others are parked. A worker
- * that is about to sleep in an operation on the image (the data is not in the page cache) says so, and one of
- * the parked takes its place; whoever finds too many running afterwards parks itself. So requests that need
+ * How many workers run. As many as there are processors wait for requests, the others are parked. A worker that is
+ * about to sleep on the image (the data is not in the page cache, a lock is held during I/O) says so, and a parked
+ * worker replaces it; a worker that finds too many running after its request parks itself. So requests that need
  * no disk are served by few, warm threads, and a slow disk still sees many requests at once. (Measured: with
  * 8 threads always waiting, four readers of cached data get 0.85 of what they get with 2; with 2 alone, a
  * disk gets half the requests it could take.)
  *
- * While they are parked they do jobs: decoding ahead, in pieces that pool_offer() hands out, as many at once
- * as there are processors besides the one that offers. A job is a favour: when the ring is full it is lost.
+ * Parked workers do jobs: decoding ahead, in pieces that pool_offer() queues, on all processors but one, which is
+ * left to the worker that offers. Jobs are best effort: dropped when the ring is full.
  * ******************************************************************************************************** */
 
 enum { POOL_JOBS = 256 };
@@ -1096,32 +1105,35 @@ struct pool_job {
     uint64_t offset, length;
 };
 
+/*
+ * `running` grows without the lock, since nobody is woken by that. It shrinks under the lock, or a signal could fall
+ * between the last look of a worker that parks and its wait, and be lost.
+ */
 static struct {
-    pthread_mutex_t lock;           /* protects all but the atomics, and makes changes of running exact */
+    pthread_mutex_t lock;           /* protects all but the atomics; the last lock that is taken */
     pthread_cond_t wake;
-    _Atomic unsigned running; /* workers that wait for or handle a request without sleeping on the image */
-    _Atomic unsigned most;    /* that should */
-    unsigned parked, helping; /* helping: of the parked, who does a job */
-    bool closing;
+    _Atomic unsigned running;       /* workers that wait for a request, or serve one and do not sleep on the image */
+    _Atomic unsigned max;           /* of these; UINT_MAX: unmounted, no worker parks */
+    unsigned parked, helping;       /* helping: of the parked, those that do a job */
     struct pool_job job[POOL_JOBS];
     unsigned first_job, n_jobs;
 } pool = { .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
 
-static _Thread_local bool pool_helps;       /* doing a job while parked */
+static _Thread_local bool pool_helps;       /* this worker does a job while it is parked, so it is not in `running` */
 
-static void pool_start(unsigned most, unsigned running)
+static void pool_start(unsigned max, unsigned running)
 {
-    pool.most = most;
+    pool.max = max;
     pool.running = running;
 }
 
-/* Around an operation that may sleep. */
+/* Before an operation that may sleep, which pool_unblock() follows. */
 static void pool_block(void)
 {
     if (pool_helps)
-        return;                     /* who helps is not counted */
+        return;
     pthread_mutex_lock(&pool.lock);
-    if (--pool.running < pool.most && pool.parked)
+    if (--pool.running < pool.max && pool.parked)
         pthread_cond_signal(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
 }
@@ -1132,7 +1144,6 @@ static void pool_unblock(void)
         pool.running++;
 }
 
-/* Waits for a condition, and says so. */
 static void pool_wait(pthread_cond_t *cond, pthread_mutex_t *lock)
 {
     pool_block();
@@ -1140,7 +1151,7 @@ static void pool_wait(pthread_cond_t *cond, pthread_mutex_t *lock)
     pool_unblock();
 }
 
-/* Locks what is held during I/O, and says so if that takes long. */
+/* For a lock that may be held during I/O. */
 static void pool_lock(pthread_mutex_t *lock)
 {
     if (pthread_mutex_trylock(lock) == 0)
@@ -1150,7 +1161,7 @@ static void pool_lock(pthread_mutex_t *lock)
     pool_unblock();
 }
 
-/* Fewer workers could be started than were counted. */
+/* n workers that pool_start() counted could not be started. */
 static void pool_reduce(unsigned n)
 {
     pthread_mutex_lock(&pool.lock);
@@ -1159,19 +1170,19 @@ static void pool_reduce(unsigned n)
     pthread_mutex_unlock(&pool.lock);
 }
 
-/* Between requests. Not true: nothing to do. */
+/* Asked after each request. A stale answer is corrected after the next one. */
 static bool pool_crowded(void)
 {
     return atomic_load_explicit(&pool.running, memory_order_relaxed) >
-           atomic_load_explicit(&pool.most, memory_order_relaxed);
+           atomic_load_explicit(&pool.max, memory_order_relaxed);
 }
 
-/* Of the processors one is left to whoever offers. */
 static bool pool_may_help_locked(void)
 {
-    return pool.n_jobs && pool.helping + 1 < pool.most;
+    return pool.n_jobs && pool.helping + 1 < pool.max;
 }
 
+/* Does the first job without the lock. A job is a request of its own for those who wait for a grace period. */
 static void pool_do_job_locked(void)
 {
     struct pool_job job = pool.job[pool.first_job];
@@ -1191,13 +1202,13 @@ static void pool_do_job_locked(void)
     pool.helping--;
 }
 
-/* Offers [offset, offset + length) of arg in pieces to those who stand by. */
+/* Queues [offset, offset + length) of job->arg for parked workers, cut at multiples of `piece`. */
 static void pool_offer(const struct pool_job *job, uint64_t piece)
 {
     struct pool_job part = *job;
 
     pthread_mutex_lock(&pool.lock);
-    for (uint64_t left = job->length; left && pool.n_jobs < POOL_JOBS && pool.parked && pool.most > 1;
+    for (uint64_t left = job->length; left && pool.n_jobs < POOL_JOBS && pool.parked && pool.max > 1;
          left -= part.length, part.offset += part.length) {
         part.length = util_min(left, piece - part.offset % piece);
         pool.job[(pool.first_job + pool.n_jobs++) % POOL_JOBS] = part;
@@ -1207,7 +1218,7 @@ static void pool_offer(const struct pool_job *job, uint64_t piece)
     pthread_mutex_unlock(&pool.lock);
 }
 
-/* What was offered of [offset, end) and not begun has been done, or is not wanted any more. */
+/* Removes the queued jobs that begin in [offset, end) of arg: they are done, or not wanted any more. */
 static void pool_withdraw(const void *arg, uint64_t offset, uint64_t end)
 {
     unsigned kept = 0;
@@ -1222,12 +1233,13 @@ static void pool_withdraw(const void *arg, uint64_t offset, uint64_t end)
     pthread_mutex_unlock(&pool.lock);
 }
 
+/* Parks the calling worker until it may run again; meanwhile it does jobs. */
 static void pool_park(void)
 {
     pthread_mutex_lock(&pool.lock);
     pool.running--;
     pool.parked++;
-    while (pool.running >= pool.most && !pool.closing) {
+    while (pool.running >= pool.max) {
         if (pool_may_help_locked())
             pool_do_job_locked();
         else
@@ -1238,19 +1250,19 @@ static void pool_park(void)
     pthread_mutex_unlock(&pool.lock);
 }
 
-/* Unmounted: everybody out. */
+/* Unmounted: wakes all parked workers, and none parks again. */
 static void pool_close(void)
 {
     pthread_mutex_lock(&pool.lock);
-    pool.closing = true;
-    pool.most = UINT_MAX;
+    pool.max = UINT_MAX;
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
 }
 
 /*
- * Until all requests that are in flight now are over, but our own. The caller holds no lock that one of them waits for
- * while it is inside. Rare (a disk is made shorter), so it looks again every 200 microseconds.
+ * Waits until all requests in flight have completed, but the caller's own. The caller must hold no lock that one of
+ * them waits for while it is inside. Rare (a disk is made shorter), so it looks again every 200 microseconds, by a
+ * condition that nobody signals: the sandbox allows futex(2), but not nanosleep(2).
  */
 static void pool_wait_grace(void)
 {
@@ -1434,6 +1446,12 @@ static void file_ask_sleep(struct file *f)
 }
 
 static uint16_t file_ids;           /* given away since the cache was empty */
+
+/* The cache holds nothing any more. */
+static void file_reuse_ids(void)
+{
+    file_ids = 0;
+}
 
 static bool file_is_open(const struct file *f)
 {
@@ -2710,16 +2728,35 @@ static int codec_read(struct file *f, uint64_t offset, size_t in_len, enum codec
 /* ******************************************************************************************************** *
  * 9. Table cache
  *
- * One budget for all images (--cache-size). Metadata tables take what they need of the first half, decoded
- * clusters have the rest.
+ * Slices of 4 KiB of metadata tables, in sets of CACHE_WAYS slots. One budget (--cache-size): tables may fill half of
+ * it, decoded clusters have what the tables have not filled. Slots are reused, never freed.
  *
- * Tables: slices of 4 KiB in sets of CACHE_WAYS slots. Whoever looks an entry up takes no lock: he reads the
- * slot's tag and sequence number, the entry, and the number again; when it changed, or was odd, the slot was
- * being refilled, and he goes the slow way. Refilling locks the set's lock. Slots are reused, never freed, so
- * a late reader reads old words at worst, and then throws them away.
+ * A hit takes no lock and writes nothing shared. A slot is a seqlock:
  *
- * Decoded clusters: a list in the order of use under one lock. A cluster is decoded once: who comes second
- * waits for the first (single flight). An entry in use by somebody is not dropped.
+ *   cache_peek(), any thread                     cache_put_words_locked(), with the set's lock
+ *    1. tag: the wanted slice?                   a. sequence + 1: odd, a change is going on
+ *    2. sequence: even?                          b. the words
+ *    3. tag again: still the same?               c. tag: the slice, or 0
+ *    4. the words                                d. sequence + 2: even again
+ *    5. sequence: as in 2?
+ *
+ *   - 1 only passes over the slots of other slices. It proves nothing, so it needs no order.
+ *   - 2 is an acquire load of what d released: the reader sees the tag and the words of that change, or later ones.
+ *   - 3 is needed because the slot may have been refilled between 1 and 2. Example: 1 sees slice A, a refill with B
+ *     goes from a to d, 2 sees the even number of B. Without 3 the reader would return words of B as A's.
+ *   - 3 and 4 load with acquire what c and b stored with release. So a reader that gets the tag or a word of a change
+ *     also sees its a, and 5, which is not done before 4, finds another number. Words of two moments never pass.
+ *   - The same number after 2^31 changes of one slot during one lookup is not a case.
+ * If no slot passes, the reader takes the set's lock and fills one.
+ *
+ * Tables that change in memory have one owner, a driver's writer. It keeps the words that the file lacks, and
+ * registers file.newer(), which copies a slice that has such words:
+ *   - A reader that misses holds the set's lock from its look at newer() and the file until the slot is filled.
+ *   - The owner first changes what newer() copies, then calls cache_patch(), which takes the set's lock. So a reader
+ *     that misses either copies the new word, or has filled the slot before cache_patch() changes the word there.
+ *   - newer() copies a slice until the file has all its words. cache_forget() is for words that the owner has written
+ *     to the file itself.
+ * A file without newer() does not change, so it is read without the lock.
  * ******************************************************************************************************** */
 
 enum {
@@ -2732,15 +2769,15 @@ enum {
 
 struct cache_slot {
     _Atomic uint64_t tag;           /* 0: empty */
-    _Atomic uint32_t sequence;      /* odd while being refilled */
-    uint32_t next_way;              /* of the set, in its first slot; under the set's lock */
+    _Atomic uint32_t sequence;      /* odd during a change */
+    uint32_t next_way;              /* to be replaced next; in the first slot of a set, under the set's lock */
 };
 
 static struct {
     struct cache_slot *slots;
     _Atomic uint64_t *words;        /* CACHE_WORDS per slot, as they lie in the file */
     uint64_t n_sets;
-    pthread_mutex_t set_lock[CACHE_LOCKS];  /* [set % CACHE_LOCKS] protects the changes of its slots */
+    pthread_mutex_t set_lock[CACHE_LOCKS];  /* [set % CACHE_LOCKS]: changes of its slots; held while they are filled */
     uint64_t budget;                /* bytes: of tables and decoded clusters together */
     _Atomic uint64_t table_bytes;   /* of these, what the tables have: the slots that were ever filled */
 } cache;
@@ -2749,7 +2786,7 @@ static int cache_start(uint64_t budget)
 {
     uint64_t sets, slots;
 
-    budget = util_min(budget, SIZE_MAX / 4);    /* of 32 bits: what such a process may have */
+    budget = util_min(budget, SIZE_MAX / 4);    /* a 32-bit process has no more to give */
     sets = budget / 2 / (CACHE_WAYS * (CACHE_SLICE + sizeof(struct cache_slot)));
     sets += sets == 0;
     slots = sets * CACHE_WAYS;
@@ -2770,7 +2807,7 @@ static void cache_stop(void)
     cache.slots = NULL;
     cache.words = NULL;
     cache.table_bytes = 0;
-    file_ids = 0;
+    file_reuse_ids();
 }
 
 static uint64_t cache_budget(void)
@@ -2778,7 +2815,7 @@ static uint64_t cache_budget(void)
     return cache.budget;
 }
 
-/* What the tables leave of the budget. */
+/* Bytes that the tables leave of the budget. */
 static uint64_t cache_left(void)
 {
     uint64_t tables = cache.table_bytes;
@@ -2787,8 +2824,8 @@ static uint64_t cache_left(void)
 }
 
 /*
- * Tables that are read once, before anybody writes, need not fill the cache: only the first sets are used from here
- * until cache_widen(). What is left in them then is found again where it lies in its own set, and replaced elsewhere.
+ * Tables that are read once, of images that are not written, need not fill the cache: only the first sets are used
+ * until cache_widen(). A slice that lies in the wrong set by then is not found, and replaced in time.
  */
 static uint64_t cache_narrow(void)
 {
@@ -2811,7 +2848,7 @@ static uint64_t cache_hash(const struct file *f, uint64_t offset)
     return x ^ x >> 29;
 }
 
-/* n 8-byte words of the slot, all of one moment, if it (still) holds the slice. */
+/* Reads n words consistently; false if the slot has another slice, or changed meanwhile. See 1 to 5 above. */
 static bool cache_peek(uint64_t slot, uint64_t tag, size_t word, uint64_t *value, size_t n)
 {
     struct cache_slot *s = &cache.slots[slot];
@@ -2822,7 +2859,6 @@ static bool cache_peek(uint64_t slot, uint64_t tag, size_t word, uint64_t *value
     before = atomic_load_explicit(&s->sequence, memory_order_acquire);
     if (before & 1 || atomic_load_explicit(&s->tag, memory_order_acquire) != tag)
         return false;
-    /* acquire: the check below may not be made before the words were read */
     for (size_t i = 0; i < n; i++)
         value[i] = atomic_load_explicit(&cache.words[slot * CACHE_WORDS + word + i], memory_order_acquire);
     return atomic_load_explicit(&s->sequence, memory_order_relaxed) == before;
@@ -2843,7 +2879,7 @@ static pthread_mutex_t *cache_lock_of(uint64_t set)
     return &cache.set_lock[set % CACHE_LOCKS];
 }
 
-/* Writes words of a slot, whose readers notice. tag 0: it holds nothing any more. */
+/* Changes n words of a slot and its tag; tag 0: it is empty. See a to d above. */
 static void cache_put_words_locked(uint64_t slot, uint64_t tag, const uint64_t *words, size_t word, size_t n)
 {
     struct cache_slot *s = &cache.slots[slot];
@@ -2851,8 +2887,7 @@ static void cache_put_words_locked(uint64_t slot, uint64_t tag, const uint64_t *
 
     if (sequence == 0)
         cache.table_bytes += CACHE_SLICE;
-    atomic_store_explicit(&s->sequence, sequence + 1, memory_order_seq_cst);
-    atomic_store_explicit(&s->tag, 0, memory_order_seq_cst);
+    atomic_store_explicit(&s->sequence, sequence + 1, memory_order_relaxed);
     for (size_t i = 0; i < n; i++)
         atomic_store_explicit(&cache.words[slot * CACHE_WORDS + word + i], words[i], memory_order_release);
     atomic_store_explicit(&s->tag, tag, memory_order_release);
@@ -2863,13 +2898,13 @@ static void cache_fill_locked(uint64_t set, uint64_t tag, const uint64_t *slice)
 {
     struct cache_slot *first = &cache.slots[set * CACHE_WAYS];
 
-    for (uint64_t way = 0; way < CACHE_WAYS; way++) /* two missed it at once: it may be there once only */
+    for (uint64_t way = 0; way < CACHE_WAYS; way++) /* another thread that missed it may have filled it in */
         if (atomic_load_explicit(&first[way].tag, memory_order_relaxed) == tag)
             return;
     cache_put_words_locked(set * CACHE_WAYS + first->next_way++ % CACHE_WAYS, tag, slice, 0, CACHE_WORDS);
 }
 
-/* Reads the slice at start as it is now: the words that its owner has, or the file's. */
+/* Reads the slice at start as it is now: its owner's words, or the file's, with zeros past the file's end. */
 static int cache_load(struct file *f, uint64_t start, uint64_t *slice)
 {
     uint64_t done, size = f->size;
@@ -2883,8 +2918,8 @@ static int cache_load(struct file *f, uint64_t start, uint64_t *slice)
 }
 
 /*
- * n words (8 bytes each, n at most 2) of a table in f at offset (a multiple of 8 * n), as they lie there; past the
- * file's end zeros. -EIO: unreadable.
+ * Reads n words (8 bytes each, as they lie in the file; n is 1 or 2) of a table in f at offset, a multiple of 8 * n.
+ * Past the file's end they are zeros, but -EIO where the whole slice is past it, or where they cannot be read.
  */
 static int cache_words(struct file *f, uint64_t offset, uint64_t *value, size_t n)
 {
@@ -2898,8 +2933,8 @@ static int cache_words(struct file *f, uint64_t offset, uint64_t *value, size_t 
     for (uint64_t way = 0; way < CACHE_WAYS; way++)
         if (cache_peek(set * CACHE_WAYS + way, tag, word, value, n))
             return 0;
-    if (f->newer)                   /* what was read before a change may not be put in place after it */
-        pthread_mutex_lock(cache_lock_of(set));
+    if (f->newer)
+        pool_lock(cache_lock_of(set));
     ret = cache_load(f, start, slice);
     /* The bad sector of a slice need not be the one that is asked for. */
     alone = ret && offset + 8 * n <= f->size && file_pread(f, slice + word, 8 * n, offset, &done) == 0;
@@ -2954,36 +2989,36 @@ static int cache_be32(struct file *f, uint64_t offset, uint32_t *value)
     return ret;
 }
 
-/* Changes n words in the slots that hold the slice at start; n 0: these hold nothing any more. */
+/* Changes n words in the slots that hold the slice at start; n 0: these become empty. */
 static void cache_change(const struct file *f, uint64_t start, size_t word, const uint64_t *words, size_t n)
 {
     uint64_t set = cache_set(f, start), tag = cache_tag(f, start);
 
-    pthread_mutex_lock(cache_lock_of(set));
+    pool_lock(cache_lock_of(set));
     for (uint64_t slot = set * CACHE_WAYS; slot < (set + 1) * CACHE_WAYS; slot++)
         if (atomic_load_explicit(&cache.slots[slot].tag, memory_order_relaxed) == tag)
             cache_put_words_locked(slot, n ? tag : 0, words, word, n);
     pthread_mutex_unlock(cache_lock_of(set));
 }
 
-/* n words at offset, in one slice, are these now. f->newer() says so already. */
+/* The owner has changed n words at offset, all in one slice. Not before f->newer() copies them. */
 static void cache_patch(const struct file *f, uint64_t offset, const uint64_t *words, size_t n)
 {
     cache_change(f, offset / CACHE_SLICE * CACHE_SLICE, offset % CACHE_SLICE / 8, words, n);
 }
 
-/* [offset, offset + len) of the file was written: its slices are read again. f->newer() has no older words. */
+/* The owner has written [offset, offset + len) to the file. Not before f->newer() has no older words of it. */
 static void cache_forget(const struct file *f, uint64_t offset, uint64_t len)
 {
     for (uint64_t start = offset / CACHE_SLICE * CACHE_SLICE; start < offset + len; start += CACHE_SLICE)
         cache_change(f, start, 0, NULL, 0);
 }
 
-enum { CACHE_MAX_BITS = 1 << 15 };  /* looked at for one extent: 16 MiB of sectors */
+enum { CACHE_MAX_BITS = 1 << 15 };  /* of one call: 16 MiB of sectors */
 
 /*
- * A bitmap in f at offset (a multiple of 8): bit `first`, and how many of the `count` bits from there on are like
- * it; at most CACHE_MAX_BITS are looked at. The first bit of a byte is its highest (big) or its lowest.
+ * Reads a bitmap in f at offset (a multiple of 8): *set is bit `first`, *run is how many of the `count` bits from there
+ * on are equal to it, at most CACHE_MAX_BITS. The first bit of a byte is its highest (big) or its lowest.
  */
 static int cache_bits(struct file *f, uint64_t offset, uint64_t first, uint64_t count, bool big, bool *set,
                       uint64_t *run)
