@@ -252,32 +252,32 @@ static uint64_t util_le64(const uint8_t *p)
     return (uint64_t)util_le32(p) | (uint64_t)util_le32(p + 4) << 32;
 }
 
-__attribute__((unused)) static uint16_t le16_to_cpu(le16 v)
+static uint16_t le16_to_cpu(le16 v)
 {
     return util_le16(v.byte);
 }
 
-__attribute__((unused)) static uint32_t le32_to_cpu(le32 v)
+static uint32_t le32_to_cpu(le32 v)
 {
     return util_le32(v.byte);
 }
 
-__attribute__((unused)) static uint64_t le64_to_cpu(le64 v)
+static uint64_t le64_to_cpu(le64 v)
 {
     return util_le64(v.byte);
 }
 
-__attribute__((unused)) static uint16_t be16_to_cpu(be16 v)
+static uint16_t be16_to_cpu(be16 v)
 {
     return util_be16(v.byte);
 }
 
-__attribute__((unused)) static uint32_t be32_to_cpu(be32 v)
+static uint32_t be32_to_cpu(be32 v)
 {
     return util_be32(v.byte);
 }
 
-__attribute__((unused)) static uint64_t be64_to_cpu(be64 v)
+static uint64_t be64_to_cpu(be64 v)
 {
     return util_be64(v.byte);
 }
@@ -5094,9 +5094,10 @@ static int vhd_read_footer(struct image *im, struct vhd *v)
     return 0;
 }
 
-/* Reads the footer and what tells kinds of images apart. */
-static int vhd_identify_as(struct image *im, struct vhd *v)
+/* Reads the footer; sets the identity and the type. */
+static int vhd_identify(struct image *im)
 {
+    struct vhd *v = im->state;
     uint32_t version;
     int ret = vhd_read_footer(im, v);
 
@@ -5275,19 +5276,12 @@ static int vhd_open_dynamic(struct image *im, struct vhd *v)
     return vhd_read_parent(im, &header);
 }
 
-static int vhd_identify(struct image *im)
-{
-    struct vhd v = { 0 };
-
-    return vhd_identify_as(im, &v);
-}
-
 static int vhd_open(struct image *im)
 {
     struct vhd *v = im->state;
     int ret;
 
-    ret = vhd_identify_as(im, v);
+    ret = vhd_identify(im);
     if (ret)
         return ret;
     ret = v->type == VHD_FIXED ? vhd_set_size(im, v, v->end) : vhd_open_dynamic(im, v);
@@ -6905,10 +6899,10 @@ static int vmdk_set_geometry(const struct image *im, struct vmdk_extent *e, uint
 /* The offset in bytes of a directory at this sector, if it lies inside the file behind the header; else 0. */
 static uint64_t vmdk_directory_at(const struct vmdk_extent *e, uint64_t sector)
 {
-    uint64_t sectors = e->file->size / VMDK_SECTOR, entries = vmdk_directory_entries(e);
+    uint64_t size = e->file->size;
 
-    if (sector < e->header_sectors || sector > sectors ||
-        entries > (e->file->size - sector * VMDK_SECTOR) / e->entry_size)
+    if (sector < e->header_sectors || sector > size / VMDK_SECTOR ||
+        vmdk_directory_entries(e) > (size - sector * VMDK_SECTOR) / e->entry_size)
         return 0;
     return sector * VMDK_SECTOR;
 }
@@ -7162,8 +7156,10 @@ static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
 }
 
 /* Which sparse extent begins like this, if any? */
-static enum vmdk_kind vmdk_kind_of(const uint8_t *head, size_t len)
+static enum vmdk_kind vmdk_kind_of(const void *bytes, size_t len)
 {
+    const uint8_t *head = bytes;
+
     if (len >= 4 && util_le32(head) == VMDK_HOSTED_MAGIC)
         return VMDK_HOSTED;
     if (len >= 4 && util_le32(head) == VMDK_COWD_MAGIC)
@@ -7464,17 +7460,17 @@ static int vmdk_load_text(struct image *im, struct vmdk *v, const struct vmdk_he
 /* Reads and parses the descriptor, if there is one. */
 static int vmdk_read_text(struct image *im, struct vmdk *v)
 {
-    union { struct vmdk_header header; uint8_t bytes[2 * VMDK_SECTOR]; } head = { 0 };
+    struct { struct vmdk_header header; uint8_t more[VMDK_SECTOR]; } head = { 0 };
     uint64_t done, len = util_min(im->files[0].size, sizeof(head));
     int ret = file_pread(&im->files[0], &head, len, 0, &done);
-    enum vmdk_kind kind = vmdk_kind_of(head.bytes, len);
+    enum vmdk_kind kind = vmdk_kind_of(&head, len);
 
     v->parent_cid = VMDK_NO_PARENT;
     v->no_cid = true;
     v->create_type = v->hint = v->encoding = "";
     if (ret)
         return ret;
-    if (kind == VMDK_BAD && !vmdk_is_descriptor(head.bytes, len))
+    if (kind == VMDK_BAD && !vmdk_is_descriptor(&head, len))
         return msg_err(-EINVAL, "%s: is not a VMDK image", im->name);
     if (kind == VMDK_COWD || kind == VMDK_SESPARSE)
         return 0;
