@@ -7442,6 +7442,11 @@ for i, line in enumerate(code):
     if inside[i] and ((m and names[room(i + 1)] not in may_call) or (re.search(r'files(\[\w+\])?(\.|->)fd\b', line) and names[room(i + 1)] != 'Host files')):
         bad.append('%d: a system call or descriptor of an image outside of "Host files"' % (i + 1))
 
+# The map in README leads to the right room.
+for name, where in re.findall(r'^    \S.* (\w+)\(\), (.*)$', open(sys.argv[1].replace('fuseexp.c', 'README')).read(), re.M):
+    if name not in defined or names[room(defined[name])] != where:
+        bad.append('README: %s() is not in "%s"' % (name, where))
+
 # A comment stands on what it explains: none is followed by another, none by nothing.
 for f in sys.argv[1:]:
     t = open(f).read()
