@@ -3817,7 +3817,7 @@ static int img_salvage(struct image *im, const struct extent *ext, uint8_t *to, 
 }
 
 /* n bytes cannot be read: returns the error, or fills in zeros if the user asked for them. */
-static int img_give_up(struct image *im, int ret, uint8_t *to, uint64_t n, uint64_t offset, uint64_t *part)
+static int img_report_bad(struct image *im, int ret, uint8_t *to, uint64_t n, uint64_t offset, uint64_t *part)
 {
     *part = 0;
     if (ret != -EIO)
@@ -3859,7 +3859,7 @@ static int img_read_pending(struct image *im, uint64_t offset, const struct img_
     for (unsigned i = 0; i < n; i++) {
         r = decoded_read(&pending[i].ext, pending[i].buf, pending[i].len, DECODED_WAIT | how, &hit);
         if (r)
-            r = img_give_up(im, r, pending[i].buf, pending[i].len, offset + pending[i].at, &part);
+            r = img_report_bad(im, r, pending[i].buf, pending[i].len, offset + pending[i].at, &part);
         if (r && pending[i].at < *done) {
             *done = pending[i].at;
             ret = r;
@@ -3900,11 +3900,11 @@ static int img_read(struct image *im, void *buf, uint64_t len, uint64_t offset, 
                 ret = 0;
             }
             if (ret)
-                ret = img_give_up(im, ret, to, n, offset + *done, &part);
+                ret = img_report_bad(im, ret, to, n, offset + *done, &part);
         } else {
             ret = msg_serving(-EIO, "%s: cannot read %" PRIu64 " bytes at %" PRIu64 ": %s", im->name, n,
                               offset + *done, ext.why);
-            ret = img_give_up(im, ret, to, n, offset + *done, &part);
+            ret = img_report_bad(im, ret, to, n, offset + *done, &part);
         }
     }
     if (shared && len >= IMG_LARGE)
@@ -11934,7 +11934,7 @@ static bool probe_is_mapfile(const struct probe *p)
     return n == 2;
 }
 
-#define IMG_UNPACK "unpack it first"
+#define PROBE_UNPACK "unpack it first"
 #define PROBE_NAME_DISK "name the file of the disk that it tells of"
 #define PROBE_CONVERT "qemu-img convert makes a raw image of it"
 #define PROBE_RESTORE "its own program restores the disk"
@@ -12005,15 +12005,15 @@ static const struct {
     { "a tar archive with a virtual machine (OVA)", "tar -xf unpacks it; the .vmdk in it is the disk", NULL,
       probe_is_ova,
       0, 0, false, "" },
-    { "a tar archive with a virtual machine (XVA)", IMG_UNPACK, NULL, probe_is_tar, 0, 8, false, "ova.xml\0" },
+    { "a tar archive with a virtual machine (XVA)", PROBE_UNPACK, NULL, probe_is_tar, 0, 8, false, "ova.xml\0" },
     { "a tar archive", "tar -xf unpacks it", NULL, probe_is_tar, 0, 0, false, "" },
-    { "a cpio archive", IMG_UNPACK, NULL, probe_is_cpio, 0, 4, false, "0707" },
-    { "an ar archive (.deb is one)", IMG_UNPACK, NULL, NULL, 0, 8, false, "!<arch>\n" },
-    { "a rar archive", IMG_UNPACK, NULL, NULL, 0, 6, false, "Rar!\x1a\x07" },
-    { "a 7z archive", IMG_UNPACK, NULL, NULL, 0, 6, false, "7z\xbc\xaf\x27\x1c" },
-    { "a zip archive (AFF4 is one)", IMG_UNPACK, NULL, NULL, 0, 4, false, "PK\x03\x04" },
-    { "a zip archive", IMG_UNPACK, NULL, NULL, 0, 8, false, "PK\x07\x08PK\x03\x04" },
-    { "a cabinet archive", IMG_UNPACK, NULL, NULL, 0, 8, false, "MSCF\0\0\0\0" },
+    { "a cpio archive", PROBE_UNPACK, NULL, probe_is_cpio, 0, 4, false, "0707" },
+    { "an ar archive (.deb is one)", PROBE_UNPACK, NULL, NULL, 0, 8, false, "!<arch>\n" },
+    { "a rar archive", PROBE_UNPACK, NULL, NULL, 0, 6, false, "Rar!\x1a\x07" },
+    { "a 7z archive", PROBE_UNPACK, NULL, NULL, 0, 6, false, "7z\xbc\xaf\x27\x1c" },
+    { "a zip archive (AFF4 is one)", PROBE_UNPACK, NULL, NULL, 0, 4, false, "PK\x03\x04" },
+    { "a zip archive", PROBE_UNPACK, NULL, NULL, 0, 8, false, "PK\x07\x08PK\x03\x04" },
+    { "a cabinet archive", PROBE_UNPACK, NULL, NULL, 0, 8, false, "MSCF\0\0\0\0" },
     { "a gzip-compressed file", "gunzip -k unpacks it", NULL, probe_is_gzip, 0, 3, false, "\x1f\x8b\x08" },
     { "a bzip2-compressed file", "bunzip2 -k unpacks it", NULL, probe_is_bzip2, 0, 3, false, "BZh" },
     { "an xz-compressed file", "unxz -k unpacks it", NULL, NULL, 0, 6, false, "\xfd" "7zXZ\0" },
@@ -12026,7 +12026,7 @@ static const struct {
     { "an lzop-compressed file", "lzop -d unpacks it", NULL, NULL, 0, 9, false, "\x89LZO\0\r\n\x1a\n" },
     { "an lzip-compressed file", "lzip -dk unpacks it", NULL, probe_is_lzip, 0, 4, false, "LZIP" },
     { "an lrzip-compressed file", "lrzip -d unpacks it", NULL, NULL, 0, 5, false, "LRZI\0" },
-    { "a compressed ISO image (ISZ)", IMG_UNPACK, NULL, NULL, 0, 5, false, "IsZ!\x40" },
+    { "a compressed ISO image (ISZ)", PROBE_UNPACK, NULL, NULL, 0, 5, false, "IsZ!\x40" },
     { "a file encrypted by openssl", "openssl enc -d decrypts it", NULL, NULL, 0, 8, false, "Salted__" },
     { "a file encrypted by age", "age -d decrypts it", NULL, NULL, 0, 20, false, "age-encryption.org/v" },
     { "a mapfile of GNU ddrescue", "name the image itself", NULL, probe_is_mapfile, 0, 0, false, "" },
@@ -12396,22 +12396,22 @@ struct check_look {
     struct image *im;
     uint64_t *needed;               /* [n_files]: bytes that it should have */
     struct check_range *ranges;
-    size_t n, room;
+    size_t n, max;
 };
 
-static bool check_look_has_room(struct check_look *l)
+static bool check_look_grow(struct check_look *l)
 {
-    size_t room = l->room ? 2 * l->room : 1024;
+    size_t max = l->max ? 2 * l->max : 1024;
     struct check_range *more;
 
-    if (l->ranges && l->n < l->room)
+    if (l->ranges && l->n < l->max)
         return true;
-    more = room <= CHECK_MAX_RANGES ? realloc(l->ranges, room * sizeof(*more)) : NULL;
+    more = max <= CHECK_MAX_RANGES ? realloc(l->ranges, max * sizeof(*more)) : NULL;
     l->claims.stopped |= !more;
     if (!more)
         return false;
     l->ranges = more;
-    l->room = room;
+    l->max = max;
     return true;
 }
 
@@ -12433,7 +12433,7 @@ static void check_look_claim(struct claims *c, struct file *f, uint64_t offset, 
         return;
     if (last && last->file == f && last->end == offset)
         last->end = end;
-    else if (check_look_has_room(l))
+    else if (check_look_grow(l))
         l->ranges[l->n++] = (struct check_range){ f, offset, end };
 }
 
@@ -14035,7 +14035,7 @@ struct request {
     const struct fuse_in_header *head;
     const void *arg;
     size_t arg_len;
-    uint8_t *out;                   /* FX_MAX_IO of room; a struct fuse_out_header fits in front of it */
+    uint8_t *out;                   /* FX_MAX_IO bytes; a struct fuse_out_header fits in front of it */
     size_t out_len;
 };
 
@@ -14541,7 +14541,7 @@ static int fop_readdir(struct worker *w, struct request *rq)
     const struct fuse_read_in *in = rq->arg;
     bool plus = rq->head->opcode == FUSE_READDIRPLUS;
     size_t head = plus ? offsetof(struct fuse_direntplus, dirent) : 0;
-    size_t room = util_min(in->size, FX_MAX_IO);
+    size_t max = util_min(in->size, FX_MAX_IO);
     uint64_t node;
     const char *name;
 
@@ -14553,7 +14553,7 @@ static int fop_readdir(struct worker *w, struct request *rq)
             break;
         size_t len = strlen(name), need = head + FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + len);
         struct fuse_dirent *d = (struct fuse_dirent *)(rq->out + rq->out_len + head);
-        if (need > room - rq->out_len)
+        if (need > max - rq->out_len)
             break;
         memset(rq->out + rq->out_len, 0, need);
         if (plus && i >= 2 && fop_fill_entry(w->srv, node, (struct fuse_entry_out *)(rq->out + rq->out_len)))
@@ -15178,6 +15178,9 @@ struct options {
     uint32_t sandbox, allow_other, action, on_error;
 };
 
+static const struct options opt_defaults = { .cache_size = 64 << 20, .mode = OPT_UNSET, .uid = OPT_UNSET,
+                                             .gid = OPT_UNSET };
+
 enum opt_kind {
     OPT_SET,
     OPT_TEXT,
@@ -15273,11 +15276,11 @@ static const char *const opt_ignored[] = {
 };
 
 /* Shows "[DIR]" as "[=DIR]" after a name. */
-static const char *opt_shown_value(const struct opt *opt, char *text, size_t room)
+static const char *opt_shown_value(const struct opt *opt, char *text, size_t size)
 {
     if (!opt->arg || *opt->arg != '[')
         return opt->arg ? opt->arg : "";
-    snprintf(text, room, "[=%s", opt->arg + 1);
+    snprintf(text, size, "[=%s", opt->arg + 1);
     return text;
 }
 
@@ -15614,6 +15617,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
         return msg_err(-EINVAL, "more than %d parts", MAX_PARTS);
     o->images = &argv[optind];
     o->n_images = (unsigned)n;
+    o->foreground |= o->debug;
     return opt_check_temporary(o);
 }
 
@@ -15828,7 +15832,7 @@ static int mnt_connect(const char *name, uid_t owner)
 }
 
 /* Finds the control sockets of a mount; connects to them if fds is not NULL. Returns how many. */
-static size_t mnt_find_servers(const struct mount_entry *entry, struct pollfd *fds, size_t most)
+static size_t mnt_find_servers(const struct mount_entry *entry, struct pollfd *fds, size_t max)
 {
     FILE *table = fopen("/proc/net/unix", "re");
     char line[512], want[50] = "@", *name;
@@ -15836,7 +15840,7 @@ static size_t mnt_find_servers(const struct mount_entry *entry, struct pollfd *f
     int fd;
 
     mnt_control_prefix(entry->id, entry->minor, want + 1);
-    while (table && n < most && fgets(line, sizeof(line), table)) {
+    while (table && n < max && fgets(line, sizeof(line), table)) {
         line[strcspn(line, "\n")] = 0;
         name = strstr(line, want);
         if (!name)
@@ -16360,7 +16364,7 @@ static void mnt_add_processes(struct mount_users *users, const char *path)
 }
 
 /* Adds where the file system is mounted in the namespace of a process: "self", or a number. */
-static void mnt_add_places(struct mount_users *users, const char *process, unsigned minor)
+static void mnt_add_mountpoints(struct mount_users *users, const char *process, unsigned minor)
 {
     struct mount_entry *e = malloc(sizeof(*e));
     char name[64], *line = NULL;
@@ -16392,7 +16396,7 @@ static void mnt_add_mounts(struct mount_users *users, unsigned minor)
     ssize_t n;
     DIR *dir = opendir("/proc");
 
-    mnt_add_places(users, "self", minor);
+    mnt_add_mountpoints(users, "self", minor);
     n = readlink("/proc/self/ns/mnt", seen[n_seen++], sizeof(seen[0]) - 1);
     while (n > 0 && dir && n_seen < SEEN && (e = readdir(dir))) {
         if (!isdigit((unsigned char)*e->d_name))
@@ -16406,7 +16410,7 @@ static void mnt_add_mounts(struct mount_users *users, unsigned minor)
         if (i < n_seen)
             continue;
         n_seen++;
-        mnt_add_places(users, e->d_name, minor);
+        mnt_add_mountpoints(users, e->d_name, minor);
     }
     if (dir)
         closedir(dir);
@@ -16502,8 +16506,8 @@ struct run {
 /* Passes on lines of the server, which has no stderr of its own: to stderr, or in the background to syslog. */
 static void run_relay_log(struct run *r)
 {
-    size_t room = sizeof(r->log_text) - 1 - r->log_len;
-    ssize_t n = r->log_fd < 0 ? 0 : read(r->log_fd, r->log_text + r->log_len, room);
+    size_t max = sizeof(r->log_text) - 1 - r->log_len;
+    ssize_t n = r->log_fd < 0 ? 0 : read(r->log_fd, r->log_text + r->log_len, max);
     char *line = r->log_text, *end;
 
     if (n == 0)
@@ -16617,21 +16621,21 @@ static void run_dispose(int sig, void (*handler)(int), struct sigaction *old)
     sigaction(sig, &act, old);
 }
 
-static int run_take_signals(struct run *r)
+static int run_block_signals(struct run *r)
 {
-    static const int taken[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCHLD, SIGUSR1 };
-    static const int deaf[] = { SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF };     /* would end us for no reason */
+    static const int handled[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCHLD, SIGUSR1 };
+    static const int ignored[] = { SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF };     /* would end us for no reason */
     sigset_t set;
 
     sigemptyset(&set);
-    for (size_t i = 0; i < ARRAY_LEN(taken); i++)
-        sigaddset(&set, taken[i]);
+    for (size_t i = 0; i < ARRAY_LEN(handled); i++)
+        sigaddset(&set, handled[i]);
     sigprocmask(SIG_BLOCK, &set, &r->old_mask);
     r->sig_fd = util_fault("signals") ? -1 : signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     if (r->sig_fd < 0)
         return msg_err(-errno, "signalfd: %s", strerror(errno));
-    for (size_t i = 0; i < ARRAY_LEN(deaf); i++)
-        sigaddset(&set, deaf[i]);
+    for (size_t i = 0; i < ARRAY_LEN(ignored); i++)
+        sigaddset(&set, ignored[i]);
     sigprocmask(SIG_BLOCK, &set, NULL);
     run_dispose(SIGPIPE, SIG_IGN, &r->old_pipe);
     run_dispose(SIGCHLD, SIG_DFL, &r->old_chld);    /* if it were ignored, wait(2) would lose the exit statuses */
@@ -17351,7 +17355,7 @@ static int run_export(const struct options *o, int shell_fd)
     };
     r->mp.session_fd = -1;
 
-    if (run_take_signals(r))
+    if (run_block_signals(r))
         goto out_signals;
     run_raise_file_limit(r);
     if (run_make_control(r))
@@ -17667,7 +17671,7 @@ static bool cmd_map_continues(const struct extent *ext, const struct extent *nex
 
 static void cmd_map_json(struct out *out, const struct image *im, uint64_t start, const struct extent *ext)
 {
-    bool zero = ext->kind == EXT_ZERO, place = ext->kind != EXT_BAD && ext->kind != EXT_COMPRESSED && ext->file;
+    bool zero = ext->kind == EXT_ZERO, has_offset = ext->kind != EXT_BAD && ext->kind != EXT_COMPRESSED && ext->file;
 
     while (im->depth < ext->depth)
         im = im->backing;
@@ -17678,9 +17682,9 @@ static void cmd_map_json(struct out *out, const struct image *im, uint64_t start
     out_flag(out, "present", !zero || ext->zeroed);
     out_flag(out, "zero", zero);
     out_flag(out, "data", !zero || (ext->sparse && im->cluster_size));
-    if (place)
+    if (has_offset)
         out_number(out, "offset", ext->offset);
-    if (place && im->n_files > 1 && !im->format->data_file)
+    if (has_offset && im->n_files > 1 && !im->format->data_file)
         out_text(out, "filename", ext->file->path);
     if (ext->kind == EXT_BAD)
         out_text(out, "error", ext->why);
@@ -17690,13 +17694,13 @@ static void cmd_map_json(struct out *out, const struct image *im, uint64_t start
 /* Prints one line for people; leaves out zeros, like qemu-img. */
 static void cmd_map_line(uint64_t start, const struct extent *ext)
 {
-    char place[24];
+    char offset[24];
 
     if (ext->kind == EXT_ZERO)
         return;
-    snprintf(place, sizeof(place), "%#" PRIx64, ext->offset);
+    snprintf(offset, sizeof(offset), "%#" PRIx64, ext->offset);
     printf("%#-16" PRIx64 "%#-16" PRIx64 "%-16s", start, ext->length,
-           ext->kind == EXT_DATA         ? place
+           ext->kind == EXT_DATA         ? offset
            : ext->kind == EXT_COMPRESSED ? "compressed"
                                          : "UNREADABLE");
     out_plain(ext->kind == EXT_BAD ? ext->why : ext->file->path);
@@ -17904,7 +17908,7 @@ static int main_usage_status(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
-    struct options o = { .cache_size = 64 << 20, .mode = OPT_UNSET, .uid = OPT_UNSET, .gid = OPT_UNSET };
+    struct options o = opt_defaults;
     int status = main_usage_status(argc, argv);
 
     main_open_stdio();
@@ -17912,7 +17916,6 @@ int main(int argc, char **argv)
     util_note_inherited();
     if (opt_parse(&o, argc, argv) == 0) {
         msg_verbosity = o.debug ? MSG_DEBUG : o.verbose ? MSG_INFO : o.quiet ? MSG_ERROR : MSG_NOTE;
-        o.foreground |= o.debug;
         status = o.action == ACT_INFO      ? cmd_look(&o, cmd_info)
                  : o.action == ACT_MAP     ? cmd_look(&o, cmd_map)
                  : o.action == ACT_CHECK   ? cmd_look(&o, cmd_check)
