@@ -282,6 +282,24 @@ static uint64_t be64_to_cpu(be64 v)
     return util_be64(v.byte);
 }
 
+static be32 cpu_to_be32(uint32_t v)
+{
+    be32 b;
+
+    v = htobe32(v);
+    memcpy(b.byte, &v, sizeof(v));
+    return b;
+}
+
+static be64 cpu_to_be64(uint64_t v)
+{
+    be64 b;
+
+    v = htobe64(v);
+    memcpy(b.byte, &v, sizeof(v));
+    return b;
+}
+
 /*
  * "4096", "0x1000", "4k", "10G": powers of 1024. False on anything else, on a sign, and past MAX_IMAGE_SIZE.
  */
@@ -8609,40 +8627,132 @@ static const struct image_format prl_format = {
  * followed.
  * ******************************************************************************************************** */
 
+#define QCOW2_MAGIC 0x514649fbu                 /* "QFI\xfb" */
+
+struct qcow2_header {
+    be32 magic;                     /* 0x00 */
+    be32 version;                   /* 0x04: 2 or 3 */
+    be64 backing_offset;            /* 0x08: of the backing file's name, in the first cluster; 0: none */
+    be32 backing_length;            /* 0x10: of that name, at most QCOW2_MAX_NAME */
+    be32 cluster_bits;              /* 0x14: 9 to 21 */
+    be64 size;                      /* 0x18: of the disk */
+    be32 crypt;                     /* 0x20: enum qcow2_crypt */
+    be32 l1_entries;                /* 0x24 */
+    be64 l1_offset;                 /* 0x28 */
+    be64 refcounts_offset;          /* 0x30: of the refcount table */
+    be32 refcounts_clusters;        /* 0x38: of the refcount table */
+    be32 n_snapshots;               /* 0x3c */
+    be64 snapshots_offset;          /* 0x40 */
+    /* the rest only in version 3 */
+    be64 incompatible;              /* 0x48: QCOW2_DIRTY ... */
+    be64 compatible;                /* 0x50: QCOW2_LAZY_REFCOUNTS */
+    be64 autoclear;                 /* 0x58: QCOW2_BITMAPS, QCOW2_RAW_DATA */
+    be32 refcount_order;            /* 0x60: log2 of a refcount's bits, 0 to 6; version 2: 4 */
+    be32 header_length;             /* 0x64 */
+    uint8_t compression;            /* 0x68: 1: zstd; not there in a header of 104 bytes */
+    uint8_t reserved[7];            /* 0x69 */
+};
+_Static_assert(sizeof(struct qcow2_header) == 112, "qcow2 header");
+
 enum {
-    QCOW2_MAGIC = 0x514649fb,
-    QCOW2_HEADER_V2 = 72,
-    QCOW2_HEADER_V3 = 104,
-    QCOW2_DIRTY = 1,
+    QCOW2_HEADER_V2 = offsetof(struct qcow2_header, incompatible),
+    QCOW2_HEADER_V3 = offsetof(struct qcow2_header, compression),
+    /* incompatible features */
+    QCOW2_DIRTY = 1,                    /* refcounts may be out of date */
     QCOW2_CORRUPT = 2,
     QCOW2_DATA_FILE = 4,
-    QCOW2_COMPRESSION = 8,
-    QCOW2_EXTL2 = 16,
-    QCOW2_LAZY_REFCOUNTS = 1,           /* compatible */
-    QCOW2_BITMAPS = 1,                  /* autoclear: the bitmaps are up to date, and listed */
-    QCOW2_RAW_DATA = 2,                 /* autoclear */
+    QCOW2_COMPRESSION = 8,              /* other than zlib */
+    QCOW2_EXTL2 = 16,                   /* subclusters */
+    QCOW2_KNOWN = QCOW2_DIRTY | QCOW2_CORRUPT | QCOW2_DATA_FILE | QCOW2_COMPRESSION | QCOW2_EXTL2,
+    /* compatible */
+    QCOW2_LAZY_REFCOUNTS = 1,
+    /* autoclear */
+    QCOW2_BITMAPS = 1,                  /* the bitmaps are up to date, and listed */
+    QCOW2_RAW_DATA = 2,
+    /* limits, those of QEMU */
     QCOW2_MAX_BITMAPS = 65535,
-    QCOW2_BITMAP_IN_USE = 1,
-    QCOW2_BITMAP_AUTO = 2,
-    QCOW2_MAX_L1 = 32 << 20,
-    QCOW2_MAX_REFCOUNT_TABLE = 8 << 20,
+    QCOW2_MAX_L1 = 32 << 20,            /* bytes */
+    QCOW2_MAX_REFCOUNT_TABLE = 8 << 20, /* bytes */
     QCOW2_MAX_NAME = 1023,
     QCOW2_MAX_SNAPSHOTS = 65536,
     QCOW2_SUBCLUSTERS = 32,
 };
+enum qcow2_crypt { QCOW2_PLAIN, QCOW2_AES, QCOW2_LUKS };
+static const char *const qcow2_crypt_names[] = { "none", "AES", "LUKS" };
+
+/* A header extension: its data follows, and zeros up to a multiple of 8 bytes. Type 0 ends the list. */
+struct qcow2_extension {
+    be32 type;                      /* 0x00 */
+    be32 length;                    /* 0x04: of the data */
+};
+#define QCOW2_EXT_BACKING_FORMAT 0xe2792acau    /* a name */
+#define QCOW2_EXT_FEATURES 0x6803f857u          /* entries of 48 bytes: type, bit, name */
+#define QCOW2_EXT_DATA_FILE 0x44415441u         /* a name */
+#define QCOW2_EXT_BITMAPS 0x23852875u
+#define QCOW2_EXT_CRYPT 0x0537be77u
+#define QCOW2_EXT_BASE_SIZE 0x66786273u         /* ours */
+
+struct qcow2_bitmaps_extension {
+    be32 n_bitmaps;                 /* 0x00 */
+    be32 reserved;                  /* 0x04 */
+    be64 directory_size;            /* 0x08 */
+    be64 directory_offset;          /* 0x10 */
+};
+_Static_assert(sizeof(struct qcow2_bitmaps_extension) == 24, "qcow2 bitmaps extension");
+
+struct qcow2_crypt_extension {
+    be64 offset;                    /* 0x00: of the LUKS header */
+    be64 length;                    /* 0x08 */
+};
+
+struct qcow2_base_extension {
+    be64 size;                      /* 0x00: the backing file's size when the overlay was made */
+    be64 name_hash;                 /* 0x08: util_hash() of its name: another name, and the size says nothing */
+};
+
+/* An entry of the snapshot table, from a multiple of 8 bytes. Extra data, the id and the name follow. */
+struct qcow2_snapshot_header {
+    be64 l1_offset;                 /* 0x00 */
+    be32 l1_entries;                /* 0x08 */
+    be16 id_length;                 /* 0x0c */
+    be16 name_length;               /* 0x0e */
+    be32 seconds;                   /* 0x10: when it was made */
+    be32 nanoseconds;               /* 0x14 */
+    be64 clock;                     /* 0x18: nanoseconds that the guest had run */
+    be32 vm_state_size;             /* 0x20 */
+    be32 extra_length;              /* 0x24: bytes of struct qcow2_snapshot_extra that are there, or more */
+};
+_Static_assert(sizeof(struct qcow2_snapshot_header) == 40, "qcow2 snapshot");
+
+struct qcow2_snapshot_extra {
+    be64 vm_state_size;             /* 0x00: instead of the other one */
+    be64 size;                      /* 0x08: of the disk; version 3 always has it */
+    be64 icount;                    /* 0x10: instructions that the guest had run */
+};
+_Static_assert(sizeof(struct qcow2_snapshot_extra) == 24, "qcow2 snapshot, extra data");
+
+/* An entry of the bitmap directory, from a multiple of 8 bytes. Extra data and the name follow. */
+struct qcow2_bitmap_header {
+    be64 table_offset;              /* 0x00 */
+    be32 table_entries;             /* 0x08 */
+    be32 flags;                     /* 0x0c: QCOW2_BITMAP_... */
+    uint8_t type;                   /* 0x10 */
+    uint8_t granularity_bits;       /* 0x11: 0 to 31 */
+    be16 name_length;               /* 0x12 */
+    be32 extra_length;              /* 0x14 */
+};
+_Static_assert(sizeof(struct qcow2_bitmap_header) == 24, "qcow2 bitmap");
+enum { QCOW2_BITMAP_IN_USE = 1, QCOW2_BITMAP_AUTO = 2 };
+
+/* Entries of the tables: an offset, a multiple of the cluster size, and flags. */
 #define QCOW2_OFFSET 0x00fffffffffffe00u
-#define QCOW2_COPIED (1ull << 63)
-#define QCOW2_COMPRESSED (1ull << 62)
-#define QCOW2_REFCOUNT_BLOCK 0xfffffffffffffe00u
+#define QCOW2_COPIED (1ull << 63)               /* L1, L2: its refcount is 1 */
+#define QCOW2_COMPRESSED (1ull << 62)           /* L2: see qcow2_coded_range() */
+#define QCOW2_ZERO 1u                           /* L2 without subclusters: reads as zeros */
 #define QCOW2_L1_RESERVED 0x7f000000000001ffu
 #define QCOW2_L2_RESERVED 0x3f000000000001feu
 #define QCOW2_BITMAP_RESERVED 0xff000000000001feu
-#define QCOW2_EXT_BACKING_FORMAT 0xe2792acau
-#define QCOW2_EXT_FEATURES 0x6803f857u
-#define QCOW2_EXT_DATA_FILE 0x44415441u
-#define QCOW2_EXT_BITMAPS 0x23852875u
-#define QCOW2_EXT_CRYPT 0x0537be77u
-#define QCOW2_EXT_BASE_SIZE 0x66786273u     /* ours, 16 bytes: its backing file's size then, util_hash() of its name */
+#define QCOW2_REFCOUNT_BLOCK 0xfffffffffffffe00u
 
 struct qcow2 {
     uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
@@ -8652,9 +8762,9 @@ struct qcow2 {
     uint32_t header_length, refcount_order;                 /* log2 of a refcount's bits */
     uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
     uint32_t n_snapshots, n_bitmaps;
-    uint32_t crypt;                 /* QCOW2_AES, QCOW2_LUKS; 0: not encrypted */
+    uint32_t crypt;                 /* enum qcow2_crypt */
     uint64_t crypt_offset, crypt_size;      /* the LUKS header with its keys: without it all is lost */
-    uint64_t backing_hash;          /* see QCOW2_EXT_BASE_SIZE */
+    uint64_t backing_hash;          /* see struct qcow2_base_extension */
     bool subclusters, v2;
     bool preallocated;              /* see qcow2_find_holes() */
     bool shared;                    /* the active tables share clusters, see qcow2_reclaim_cluster_locked() */
@@ -8667,7 +8777,9 @@ struct qcow2 {
 
 static int qcow2_probe(const struct probe *p)
 {
-    return p->head_len >= 8 && util_be32(p->head) == QCOW2_MAGIC && util_be32(p->head + 4) >= 2 ? 100 : 0;
+    const struct qcow2_header *h = (const void *)p->head;
+
+    return p->head_len >= 8 && be32_to_cpu(h->magic) == QCOW2_MAGIC && be32_to_cpu(h->version) >= 2 ? 100 : 0;
 }
 
 static int qcow2_read(struct image *im, uint64_t offset, void *buf, uint64_t len, const char *what)
@@ -8694,130 +8806,159 @@ static int qcow2_unknown_feature(const struct image *im, uint64_t bits, const ui
                    im->name, bit);
 }
 
-enum { QCOW2_AES = 1, QCOW2_LUKS };
-static const char *const qcow2_crypt_names[] = { "none", "AES", "LUKS" };
-
-/*
- * Header extensions: type, length, data padded to 8 bytes, up to the end marker or the first cluster's end.
- */
-static int qcow2_extensions(struct image *im, struct qcow2 *q, const uint8_t *cluster, uint64_t len)
+static int qcow2_read_extension(struct image *im, struct qcow2 *q, uint32_t type, const uint8_t *data, uint32_t n)
 {
-    const uint64_t known = QCOW2_DIRTY | QCOW2_CORRUPT | QCOW2_DATA_FILE | QCOW2_COMPRESSION | QCOW2_EXTL2;
-    const uint8_t *features = NULL;
-    uint64_t name = util_be64(cluster + 8);
+    const struct qcow2_bitmaps_extension *bitmaps = (const void *)data;
+    const struct qcow2_crypt_extension *crypt = (const void *)data;
+    const struct qcow2_base_extension *base = (const void *)data;
+
+    if (type == QCOW2_EXT_BACKING_FORMAT && !util_copy_name(im->backing_format, sizeof(im->backing_format), data, n))
+        return fmt_refuse(im, "the name of the backing format: at most 31 bytes", n);
+    if (type == QCOW2_EXT_DATA_FILE && !util_copy_name(q->data_name, sizeof(q->data_name), data, n))
+        return fmt_refuse(im, "the name of the data file: at most 1023 bytes", n);
+    if (type == QCOW2_EXT_BITMAPS && n >= sizeof(*bitmaps) && (q->autoclear & QCOW2_BITMAPS)) {
+        q->n_bitmaps = be32_to_cpu(bitmaps->n_bitmaps);
+        q->bitmaps_size = be64_to_cpu(bitmaps->directory_size);
+        q->bitmaps_offset = be64_to_cpu(bitmaps->directory_offset);
+    }
+    if (type == QCOW2_EXT_CRYPT && n >= sizeof(*crypt)) {
+        q->crypt_offset = be64_to_cpu(crypt->offset);
+        q->crypt_size = be64_to_cpu(crypt->length);
+    }
+    if (type == QCOW2_EXT_BASE_SIZE && n == sizeof(*base)) {
+        im->backing_size = be64_to_cpu(base->size);
+        q->backing_hash = be64_to_cpu(base->name_hash);
+    }
+    return 0;
+}
+
+/* Header extensions end at the first cluster's end, or where the name of the backing file lies. */
+static int qcow2_read_extensions(struct image *im, struct qcow2 *q, const uint8_t *cluster, uint64_t len)
+{
+    const struct qcow2_extension *ext;
+    const uint8_t *features = NULL, *data;
+    uint64_t name = be64_to_cpu(((const struct qcow2_header *)(const void *)cluster)->backing_offset);
     uint32_t type, n, features_len = 0;
+    int ret;
 
-    if (name >= q->header_length)
-        len = util_min(
-            len, name); /* images without an end marker: the name of the backing file ends the extensions */
-
-    for (uint64_t at = q->header_length; at + 8 <= len; at += 8 + ((uint64_t)n + 7) / 8 * 8) {
-        type = util_be32(cluster + at);
-        n = util_be32(cluster + at + 4);
+    if (name >= q->header_length)   /* some images have no end marker */
+        len = util_min(len, name);
+    for (uint64_t at = q->header_length; at + sizeof(*ext) <= len; at += sizeof(*ext) + ((uint64_t)n + 7) / 8 * 8) {
+        ext = (const void *)(cluster + at);
+        data = cluster + at + sizeof(*ext);
+        type = be32_to_cpu(ext->type);
+        n = be32_to_cpu(ext->length);
         if (type == 0)
             break;
-        if (n > len - at - 8)
+        if (n > len - at - sizeof(*ext))
             return fmt_refuse(im, "a header extension reaches past the first cluster", n);
-        if (type == QCOW2_EXT_BACKING_FORMAT &&
-            !util_copy_name(im->backing_format, sizeof(im->backing_format), cluster + at + 8, n))
-            return fmt_refuse(im, "the name of the backing format is too long", n);
-        if (type == QCOW2_EXT_DATA_FILE &&
-            !util_copy_name(q->data_name, sizeof(q->data_name), cluster + at + 8, n))
-            return fmt_refuse(im, "the name of the data file is too long", n);
-        if (type == QCOW2_EXT_BITMAPS && n >= 24 && (q->autoclear & QCOW2_BITMAPS)) {
-            q->n_bitmaps = util_be32(cluster + at + 8);
-            q->bitmaps_size = util_be64(cluster + at + 16);
-            q->bitmaps_offset = util_be64(cluster + at + 24);
-        }
-        if (type == QCOW2_EXT_CRYPT && n >= 16) {
-            q->crypt_offset = util_be64(cluster + at + 8);
-            q->crypt_size = util_be64(cluster + at + 16);
-        }
-        if (type == QCOW2_EXT_BASE_SIZE && n == 16) {
-            im->backing_size = util_be64(cluster + at + 8);
-            q->backing_hash = util_be64(cluster + at + 16);
-        }
+        ret = qcow2_read_extension(im, q, type, data, n);
+        if (ret)
+            return ret;
         if (type == QCOW2_EXT_FEATURES) {
-            features = cluster + at + 8;
+            features = data;
             features_len = n;
         }
     }
     if (q->crypt == QCOW2_LUKS && !q->crypt_size)
         return fmt_refuse(im, "LUKS without its header", q->crypt_size);
-    return q->incompatible & ~known
-               ? qcow2_unknown_feature(im, q->incompatible & ~known, features, features_len)
-               : 0;
+    if (q->incompatible & ~(uint64_t)QCOW2_KNOWN)
+        return qcow2_unknown_feature(im, q->incompatible & ~(uint64_t)QCOW2_KNOWN, features, features_len);
+    return 0;
 }
 
-static int qcow2_check_header(struct image *im, struct qcow2 *q, const uint8_t *h)
+static int qcow2_check_header(struct image *im, struct qcow2 *q, uint32_t compression)
 {
-    uint32_t compression = q->header_length > 104 ? h[104] : 0;
-
     if (q->version != 2 && q->version != 3)
-        return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u, which is not supported", im->name, q->version);
+        return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u; versions 2 and 3 are supported", im->name,
+                       q->version);
     if (q->cluster_bits < 9 || q->cluster_bits > 21)
-        return fmt_unsupported(im, "the cluster size, as a power of 2", q->cluster_bits);
+        return fmt_unsupported(im, "the cluster size, as a power of 2 from 9 to 21", q->cluster_bits);
     if (q->crypt > QCOW2_LUKS)
         return msg_err(-EOPNOTSUPP, "%s: is encrypted by method %u, which is not supported", im->name, q->crypt);
-    if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) ||
-        q->header_length > 1u << q->cluster_bits)
-        return fmt_refuse(im, "the header's length", q->header_length);
+    if (q->header_length < (q->v2 ? QCOW2_HEADER_V2 : QCOW2_HEADER_V3) || q->header_length > 1u << q->cluster_bits)
+        return fmt_refuse(im, "the header's length, from 104 bytes to a cluster", q->header_length);
     if (q->refcount_order > 6)
-        return fmt_refuse(im, "the refcount width", q->refcount_order);
+        return fmt_refuse(im, "the refcount width, as a power of 2 from 0 to 6", q->refcount_order);
     if (compression > 1 && (q->incompatible & QCOW2_COMPRESSION))
-        return fmt_unsupported(im, "the compression type", compression);
+        return fmt_unsupported(im, "the compression type, which is 0 (zlib) or 1 (zstd)", compression);
     if ((compression != 0) != !!(q->incompatible & QCOW2_COMPRESSION))
-        return fmt_refuse(im, "the compression type", compression);
+        return fmt_refuse(im, "the compression type, unlike the feature bit for it", compression);
     q->codec = compression ? CODEC_ZSTD : CODEC_DEFLATE;
     if (q->crypt && fmt_encrypted(im, qcow2_crypt_names[q->crypt], "qemu-img convert"))
         return -EOPNOTSUPP;
     if ((q->autoclear & QCOW2_RAW_DATA) && !(q->incompatible & QCOW2_DATA_FILE))
         return fmt_refuse(im, "raw external data without a data file", q->autoclear);
     if (q->subclusters && q->cluster_bits < 14)
-        return fmt_refuse(im, "subclusters need clusters of 16 KiB at least", q->cluster_bits);
+        return fmt_refuse(im, "subclusters need clusters of 16 KiB (2^14 bytes) at least", q->cluster_bits);
     if (q->size > (uint64_t)MAX_IMAGE_SIZE)
-        return fmt_refuse(im, "the size", q->size);
+        return fmt_refuse(im, "the size, at most 2^63 - 1 bytes", q->size);
     return 0;
 }
 
-static int qcow2_read_header(struct image *im, struct qcow2 *q, const uint8_t *h)
+static int qcow2_read_header(struct image *im, struct qcow2 *q)
 {
-    q->version = util_be32(h + 4);
+    struct qcow2_header h = { .reserved = { 0 } };
+    int ret = qcow2_read(im, 0, &h, util_min(im->files[0].size, sizeof(h)), "the header");
+
+    if (!ret && (im->files[0].size < QCOW2_HEADER_V2 || be32_to_cpu(h.magic) != QCOW2_MAGIC))
+        ret = msg_err(-EINVAL, "%s: is not a qcow2 image", im->name);
+    if (ret)
+        return ret;
+    q->version = be32_to_cpu(h.version);
     q->v2 = q->version == 2;
-    q->cluster_bits = util_be32(h + 20);
-    q->size = util_be64(h + 24);
-    q->l1_entries = util_be32(h + 36);
-    q->l1_offset = util_be64(h + 40);
-    q->incompatible = q->v2 ? 0 : util_be64(h + 72);
-    q->compatible = q->v2 ? 0 : util_be64(h + 80);
-    q->autoclear = q->v2 ? 0 : util_be64(h + 88);
-    q->refcount_order = q->v2 ? 4 : util_be32(h + 96);
-    q->refcounts = util_be64(h + 48);
-    q->refcounts_size = (uint64_t)util_be32(h + 56) << (q->cluster_bits & 31);
-    q->crypt = util_be32(h + 32);
-    q->n_snapshots = util_be32(h + 60);
-    q->snapshots_offset = util_be64(h + 64);
-    q->header_length = q->v2 ? QCOW2_HEADER_V2 : util_be32(h + 100);
+    q->cluster_bits = be32_to_cpu(h.cluster_bits);
+    q->size = be64_to_cpu(h.size);
+    q->crypt = be32_to_cpu(h.crypt);
+    q->l1_entries = be32_to_cpu(h.l1_entries);
+    q->l1_offset = be64_to_cpu(h.l1_offset);
+    q->refcounts = be64_to_cpu(h.refcounts_offset);
+    q->refcounts_size = (uint64_t)be32_to_cpu(h.refcounts_clusters) << (q->cluster_bits & 31);
+    q->n_snapshots = be32_to_cpu(h.n_snapshots);
+    q->snapshots_offset = be64_to_cpu(h.snapshots_offset);
+    q->incompatible = q->v2 ? 0 : be64_to_cpu(h.incompatible);
+    q->compatible = q->v2 ? 0 : be64_to_cpu(h.compatible);
+    q->autoclear = q->v2 ? 0 : be64_to_cpu(h.autoclear);
+    q->refcount_order = q->v2 ? 4 : be32_to_cpu(h.refcount_order);
+    q->header_length = q->v2 ? QCOW2_HEADER_V2 : be32_to_cpu(h.header_length);
     q->subclusters = q->incompatible & QCOW2_EXTL2;
     q->entry_size = q->subclusters ? 16 : 8;
-    return qcow2_check_header(im, q, h);
+    q->l2_bits = q->cluster_bits - (q->subclusters ? 4 : 3);
+    return qcow2_check_header(im, q, q->header_length > QCOW2_HEADER_V3 ? h.compression : 0);
 }
 
 /* The name of the backing file lies in the first cluster. */
-static int qcow2_read_backing_name(struct image *im, const struct qcow2 *q, const uint8_t *cluster,
-                                   uint64_t len)
+static int qcow2_read_backing_name(struct image *im, struct qcow2 *q, const uint8_t *cluster, uint64_t len)
 {
-    uint64_t offset = util_be64(cluster + 8);
-    uint32_t n = util_be32(cluster + 16);
+    const struct qcow2_header *h = (const void *)cluster;
+    uint64_t offset = be64_to_cpu(h->backing_offset), hash = UTIL_HASH_START;
+    uint32_t n = be32_to_cpu(h->backing_length);
 
-    if (!offset)
-        return 0;
-    if (n > QCOW2_MAX_NAME || offset > 1u << q->cluster_bits || n > (1u << q->cluster_bits) - offset ||
-        offset + n > len)
-        return fmt_refuse(im, "the name of the backing file", n);
-    if (!util_copy_name(im->backing_name, sizeof(im->backing_name), cluster + offset, n))
-        return fmt_refuse(im, "the name of the backing file", n);
+    if (offset && (n > QCOW2_MAX_NAME || offset > len || n > len - offset ||
+                   !util_copy_name(im->backing_name, sizeof(im->backing_name), cluster + offset, n)))
+        return fmt_refuse(im, "the name of the backing file: 1 to 1023 bytes in the first cluster", n);
+    util_hash(&hash, im->backing_name);
+    if (hash != q->backing_hash)    /* rebased since */
+        im->backing_size = 0;
     return 0;
+}
+
+/* What the first cluster has behind the header. */
+static int qcow2_read_names(struct image *im, struct qcow2 *q)
+{
+    uint64_t len = util_min(1u << q->cluster_bits, im->files[0].size), done;
+    uint8_t *cluster = malloc(len);
+    int ret;
+
+    if (!cluster)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = file_pread(&im->files[0], cluster, len, 0, &done);
+    if (!ret)
+        ret = qcow2_read_extensions(im, q, cluster, len);
+    if (!ret)
+        ret = qcow2_read_backing_name(im, q, cluster, len);
+    free(cluster);
+    return ret;
 }
 
 /*
@@ -8850,37 +8991,39 @@ struct qcow2_snapshot {
     char id[256], name[1024];
 };
 
-static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t at,
-                               struct qcow2_snapshot *sn)
+/* The entry of the snapshot table at `at`; sn->next: where the next one lies. */
+static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t at, struct qcow2_snapshot *sn)
 {
-    uint8_t h[40] = { 0 }, extra[24] = { 0 };
+    static const char past_end[] = "the snapshot table reaches past the end";
+    struct qcow2_snapshot_header h = { 0 };
+    struct qcow2_snapshot_extra extra = { 0 };
     uint32_t id_len, name_len, extra_len;
-    int ret = qcow2_read(im, at, h, sizeof(h), "the snapshot table reaches past the end");
+    int ret = qcow2_read(im, at, &h, sizeof(h), past_end);
 
     if (ret)
         return ret;
-    id_len = util_be16(h + 12);
-    name_len = util_be16(h + 14);
-    extra_len = util_be32(h + 36);
+    id_len = be16_to_cpu(h.id_length);
+    name_len = be16_to_cpu(h.name_length);
+    extra_len = be32_to_cpu(h.extra_length);
     if (extra_len > 1024 || id_len >= sizeof(sn->id) || name_len >= sizeof(sn->name))
-        return fmt_refuse(im, "a snapshot's entry", extra_len);
-    ret = qcow2_read(im, at + 40, extra, util_min(extra_len, 24), "the snapshot table reaches past the end");
+        return fmt_refuse(im, "a snapshot's entry, of 1024 bytes of extra data at most", extra_len);
+    at += sizeof(h);
+    ret = qcow2_read(im, at, &extra, util_min(extra_len, sizeof(extra)), past_end);
     if (!ret)
-        ret = qcow2_read(im, at + 40 + extra_len, sn->id, id_len, "the snapshot table reaches past the end");
+        ret = qcow2_read(im, at + extra_len, sn->id, id_len, past_end);
     if (!ret)
-        ret = qcow2_read(im, at + 40 + extra_len + id_len, sn->name, name_len,
-                         "the snapshot table reaches past the end");
+        ret = qcow2_read(im, at + extra_len + id_len, sn->name, name_len, past_end);
     sn->id[id_len] = sn->name[name_len] = 0;
-    sn->l1_offset = util_be64(h);
-    sn->l1_entries = util_be32(h + 8);
-    sn->seconds = util_be32(h + 16);
-    sn->nanoseconds = util_be32(h + 20);
-    sn->clock = util_be64(h + 24);
+    sn->l1_offset = be64_to_cpu(h.l1_offset);
+    sn->l1_entries = be32_to_cpu(h.l1_entries);
+    sn->seconds = be32_to_cpu(h.seconds);
+    sn->nanoseconds = be32_to_cpu(h.nanoseconds);
+    sn->clock = be64_to_cpu(h.clock);
     sn->extra_len = extra_len;
-    sn->vm_state = extra_len >= 8 ? util_be64(extra) : util_be32(h + 32);
-    sn->size = extra_len >= 16 ? util_be64(extra + 8) : q->size;
-    sn->icount = extra_len >= 24 ? util_be64(extra + 16) : UINT64_MAX;
-    sn->next = at + (40 + (uint64_t)extra_len + id_len + name_len + 7) / 8 * 8;
+    sn->vm_state = extra_len >= 8 ? be64_to_cpu(extra.vm_state_size) : be32_to_cpu(h.vm_state_size);
+    sn->size = extra_len >= 16 ? be64_to_cpu(extra.size) : q->size;
+    sn->icount = extra_len >= 24 ? be64_to_cpu(extra.icount) : UINT64_MAX;
+    sn->next = at + (extra_len + id_len + name_len + 7) / 8 * 8;
     return ret;
 }
 
@@ -8931,46 +9074,27 @@ static int qcow2_open_data_file(struct image *im, struct qcow2 *q)
 static int qcow2_open(struct image *im)
 {
     struct qcow2 *q = im->state;
-    uint8_t header[112] = { 0 }, *cluster = NULL;
-    uint64_t hash = UTIL_HASH_START;
     const char *snapshot = im->depth == 0 ? im->opt->snapshot : NULL;
-    uint64_t len, done;
     int ret;
 
-    ret = qcow2_read(im, 0, header, util_min(im->files[0].size, sizeof(header)), "the header");
-    if (!ret && (im->files[0].size < QCOW2_HEADER_V2 || util_be32(header) != QCOW2_MAGIC))
-        ret = msg_err(-EINVAL, "%s: is not a qcow2 image", im->name);
+    ret = qcow2_read_header(im, q);
     if (!ret)
-        ret = qcow2_read_header(im, q, header);
-    if (ret)
-        return ret;
-    q->l2_bits = q->cluster_bits - (q->subclusters ? 4 : 3);
-    len = util_min(1u << q->cluster_bits, im->files[0].size);
-    cluster = calloc(1, 1u << q->cluster_bits);
-    if (!cluster)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = file_pread(&im->files[0], cluster, len, 0, &done);
-    if (!ret)
-        ret = qcow2_extensions(im, q, cluster, len);
-    if (!ret)
-        ret = qcow2_read_backing_name(im, q, cluster, len);
-    util_hash(&hash, im->backing_name);
-    if (hash != q->backing_hash)    /* rebased since */
-        im->backing_size = 0;
+        ret = qcow2_read_names(im, q);
     if (!ret && snapshot)
         ret = qcow2_use_snapshot(im, q, snapshot);
     if (!ret)
         ret = qcow2_check_l1(im, q);
     if (!ret)
         ret = qcow2_open_data_file(im, q);
-    free(cluster);
+    if (ret)
+        return ret;
     im->size = q->size;
     im->cluster_size = 1u << q->cluster_bits;
     im->dirty = q->incompatible & QCOW2_DIRTY;
-    if (!ret && (!im->writable || im->opt->top_only) && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
+    if ((!im->writable || im->opt->top_only) && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
         msg_say(MSG_NOTE, "%s: is marked %s; reading it is safe", im->name,
                 q->incompatible & QCOW2_CORRUPT ? "corrupt" : "dirty (not closed properly)");
-    return ret;
+    return 0;
 }
 
 /* In an external data file offset 0 is a place like any other; COPIED tells it from none. */
@@ -9154,30 +9278,31 @@ struct qcow2_bitmap {
     char name[1024];
 };
 
-/* One entry of the bitmap directory, 24 bytes and a name, inside the directory. */
+/* The entry of the bitmap directory at `at`, all of it in the directory. b->next: where the next one lies. */
 static int qcow2_read_bitmap(struct image *im, const struct qcow2 *q, uint64_t at, struct qcow2_bitmap *b)
 {
+    static const char past_end[] = "the bitmap directory reaches past the end";
     uint64_t end = q->bitmaps_offset + q->bitmaps_size;
-    uint8_t h[24] = { 0 };
+    struct qcow2_bitmap_header h;
     uint32_t name_len, extra_len;
     int ret;
 
     if (q->bitmaps_offset > (uint64_t)INT64_MAX || q->bitmaps_size > (uint64_t)INT64_MAX || at + sizeof(h) > end)
         return fmt_refuse(im, "the size of the bitmap directory", q->bitmaps_size);
-    ret = qcow2_read(im, at, h, sizeof(h), "the bitmap directory reaches past the end");
+    ret = qcow2_read(im, at, &h, sizeof(h), past_end);
     if (ret)
         return ret;
-    b->table_offset = util_be64(h);
-    b->table_entries = util_be32(h + 8);
-    b->flags = util_be32(h + 12);
-    b->granularity_bits = h[17];
-    name_len = util_be16(h + 18);
-    extra_len = util_be32(h + 20);
+    b->table_offset = be64_to_cpu(h.table_offset);
+    b->table_entries = be32_to_cpu(h.table_entries);
+    b->flags = be32_to_cpu(h.flags);
+    b->granularity_bits = h.granularity_bits;
+    name_len = be16_to_cpu(h.name_length);
+    extra_len = be32_to_cpu(h.extra_length);
     b->next = at + (sizeof(h) + (uint64_t)extra_len + name_len + 7) / 8 * 8;
     if (name_len >= sizeof(b->name) || b->granularity_bits > 31 || b->next > end)
         return fmt_refuse(im, "an entry of the bitmap directory", name_len);
     b->name[name_len] = 0;
-    return qcow2_read(im, at + sizeof(h) + extra_len, b->name, name_len, "the bitmap directory reaches past the end");
+    return qcow2_read(im, at + sizeof(h) + extra_len, b->name, name_len, past_end);
 }
 
 static void qcow2_list_bitmaps(struct image *im, const struct qcow2 *q, struct out *out)
@@ -9657,13 +9782,14 @@ static int qcow2_commit_locked(struct image *im);
 static void qcow2_free_locked(struct qcow2_writer *w, uint64_t first, uint64_t n);
 
 /*
- * One field of the header, in one write: no sector is torn, so it is the old or the new. Right after a commit, so
- * that no change of the header waits in memory. If it is not known which of both is on disk, no commit may follow.
+ * Writes `len` bytes of the header from `from` on, in one write: no sector is torn, so it is the old or the new. Right
+ * after a commit, so that no change of the header waits in memory. If it is not known which of both is on disk, no
+ * commit may follow.
  */
-static int qcow2_write_header(struct image *im, uint64_t offset, const uint8_t *bytes, uint64_t len)
+static int qcow2_write_header(struct image *im, const struct qcow2_header *h, size_t from, size_t len)
 {
     uint64_t done;
-    int none = 0, ret = file_pwrite(&im->files[0], bytes, len, offset, &done);
+    int none = 0, ret = file_pwrite(&im->files[0], (const uint8_t *)h + from, len, from, &done);
 
     if (!ret)
         ret = qcow2_reload_locked(im, 0, 512);
@@ -9672,16 +9798,14 @@ static int qcow2_write_header(struct image *im, uint64_t offset, const uint8_t *
     return ret ? ret : file_sync(&im->files[0]);
 }
 
-static void qcow2_put_be32(uint8_t *p, uint32_t v)
+/* The refcount table of the header. */
+static int qcow2_write_table_offset(struct image *im, uint64_t offset, uint64_t clusters)
 {
-    v = htobe32(v);
-    memcpy(p, &v, 4);
-}
+    const struct qcow2_header h = {
+        .refcounts_offset = cpu_to_be64(offset), .refcounts_clusters = cpu_to_be32((uint32_t)clusters)
+    };
 
-static void qcow2_put_be64(uint8_t *p, uint64_t v)
-{
-    v = htobe64(v);
-    memcpy(p, &v, 8);
+    return qcow2_write_header(im, &h, offsetof(struct qcow2_header, refcounts_offset), 12);
 }
 
 /*
@@ -9694,7 +9818,6 @@ static int qcow2_grow_table(struct image *im)
     struct qcow2_writer *w = q->w;
     uint64_t size = qcow2_cluster(q), per = qcow2_per_block(q), old = w->table_entries, old_offset = w->table_offset;
     uint64_t start = old * per, table = (old * 2 * 8 + size - 1) / size, blocks = 1, word, done;
-    uint8_t header[12];
     int ret = qcow2_commit_locked(im);
 
     while (blocks * per < blocks + table)
@@ -9725,10 +9848,8 @@ static int qcow2_grow_table(struct image *im)
         ret = qcow2_set_refcount(im, start + i, 1);
     if (!ret)
         ret = qcow2_commit_locked(im);
-    qcow2_put_be64(header, w->table_offset);
-    qcow2_put_be32(header + 8, (uint32_t)table);
     if (!ret)
-        ret = qcow2_write_header(im, 48, header, sizeof(header));
+        ret = qcow2_write_table_offset(im, w->table_offset, table);
     if (ret) {
         w->table_offset = old_offset;
         w->table_entries = old;
@@ -10400,23 +10521,23 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
 static int qcow2_set_features(struct image *im, uint64_t incompatible, uint64_t autoclear)
 {
     struct qcow2 *q = im->state;
-    uint8_t bits[24];
+    const struct qcow2_header h = {
+        .incompatible = cpu_to_be64(incompatible), .compatible = cpu_to_be64(q->compatible),
+        .autoclear = cpu_to_be64(autoclear)
+    };
 
     if (q->v2 || (q->incompatible == incompatible && q->autoclear == autoclear))
         return 0;
-    qcow2_put_be64(bits, incompatible);
-    qcow2_put_be64(bits + 8, q->compatible);
-    qcow2_put_be64(bits + 16, autoclear);
     q->incompatible = incompatible;
     q->autoclear = autoclear;
-    return qcow2_write_header(im, 72, bits, sizeof(bits));
+    return qcow2_write_header(im, &h, offsetof(struct qcow2_header, incompatible), 24);
 }
 
 static int qcow2_start_writer(struct image *im)
 {
     struct qcow2 *q = im->state;
     struct qcow2_writer *w = q->w = util_fault("qcow2 writer") ? NULL : calloc(1, sizeof(*w));
-    uint8_t h[QCOW2_HEADER_V2];
+    struct qcow2_header h;
     uint64_t done;
     int ret;
 
@@ -10433,9 +10554,9 @@ static int qcow2_start_writer(struct image *im)
     w->waiting.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
     if (!w->freed.range || !w->dropped.range || !w->waiting.range)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = file_pread(&im->files[0], h, sizeof(h), 0, &done);
-    w->table_offset = util_be64(h + 48);
-    w->table_entries = (uint64_t)util_be32(h + 56) << q->cluster_bits >> 3;
+    ret = file_pread(&im->files[0], &h, QCOW2_HEADER_V2, 0, &done);
+    w->table_offset = be64_to_cpu(h.refcounts_offset);
+    w->table_entries = (uint64_t)be32_to_cpu(h.refcounts_clusters) << q->cluster_bits >> 3;
     w->top = (im->files[0].size + qcow2_cluster(q) - 1) & ~(qcow2_cluster(q) - 1);
     if (!ret && (w->table_offset % qcow2_cluster(q) || !w->table_entries || w->table_offset >= im->files[0].size))
         ret = fmt_refuse(im, "the place of the refcount table", w->table_offset);
@@ -10534,7 +10655,7 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
 {
     struct qcow2 *q = im->state;
     uint64_t size = qcow2_cluster(q), n, first = 0, word, done, old = q->l1_entries, old_offset = q->l1_offset;
-    uint8_t header[12];
+    struct qcow2_header h;
     int ret = 0;
 
     if (entries <= old)
@@ -10561,10 +10682,10 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
         ret = qcow2_reload_locked(im, first * size, n * size);
     if (!ret)
         ret = qcow2_commit_locked(im);
-    qcow2_put_be32(header, (uint32_t)entries);
-    qcow2_put_be64(header + 4, first * size);
+    h.l1_entries = cpu_to_be32((uint32_t)entries);
+    h.l1_offset = cpu_to_be64(first * size);
     if (!ret)
-        ret = qcow2_write_header(im, 36, header, sizeof(header));
+        ret = qcow2_write_header(im, &h, offsetof(struct qcow2_header, l1_entries), 12);
     if (ret) {
         qcow2_undo_tables_locked(im, first, n);
         return ret;
@@ -10609,7 +10730,7 @@ static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
     q->clean = q->clean > to ? q->clean : to;
     size = (size + 511) & ~511ull;  /* QEMU knows whole sectors only, and would cut the rest off */
     pthread_mutex_lock(&q->w->lock);
-    ret = size == q->size ? 0 : qcow2_store_be64(im, 24, size, QCOW2_MAPPING);
+    ret = size == q->size ? 0 : qcow2_store_be64(im, offsetof(struct qcow2_header, size), size, QCOW2_MAPPING);
     pthread_mutex_unlock(&q->w->lock);
     q->size = ret ? q->size : size;
     return ret;
@@ -10617,46 +10738,60 @@ static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
 
 /* -- making overlays -- */
 
+/* Appends a header extension at `at`. Returns where the next one begins. */
+static uint8_t *qcow2_put_extension(uint8_t *at, uint32_t type, const void *data, size_t length)
+{
+    struct qcow2_extension head = { cpu_to_be32(type), cpu_to_be32((uint32_t)length) };
+
+    memcpy(at, &head, sizeof(head));
+    memcpy(at + sizeof(head), data, length);
+    return at + sizeof(head) + (length + 7) / 8 * 8;
+}
+
 /* A new image over `backing` (its size in bytes), in an empty file: header, refcount table, one block, L1 table. */
 static int qcow2_create(struct file *f, uint64_t base_size, const char *backing, const char *backing_format)
 {
     const uint64_t cluster = 1 << 16, per_table = cluster / 8 * cluster, size = (base_size + 511) & ~511ull;
     uint64_t l1 = size ? (size - 1) / per_table + 1 : 1, n = 3 + (l1 * 8 + cluster - 1) / cluster, done;
     size_t name = strlen(backing), format = strlen(backing_format);
-    uint64_t hash = UTIL_HASH_START;
-    uint8_t *h = calloc(3, cluster);
-    int ret = 0;
+    struct qcow2_base_extension base = { .size = cpu_to_be64(base_size) };
+    uint64_t hash = UTIL_HASH_START, name_offset;
+    struct qcow2_header header;
+    uint8_t *h, *end;
+    be64 entry;
+    int ret;
 
+    if (l1 * 8 > QCOW2_MAX_L1 || name > QCOW2_MAX_NAME || format > 31 || n > cluster / 2)
+        return msg_err(-EFBIG, "%s: too large a disk for an overlay", f->path);
+    h = calloc(3, cluster);         /* header, refcount table, refcount block; the L1 table is zeros */
     if (!h)
         return msg_err(-ENOMEM, "%s: out of memory", f->path);
-    if (l1 * 8 > QCOW2_MAX_L1 || name > QCOW2_MAX_NAME || format > 31 || n > cluster / 2)
-        ret = msg_err(-EFBIG, "%s: too large a disk for an overlay", f->path);
-    qcow2_put_be32(h, QCOW2_MAGIC);
-    qcow2_put_be32(h + 4, 3);
-    qcow2_put_be32(h + 20, 16);
-    qcow2_put_be64(h + 24, size);
-    qcow2_put_be32(h + 36, (uint32_t)l1);
-    qcow2_put_be64(h + 40, 3 * cluster);
-    qcow2_put_be64(h + 48, cluster);
-    qcow2_put_be32(h + 56, 1);
-    qcow2_put_be32(h + 96, 4);
-    qcow2_put_be32(h + 100, QCOW2_HEADER_V3);
-    qcow2_put_be32(h + 104, QCOW2_EXT_BACKING_FORMAT);
-    qcow2_put_be32(h + 108, (uint32_t)format);
-    memcpy(h + 112, backing_format, util_min(format, 31));
-    qcow2_put_be32(h + 112 + (format + 7) / 8 * 8, QCOW2_EXT_BASE_SIZE);
-    qcow2_put_be32(h + 116 + (format + 7) / 8 * 8, 16);
-    qcow2_put_be64(h + 120 + (format + 7) / 8 * 8, base_size);
     util_hash(&hash, backing);
-    qcow2_put_be64(h + 128 + (format + 7) / 8 * 8, hash);
-    qcow2_put_be64(h + 8, 176);                         /* 8 zeros before it end the extensions */
-    qcow2_put_be32(h + 16, (uint32_t)name);
-    memcpy(h + 176, backing, util_min(name, QCOW2_MAX_NAME));
-    qcow2_put_be64(h + cluster, 2 * cluster);
-    for (uint64_t i = 0; i < n && !ret; i++)
+    base.name_hash = cpu_to_be64(hash);
+    end = qcow2_put_extension(h + QCOW2_HEADER_V3, QCOW2_EXT_BACKING_FORMAT, backing_format, format);
+    end = qcow2_put_extension(end, QCOW2_EXT_BASE_SIZE, &base, sizeof(base));
+    name_offset = (uint64_t)(end - h) + sizeof(struct qcow2_extension);     /* one of zeros ends them */
+    memcpy(h + name_offset, backing, name);
+    header = (struct qcow2_header){
+        .magic = cpu_to_be32(QCOW2_MAGIC),
+        .version = cpu_to_be32(3),
+        .backing_offset = cpu_to_be64(name_offset),
+        .backing_length = cpu_to_be32((uint32_t)name),
+        .cluster_bits = cpu_to_be32(16),
+        .size = cpu_to_be64(size),
+        .l1_entries = cpu_to_be32((uint32_t)l1),
+        .l1_offset = cpu_to_be64(3 * cluster),
+        .refcounts_offset = cpu_to_be64(cluster),
+        .refcounts_clusters = cpu_to_be32(1),
+        .refcount_order = cpu_to_be32(4),
+        .header_length = cpu_to_be32(QCOW2_HEADER_V3),
+    };
+    memcpy(h, &header, QCOW2_HEADER_V3);
+    entry = cpu_to_be64(2 * cluster);
+    memcpy(h + cluster, &entry, sizeof(entry));
+    for (uint64_t i = 0; i < n; i++)
         h[2 * cluster + 2 * i + 1] = 1;
-    if (!ret)
-        ret = file_grow(f, n * cluster);
+    ret = file_grow(f, n * cluster);
     if (!ret)
         ret = file_pwrite(f, h, 3 * cluster, 0, &done);
     free(h);
@@ -11293,16 +11428,16 @@ static int qcow2_check_begin(struct qcow2_check *k)
 {
     const struct qcow2 *q = k->q;
     uint64_t cluster = 1u << q->cluster_bits, done;
-    uint8_t h[QCOW2_HEADER_V2];
-    int ret = file_pread(k->f, h, sizeof(h), 0, &done);
+    struct qcow2_header h;
+    int ret = file_pread(k->f, &h, QCOW2_HEADER_V2, 0, &done);
 
     if (ret)
         return ret;
-    k->size = util_be64(h + 24);
-    k->l1_entries = util_be32(h + 36);
-    k->l1_offset = util_be64(h + 40);
-    k->table_offset = util_be64(h + 48);
-    k->table_entries = (uint64_t)util_be32(h + 56) * cluster / 8;
+    k->size = be64_to_cpu(h.size);
+    k->l1_entries = be32_to_cpu(h.l1_entries);
+    k->l1_offset = be64_to_cpu(h.l1_offset);
+    k->table_offset = be64_to_cpu(h.refcounts_offset);
+    k->table_entries = (uint64_t)be32_to_cpu(h.refcounts_clusters) * cluster / 8;
     if (k->table_entries * 8 > QCOW2_MAX_REFCOUNT_TABLE)
         return fmt_refuse(k->im, "the size of the refcount table", k->table_entries);
     if (k->table_offset % cluster || k->table_offset > (uint64_t)INT64_MAX)
@@ -11531,8 +11666,8 @@ static int qcow2_mend_in_place(struct qcow2_check *k, uint64_t *changed)
 static int qcow2_write_block(struct qcow2_check *k, uint64_t number, uint64_t at, uint64_t end)
 {
     const struct qcow2 *q = k->q;
-    uint64_t per = qcow2_per_block(q), size = qcow2_cluster(q), done, mask, place, word, value;
-    uint8_t *block = calloc(1, size);
+    uint64_t per = qcow2_per_block(q), size = qcow2_cluster(q), done, mask, place, value;
+    be64 *block = calloc(1, size);
     unsigned shift;
     int ret;
 
@@ -11541,8 +11676,7 @@ static int qcow2_write_block(struct qcow2_check *k, uint64_t number, uint64_t at
     for (uint64_t c = number * per; c < (number + 1) * per && c < end; c++) {
         value = c < k->n_clusters ? qcow2_counted(k, c) : 1;
         place = qcow2_refcount_place(q, c, &shift, &mask);
-        word = util_be64(block + place) | (value & mask) << shift;
-        qcow2_put_be64(block + place, word);
+        block[place / 8] = cpu_to_be64(be64_to_cpu(block[place / 8]) | (value & mask) << shift);
     }
     ret = file_pwrite(&k->im->files[0], block, size, at, &done);
     free(block);
@@ -11556,7 +11690,7 @@ static int qcow2_rebuild(struct qcow2_check *k)
     struct qcow2_writer *w = q->w;
     struct image *im = k->im;
     uint64_t size = qcow2_cluster(q), per = qcow2_per_block(q), blocks = 1, table = 1, start = k->n_clusters, end, done;
-    uint8_t entry[8], header[12];
+    be64 entry;
     int ret;
 
     for (end = 0; end != start + blocks + table;) {
@@ -11571,16 +11705,14 @@ static int qcow2_rebuild(struct qcow2_check *k)
         ret = file_write_zeros(&im->files[0], (start + blocks) * size, table * size);
     for (uint64_t i = 0; i < blocks && !ret; i++) {
         ret = qcow2_write_block(k, i, (start + i) * size, end);
-        qcow2_put_be64(entry, (start + i) * size);
+        entry = cpu_to_be64((start + i) * size);
         if (!ret)
-            ret = file_pwrite(&im->files[0], entry, 8, (start + blocks) * size + i * 8, &done);
+            ret = file_pwrite(&im->files[0], &entry, 8, (start + blocks) * size + i * 8, &done);
     }
     if (!ret)
         ret = file_sync(&im->files[0]);
-    qcow2_put_be64(header, (start + blocks) * size);
-    qcow2_put_be32(header + 8, (uint32_t)table);
     if (!ret)
-        ret = qcow2_write_header(im, 48, header, sizeof(header));
+        ret = qcow2_write_table_offset(im, (start + blocks) * size, table);
     if (!ret)
         ret = qcow2_reload_locked(im, start * size, (blocks + table) * size);
     w->table_offset = (start + blocks) * size;
