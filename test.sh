@@ -7067,6 +7067,7 @@ static int test_fuzz_image(char *format, unsigned n, char *path, const char *tru
             ret = msg_err(-EPROTO, "byte %" PRIu64 " from %u to %u: %u blocks are wrong", (uint64_t)at, good, bad_byte,
                           wrong);
         chain_close(&im);
+        decoded_stop();
         cache_stop();
         if (pwrite(fd, &good, 1, at) != 1)
             ret = -EIO;
@@ -7166,6 +7167,7 @@ static void unit_cache(char *path)
     for (unsigned i = 0; i < UNIT_THREADS; i++)
         pthread_join(thread[i], NULL);
     UNIT(cache_word(&unit_file, UNIT_WORDS * 8, &word) != 0);       /* past the end is an error, not zeros */
+    decoded_stop();
     cache_stop();
     file_close(&unit_file);
     free(unit_words);
@@ -7312,6 +7314,7 @@ static void unit_writer(char *path)
         pthread_join(thread[i], NULL);
     UNIT(img_sync(&unit_image, true) == 0 && !unit_image.failed);
     chain_close(&unit_image);
+    decoded_stop();
     cache_stop();
     fd = open("model", O_WRONLY | O_CREAT | O_TRUNC, 0600);
     UNIT(write(fd, unit_model, UNIT_DISK) == UNIT_DISK && close(fd) == 0);
