@@ -9363,36 +9363,80 @@ static void qcow2_info(struct image *im, struct out *out)
 /* ******************************************************************************************************** *
  * 22. qcow2 writing
  *
- * Guest data is written first, into clusters that nobody refers to. What refers to them is changed in memory, seen
- * by everybody at once, and goes to the file in commits:
+ * There are two images: the file, and memory, which is the file with the changed slices (struct qcow2_changes) laid
+ * over it. Requests see memory. Commits make the file follow. What is true at every instant:
  *
- *   refcounts, [barrier, refcount table,] barrier, L2 and L1 tables, barrier
+ * I1. Memory: a cluster's refcount is at least the number of references to it (from the header, the refcount table, L1
+ *     and L2 tables), and a reference has COPIED only if the refcount is 1. So a cluster is counted before something
+ *     refers to it, and uncounted after nothing does. All tables change under writer.lock. (An image where that is not
+ *     so from the start is not written, see qcow2_begin_writing().)
+ * I2. File: I1 holds there as well. After a crash at any instant it is a whole image, with leaks at worst.
+ * I3. File: what a reference leads to was durable before the reference was written: the first contents of a table, its
+ *     refcount, guest data.
+ * I4. A freed cluster is used again only when a file without the reference is durable, and when every request that may
+ *     have looked the reference up has completed (room 5, Epochs). Its refcount stays up until then.
+ * I5. When qcow2_sync() has returned 0, every write that had returned before it was called is durable.
+ * I6. Once a barrier has failed, or a write of the header whose outcome is unknown, file.latched is set: every
+ *     file_sync() of that file fails, so no commit writes a reference any more.
  *
- * so that at every instant the file holds an image that is whole, with leaks at worst. The first barrier covers the
- * data too, and what new tables were filled with. Clusters that nobody refers to any more are given back only when
- * that is durable, and when every request that might still use them is over (epoch_grace_over()).
+ * A cluster's way from free to used and back, and what holds it:
  *
- * Who may write a range of host bytes, and until when. A cell is a cluster, or a subcluster where there are such:
+ *   free        refcount 0 in memory
+ *     | qcow2_allocate_locked(): refcount 1 in memory. If the request fails, qcow2_undo_allocation_locked() goes back
+ *     |                          at once: nothing refers to it, neither in memory nor in the file.
+ *   filled      data and new tables are written straight to the file, data without writer.lock: the guest's clusters
+ *     |         are marked busy instead. A commit meanwhile writes the refcount: a leak if we crash.
+ *     | qcow2_link_locked(), qcow2_own_l2_locked(): the reference, in memory.
+ *   used        overwritten in place, without any lock
+ *     | qcow2_free_locked(), under the lock that changed the reference: writer.freed
+ *   freed       qcow2_freeze_locked(): writer.dropped; qcow2_thaw_locked(good): writer.waiting, a grace period begins
+ *     | qcow2_reclaim_locked(), when it is over: punches a hole, then refcount 0 in memory
+ *   free
+ *
+ * A commit (qcow2_sync(), or qcow2_commit_locked() with all locks held), under commit_lock:
+ *
+ *   qcow2_freeze_locked()     under writer.lock: copies the changed sectors; later changes wait for the next commit
+ *   qcow2_write_stages()      without writer.lock:
+ *     F0                      the file is that of the last commit; new data lies in clusters that it does not use
+ *     refcounts               in blocks that the refcount table names, and in new ones
+ *     F1                      counts of new clusters are too high: leaks. None is too low: what is uncounted has no
+ *                             reference in the file, see I4.
+ *     B1 (barrier)            only if the refcount table changes: a new block is durable before it is named (I3)
+ *     refcount table
+ *     F2                      as F1; a new block is counted in itself, or in a block that is named already
+ *     B2 (barriers)           data, new tables and refcounts are durable (I3); an external data file first
+ *     mapping                 L2, L1, the size in the header; in any order:
+ *     F3                      any part of these sectors may be there. Each entry of them is true by itself (I3), and a
+ *                             new L2 table that L1 names has its first contents at least, which came before B2.
+ *     B3 (barrier)            the commit is durable (I5)
+ *   qcow2_thaw_locked()       under writer.lock: forgets what was written, or keeps it for the next commit on failure
+ *
+ * A sector of 512 bytes is old or new, never torn, and holds whole entries (an extended L2 entry has 16 bytes). Fields
+ * of the header that name tables change in one write after a commit, by qcow2_write_header(): the longer table, its
+ * blocks and its refcounts are durable in clusters that nothing names; then the header names it; then a barrier. The
+ * old table is freed like any cluster.
+ *
+ * Who may write a range of host bytes, and until when (I7). A cell is a cluster, or a subcluster where there are such:
  *   - A cell that is ours alone (COPIED, and allocated) is written in place by the image core, without any lock, by
- *     any request that looked it up, until that request is over. So nothing may be copied into it any more: a copy
+ *     any request that looked it up, until that request completes. So nothing may be copied into it any more: a copy
  *     could undo what a request has written since the copy was read.
- *   - A cell that is not comes here. Under writer.lock a place is taken and its clusters are marked busy; data and
- *     copies are written without the lock; then, under it again, the L2 entries are changed, and the cell is ours.
- *     While a cluster is busy, only the request that marked it writes to its cells that are not ours yet.
+ *   - A cell that is not comes here. Under writer.lock clusters are allocated and the guest's clusters are marked busy;
+ *     data and copies are written without the lock; then, under it again, the L2 entries are changed, and the cell is
+ *     ours. While a cluster is busy, only the request that marked it writes to its cells that are not ours yet.
  * So one piece of a write consists of cells of one kind. Example: subclusters of 64 KiB, the second is allocated. A
  * write of [32 KiB, 68 KiB) copies [0, 32 KiB) and writes up to 64 KiB; the last 4 KiB are a piece of their own,
  * written in place. As one piece it would copy [68 KiB, 128 KiB), over what others are writing there in place.
  * ******************************************************************************************************** */
 
 enum {
-    QCOW2_MAX_RUN = 2 << 20,        /* bytes taken at once */
-    QCOW2_MAX_DIRTY = 2048,         /* slices changed before a commit is due: 16 MiB */
+    QCOW2_MAX_RUN = 2 << 20,        /* bytes allocated at once */
+    QCOW2_MAX_DIRTY = 2048,         /* changed slices before a commit is due: 16 MiB */
     QCOW2_MAX_FREED = 1 << 16,      /* ranges */
     QCOW2_BUCKETS = 1024,           /* of changed slices */
-    QCOW2_GROW = 16 << 20,          /* the file grows by so much at a time; the rest is cut off in the end */
+    QCOW2_GROW = 16 << 20,          /* bytes that the file grows by; those never used are cut off in the end */
 };
 
-/* Host clusters to be given back, each referred to once less. */
+/* Clusters in a row. Of host clusters to be freed, each loses one reference. */
 struct qcow2_range {
     uint64_t first, n;
 };
@@ -9401,42 +9445,46 @@ struct qcow2_ranges {
     unsigned n;
 };
 
-/* When a change of a table goes to the file: the stages of a commit, in this order. */
+/* The stages of a commit, in this order. A sector belongs to one table, so to one of them. */
 enum qcow2_stage { QCOW2_REFCOUNTS, QCOW2_REFCOUNT_TABLE, QCOW2_MAPPING, QCOW2_STAGES };
 
-/* A slice of the cache with changes that are not in the file yet. Sectors (of 512 bytes) are a bit each. */
+/*
+ * A slice of the table cache with changes that the file lacks. Sectors (of 512 bytes) are a bit each: only those that
+ * were changed are written, since what else lies in the slice may be data, and newer in the file.
+ */
 struct qcow2_slice {
     struct qcow2_slice *next, *next_frozen;
     uint64_t start;
-    uint8_t changed[QCOW2_STAGES];  /* in now, since the last freeze */
-    uint8_t freezing[QCOW2_STAGES]; /* in frozen: being written */
+    uint8_t changed[QCOW2_STAGES];  /* sectors of now, since the last freeze */
+    uint8_t frozen_sectors[QCOW2_STAGES];   /* of frozen: being written */
     uint64_t now[CACHE_WORDS], frozen[CACHE_WORDS];
 };
 
 /*
- * Changed under writer.lock, and read with it or with this lock, which is the last one taken. `frozen`, and what the
- * slices have frozen, belongs to the commit that runs.
+ * Buckets, and `now` of each slice: written with writer.lock and `lock`, so they are read with either of them. Readers
+ * that fill the cache have only `lock`. `changed` and n: with writer.lock. The frozen list and frozen of each slice:
+ * with commit_lock, so a commit writes them without another lock.
  */
 struct qcow2_changes {
-    pthread_mutex_t lock;
+    pthread_mutex_t lock;           /* nothing but pool.lock is taken while it is held, and no I/O is done */
     struct qcow2_slice *bucket[QCOW2_BUCKETS], *frozen;
-    unsigned n;                     /* slices; under writer.lock */
+    unsigned n;                     /* slices */
 };
 
 struct qcow2_writer {
+    pthread_mutex_t commit_lock;    /* one commit at a time; taken before lock */
     pthread_mutex_t lock;           /* protects all that follows, and every change of a table */
     pthread_cond_t idle;            /* a range is not busy any more */
-    pthread_mutex_t commit_lock;    /* one commit at a time; taken before lock */
     uint64_t commits;               /* begun */
     int result;                     /* of the last one that is over */
-    struct qcow2_range busy[MAX_THREADS];           /* guest clusters being written to new places */
+    struct qcow2_range busy[MAX_THREADS];           /* guest clusters that a request is writing to new host clusters */
     unsigned n_busy;
     uint64_t table_offset, table_entries;           /* the refcount table */
     uint64_t hint;                  /* below this host cluster none is free */
     uint64_t top;                   /* host bytes from here on were never used: they read as zeros */
     struct qcow2_ranges freed;      /* by changes that are not in the file yet ... */
     struct qcow2_ranges dropped;    /* ... that a running commit writes ... */
-    struct qcow2_ranges waiting;    /* ... that are durable: until `grace` is over */
+    struct qcow2_ranges waiting;    /* ... that are durable: until `grace` is over (I4) */
     struct epoch_grace grace;
     struct qcow2_changes changes;
 };
@@ -9448,13 +9496,9 @@ static uint64_t qcow2_cluster(const struct qcow2 *q)
     return 1ull << q->cluster_bits;
 }
 
-/*
- * -- changed tables --
- *
- * A change is seen by everybody at once, and goes to the file in a commit. Only whole sectors that were changed are
- * written: what else lies in the slice may be data, and newer in the file.
- */
+/* -- changed tables: memory, where it differs from the file -- */
 
+/* Where the pointer to the slice at start is, or would be. */
 static struct qcow2_slice **qcow2_find_slice(struct qcow2_changes *c, uint64_t start)
 {
     struct qcow2_slice **p = &c->bucket[start / CACHE_SLICE % QCOW2_BUCKETS];
@@ -9464,7 +9508,7 @@ static struct qcow2_slice **qcow2_find_slice(struct qcow2_changes *c, uint64_t s
     return p;
 }
 
-/* For the cache: the slice at start, if there are changes in it. */
+/* file.newer of the image's file. Called with a lock of the cache held. */
 static bool qcow2_newer(void *changes, uint64_t start, uint64_t *words)
 {
     struct qcow2_changes *c = changes;
@@ -9492,7 +9536,7 @@ static struct qcow2_slice *qcow2_get_slice_locked(struct image *im, uint64_t sta
     }
     s->start = start;
     memset(s->changed, 0, sizeof(s->changed));
-    memset(s->freezing, 0, sizeof(s->freezing));
+    memset(s->frozen_sectors, 0, sizeof(s->frozen_sectors));
     pthread_mutex_lock(&c->lock);
     s->next = NULL;
     *p = s;
@@ -9501,7 +9545,7 @@ static struct qcow2_slice *qcow2_get_slice_locked(struct image *im, uint64_t sta
     return s;
 }
 
-/* Sectors of the slice at start that [from, to) touches, a bit each. */
+/* The sectors of the slice at start that [from, to) touches. */
 static uint8_t qcow2_sectors(uint64_t start, uint64_t from, uint64_t to)
 {
     unsigned bits = 0;
@@ -9512,7 +9556,7 @@ static uint8_t qcow2_sectors(uint64_t start, uint64_t from, uint64_t to)
     return (uint8_t)bits;
 }
 
-/* Changes n words (at most 2, as they lie in the file) at offset, a multiple of 8 * n. */
+/* Changes n words (1 or 2, as they lie in the file) at offset, a multiple of 8 * n. */
 static int qcow2_store_locked(struct image *im, uint64_t offset, const uint64_t *words, size_t n,
                               enum qcow2_stage stage)
 {
@@ -9525,7 +9569,7 @@ static int qcow2_store_locked(struct image *im, uint64_t offset, const uint64_t 
     pthread_mutex_lock(&c->lock);
     memcpy(s->now + (offset - start) / 8, words, 8 * n);
     pthread_mutex_unlock(&c->lock);
-    s->changed[stage] |= (uint8_t)(1 << (offset - start) / 512);
+    s->changed[stage] |= qcow2_sectors(start, offset, offset + 8 * n);
     cache_patch(&im->files[0], offset, words, n);
     return 0;
 }
@@ -9537,7 +9581,11 @@ static int qcow2_store_be64(struct image *im, uint64_t offset, uint64_t value, e
     return qcow2_store_locked(im, offset, &word, 1, stage);
 }
 
-/* [from, to) of the file was written past the changes: those in it are dropped, and what was known is forgotten. */
+/*
+ * [offset, offset + len) was written straight to the file: drops the changes there, and what the cache has of it. No
+ * commit is writing any of these sectors: what is written straight is a table that was not used before, or sector 0
+ * right after a commit.
+ */
 static int qcow2_reload_locked(struct image *im, uint64_t offset, uint64_t len)
 {
     struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
@@ -9561,17 +9609,17 @@ static int qcow2_reload_locked(struct image *im, uint64_t offset, uint64_t len)
     return ret;
 }
 
-/* A commit begins: what is in `now` goes to the file, later changes wait. any[]: which stages have something. */
+/* any[]: which stages have something to write. */
 static void qcow2_freeze_changes_locked(struct qcow2_changes *c, bool any[QCOW2_STAGES])
 {
     memset(any, 0, QCOW2_STAGES * sizeof(*any));
     for (size_t i = 0; i < QCOW2_BUCKETS; i++)
         for (struct qcow2_slice *s = c->bucket[i]; s; s = s->next) {
             memcpy(s->frozen, s->now, CACHE_SLICE);
-            memcpy(s->freezing, s->changed, sizeof(s->changed));
+            memcpy(s->frozen_sectors, s->changed, sizeof(s->changed));
             memset(s->changed, 0, sizeof(s->changed));
             for (size_t stage = 0; stage < QCOW2_STAGES; stage++)
-                any[stage] |= s->freezing[stage] != 0;
+                any[stage] |= s->frozen_sectors[stage] != 0;
             s->next_frozen = c->frozen;
             c->frozen = s;
         }
@@ -9585,7 +9633,7 @@ static int qcow2_write_stage(struct image *im, enum qcow2_stage stage)
 
     for (const struct qcow2_slice *s = q->w->changes.frozen; s && !ret; s = s->next_frozen)
         for (unsigned from = 0, to; from < CACHE_SLICE / 512 && !ret; from = to + 1) {
-            for (to = from; to < CACHE_SLICE / 512 && s->freezing[stage] >> to & 1; to++)
+            for (to = from; to < CACHE_SLICE / 512 && s->frozen_sectors[stage] >> to & 1; to++)
                 ;
             if (to > from)
                 ret = file_pwrite(&im->files[0], (const uint8_t *)s->frozen + from * 512ul, (to - from) * 512ul,
@@ -9594,15 +9642,15 @@ static int qcow2_write_stage(struct image *im, enum qcow2_stage stage)
     return ret;
 }
 
-/* The commit is over. What could not be written stays changed. */
+/* A change that is not in the file for certain stays one. */
 static void qcow2_thaw_changes_locked(struct qcow2_changes *c, bool good)
 {
     for (struct qcow2_slice *s; (s = c->frozen);) {
         unsigned changed = 0;
         c->frozen = s->next_frozen;
         for (size_t stage = 0; stage < QCOW2_STAGES; stage++) {
-            s->changed[stage] |= good ? 0 : s->freezing[stage];
-            s->freezing[stage] = 0;
+            s->changed[stage] |= good ? 0 : s->frozen_sectors[stage];
+            s->frozen_sectors[stage] = 0;
             changed |= s->changed[stage];
         }
         if (changed)
@@ -9615,7 +9663,7 @@ static void qcow2_thaw_changes_locked(struct qcow2_changes *c, bool good)
     }
 }
 
-/* Nobody writes any more. What did not reach the file is gone. */
+/* No request comes any more. Changes that no commit has written are lost. */
 static void qcow2_drop_changes(struct image *im)
 {
     struct qcow2_changes *c = &((struct qcow2 *)im->state)->w->changes;
@@ -9636,8 +9684,8 @@ static uint64_t qcow2_per_block(const struct qcow2 *q)
     return 1ull << (q->cluster_bits + 3 - q->refcount_order);
 }
 
-/* Where the refcount of a cluster is: the word's place in its block, and the bits in the word. */
-static uint64_t qcow2_refcount_place(const struct qcow2 *q, uint64_t cluster, unsigned *shift, uint64_t *mask)
+/* The refcount of a cluster: the offset of its word in its block, and its bits in the word. */
+static uint64_t qcow2_refcount_offset(const struct qcow2 *q, uint64_t cluster, unsigned *shift, uint64_t *mask)
 {
     uint64_t at = (cluster & (qcow2_per_block(q) - 1)) << q->refcount_order;
     unsigned bits = 1u << q->refcount_order;
@@ -9668,7 +9716,7 @@ static int qcow2_get_refcount(struct image *im, uint64_t cluster, uint64_t *refc
     unsigned shift;
     int ret = qcow2_find_block(im, cluster, &block);
 
-    at = qcow2_refcount_place(q, cluster, &shift, &mask);
+    at = qcow2_refcount_offset(q, cluster, &shift, &mask);
     if (!ret && block)
         ret = cache_be64(&im->files[0], block + at, &word);
     *refcount = word >> shift & mask;
@@ -9681,14 +9729,14 @@ static int qcow2_put_refcount(struct image *im, uint64_t block, uint64_t cluster
     uint64_t word, mask, at;
     unsigned shift;
 
-    at = qcow2_refcount_place(q, cluster, &shift, &mask);
+    at = qcow2_refcount_offset(q, cluster, &shift, &mask);
     if (cache_be64(&im->files[0], block + at, &word))
         return -EIO;
     word = (word & ~(mask << shift)) | (refcount & mask) << shift;
     return qcow2_store_be64(im, block + at, word, QCOW2_REFCOUNTS);
 }
 
-/* There is a block for it. */
+/* Of a cluster that has a block. */
 static int qcow2_set_refcount(struct image *im, uint64_t cluster, uint64_t refcount)
 {
     uint64_t block;
@@ -9697,7 +9745,7 @@ static int qcow2_set_refcount(struct image *im, uint64_t cluster, uint64_t refco
     return ret || !block ? -EIO : qcow2_put_refcount(im, block, cluster, refcount);
 }
 
-/* Makes the file long enough for [0, end); the image itself for more, where that can be had. */
+/* Makes the file long enough for [0, end); the image itself longer by QCOW2_GROW, where there is space for that. */
 static int qcow2_reserve(struct image *im, struct file *f, uint64_t end)
 {
     if (end <= f->size)
@@ -9709,7 +9757,7 @@ static int qcow2_reserve(struct image *im, struct file *f, uint64_t end)
     return file_grow(f, end);
 }
 
-/* A host cluster for a table, of zeros; its refcount is the caller's business. */
+/* Fills a host cluster with zeros, for a table. Its refcount is up to the caller. */
 static int qcow2_clear_cluster(struct image *im, uint64_t cluster)
 {
     struct qcow2 *q = im->state;
@@ -9725,7 +9773,7 @@ static int qcow2_clear_cluster(struct image *im, uint64_t cluster)
     return ret ? ret : qcow2_reload_locked(im, offset, size);
 }
 
-/* True: the range reads as zeros now, and takes no room. */
+/* True: the range reads as zeros now, and its space is free. */
 static bool qcow2_punch(struct image *im, uint64_t from, uint64_t to)
 {
     return from >= to ||
@@ -9733,10 +9781,11 @@ static bool qcow2_punch(struct image *im, uint64_t from, uint64_t to)
 }
 
 /*
- * Undoes an allocation that failed. Nothing refers to these clusters, neither in memory nor on disk. Their room goes
- * back to the host, which is perhaps what was missing, and the next allocation has them: the file does not grow.
+ * Undoes an allocation at once: nothing refers to these clusters, neither in memory nor in the file (I1, I2). The space
+ * is the host's again, which is perhaps what was missing, and the next allocation has the clusters: the file does not
+ * grow.
  */
-static void qcow2_undo_take_locked(struct image *im, uint64_t first, uint64_t n)
+static void qcow2_undo_allocation_locked(struct image *im, uint64_t first, uint64_t n)
 {
     struct qcow2 *q = im->state;
     uint64_t from = first << q->cluster_bits, to = (first + n) << q->cluster_bits;
@@ -9749,8 +9798,8 @@ static void qcow2_undo_take_locked(struct image *im, uint64_t first, uint64_t n)
 }
 
 /*
- * Likewise for tables that have entries in the cache. With commit_lock: a commit would still write these. Not after a
- * header that names the table may have reached the disk (then nothing is committed any more).
+ * The same for tables with changed entries. Under commit_lock, or a commit that runs would still write these. Not once
+ * a header that names the table may have reached the disk (I6).
  */
 static void qcow2_undo_tables_locked(struct image *im, uint64_t first, uint64_t n)
 {
@@ -9758,33 +9807,33 @@ static void qcow2_undo_tables_locked(struct image *im, uint64_t first, uint64_t 
 
     if (atomic_load(&im->files[0].latched))
         return;
-    qcow2_undo_take_locked(im, first, n);
+    qcow2_undo_allocation_locked(im, first, n);
     (void)qcow2_reload_locked(im, first * size, n * size);
 }
 
-/* The cluster becomes the refcount block that covers it. */
-static int qcow2_make_block(struct image *im, uint64_t cluster)
+/* Makes the cluster the refcount block that covers it. */
+static int qcow2_make_block_locked(struct image *im, uint64_t cluster)
 {
     struct qcow2 *q = im->state;
     int ret = qcow2_clear_cluster(im, cluster);
 
-    if (!ret)                       /* first: a block that is named without being counted would be given away */
+    if (!ret)                       /* first (I1), or the allocator could hand it out */
         ret = qcow2_put_refcount(im, cluster * qcow2_cluster(q), cluster, 1);
     if (!ret)
         ret = qcow2_store_be64(im, q->w->table_offset + cluster / qcow2_per_block(q) * 8,
                                cluster * qcow2_cluster(q), QCOW2_REFCOUNT_TABLE);
-    if (ret)                        /* nothing names it: no commit may write there */
+    if (ret)                        /* nothing names it, so no commit may write there */
         (void)qcow2_reload_locked(im, cluster * qcow2_cluster(q), qcow2_cluster(q));
     return ret;
 }
 
 static int qcow2_commit_locked(struct image *im);
-static void qcow2_free_locked(struct qcow2_writer *w, uint64_t first, uint64_t n);
+static void qcow2_free_locked(struct image *im, uint64_t first, uint64_t n);
 
 /*
- * Writes `len` bytes of the header from `from` on, in one write: no sector is torn, so it is the old or the new. Right
- * after a commit, so that no change of the header waits in memory. If it is not known which of both is on disk, no
- * commit may follow.
+ * Writes `len` bytes of the header from `from` on, in one write: no sector is torn, so the file has the old or the new
+ * ones. Right after a commit, so no change of sector 0 waits in memory. An error that may have left either latches the
+ * file (I6).
  */
 static int qcow2_write_header(struct image *im, const struct qcow2_header *h, size_t from, size_t len)
 {
@@ -9808,11 +9857,25 @@ static int qcow2_write_table_offset(struct image *im, uint64_t offset, uint64_t 
     return qcow2_write_header(im, &h, offsetof(struct qcow2_header, refcounts_offset), 12);
 }
 
+/* Copies n entries of a table, as memory has them, straight to a new place in the file, which reads as zeros. */
+static int qcow2_copy_table_locked(struct image *im, uint64_t from, uint64_t to, uint64_t n)
+{
+    uint64_t word, done;
+    int ret = 0;
+
+    for (uint64_t i = 0; i < n && !ret; i++) {
+        ret = cache_word(&im->files[0], from + i * 8, &word);
+        if (!ret && word)
+            ret = file_pwrite(&im->files[0], &word, 8, to + i * 8, &done);
+    }
+    return ret ? ret : qcow2_reload_locked(im, to, n * 8);
+}
+
 /*
  * The refcount table is full. A new one, twice as long, goes where no cluster is covered yet: first the blocks that
- * cover it and themselves, then the table, then the header says so.
+ * cover it and themselves, then the table, then the header names it.
  */
-static int qcow2_grow_table(struct image *im)
+static int qcow2_grow_table_locked(struct image *im)
 {
     struct qcow2 *q = im->state;
     struct qcow2_writer *w = q->w;
@@ -9827,17 +9890,12 @@ static int qcow2_grow_table(struct image *im)
         return msg_serving(-EFBIG, "%s: the refcount table cannot grow beyond 8 MiB", im->name);
     for (uint64_t i = 0; i < blocks + table && !ret; i++)
         ret = qcow2_clear_cluster(im, start + i);
-    for (uint64_t i = 0; i < old && !ret; i++) {
-        ret = cache_word(&im->files[0], old_offset + i * 8, &word);
-        if (!ret)
-            ret = file_pwrite(&im->files[0], &word, 8, (start + blocks) * size + i * 8, &done);
-    }
     for (uint64_t i = 0; i < blocks && !ret; i++) {
         word = htobe64((start + i) * size);
         ret = file_pwrite(&im->files[0], &word, 8, (start + blocks) * size + (old + i) * 8, &done);
     }
     if (!ret)
-        ret = qcow2_reload_locked(im, (start + blocks) * size, table * size);
+        ret = qcow2_copy_table_locked(im, old_offset, (start + blocks) * size, old);
     if (ret) {
         qcow2_undo_tables_locked(im, start, blocks + table);
         return ret;
@@ -9856,12 +9914,12 @@ static int qcow2_grow_table(struct image *im)
         qcow2_undo_tables_locked(im, start, blocks + table);
         return ret;
     }
-    qcow2_free_locked(w, old_offset / size, old * 8 / size);
+    qcow2_free_locked(im, old_offset / size, old * 8 / size);
     return 0;
 }
 
-/* Takes up to `want` free host clusters in a row. -ENOBUFS: the refcount table must grow first. */
-static int qcow2_take_locked(struct image *im, uint64_t want, uint64_t *first, uint64_t *got)
+/* Allocates up to `want` host clusters in a row. -ENOBUFS: the refcount table must grow first. */
+static int qcow2_allocate_locked(struct image *im, uint64_t want, uint64_t *first, uint64_t *got)
 {
     struct qcow2 *q = im->state;
     struct qcow2_writer *w = q->w;
@@ -9875,7 +9933,7 @@ static int qcow2_take_locked(struct image *im, uint64_t want, uint64_t *first, u
             return -ENOBUFS;
         ret = qcow2_find_block(im, w->hint, &block);
         if (!ret && !block)
-            ret = qcow2_make_block(im, w->hint);
+            ret = qcow2_make_block_locked(im, w->hint);
         else if (!ret)
             ret = qcow2_get_refcount(im, w->hint, &refcount);
         while (!ret && block && refcount == 0) {
@@ -9892,25 +9950,29 @@ static int qcow2_take_locked(struct image *im, uint64_t want, uint64_t *first, u
         return ret;
     *first = w->hint;
     w->hint += *got;
-    return 0;                       /* what there is before an error will do */
+    return 0;                       /* even if an error has ended the row */
 }
 
-/* Each of the clusters is referred to once less, as soon as that is durable. */
-static void qcow2_free_locked(struct qcow2_writer *w, uint64_t first, uint64_t n)
+static void qcow2_add_range(const struct image *im, struct qcow2_ranges *r, uint64_t first, uint64_t n)
 {
-    struct qcow2_ranges *r = &w->freed;
-
     if (r->n && r->range[r->n - 1].first + r->range[r->n - 1].n == first)
         r->range[r->n - 1].n += n;
     else if (r->n < QCOW2_MAX_FREED)
         r->range[r->n++] = (struct qcow2_range){ first, n };
     else
-        msg_serving(0, "%" PRIu64 " clusters leak, which --check --repair gives back", n);
+        msg_serving(0, "%s: %" PRIu64 " clusters leak, which --check --repair frees", im->name, n);
 }
 
-/* What an L2 entry referred to. */
-static void qcow2_free_entry_locked(struct qcow2 *q, uint64_t entry)
+/* Queues a refcount decrement for after the commit (I4), under the lock that dropped the reference. */
+static void qcow2_free_locked(struct image *im, uint64_t first, uint64_t n)
 {
+    qcow2_add_range(im, &((struct qcow2 *)im->state)->w->freed, first, n);
+}
+
+/* Frees what an L2 entry referred to. */
+static void qcow2_free_entry_locked(struct image *im, uint64_t entry)
+{
+    const struct qcow2 *q = im->state;
     uint32_t offset_bits = 62 - (q->cluster_bits - 8);
     uint64_t host = entry & QCOW2_OFFSET, sectors, end;
 
@@ -9919,13 +9981,13 @@ static void qcow2_free_entry_locked(struct qcow2 *q, uint64_t entry)
         sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
         end = host / 512 * 512 + sectors * 512;
         host >>= q->cluster_bits;
-        qcow2_free_locked(q->w, host, ((end - 1) >> q->cluster_bits) - host + 1);
+        qcow2_free_locked(im, host, ((end - 1) >> q->cluster_bits) - host + 1);
     } else if (host && !(q->incompatible & QCOW2_DATA_FILE)) {
-        qcow2_free_locked(q->w, host >> q->cluster_bits, 1);
+        qcow2_free_locked(im, host >> q->cluster_bits, 1);
     }
 }
 
-/* One cluster less is referred to. [*from, *to): the hole that will be punched; it is before the cluster is free. */
+/* Decrements one refcount. [*from, *to): free clusters in a row, into which the caller punches a hole at their end. */
 static int qcow2_reclaim_cluster_locked(struct image *im, uint64_t cluster, uint64_t *from, uint64_t *to)
 {
     struct qcow2 *q = im->state;
@@ -9933,8 +9995,8 @@ static int qcow2_reclaim_cluster_locked(struct image *im, uint64_t cluster, uint
     int ret = qcow2_get_refcount(im, cluster, &refcount);
 
     if (ret || refcount == 0)
-        return ret;                 /* 0: a corruption that --check will find; nothing is taken away here */
-    /* The other user may be an entry of the active tables, which would have to become COPIED now: a leak instead. */
+        return ret;                 /* 0: a corruption that --check will find, and nothing to decrement */
+    /* The other reference may be in the active tables, and would have to become COPIED now. A leak does no harm. */
     if (refcount == 2 && q->shared)
         return 0;
     if (refcount == 1 && cluster * size != *to) {
@@ -9948,7 +10010,7 @@ static int qcow2_reclaim_cluster_locked(struct image *im, uint64_t cluster, uint
     return qcow2_set_refcount(im, cluster, refcount - 1);
 }
 
-/* Gives back what nobody can be using any more. (The lock keeps all from being used again before the punching.) */
+/* Frees what no request can be using any more (I4). The lock keeps it from being allocated before it is punched. */
 static int qcow2_reclaim_locked(struct image *im)
 {
     struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
@@ -9969,56 +10031,50 @@ static int qcow2_reclaim_locked(struct image *im)
 
 /* -- commits -- */
 
+/* From F0 to B3, see the top of this room. */
 static int qcow2_write_stages(struct image *im, const bool any[QCOW2_STAGES])
 {
     struct qcow2 *q = im->state;
     int ret = qcow2_write_stage(im, QCOW2_REFCOUNTS);
 
     if (!ret && any[QCOW2_REFCOUNT_TABLE])
-        ret = file_sync(&im->files[0]);
+        ret = file_sync(&im->files[0]);         /* B1 */
     if (!ret)
         ret = qcow2_write_stage(im, QCOW2_REFCOUNT_TABLE);
     if (!ret && q->data != &im->files[0])
-        ret = file_sync(q->data);
+        ret = file_sync(q->data);               /* B2 */
     if (!ret)
-        ret = file_sync(&im->files[0]);
+        ret = file_sync(&im->files[0]);         /* B2 */
     if (ret || !any[QCOW2_MAPPING])
         return ret;
     ret = qcow2_write_stage(im, QCOW2_MAPPING);
-    return ret ? ret : file_sync(&im->files[0]);
+    return ret ? ret : file_sync(&im->files[0]);        /* B3 */
 }
 
 static void qcow2_freeze_locked(struct image *im, bool any[QCOW2_STAGES])
 {
     struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
-    struct qcow2_ranges spare = w->dropped;
+    struct qcow2_ranges empty = w->dropped;
 
     qcow2_freeze_changes_locked(&w->changes, any);
-    w->dropped = w->freed;          /* the one that is over is empty */
-    w->freed = spare;
-    w->freed.n = 0;
+    w->dropped = w->freed;
+    w->freed = empty;
 }
 
+/* A failed commit has not dropped any reference for certain: its ranges are freed with the next one. */
 static void qcow2_thaw_locked(struct image *im, bool good)
 {
     struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
 
-    struct qcow2_ranges *to = good ? &w->waiting : &w->freed;    /* the tables that dropped them are not in the file */
-
     qcow2_thaw_changes_locked(&w->changes, good);
-    for (unsigned i = 0; i < w->dropped.n; i++) {
-        if (to->n < QCOW2_MAX_FREED)
-            to->range[to->n++] = w->dropped.range[i];
-        else
-            msg_serving(0, "%s: %" PRIu64 " clusters leak, which --check --repair gives back", im->name,
-                        w->dropped.range[i].n);
-    }
+    for (unsigned i = 0; i < w->dropped.n; i++)
+        qcow2_add_range(im, good ? &w->waiting : &w->freed, w->dropped.range[i].first, w->dropped.range[i].n);
     w->dropped.n = 0;
     if (good)
         epoch_begin_grace(&w->grace);
 }
 
-/* With both locks held: nothing changes meanwhile. */
+/* With both locks held, so nothing changes meanwhile. */
 static int qcow2_commit_locked(struct image *im)
 {
     bool any[QCOW2_STAGES];
@@ -10030,9 +10086,7 @@ static int qcow2_commit_locked(struct image *im)
     return ret;
 }
 
-/*
- * In the end: gives back what can be, and cuts off what is free at the end of the file. (A block device stays.)
- */
+/* No request comes any more: frees what can be freed, and cuts off what is free at the end of the file. */
 static int qcow2_end_locked(struct image *im)
 {
     struct qcow2 *q = im->state;
@@ -10043,7 +10097,7 @@ static int qcow2_end_locked(struct image *im)
         ret = qcow2_commit_locked(im);
     for (end = q->w->top >> q->cluster_bits; !ret && end; end--)
         if (qcow2_get_refcount(im, end - 1, &refcount) || refcount)
-            break;                  /* the last that is in use */
+            break;                  /* the last cluster that is in use */
     end <<= q->cluster_bits;
     if (!ret && !im->files[0].is_blk && end < im->files[0].size)
         ret = file_truncate(&im->files[0], end);
@@ -10051,8 +10105,8 @@ static int qcow2_end_locked(struct image *im)
 }
 
 /*
- * Everything whose write has returned before becomes durable. While the barriers are waited for, others go on
- * changing tables; and of several who wait for their turn, one commit does for all.
+ * See I5. Other requests go on changing tables during the barriers. One commit serves all callers that wait for their
+ * turn: whoever finds that a commit has begun and ended since it came returns its result.
  */
 static int qcow2_sync(struct image *im, bool last)
 {
@@ -10067,7 +10121,7 @@ static int qcow2_sync(struct image *im, bool last)
     pthread_mutex_unlock(&w->lock);
     pool_lock(&w->commit_lock);
     pthread_mutex_lock(&w->lock);
-    if (w->commits > before && !last) {     /* one was begun after we came, and is over */
+    if (w->commits > before && !last) {
         ret = w->result;
         pthread_mutex_unlock(&w->lock);
         pthread_mutex_unlock(&w->commit_lock);
@@ -10091,11 +10145,11 @@ static int qcow2_sync(struct image *im, bool last)
 
 /* -- L2 tables -- */
 
-/* The L2 table for a guest offset, ours alone. */
+/* The L2 table for a guest offset. If there is none, or it has other references, it gets a new one first. */
 static int qcow2_own_l2_locked(struct image *im, uint64_t offset, uint64_t *l2)
 {
     struct qcow2 *q = im->state;
-    uint64_t l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8, entry, first = 0, got, old, word, done;
+    uint64_t l1 = q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8, entry, first = 0, got, old;
     int ret = cache_be64(&im->files[0], l1, &entry);
 
     old = entry & QCOW2_OFFSET;
@@ -10104,23 +10158,18 @@ static int qcow2_own_l2_locked(struct image *im, uint64_t offset, uint64_t *l2)
     *l2 = old;
     if (old && (entry & QCOW2_COPIED))
         return 0;
-    ret = qcow2_take_locked(im, 1, &first, &got);
+    ret = qcow2_allocate_locked(im, 1, &first, &got);
     if (!ret)
         ret = qcow2_clear_cluster(im, first);
     *l2 = first << q->cluster_bits;
-    for (uint64_t i = 0; i < qcow2_cluster(q) && old && !ret; i += 8) {
-        ret = cache_word(&im->files[0], old + i, &word);
-        if (!ret && word)
-            ret = file_pwrite(&im->files[0], &word, 8, *l2 + i, &done);
-    }
     if (!ret && old)
-        ret = qcow2_reload_locked(im, *l2, qcow2_cluster(q));
+        ret = qcow2_copy_table_locked(im, old, *l2, qcow2_cluster(q) / 8);
     if (!ret)
         ret = qcow2_store_be64(im, l1, *l2 | QCOW2_COPIED, QCOW2_MAPPING);
     if (ret && first)
-        qcow2_undo_take_locked(im, first, 1);
+        qcow2_undo_allocation_locked(im, first, 1);
     else if (!ret && old)
-        qcow2_free_locked(q->w, old >> q->cluster_bits, 1);
+        qcow2_free_locked(im, old >> q->cluster_bits, 1);
     return ret;
 }
 
@@ -10134,14 +10183,14 @@ static int qcow2_store_entry(struct image *im, uint64_t at, uint64_t entry, uint
 
 /* -- writing -- */
 
-/* Where a piece of a write goes. */
+/* A piece of a write (I7): the guest's clusters, and where they go. */
 struct qcow2_plan {
-    uint64_t guest, n;              /* its first cluster, how many; 0: its first cell is ours already */
-    uint64_t end;                   /* where the piece ends at the latest: no cell before this is ours */
-    uint64_t host;                  /* in q->data */
-    uint64_t at;                    /* of the first cluster's L2 entry */
-    uint64_t old, old_bitmap;       /* what that says until now */
-    bool moved;                     /* the host clusters were not used for this before ... */
+    uint64_t guest, n;              /* offset of the first cluster, how many; 0: its first cell is ours already */
+    uint64_t end;                   /* of the piece, at most: no cell before this is ours */
+    uint64_t host;                  /* offset in q->data */
+    uint64_t at;                    /* offset of the first cluster's L2 entry */
+    uint64_t old, old_bitmap;       /* what that entry says until now */
+    bool moved;                     /* the host clusters are newly allocated ... */
     bool fresh;                     /* ... and read as zeros */
 };
 
@@ -10150,7 +10199,7 @@ static bool qcow2_is_empty(const struct qcow2 *q, uint64_t entry, uint64_t bitma
     return q->subclusters ? !entry && !(bitmap & UINT32_MAX) : !(entry & ~1ull);
 }
 
-/* Bits of the cells (subclusters, or the one cluster) of cluster `guest` that [from, to) touches. */
+/* The cells of cluster `guest` that [from, to) touches, a bit each. */
 static uint64_t qcow2_cells(const struct qcow2 *q, uint64_t guest, uint64_t from, uint64_t to)
 {
     uint64_t cell = qcow2_cluster(q) / QCOW2_SUBCLUSTERS, end = guest + qcow2_cluster(q), mask = 0;
@@ -10164,8 +10213,8 @@ static uint64_t qcow2_cells(const struct qcow2 *q, uint64_t guest, uint64_t from
 }
 
 /*
- * In a cluster that is ours: up to where [offset, end) has only cells that are not allocated. At offset: the first one
- * is, and is written in place.
+ * In a cluster that is ours: where the cells from offset on that are not allocated end, at most at `end`. Returns
+ * offset if the first one is allocated: it is written in place.
  */
 static uint64_t qcow2_missing_cells(const struct qcow2 *q, uint64_t entry, uint64_t bitmap, uint64_t offset,
                                     uint64_t end)
@@ -10212,8 +10261,8 @@ static int qcow2_check_old(struct image *im, const struct qcow2_plan *p)
     return 0;
 }
 
-/* Takes room for the plan's clusters, as many as there are in a row. */
-static int qcow2_place_locked(struct image *im, struct qcow2_plan *p, uint64_t most)
+/* Allocates up to `max` host clusters in a row for a plan. */
+static int qcow2_allocate_data_locked(struct image *im, struct qcow2_plan *p, uint64_t max)
 {
     struct qcow2 *q = im->state;
     struct qcow2_writer *w = q->w;
@@ -10222,35 +10271,35 @@ static int qcow2_place_locked(struct image *im, struct qcow2_plan *p, uint64_t m
 
     p->moved = true;
     if (q->incompatible & QCOW2_DATA_FILE) {        /* there guest and host offsets are the same */
-        p->n = most;
+        p->n = max;
         p->host = p->guest;
         return qcow2_reserve(im, q->data, p->host + p->n * qcow2_cluster(q));
     }
-    ret = qcow2_take_locked(im, most, &first, &p->n);
+    ret = qcow2_allocate_locked(im, max, &first, &p->n);
     if (ret)
         return ret;
     p->host = first << q->cluster_bits;
     p->fresh = p->host >= w->top && !q->data->is_blk;
     ret = qcow2_reserve(im, q->data, p->host + p->n * qcow2_cluster(q));
     if (ret)
-        qcow2_undo_take_locked(im, first, p->n);
+        qcow2_undo_allocation_locked(im, first, p->n);
     else if (p->host + p->n * qcow2_cluster(q) > w->top)
         w->top = p->host + p->n * qcow2_cluster(q);
     return ret;
 }
 
-/* What is to be done for the front of [offset, offset + len). */
+/* Plans the front of a write of [offset, offset + len). */
 static int qcow2_plan_locked(struct image *im, uint64_t len, uint64_t offset, struct qcow2_plan *p)
 {
     struct qcow2 *q = im->state;
     uint64_t size = qcow2_cluster(q), index = offset >> q->cluster_bits & ((1ull << q->l2_bits) - 1), l2, entry, bitmap;
-    uint64_t most = ((offset + len - 1) >> q->cluster_bits) - (offset >> q->cluster_bits) + 1, n = 1;
+    uint64_t max = ((offset + len - 1) >> q->cluster_bits) - (offset >> q->cluster_bits) + 1, n = 1;
     uint64_t limit = QCOW2_MAX_RUN > size ? QCOW2_MAX_RUN / size : 1;
     int ret = qcow2_own_l2_locked(im, offset, &l2);
 
     if (ret)
         return ret;
-    most = util_min(util_min(most, limit), (1ull << q->l2_bits) - index);
+    max = util_min(util_min(max, limit), (1ull << q->l2_bits) - index);
     *p = (struct qcow2_plan){ .guest = offset & ~(size - 1), .at = l2 + index * q->entry_size };
     ret = qcow2_read_entry(im, q, p->at, &p->old, &p->old_bitmap);
     if (!ret)
@@ -10264,12 +10313,12 @@ static int qcow2_plan_locked(struct image *im, uint64_t len, uint64_t offset, st
         return 0;
     }
     if (!qcow2_is_empty(q, p->old, p->old_bitmap))
-        most = 1;
-    for (; n < most; n++)
+        max = 1;
+    for (; n < max; n++)
         if (qcow2_read_entry(im, q, p->at + n * q->entry_size, &entry, &bitmap) || !qcow2_is_empty(q, entry, bitmap) ||
             qcow2_is_busy(q->w, (offset >> q->cluster_bits) + n, 1))
             break;
-    ret = qcow2_place_locked(im, p, n);
+    ret = qcow2_allocate_data_locked(im, p, n);
     p->end = p->guest + p->n * size;
     return ret;
 }
@@ -10283,7 +10332,7 @@ static int qcow2_read_old(struct image *im, uint8_t *buf, uint64_t len, uint64_t
     return inside ? img_read(im, buf, inside, at, &done) : 0;
 }
 
-/* Whatever the size says: past the end of the disk may be what a longer disk had there. */
+/* Looks past the end of the disk, too: what a longer disk had may lie there. */
 static bool qcow2_old_is_zero(struct image *im, uint64_t at, uint64_t end)
 {
     struct extent ext = { .kind = EXT_ZERO };
@@ -10296,7 +10345,7 @@ static bool qcow2_old_is_zero(struct image *im, uint64_t at, uint64_t end)
     return ext.kind == EXT_ZERO;
 }
 
-/* Copies [from, to) of the guest's disk, in one cluster, to the plan's place. */
+/* Copies [from, to) of the guest's disk, in one cluster, to the plan's host clusters. */
 static int qcow2_copy_old(struct image *im, const struct qcow2_plan *p, uint64_t from, uint64_t to)
 {
     const struct qcow2 *q = im->state;
@@ -10309,7 +10358,7 @@ static int qcow2_copy_old(struct image *im, const struct qcow2_plan *p, uint64_t
     return ret ? ret : file_pwrite(q->data, qcow2_scratch, to - from, p->host + from - p->guest, &done);
 }
 
-/* The data, and around it what was there before, up to whole cells. buf NULL: what was there, in room set aside. */
+/* Writes the data, and copies around it up to whole cells. buf NULL: only copies, in space that it allocates. */
 static int qcow2_write_data(struct image *im, const struct qcow2_plan *p, const uint8_t *buf, uint64_t len,
                             uint64_t offset)
 {
@@ -10345,7 +10394,7 @@ static int qcow2_write_data(struct image *im, const struct qcow2_plan *p, const 
     return ret ? ret : file_pwrite(q->data, buf, len, p->host + offset - p->guest, &done);
 }
 
-/* The L2 entries say so. */
+/* Points the L2 entries at the new clusters, and frees the old one. *linked: how many, even after an error. */
 static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint64_t len, uint64_t offset,
                              uint64_t *linked)
 {
@@ -10365,12 +10414,12 @@ static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint6
                                     bitmap);
     }
     if (!ret && p->moved)
-        qcow2_free_entry_locked(q, p->old);
+        qcow2_free_entry_locked(im, p->old);
     *linked = ret ? *linked : p->n;
     return ret;
 }
 
-/* Has so much changed in memory that a commit is due? */
+/* So much has changed in memory that a commit is due. */
 static bool qcow2_is_due_locked(const struct image *im)
 {
     const struct qcow2_writer *w = ((const struct qcow2 *)im->state)->w;
@@ -10378,8 +10427,8 @@ static bool qcow2_is_due_locked(const struct image *im)
     return w->changes.n > QCOW2_MAX_DIRTY || w->freed.n > QCOW2_MAX_FREED / 2;
 }
 
-/* Too much has changed in memory, or the refcount table is full: with a commit, or a longer table, it goes on. */
-static int qcow2_make_way(struct image *im, bool grow)
+/* A request cannot go on before a commit, or before the refcount table is longer (grow). Then it is tried again. */
+static int qcow2_unblock(struct image *im, bool grow)
 {
     struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
     int ret;
@@ -10388,7 +10437,7 @@ static int qcow2_make_way(struct image *im, bool grow)
         return qcow2_sync(im, false);
     pool_lock(&w->commit_lock);
     pthread_mutex_lock(&w->lock);
-    ret = w->hint / qcow2_per_block(im->state) >= w->table_entries ? qcow2_grow_table(im) : 0;
+    ret = w->hint / qcow2_per_block(im->state) >= w->table_entries ? qcow2_grow_table_locked(im) : 0;
     pthread_mutex_unlock(&w->lock);
     pthread_mutex_unlock(&w->commit_lock);
     return ret;
@@ -10411,7 +10460,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
         w->busy[w->n_busy++] = (struct qcow2_range){ first, p.n };
     pthread_mutex_unlock(&w->lock);
     if (ret == -ENOBUFS || ret == -EAGAIN)
-        return qcow2_make_way(im, ret == -ENOBUFS);
+        return qcow2_unblock(im, ret == -ENOBUFS);
     if (ret || !p.n)
         return ret;
 
@@ -10421,7 +10470,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
     if (!ret)
         ret = qcow2_link_locked(im, &p, len, offset, &linked);
     if (ret && p.moved && q->data == &im->files[0])
-        qcow2_undo_take_locked(im, (p.host >> q->cluster_bits) + linked, p.n - linked);
+        qcow2_undo_allocation_locked(im, (p.host >> q->cluster_bits) + linked, p.n - linked);
     qcow2_end_busy_locked(w, first);
     pthread_mutex_unlock(&w->lock);
     *done = ret ? 0 : len;
@@ -10430,7 +10479,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
 
 /* -- zeros -- */
 
-/* One whole cluster reads as zeros from now on. -EOPNOTSUPP: its zeros must be written. */
+/* Makes one whole cluster read as zeros. -EOPNOTSUPP: zeros must be written. */
 static int qcow2_zero_cluster_locked(struct image *im, uint64_t at, uint64_t guest)
 {
     struct qcow2 *q = im->state;
@@ -10455,11 +10504,11 @@ static int qcow2_zero_cluster_locked(struct image *im, uint64_t at, uint64_t gue
         return 0;
     ret = qcow2_store_entry(im, at, entry, bitmap);
     if (!ret)
-        qcow2_free_entry_locked(q, p.old);
+        qcow2_free_entry_locked(im, p.old);
     return ret;
 }
 
-/* Whole clusters of one L2 table. */
+/* The same for whole clusters of one L2 table. */
 static int qcow2_zero_locked(struct image *im, uint64_t len, uint64_t offset, uint64_t *done)
 {
     struct qcow2 *q = im->state;
@@ -10483,7 +10532,7 @@ static int qcow2_zero_locked(struct image *im, uint64_t len, uint64_t offset, ui
             im, l2 + ((offset + *done) >> q->cluster_bits & ((1ull << q->l2_bits) - 1)) * q->entry_size,
             offset + *done);
         if (ret == -EOPNOTSUPP && *done)
-            return 0;               /* that one comes again by itself */
+            return 0;               /* the caller comes again for that one */
         if (ret == -EOPNOTSUPP)
             *done = size;
         if (ret)
@@ -10501,7 +10550,7 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
     int ret = 0;
 
     *done = util_min(len, left);
-    if (offset + len == im->size)   /* who zeroes up to the end holds size_lock: nobody writes behind it */
+    if (offset + len == im->size)   /* a caller that zeroes up to the end holds size_lock: nobody writes behind it */
         len = end - offset;
     if (offset & (size - 1) || len < size)
         return qcow2_old_is_zero(im, offset, offset + *done) ? 0 : -EOPNOTSUPP;
@@ -10512,12 +10561,12 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
     if (ret != -ENOBUFS && ret != -EAGAIN)
         return ret;
     *done = 0;
-    return qcow2_make_way(im, ret == -ENOBUFS);
+    return qcow2_unblock(im, ret == -ENOBUFS);
 }
 
 /* -- starting and stopping, changing the size -- */
 
-/* Feature bits of version 3; this also tells every other program. */
+/* Writes the feature bits of version 3, which other programs see. */
 static int qcow2_set_features(struct image *im, uint64_t incompatible, uint64_t autoclear)
 {
     struct qcow2 *q = im->state;
@@ -10586,10 +10635,7 @@ static void qcow2_close(struct image *im)
     qcow2_stop_writer(im);
 }
 
-/*
- * The row [start, start + n) was not used in the end. Nor were the blocks behind it, up to `at`, unless the refcount
- * table names them by now.
- */
+/* Undoes the allocation of the row [start, start + n), and of the blocks behind it, up to `at`, that are not named. */
 static void qcow2_undo_row_locked(struct image *im, uint64_t start, uint64_t n, uint64_t at)
 {
     const struct qcow2 *q = im->state;
@@ -10607,10 +10653,10 @@ static void qcow2_undo_row_locked(struct image *im, uint64_t start, uint64_t n, 
 }
 
 /*
- * Free clusters in a row, behind all that is used, with the refcount blocks that they need behind them: for an L1
- * table, which may be longer than what one block covers.
+ * Allocates n clusters in a row behind all that is used, for an L1 table, which may be longer than what one refcount
+ * block covers. The blocks that the row and they themselves need lie behind the row. With commit_lock.
  */
-static int qcow2_take_row_locked(struct image *im, uint64_t n, uint64_t *first)
+static int qcow2_allocate_row_locked(struct image *im, uint64_t n, uint64_t *first)
 {
     struct qcow2 *q = im->state;
     struct qcow2_writer *w = q->w;
@@ -10631,18 +10677,24 @@ static int qcow2_take_row_locked(struct image *im, uint64_t n, uint64_t *first)
     w->top = at << q->cluster_bits;
     for (uint64_t c = start + n; c < at && !ret; c++)
         ret = qcow2_clear_cluster(im, c);
-    /* Counted before they are named: block by block of the row, the new one or the one that is there. */
+    /* Counted before they are named (I1): block by block of the row, the new one or the one that is there. */
     for (uint64_t c = start, next = start + n, block_at; c < at && !ret; c += per - c % per) {
         ret = qcow2_find_block(im, c, &block);
         block_at = block ? block : next++ << q->cluster_bits;
         for (uint64_t i = c; i < at && i / per == c / per && !ret; i++)
             ret = qcow2_put_refcount(im, block_at, i, 1);
     }
-    /* The last first: it covers the others. */
+    /*
+     * Named from the last on. A block that counts other blocks is durable before these are named: the sectors of the
+     * refcount table may reach the disk in any order.
+     */
     for (uint64_t i = (at - 1) / per + 1, next = at; i-- > start / per && !ret;) {
         ret = qcow2_find_block(im, i * per, &block);
-        if (!ret && !block)
-            ret = qcow2_store_be64(im, w->table_offset + i * 8, --next << q->cluster_bits, QCOW2_REFCOUNT_TABLE);
+        if (ret || block)
+            continue;
+        ret = qcow2_store_be64(im, w->table_offset + i * 8, --next << q->cluster_bits, QCOW2_REFCOUNT_TABLE);
+        if (!ret && i > start / per && (i + 1) * per > start + n)
+            ret = qcow2_commit_locked(im);
     }
     if (ret)
         qcow2_undo_row_locked(im, start, n, at);
@@ -10650,11 +10702,11 @@ static int qcow2_take_row_locked(struct image *im, uint64_t n, uint64_t *first)
     return ret;
 }
 
-/* The L1 table gets at least `entries` entries: a longer one elsewhere, then the header says so. */
+/* Makes the L1 table `entries` long, or longer: fills a new one, then the header names it. With commit_lock. */
 static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
 {
     struct qcow2 *q = im->state;
-    uint64_t size = qcow2_cluster(q), n, first = 0, word, done, old = q->l1_entries, old_offset = q->l1_offset;
+    uint64_t size = qcow2_cluster(q), n, first = 0, old = q->l1_entries, old_offset = q->l1_offset;
     struct qcow2_header h;
     int ret = 0;
 
@@ -10666,20 +10718,16 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
         return -EFBIG;
     do {
         if (ret == -ENOBUFS)
-            ret = qcow2_grow_table(im);
+            ret = qcow2_grow_table_locked(im);
         if (!ret)
-            ret = qcow2_take_row_locked(im, n, &first);
+            ret = qcow2_allocate_row_locked(im, n, &first);
     } while (ret == -ENOBUFS);
     if (ret)
         return ret;
-    ret = file_write_zeros(&im->files[0], first * size, n * size);
-    for (uint64_t i = 0; i < old && !ret; i++) {
-        ret = cache_word(&im->files[0], old_offset + i * 8, &word);
-        if (!ret && word)
-            ret = file_pwrite(&im->files[0], &word, 8, first * size + i * 8, &done);
-    }
+    for (uint64_t i = 0; i < n && !ret; i++)
+        ret = qcow2_clear_cluster(im, first + i);
     if (!ret)
-        ret = qcow2_reload_locked(im, first * size, n * size);
+        ret = qcow2_copy_table_locked(im, old_offset, first * size, old);
     if (!ret)
         ret = qcow2_commit_locked(im);
     h.l1_entries = cpu_to_be32((uint32_t)entries);
@@ -10693,14 +10741,14 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
     q->l1_offset = first * size;
     q->l1_entries = entries;
     if (old)
-        qcow2_free_locked(q->w, old_offset / size, (old * 8 + size - 1) / size);
+        qcow2_free_locked(im, old_offset / size, (old * 8 + size - 1) / size);
     return 0;
 }
 
 /*
- * The size goes to the header with the next commit. What a longer backing file has there must not appear; what was
- * cut off must not come back: it reads as zeros on the disk before the size changes. Whole clusters are cleaned, so
- * that records appended to the last one find it clean. What is new is looked at, too: others may have left data there.
+ * The size goes to the header with the next commit. Before that, what is cut off or new reads as zeros on the disk:
+ * what a longer backing file has there must not appear, and what was cut off must not come back. Whole clusters are
+ * zeroed, so that an append to the last one finds zeros; new ones as well: other programs may have left data there.
  */
 static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
 {
@@ -10713,7 +10761,7 @@ static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
     int ret = 0;
 
     if (!q->w || (q->v2 && q->n_snapshots))
-        return -EOPNOTSUPP;         /* snapshots of version 2 do not know their size */
+        return -EOPNOTSUPP;         /* snapshots of version 2 do not record their size */
     if (size > old && ((size - 1) >> covers) + 1 > q->l1_entries) {
         pool_lock(&q->w->commit_lock);
         pthread_mutex_lock(&q->w->lock);
@@ -10728,7 +10776,7 @@ static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
     if (ret)
         return ret;
     q->clean = q->clean > to ? q->clean : to;
-    size = (size + 511) & ~511ull;  /* QEMU knows whole sectors only, and would cut the rest off */
+    size = (size + 511) & ~511ull;  /* QEMU has whole sectors only, and would cut the rest off */
     pthread_mutex_lock(&q->w->lock);
     ret = size == q->size ? 0 : qcow2_store_be64(im, offsetof(struct qcow2_header, size), size, QCOW2_MAPPING);
     pthread_mutex_unlock(&q->w->lock);
@@ -11675,7 +11723,7 @@ static int qcow2_write_block(struct qcow2_check *k, uint64_t number, uint64_t at
         return -ENOMEM;
     for (uint64_t c = number * per; c < (number + 1) * per && c < end; c++) {
         value = c < k->n_clusters ? qcow2_counted(k, c) : 1;
-        place = qcow2_refcount_place(q, c, &shift, &mask);
+        place = qcow2_refcount_offset(q, c, &shift, &mask);
         block[place / 8] = cpu_to_be64(be64_to_cpu(block[place / 8]) | (value & mask) << shift);
     }
     ret = file_pwrite(&k->im->files[0], block, size, at, &done);
