@@ -3136,12 +3136,16 @@ static void decoded_remove_locked(struct decoded_cluster *c)
     decoded.used -= decoded_bytes(c->length);
 }
 
+/* Nobody decodes any more. The files of the clusters may be gone already. */
 static void decoded_stop(void)
 {
     for (struct decoded_cluster *c; (c = decoded.oldest);) {
-        decoded_remove_locked(c);
+        decoded.oldest = c->newer;
         free(c);
     }
+    decoded.newest = NULL;
+    memset(decoded.bucket, 0, sizeof(decoded.bucket));
+    decoded.used = 0;
 }
 
 /*
