@@ -222,65 +222,24 @@ static void util_hash(uint64_t *hash, const char *text)
     *hash = (*hash ^ 0xff) * 0x100000001b3u;
 }
 
-static uint16_t util_le16(const uint8_t *p)
-{
-    return (uint16_t)(p[0] | p[1] << 8);
-}
-
-static uint32_t util_le32(const uint8_t *p)
-{
-    return (uint32_t)util_le16(p) | (uint32_t)util_le16(p + 2) << 16;
-}
-
-static uint16_t util_be16(const uint8_t *p)
-{
-    return (uint16_t)(p[0] << 8 | p[1]);
-}
-
-static uint32_t util_be32(const uint8_t *p)
-{
-    return (uint32_t)util_be16(p) << 16 | util_be16(p + 2);
-}
-
-static uint64_t util_be64(const uint8_t *p)
-{
-    return (uint64_t)util_be32(p) << 32 | util_be32(p + 4);
-}
-
-static uint64_t util_le64(const uint8_t *p)
-{
-    return (uint64_t)util_le32(p) | (uint64_t)util_le32(p + 4) << 32;
-}
-
-static uint16_t le16_to_cpu(le16 v)
-{
-    return util_le16(v.byte);
-}
-
-static uint32_t le32_to_cpu(le32 v)
-{
-    return util_le32(v.byte);
-}
-
-static uint64_t le64_to_cpu(le64 v)
-{
-    return util_le64(v.byte);
-}
-
-static uint16_t be16_to_cpu(be16 v)
-{
-    return util_be16(v.byte);
-}
-
-static uint32_t be32_to_cpu(be32 v)
-{
-    return util_be32(v.byte);
-}
-
-static uint64_t be64_to_cpu(be64 v)
-{
-    return util_be64(v.byte);
-}
+/* util_le16(bytes), le16_to_cpu(field) and so on. */
+#define UTIL_ENDIAN(order, bits) \
+    static uint##bits##_t util_##order##bits(const uint8_t *p) \
+    { \
+        uint##bits##_t value; \
+        memcpy(&value, p, sizeof(value)); \
+        return order##bits##toh(value); \
+    } \
+    static uint##bits##_t order##bits##_to_cpu(order##bits v) \
+    { \
+        return util_##order##bits(v.byte); \
+    }
+UTIL_ENDIAN(le, 16)
+UTIL_ENDIAN(le, 32)
+UTIL_ENDIAN(le, 64)
+UTIL_ENDIAN(be, 16)
+UTIL_ENDIAN(be, 32)
+UTIL_ENDIAN(be, 64)
 
 static be32 cpu_to_be32(uint32_t v)
 {
@@ -616,7 +575,8 @@ static bool util_fault_at(uint64_t offset, uint64_t len)
 /* ******************************************************************************************************** *
  * 3. GUIDs and text
  *
- * What names things in images: GUIDs in their two orders, UTF-16, and the encodings that descriptors use.
+ * What names things in images. A GUID in memory is 16 bytes in the order in which they are printed; text_swap_guid()
+ * reads those that Windows has stored. Text in any encoding becomes UTF-8 through iconv(3).
  * ******************************************************************************************************** */
 
 static bool text_is_null_id(const uint8_t id[16])
@@ -626,7 +586,7 @@ static bool text_is_null_id(const uint8_t id[16])
     return memcmp(id, null, sizeof(null)) == 0;
 }
 
-/* The fields of a GUID as they are printed, from the order in which Windows stores them, and back. */
+/* Between the printed order and that of Windows, whose first three fields are little-endian. */
 static void text_swap_guid(const uint8_t from[16], uint8_t to[16])
 {
     static const uint8_t order[16] = { 3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
@@ -671,40 +631,19 @@ static void text_uuid(const uint8_t uuid[16], char text[37])
     snprintf(text, 37, "%.8s-%.4s-%.4s-%.4s-%.12s", hex, hex + 8, hex + 12, hex + 16, hex + 20);
 }
 
-/* One character of UTF-16 at p, at most len bytes; *used: how many it took. Half a surrogate pair becomes U+FFFD. */
-static uint32_t text_utf16_char(const uint8_t *p, size_t len, bool big, size_t *used)
-{
-    uint32_t c = big ? util_be16(p) : util_le16(p), low = 0;
+enum { TEXT_NOT_UTF8 = 1 << 30 };
 
-    *used = 2;
-    if (c < 0xd800 || c > 0xdfff)
-        return c;
-    if (c < 0xdc00 && len >= 4)
-        low = big ? util_be16(p + 2) : util_le16(p + 2);
-    if (low < 0xdc00 || low > 0xdfff)
-        return 0xfffd;
-    *used = 4;
-    return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
-}
-
-static size_t text_utf8_char(uint32_t c, char out[4])
-{
-    static const uint8_t lead[] = { 0, 0, 0xc0, 0xe0, 0xf0 };
-    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-
-    for (size_t i = n; i-- > 1; c >>= 6)
-        out[i] = (char)(0x80 | (c & 0x3f));
-    out[0] = (char)(n == 1 ? c : lead[n] | c);
-    return n;
-}
-
-/* The next character of UTF-8; of a byte that is none something that no character is. */
+/*
+ * The code point of UTF-8 (shortest form, no surrogate, at most U+10FFFF) at *text, which moves past it. Else the one
+ * byte there, with TEXT_NOT_UTF8: names come from strangers' disks.
+ */
 static uint32_t text_utf8_next(const char **text)
 {
-    static const uint8_t lead[] = { 0, 0x7f, 0x1f, 0x0f, 0x07 };
+    static const uint8_t mask[] = { 0, 0x7f, 0x1f, 0x0f, 0x07 };
+    static const uint32_t min[] = { 0, 0, 0x80, 0x800, 0x10000 };
     const uint8_t *p = (const uint8_t *)*text;
     unsigned n = *p < 0x80 ? 1 : *p < 0xc0 ? 0 : *p < 0xe0 ? 2 : *p < 0xf0 ? 3 : *p < 0xf8 ? 4 : 0;
-    uint32_t c = p[0] & lead[n];
+    uint32_t c = p[0] & mask[n];
 
     for (unsigned i = 1; i < n; i++) {
         if ((p[i] & 0xc0) != 0x80)
@@ -712,8 +651,10 @@ static uint32_t text_utf8_next(const char **text)
         else
             c = c << 6 | (p[i] & 0x3f);
     }
+    if (c < min[n] || c > 0x10ffff || (c >= 0xd800 && c < 0xe000))
+        n = 0;
     *text += n ? n : 1;
-    return n ? c : 0x80000000u | *p;
+    return n ? c : TEXT_NOT_UTF8 | *p;
 }
 
 /* Do two names in UTF-8 differ in nothing but letter case? */
@@ -749,41 +690,36 @@ static iconv_t text_open_encoding(const char *encoding)
     return iconv_open("UTF-8", page);
 }
 
-/* From an encoding, as VMware names it ("windows-1252"), to UTF-8. False: unknown, or the text is not in it. */
-static bool text_to_utf8(const char *encoding, const char *from, char *to, size_t room)
+/* len bytes in an encoding as UTF-8. False: the encoding is unknown, the text is not in it, or does not fit. */
+static bool text_decode(const char *encoding, const void *from, size_t len, char *to, size_t room)
 {
     char *in = (char *)(uintptr_t)from;
-    size_t in_left = strlen(from), out_left = room - 1;
+    size_t out_left = room - 1;
     iconv_t cd = text_open_encoding(encoding);
     bool good;
 
     if (cd == (iconv_t)-1)
         return false;
-    good = iconv(cd, &in, &in_left, &to, &out_left) == 0 && in_left == 0;   /* > 0: replaced characters */
+    good = iconv(cd, &in, &len, &to, &out_left) == 0 && len == 0;   /* > 0: replaced characters */
     *to = 0;
     iconv_close(cd);
     return good;
 }
 
-/* len bytes of UTF-16 (up to a zero) as UTF-8. False: it does not fit. */
+/* A string in an encoding as VMware names it ("windows-1252"). */
+static bool text_to_utf8(const char *encoding, const char *from, char *to, size_t room)
+{
+    return text_decode(encoding, from, strlen(from), to, room);
+}
+
+/* len bytes of UTF-16, or up to a zero. */
 static bool text_from_utf16(const uint8_t *from, size_t len, bool big, char *text, size_t room)
 {
-    size_t n = 0, used, bytes;
-    char utf8[4];
-    uint32_t c;
+    size_t n = 0;
 
-    for (size_t at = 0; at + 2 <= len; at += used) {
-        c = text_utf16_char(from + at, len - at, big, &used);
-        if (!c)
-            break;
-        bytes = text_utf8_char(c, utf8);
-        if (n + bytes >= room)
-            return false;
-        memcpy(text + n, utf8, bytes);
-        n += bytes;
-    }
-    text[n] = 0;
-    return true;
+    while (n + 2 <= len && (from[n] || from[n + 1]))
+        n += 2;
+    return text_decode(big ? "UTF-16BE" : "UTF-16LE", from, n, text, room);
 }
 
 /* ******************************************************************************************************** *
@@ -807,61 +743,41 @@ struct out {
     struct { char end; bool filled, flat; } level[OUT_DEPTH];   /* flat: on one line of JSON */
 };
 
-/*
- * The length of the character at p if it is good UTF-8 (shortest form, no surrogate, at most U+10FFFF), else 0.
- * Names come from strangers' disks.
- */
-static size_t out_character(const uint8_t *p)
+static bool out_is_control(uint32_t c)
 {
-    static const uint32_t least[] = { 0, 0x80, 0x800, 0x10000 };
-    uint32_t code = *p;
-    size_t n = *p < 0x80 ? 0 : (*p & 0xe0) == 0xc0 ? 1 : (*p & 0xf0) == 0xe0 ? 2 : (*p & 0xf8) == 0xf0 ? 3 : 4;
-
-    if (n == 4)
-        return 0;
-    if (n)
-        code &= 0x3fu >> n;
-    for (size_t i = 1; i <= n; i++) {
-        if ((p[i] & 0xc0) != 0x80)
-            return 0;               /* the text's end, too */
-        code = code << 6 | (p[i] & 0x3f);
-    }
-    return code < least[n] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000) ? 0 : n + 1;
-}
-
-static bool out_is_control(const uint8_t *p)
-{
-    return *p < ' ' || *p == 0x7f || (p[0] == 0xc2 && p[1] < 0xa0);
+    return c < ' ' || (c >= 0x7f && c < 0xa0);
 }
 
 /* For people: what is no character or would steer the terminal becomes "?". */
 static void out_plain(const char *text)
 {
-    for (const uint8_t *p = (const uint8_t *)text; *p;) {
-        size_t n = out_character(p);
-        if (n && !out_is_control(p))
-            fwrite(p, 1, n, stdout);
-        else
+    uint32_t c;
+
+    for (const char *p = text; *p; p = text) {
+        c = text_utf8_next(&text);
+        if (c & TEXT_NOT_UTF8 || out_is_control(c))
             putchar('?');
-        p += n ? n : 1;
+        else
+            fwrite(p, 1, (size_t)(text - p), stdout);
     }
 }
 
 /* A JSON string; bytes that are not UTF-8 become U+FFFD. */
 static void out_string(const char *text)
 {
+    uint32_t c;
+
     putchar('"');
-    for (const uint8_t *p = (const uint8_t *)text; *p;) {
-        size_t n = out_character(p);
-        if (!n)
+    for (const char *p = text; *p; p = text) {
+        c = text_utf8_next(&text);
+        if (c & TEXT_NOT_UTF8)
             fputs("\\ufffd", stdout);
-        else if (*p == '"' || *p == '\\')
-            printf("\\%c", *p);
-        else if (out_is_control(p))
-            printf("\\u%04x", n == 1 ? p[0] : p[1]);
+        else if (c == '"' || c == '\\')
+            printf("\\%c", (char)c);
+        else if (out_is_control(c))
+            printf("\\u%04x", c);
         else
-            fwrite(p, 1, n, stdout);
-        p += n ? n : 1;
+            fwrite(p, 1, (size_t)(text - p), stdout);
     }
     putchar('"');
 }

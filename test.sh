@@ -7132,6 +7132,12 @@ static void unit_text(void)
     UNIT(!text_parse_guid("0011", guid) && !text_parse_guid("00112233-4455-6677-8899-aabbccddeefg", guid) &&
          !text_parse_guid("00112233-4455-6677-8899-aabbccddeeff0", guid));
     UNIT(text_to_utf8("windows-1252", "caf\xe9", utf8, sizeof(utf8)) && strcmp(utf8, "caf\xc3\xa9") == 0);
+    UNIT(text_from_utf16((const uint8_t *)"\0c\0\xe9\xd8\x3d\xde\0\0\0\0x", 12, true, utf8, sizeof(utf8)) &&
+         strcmp(utf8, "c\xc3\xa9\xf0\x9f\x98\x80") == 0);
+    UNIT(text_from_utf16((const uint8_t *)"a\0b\0", 5, false, utf8, sizeof(utf8)) && strcmp(utf8, "ab") == 0);
+    UNIT(!text_from_utf16((const uint8_t *)"a\0\0\xd8", 4, false, utf8, sizeof(utf8)) &&    /* half a surrogate pair */
+         !text_from_utf16((const uint8_t *)"a\0b\0", 4, false, utf8, 2));
+    UNIT(text_same_but_case("\xc3\x84" "b", "\xc3\xa4" "B") && !text_same_but_case("\xc3", "\xc4"));
     UNIT(!text_to_utf8("windows-1252", "too long for the room", utf8, 8) && !text_to_utf8("no such code", "a", utf8, sizeof(utf8)));
 }
 
