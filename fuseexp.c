@@ -13697,10 +13697,10 @@ static int part_read(const struct part_scan *ps, uint64_t lba, void *buf, uint64
 
 static void part_add(struct part_scan *ps, unsigned number, uint64_t first_lba, uint64_t n_lba)
 {
-    uint64_t most = (uint64_t)MAX_IMAGE_SIZE / ps->sector;
+    uint64_t max = (uint64_t)MAX_IMAGE_SIZE / ps->sector;
     struct view *v = &ps->views[ps->n_views];
 
-    if (first_lba > most || n_lba > most ||
+    if (first_lba > max || n_lba > max ||
         (first_lba + n_lba) * ps->sector > (uint64_t)MAX_IMAGE_SIZE - ps->base ||
         first_lba >= ps->size / ps->sector) {
         msg_say(MSG_NOTE, "%s: partition %u starts past the end of the disk, left out", ps->im->name, number);
@@ -13722,23 +13722,21 @@ static void part_add(struct part_scan *ps, unsigned number, uint64_t first_lba, 
     ps->n_views++;
 }
 
-struct mbr_entry {
+/* An entry of an MBR or EBR. */
+struct part_entry {
     uint8_t status, type;
     bool used, extended;
     uint64_t start, count;          /* sectors; in an EBR, start is relative */
 };
 
-static struct mbr_entry part_mbr_entry(const uint8_t *sector, size_t i)
+static struct part_entry part_parse_entry(const struct mbr *mbr, size_t i)
 {
-    const uint8_t *raw = sector + MBR_OFF_ENTRIES + i * MBR_ENTRY_SIZE;
-    struct mbr_entry e = { .status = raw[MBR_ENT_STATUS],
-                           .type = raw[MBR_ENT_TYPE],
-                           .start = util_le32(raw + MBR_ENT_FIRST_LBA),
-                           .count = util_le32(raw + MBR_ENT_SECTORS) };
+    const struct mbr_entry *raw = &mbr->entry[i];
+    struct part_entry e = { .status = raw->status, .type = raw->type,
+                            .start = le32_to_cpu(raw->first_lba), .count = le32_to_cpu(raw->sectors) };
 
     e.used = e.count;               /* Linux shows entries of type 00, too: isohybrid writes one */
-    e.extended = e.used && (e.type == MBR_TYPE_EXTENDED || e.type == MBR_TYPE_EXTENDED_LBA ||
-                            e.type == MBR_TYPE_EXTENDED_LINUX);
+    e.extended = e.used && e.type && strchr(MBR_EXTENDED_TYPES, e.type);
     return e;
 }
 
@@ -13749,8 +13747,8 @@ struct part_chain {
     unsigned n_seen;
 };
 
-/* What is wrong with following the chain to its next record; NULL: nothing, and `sector` holds that record. */
-static const char *part_next_ebr(const struct part_scan *ps, struct part_chain *c, uint8_t *sector)
+/* Follows the chain to its next record. Returns NULL, or what is wrong. */
+static const char *part_next_ebr(const struct part_scan *ps, struct part_chain *c, struct mbr *ebr)
 {
     for (unsigned i = 0; i < c->n_seen; i++)
         if (c->seen[i] == c->ebr)
@@ -13758,16 +13756,16 @@ static const char *part_next_ebr(const struct part_scan *ps, struct part_chain *
     if (c->n_seen == ARRAY_LEN(c->seen))
         return "too long";
     c->seen[c->n_seen++] = c->ebr;
-    if (part_read(ps, c->ebr, sector, 512))
+    if (part_read(ps, c->ebr, ebr, sizeof(*ebr)))
         return "cannot be read";
     if (c->ebr - c->first >= c->n_lba)      /* Linux follows it, too */
         msg_say(MSG_NOTE, "%s: the record of a logical partition, at sector %" PRIu64 ", lies outside of the extended "
                 "partition", ps->im->name, c->ebr);
-    return util_le16(sector + MBR_OFF_MAGIC) == 0xaa55 ? NULL : "no signature";
+    return le16_to_cpu(ebr->signature) == MBR_SIGNATURE ? NULL : "no signature";
 }
 
 /* Slots 3 and 4 of an EBR may hold garbage: Linux takes only what lies within the link and the extended partition. */
-static bool part_is_logical(const struct part_chain *c, size_t slot, const struct mbr_entry *e)
+static bool part_is_logical(const struct part_chain *c, size_t slot, const struct part_entry *e)
 {
     uint64_t end = c->ebr + e->start + e->count;
 
@@ -13782,12 +13780,12 @@ static bool part_is_logical(const struct part_chain *c, size_t slot, const struc
 static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_lba, unsigned *number)
 {
     struct part_chain c = { .first = first, .n_lba = n_lba, .ebr = first, .ebr_lba = n_lba, .n_seen = 1 };
-    uint8_t sector[512];
+    struct mbr ebr;
     const char *wrong;
     size_t link;
 
     do {
-        wrong = part_next_ebr(ps, &c, sector);
+        wrong = part_next_ebr(ps, &c, &ebr);
         if (wrong) {
             msg_say(MSG_NOTE, "%s: the chain of logical partitions is broken at sector %" PRIu64 " (%s), after "
                     "partition %u", ps->im->name, c.ebr, wrong, *number - 1);
@@ -13795,14 +13793,14 @@ static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_
         }
         link = 4;
         for (size_t i = 0; i < 4; i++) {
-            struct mbr_entry e = part_mbr_entry(sector, i);
+            struct part_entry e = part_parse_entry(&ebr, i);
             if (part_is_logical(&c, i, &e))
                 part_add(ps, (*number)++, c.ebr + e.start, e.count);
             if (e.extended && link == 4)
                 link = i;
         }
         if (link < 4) {
-            struct mbr_entry e = part_mbr_entry(sector, link);
+            struct part_entry e = part_parse_entry(&ebr, link);
             c.ebr = first + e.start;
             c.ebr_lba = e.count;
         }
@@ -13812,25 +13810,25 @@ static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_
 enum part_table { PART_NONE, PART_MBR, PART_PROTECTIVE, PART_HYBRID };
 
 /* The boot sector of FAT, exFAT or NTFS: it ends in 55 AA, too. */
-static bool part_is_boot_sector(const uint8_t *sector)
+static bool part_is_boot_sector(const struct mbr *mbr)
 {
-    uint16_t bytes = util_le16(sector + 11), reserved = util_le16(sector + 14);
+    const uint8_t *b = mbr->code;
+    uint16_t bytes = util_le16(b + 11), reserved = util_le16(b + 14);
 
-    return (sector[0] == 0xeb || sector[0] == 0xe9) &&
-           (memcmp(sector + 3, "NTFS    ", 8) == 0 || memcmp(sector + 3, "EXFAT   ", 8) == 0 ||
-            ((bytes == 512 || bytes == 1024 || bytes == 2048 || bytes == 4096) && reserved && sector[16] &&
-             sector[21] >= 0xf0));
+    return (b[0] == 0xeb || b[0] == 0xe9) &&
+           (memcmp(b + 3, "NTFS    ", 8) == 0 || memcmp(b + 3, "EXFAT   ", 8) == 0 ||
+            ((bytes == 512 || bytes == 1024 || bytes == 2048 || bytes == 4096) && reserved && b[16] && b[21] >= 0xf0));
 }
 
 /* AIX has tables of its own; Linux believes the MBR of such a disk only if it names Linux partitions. */
-static bool part_is_aix(const struct part_scan *ps, const uint8_t *sector)
+static bool part_is_aix(const struct part_scan *ps, const struct mbr *mbr)
 {
     uint8_t lvm[512];
 
-    if (memcmp(sector, "\xc9\xc2\xd4\xc1", 4) != 0)
+    if (memcmp(mbr->code, "\xc9\xc2\xd4\xc1", 4) != 0)
         return false;
     for (size_t i = 0; i < 4; i++) {
-        struct mbr_entry e = part_mbr_entry(sector, i);
+        struct part_entry e = part_parse_entry(mbr, i);
         if (e.extended || (e.type && strchr("\x82\x83\x8e\xfd", e.type)))
             return false;
     }
@@ -13842,14 +13840,14 @@ static bool part_is_aix(const struct part_scan *ps, const uint8_t *sector)
  * Linux tells them by the status bytes. In a boot sector, and beside a protective entry (grub writes a dummy with
  * the boot flag there), an entry of type 00 does not count.
  */
-static enum part_table part_probe_mbr(const struct part_scan *ps, const uint8_t *sector)
+static enum part_table part_probe_mbr(const struct part_scan *ps, const struct mbr *mbr)
 {
     bool used = false, typed = false, gpt = false;
 
-    if (util_le16(sector + MBR_OFF_MAGIC) != 0xaa55 || part_is_aix(ps, sector))
+    if (le16_to_cpu(mbr->signature) != MBR_SIGNATURE || part_is_aix(ps, mbr))
         return PART_NONE;
     for (size_t i = 0; i < 4; i++) {
-        struct mbr_entry e = part_mbr_entry(sector, i);
+        struct part_entry e = part_parse_entry(mbr, i);
         if (e.status & 0x7f)
             return PART_NONE;
         used |= e.used;
@@ -13858,73 +13856,88 @@ static enum part_table part_probe_mbr(const struct part_scan *ps, const uint8_t 
     }
     if (gpt)
         return typed ? PART_HYBRID : PART_PROTECTIVE;
-    return typed || (used && !part_is_boot_sector(sector)) ? PART_MBR : PART_NONE;
+    return typed || (used && !part_is_boot_sector(mbr)) ? PART_MBR : PART_NONE;
 }
 
-static void part_scan_mbr(struct part_scan *ps, const uint8_t *sector, enum part_table kind)
+static void part_scan_mbr(struct part_scan *ps, const struct mbr *mbr, enum part_table kind)
 {
     unsigned logical = 5;
 
     for (unsigned i = 0; i < 4; i++) {
-        struct mbr_entry e = part_mbr_entry(sector, i);
+        struct part_entry e = part_parse_entry(mbr, i);
         if (e.used && !e.extended && (kind == PART_MBR || (e.type && e.type != MBR_TYPE_GPT)))
             part_add(ps, i + 1, e.start, e.count);
     }
     for (unsigned i = 0; i < 4; i++) {
-        struct mbr_entry e = part_mbr_entry(sector, i);
+        struct part_entry e = part_parse_entry(mbr, i);
         if (e.extended)
             part_scan_extended(ps, e.start, e.count, &logical);
     }
 }
 
+/* Reads the GPT header at lba into `sector`. Returns what is wrong with it, or NULL. *other: see part_scan_gpt(). */
+static const char *part_read_gpt(const struct part_scan *ps, uint64_t lba, uint8_t sector[4096], uint64_t *other)
+{
+    struct gpt_header *h = (struct gpt_header *)sector;
+    uint32_t crc, n, entry;
+
+    *other = 0;
+    if (part_read(ps, lba, sector, ps->sector))
+        return "its header cannot be read";
+    if (memcmp(h->signature, "EFI PART", 8) != 0)
+        return "no signature";
+    *other = le64_to_cpu(h->other_lba);
+    if (le32_to_cpu(h->size) < sizeof(*h) || le32_to_cpu(h->size) > ps->sector)
+        return "its header has not 92 bytes to a sector";
+    crc = le32_to_cpu(h->crc);
+    h->crc = (le32){ { 0 } };
+    if (libdeflate_crc32(0, h, le32_to_cpu(h->size)) != crc)
+        return "its header's checksum is wrong";
+    if (le64_to_cpu(h->my_lba) != lba)
+        return "its header belongs elsewhere";
+    n = le32_to_cpu(h->n_entries);
+    entry = le32_to_cpu(h->entry_size);
+    if (n > MAX_GPT_ENTRIES || entry < sizeof(struct gpt_entry) || entry > GPT_ENTRY_MAX || entry % 8)
+        return "its table has more than 1024 entries, or entries that have not 128 to 4096 bytes";
+    return NULL;
+}
+
+static void part_add_gpt(struct part_scan *ps, unsigned number, const struct gpt_entry *e)
+{
+    uint64_t first = le64_to_cpu(e->first_lba), last = le64_to_cpu(e->last_lba);
+
+    if (text_is_null_id(e->type_guid))
+        return;
+    if (last < first || last == UINT64_MAX)
+        msg_say(MSG_NOTE, "%s: partition %u ends before it starts, left out", ps->im->name, number);
+    else
+        part_add(ps, number, first, last - first + 1);
+}
+
 /*
- * Reads the GPT whose header is at lba. NULL when its partitions were added, else what is wrong with it. *other is set
- * to where it says that its other copy is, even if it is damaged; 0: it has no signature.
+ * Adds the partitions of the GPT whose header is at lba. Returns NULL, or what is wrong with it. *other: where the
+ * header says that the other copy is, even if it is damaged; 0: it has no signature.
  */
 static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba, uint64_t *other)
 {
-    uint8_t header[4096], *table;
-    uint32_t size, n, entry, crc;
-    const char *wrong = NULL;
+    uint8_t sector[4096], *table;
+    const struct gpt_header *h = (const struct gpt_header *)sector;
+    const char *wrong = part_read_gpt(ps, lba, sector, other);
+    uint32_t n, entry;
 
-    *other = 0;
-    if (part_read(ps, lba, header, ps->sector))
-        return "its header cannot be read";
-    size = util_le32(header + GPT_OFF_HEADER_SIZE);
-    n = util_le32(header + GPT_OFF_N_ENTRIES);
-    entry = util_le32(header + GPT_OFF_ENTRY_SIZE);
-    crc = util_le32(header + GPT_OFF_HEADER_CRC);
-    if (memcmp(header, "EFI PART", 8) != 0)
-        return "no signature";
-    *other = util_le64(header + GPT_OFF_OTHER_LBA);
-    if (size < GPT_HEADER_MIN || size > ps->sector)
-        return "its header's length is absurd";
-    memset(header + GPT_OFF_HEADER_CRC, 0, 4);
-    if (libdeflate_crc32(0, header, size) != crc)
-        return "its header's checksum is wrong";
-    if (util_le64(header + GPT_OFF_MY_LBA) != lba)
-        return "its header belongs elsewhere";
-    if (n > MAX_GPT_ENTRIES || entry < GPT_ENTRY_MIN || entry > GPT_ENTRY_MAX || entry % 8)
-        return "its table's size is absurd";
-
+    if (wrong)
+        return wrong;
+    n = le32_to_cpu(h->n_entries);
+    entry = le32_to_cpu(h->entry_size);
     table = calloc(n ? n : 1, entry);
     if (!table)
         return "out of memory";
-    if (part_read(ps, util_le64(header + GPT_OFF_ENTRIES_LBA), table, (uint64_t)n * entry))
+    if (part_read(ps, le64_to_cpu(h->entries_lba), table, (uint64_t)n * entry))
         wrong = "its table cannot be read";
-    else if (libdeflate_crc32(0, table, (size_t)n * entry) != util_le32(header + GPT_OFF_ENTRIES_CRC))
+    else if (libdeflate_crc32(0, table, (size_t)n * entry) != le32_to_cpu(h->entries_crc))
         wrong = "its table's checksum is wrong";
-    for (uint32_t i = 0; i < n && !wrong; i++) {
-        static const uint8_t unused[16];
-        const uint8_t *e = table + (size_t)i * entry;
-        uint64_t first = util_le64(e + GPT_ENT_FIRST_LBA), last = util_le64(e + GPT_ENT_LAST_LBA);
-        if (memcmp(e, unused, sizeof(unused)) == 0)
-            continue;
-        if (last < first || last == UINT64_MAX)
-            msg_say(MSG_NOTE, "%s: partition %u ends before it starts, left out", ps->im->name, i + 1);
-        else
-            part_add(ps, i + 1, first, last - first + 1);
-    }
+    for (uint32_t i = 0; i < n && !wrong; i++)
+        part_add_gpt(ps, i + 1, (const struct gpt_entry *)(table + (size_t)i * entry));
     free(table);
     return wrong;
 }
@@ -13946,9 +13959,9 @@ static void part_say_backup(const struct part_scan *ps, uint64_t backup)
  * Tries the primary and the backup GPT at one sector size. The backup is at the end of the disk as it was when the
  * table was written: the primary says where, if that is left; so does the protective entry of `mbr`.
  */
-static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector, const uint8_t *mbr)
+static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector, const struct mbr *mbr)
 {
-    uint64_t last = ps->size / sector - 1, places[3] = { last }, other, none;
+    uint64_t last = ps->size / sector - 1, lbas[3] = { last }, other, none;
     const char *wrong;
     unsigned n = 1;
 
@@ -13961,19 +13974,19 @@ static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector, const u
         return NULL;
     }
     if (other > 1 && other < last)
-        places[n++] = other;
-    for (size_t i = 0; i < 4 && n < ARRAY_LEN(places); i++) {
-        struct mbr_entry e = part_mbr_entry(mbr, i);
+        lbas[n++] = other;
+    for (size_t i = 0; i < 4 && n < ARRAY_LEN(lbas); i++) {
+        struct part_entry e = part_parse_entry(mbr, i);
         if (e.type == MBR_TYPE_GPT && e.start + e.count - 1 > 1 && e.start + e.count - 1 < last)
-            places[n++] = e.start + e.count - 1;
+            lbas[n++] = e.start + e.count - 1;
     }
     for (unsigned i = 0; i < n; i++) {
-        if (part_scan_gpt(ps, places[i], &none))
+        if (part_scan_gpt(ps, lbas[i], &none))
             continue;
         msg_say(MSG_NOTE, "%s: the primary GPT is damaged (%s), using the backup at sector %" PRIu64 "%s", ps->im->name,
-                wrong, places[i], i ? "" : ", the end of the disk");
+                wrong, lbas[i], i ? "" : ", the end of the disk");
         if (i)
-            part_say_backup(ps, places[i]);
+            part_say_backup(ps, lbas[i]);
         return NULL;
     }
     return wrong;
@@ -13983,27 +13996,27 @@ static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector, const u
 static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
 {
     const char *wrong = part_no_table;
-    enum part_table mbr = PART_NONE;
-    uint8_t first[512] = { 0 };
+    enum part_table kind = PART_NONE;
+    struct mbr first = { 0 };
 
     ps->sector = sector ? sector : 512;
-    if (ps->size >= sizeof(first) && part_read(ps, 0, first, sizeof(first)) == 0)
-        mbr = part_probe_mbr(ps, first);
-    if (mbr == PART_MBR) {
-        part_scan_mbr(ps, first, mbr);
+    if (ps->size >= sizeof(first) && part_read(ps, 0, &first, sizeof(first)) == 0)
+        kind = part_probe_mbr(ps, &first);
+    if (kind == PART_MBR) {
+        part_scan_mbr(ps, &first, kind);
         return NULL;
     }
-    if (sector != 4096 && !part_scan_gpts(ps, 512, first))
+    if (sector != 4096 && !part_scan_gpts(ps, 512, &first))
         return NULL;
-    if (sector != 512 && !part_scan_gpts(ps, 4096, first))
+    if (sector != 512 && !part_scan_gpts(ps, 4096, &first))
         return NULL;
-    if (mbr != PART_NONE)
-        wrong = part_scan_gpts(ps, sector ? sector : 512, first);
-    if (mbr != PART_HYBRID)
+    if (kind != PART_NONE)
+        wrong = part_scan_gpts(ps, sector ? sector : 512, &first);
+    if (kind != PART_HYBRID)
         return wrong ? wrong : part_no_table;
     msg_say(MSG_NOTE, "%s: the GPT is damaged (%s): shown are the partitions that its hybrid MBR lists, numbered as "
             "there", ps->im->name, wrong);
-    part_scan_mbr(ps, first, mbr);
+    part_scan_mbr(ps, &first, kind);
     return NULL;
 }
 
@@ -14036,11 +14049,7 @@ static int part_choose(struct image *im, struct view *views, unsigned *n, unsign
     for (unsigned i = 1; i < *n; i++) {
         if (views[i].number != (int)number)
             continue;
-        views[0].start = views[i].start;
-        views[0].size = views[i].size;
-        views[0].inside = views[i].inside;
-        views[0].number = views[i].number;
-        memcpy(views[0].name, views[i].name, sizeof(views[0].name));
+        views[0] = views[i];
         *n = 1;
         return 0;
     }

@@ -315,20 +315,52 @@ struct view {
     uint64_t size;                  /* at open: where a view can be resized, image.size counts */
 };
 
-/* GPT header: UEFI specification, 5.3.2. All fields little-endian, at LBA 1 and at the last LBA. */
-enum {
-    GPT_OFF_REVISION = 8, GPT_OFF_HEADER_SIZE = 12, GPT_OFF_HEADER_CRC = 16, GPT_OFF_MY_LBA = 24,
-    GPT_OFF_OTHER_LBA = 32, GPT_OFF_ENTRIES_LBA = 72, GPT_OFF_N_ENTRIES = 80, GPT_OFF_ENTRY_SIZE = 84,
-    GPT_OFF_ENTRIES_CRC = 88, GPT_HEADER_MIN = 92,
-    GPT_ENT_FIRST_LBA = 32, GPT_ENT_LAST_LBA = 40, GPT_ENTRY_MIN = 128, GPT_ENTRY_MAX = 4096,
+/* MBR: the first sector of a disk. An EBR, which describes a logical partition, has the same shape. */
+struct mbr_entry {
+    uint8_t status;                 /* 0x0: 0x80: active; else 0 */
+    uint8_t first_chs[3];           /* 0x1 */
+    uint8_t type;                   /* 0x4 */
+    uint8_t last_chs[3];            /* 0x5 */
+    le32 first_lba;                 /* 0x8: in an EBR relative */
+    le32 sectors;                   /* 0xc: 0: unused */
 };
+struct mbr {
+    uint8_t code[446];              /* 0x000 */
+    struct mbr_entry entry[4];      /* 0x1be */
+    le16 signature;                 /* 0x1fe */
+};
+_Static_assert(sizeof(struct mbr_entry) == 16 && sizeof(struct mbr) == 512, "MBR");
+#define MBR_SIGNATURE 0xaa55
+#define MBR_EXTENDED_TYPES "\x05\x0f\x85"      /* with CHS, with LBA, Linux's */
+#define MBR_TYPE_GPT 0xee
 
-/* MBR: four entries of 16 bytes at 446, the signature 55 AA at 510. An EBR has the same shape. */
-enum {
-    MBR_OFF_ENTRIES = 446, MBR_OFF_MAGIC = 510, MBR_ENTRY_SIZE = 16,
-    MBR_ENT_STATUS = 0, MBR_ENT_TYPE = 4, MBR_ENT_FIRST_LBA = 8, MBR_ENT_SECTORS = 12,
-    MBR_TYPE_EXTENDED = 0x05, MBR_TYPE_EXTENDED_LBA = 0x0f, MBR_TYPE_EXTENDED_LINUX = 0x85, MBR_TYPE_GPT = 0xee,
+/* GPT header: UEFI specification, 5.3.2. At LBA 1 and at the last LBA. */
+struct gpt_header {
+    uint8_t signature[8];           /* 0x00: "EFI PART" */
+    le32 revision;                  /* 0x08 */
+    le32 size;                      /* 0x0c: bytes of this header, at most a sector */
+    le32 crc;                       /* 0x10: CRC-32 of so many bytes, with this field 0 */
+    le32 reserved;                  /* 0x14 */
+    le64 my_lba;                    /* 0x18 */
+    le64 other_lba;                 /* 0x20: of the other copy */
+    le64 first_usable_lba;          /* 0x28 */
+    le64 last_usable_lba;           /* 0x30 */
+    uint8_t disk_guid[16];          /* 0x38 */
+    le64 entries_lba;               /* 0x48 */
+    le32 n_entries;                 /* 0x50 */
+    le32 entry_size;                /* 0x54 */
+    le32 entries_crc;               /* 0x58: CRC-32 of all entries */
 };
+struct gpt_entry {
+    uint8_t type_guid[16];          /* 0x00: 0: unused */
+    uint8_t guid[16];               /* 0x10 */
+    le64 first_lba;                 /* 0x20 */
+    le64 last_lba;                  /* 0x28: included */
+    le64 attributes;                /* 0x30 */
+    uint8_t name[72];               /* 0x38: UTF-16 */
+};
+_Static_assert(sizeof(struct gpt_header) == 92 && sizeof(struct gpt_entry) == 128, "GPT");
+#define GPT_ENTRY_MAX 4096
 
 /* ---- FUSE, as far as linux/fuse.h of older headers lacks it (names fx_ so that newer headers do not clash)  */
 

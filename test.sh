@@ -1401,7 +1401,7 @@ for lba in (1, 81919):
     f.seek(lba * 512); h = bytearray(f.read(92))
     h[80:84] = struct.pack("<I", 0xffffffff); h[16:20] = bytes(4)
     h[16:20] = struct.pack("<I", zlib.crc32(h)); f.seek(lba * 512); f.write(h)'
-    refused 1 'table.s size is absurd' "$fx" -q --partition 1 img m
+    refused 1 'more than 1024 entries' "$fx" -q --partition 1 img m
     refused 1 'no partition 9' "$fx" -q --partition 9 loop m
     head -c 1000 /dev/urandom >tiny; refused 1 'no partition table' "$fx" -q --partition 1 tiny m
 }
