@@ -13920,7 +13920,7 @@ static void part_add_gpt(struct part_scan *ps, unsigned number, const struct gpt
  */
 static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba, uint64_t *other)
 {
-    uint8_t sector[4096], *table;
+    uint8_t sector[4096] = { 0 }, *table;
     const struct gpt_header *h = (const struct gpt_header *)sector;
     const char *wrong = part_read_gpt(ps, lba, sector, other);
     uint32_t n, entry;
