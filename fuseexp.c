@@ -2159,7 +2159,7 @@ static int file_patch(struct file *f, uint64_t offset, const uint8_t *page)
 {
     uint32_t i = file_patch_after(f, offset);
     bool there = i < f->n_patches && f->patches[i].offset == offset;
-    uint8_t *copy = NULL;
+    uint8_t *copy = NULL, *old;
 
     if (!there && f->n_patches == FILE_MAX_PATCHES)
         return -E2BIG;
@@ -2174,13 +2174,13 @@ static int file_patch(struct file *f, uint64_t offset, const uint8_t *page)
     if (page)
         memcpy(copy, page, FILE_PATCH);
     file_overlay(f);
-    if (there) {
-        free(f->patches[i].page);
-    } else {
+    old = there ? f->patches[i].page : NULL;
+    if (!there) {
         memmove(f->patches + i + 1, f->patches + i, (f->n_patches - i) * sizeof(*f->patches));
         f->n_patches++;
     }
     f->patches[i] = (struct file_patch){ offset, copy };
+    free(old);  /* NOLINT(clang-analyzer-unix.Malloc): it mistakes one patch for another */
     return 0;
 }
 
@@ -8943,7 +8943,7 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     sn->vm_state = extra_len >= 8 ? be64_to_cpu(extra.vm_state_size) : be32_to_cpu(h.vm_state_size);
     sn->size = extra_len >= 16 ? be64_to_cpu(extra.size) : q->size;
     sn->icount = extra_len >= 24 ? be64_to_cpu(extra.icount) : UINT64_MAX;
-    sn->next = at + (extra_len + id_len + name_len + 7) / 8 * 8;
+    sn->next = at + ((uint64_t)extra_len + id_len + name_len + 7) / 8 * 8;
     return ret;
 }
 
@@ -9203,7 +9203,7 @@ static int qcow2_read_bitmap(struct image *im, const struct qcow2 *q, uint64_t a
 {
     static const char past_end[] = "the bitmap directory reaches past the end";
     uint64_t end = q->bitmaps_offset + q->bitmaps_size;
-    struct qcow2_bitmap_header h;
+    struct qcow2_bitmap_header h = { .type = 0 };
     uint32_t name_len, extra_len;
     int ret;
 
@@ -9470,7 +9470,7 @@ static uint8_t qcow2_sectors(uint64_t start, uint64_t from, uint64_t to)
 {
     unsigned bits = 0;
 
-    for (unsigned i = 0; i < CACHE_SLICE / 512; i++)
+    for (uint64_t i = 0; i < CACHE_SLICE / 512; i++)
         if (from < start + (i + 1) * 512 && to > start + i * 512)
             bits |= 1u << i;
     return (uint8_t)bits;
@@ -10739,7 +10739,7 @@ static int qcow2_create(struct file *f, uint64_t base_size, const char *backing,
     end = qcow2_put_extension(h + QCOW2_HEADER_V3, QCOW2_EXT_BACKING_FORMAT, backing_format, format);
     end = qcow2_put_extension(end, QCOW2_EXT_BASE_SIZE, &base, sizeof(base));
     name_offset = (uint64_t)(end - h) + sizeof(struct qcow2_extension);     /* one of zeros ends them */
-    memcpy(h + name_offset, backing, name);
+    memcpy(h + name_offset, backing, name + 1);
     header = (struct qcow2_header){
         .magic = cpu_to_be32(QCOW2_MAGIC),
         .version = cpu_to_be32(3),
