@@ -1273,7 +1273,7 @@ static size_t file_peek(const char *path, uint8_t *head, size_t room, uint64_t *
     return n > 0 ? (size_t)n : 0;
 }
 
-/* Is there `part` in the directory dir? Else it becomes the one name there that differs in letter case only. */
+/* Replaces `part`, if it is not in the directory dir, by the one name there that differs in letter case only. */
 static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size_t room)
 {
     char found[NAME_MAX + 1] = "";
@@ -1304,9 +1304,9 @@ static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size
 }
 
 /*
- * Windows and macOS do not tell letter cases apart, so that images from there may name files as they are not called
- * here. fixed: `name`, below directory, with each component as it is called. No link is followed, and no "..".
- * -ENOTUNIQ: several names would do; matches lists them.
+ * Windows and macOS ignore letter case in names, so an image from there may name "DISK.VMDK" what is disk.vmdk here.
+ * fixed: `name`, below directory, as its components are called. Follows neither links nor "..". -ENOTUNIQ: several
+ * names fit, listed in matches.
  */
 static int file_fix_case(const char *directory, const char *name, char fixed[PATH_MAX], char *matches, size_t room)
 {
@@ -1339,15 +1339,6 @@ static int file_fix_case(const char *directory, const char *name, char fixed[PAT
 
 /* -- opening and closing -- */
 
-static int file_size(struct file *f)
-{
-    if (!f->is_blk) {
-        f->size = (uint64_t)f->st.st_size;
-        return 0;
-    }
-    return util_ioctl(f->fd, BLKGETSIZE64, &f->size) < 0 ? -errno : 0;
-}
-
 /*
  * A read that must not sleep. Linux 5.9 and 5.10 return 0 instead of EAGAIN; what is really the end of the file is
  * found by the read that follows. The offset is two longs, of which 64-bit machines use the first.
@@ -1379,7 +1370,28 @@ static void file_ask_sleep(struct file *f)
                        ? FILE_NEVER_SLEEPS : FILE_ALWAYS_SLEEPS;
 }
 
-static uint16_t file_ids;           /* given away since the cache was empty */
+static int file_check_kind(const char *path, const struct stat *st)
+{
+    if (S_ISDIR(st->st_mode))
+        return msg_err(-EISDIR, "%s: is a directory, not a disk image", path);
+    if (!S_ISREG(st->st_mode) && !S_ISBLK(st->st_mode))
+        return msg_err(-EINVAL, "%s: neither a regular file nor a block device", path);
+    return 0;
+}
+
+/* Sets f->st and f->size, at open and again once f is locked. */
+static int file_measure(struct file *f)
+{
+    int ret = fstat(f->fd, &f->st) < 0 ? -errno : 0;
+
+    f->is_blk = S_ISBLK(f->st.st_mode);
+    f->size = (uint64_t)f->st.st_size;
+    if (!ret && f->is_blk && util_ioctl(f->fd, BLKGETSIZE64, &f->size) < 0)
+        ret = -errno;
+    return ret ? msg_err(ret, "%s: cannot tell its size: %s", f->path, strerror(-ret)) : 0;
+}
+
+static uint16_t file_ids;           /* in use since the cache was empty */
 
 /* The cache holds nothing any more. */
 static void file_reuse_ids(void)
@@ -1411,23 +1423,18 @@ static int file_adopt(struct file *f, const char *path, int fd, bool writable)
     f->writable = writable;
     if (f->id >= MAX_FILES)
         return msg_err(-EMFILE, "%s: more than %d files", path, MAX_FILES);
-    if (fstat(f->fd, &f->st) < 0)
-        return msg_err(-errno, "%s: %s", path, strerror(errno));
-    if (S_ISDIR(f->st.st_mode))
-        return msg_err(-EISDIR, "%s: is a directory, not a disk image", path);
-    if (!S_ISREG(f->st.st_mode) && !S_ISBLK(f->st.st_mode))
-        return msg_err(-EINVAL, "%s: neither a regular file nor a block device", path);
-    f->is_blk = S_ISBLK(f->st.st_mode);
-    ret = file_size(f);
+    ret = file_measure(f);
+    if (!ret)
+        ret = file_check_kind(path, &f->st);
     if (ret)
-        return msg_err(ret, "%s: cannot tell its size: %s", path, strerror(-ret));
+        return ret;
     if (f->size > (uint64_t)MAX_IMAGE_SIZE)
         return msg_err(-EFBIG, "%s: too large (%" PRIu64 " bytes)", path, f->size);
     file_ask_sleep(f);
     return 0;
 }
 
-/* Without touching the access time where we may: looking must not change a thing. */
+/* Leaves the access time alone where that is permitted: reading must change nothing. */
 static int file_open_fd(const char *path, int flags)
 {
     int fd = open(path, flags | O_NOATIME);
@@ -1438,15 +1445,14 @@ static int file_open_fd(const char *path, int flags)
 /* Looks at what it is before opening it: opening a pipe or a tape has effects. */
 static int file_open(struct file *f, const char *path, bool writable)
 {
-    int flags = O_CLOEXEC | O_NONBLOCK | (writable ? O_RDWR : O_RDONLY), fd;
+    int flags = O_CLOEXEC | O_NONBLOCK | (writable ? O_RDWR : O_RDONLY), fd, ret;
     struct stat st;
 
     if (util_fault("open") || stat(path, &st) < 0)
         return msg_err(-errno, "%s: %s", path, strerror(errno));
-    if (S_ISDIR(st.st_mode))
-        return msg_err(-EISDIR, "%s: is a directory, not a disk image", path);
-    if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
-        return msg_err(-EINVAL, "%s: neither a regular file nor a block device", path);
+    ret = file_check_kind(path, &st);
+    if (ret)
+        return ret;
     if (S_ISBLK(st.st_mode) && writable)
         flags |= O_EXCL;
     fd = file_open_fd(path, flags);
@@ -1508,17 +1514,10 @@ static uint32_t file_sector_size(const struct file *f)
     return f->is_blk && util_ioctl(f->fd, BLKSSZGET, &sector) == 0 && sector > 0 ? (uint32_t)sector : 0;
 }
 
-static int file_measure(struct file *f)
-{
-    int ret = fstat(f->fd, &f->st) < 0 ? -errno : file_size(f);
-
-    return ret ? msg_err(ret, "%s: cannot tell its size: %s", f->path, strerror(-ret)) : 0;
-}
-
 /*
- * A writable file that is shorter than we left it has lost what was acknowledged: another program truncated it. That
- * is latched like a lost write-back. Asked before a change that could make the file as long as it was, since nothing
- * shows the loss afterwards, and whenever somebody wants to know that his data is safe.
+ * Returns -EIO if another program has truncated a writable file: acknowledged data is lost, which is latched like a
+ * failed write-back. Called at every flush, and before a change that could make the file as long as it was, since
+ * nothing shows the loss afterwards.
  */
 static int file_check_length(struct file *f)
 {
@@ -1527,7 +1526,7 @@ static int file_check_length(struct file *f)
 
     if (!f->writable || end < 0 || (uint64_t)end >= f->size)
         return f->gone == UINT64_MAX ? 0 : -EIO;
-    pthread_mutex_lock(&f->lock);   /* file_truncate() may have been between the two */
+    pthread_mutex_lock(&f->lock);   /* both values again: file_truncate() changes them under the lock */
     end = lseek(f->fd, 0, SEEK_END);
     if (end >= 0 && (uint64_t)end < f->size) {
         if (f->gone == UINT64_MAX)
@@ -1540,7 +1539,7 @@ static int file_check_length(struct file *f)
     return f->gone == UINT64_MAX ? 0 : -EIO;
 }
 
-/* The length of a file that the kernel may have made longer for somebody else (passthrough). */
+/* The length, which the kernel may have increased by itself (passthrough). */
 static uint64_t file_follow_growth(struct file *f)
 {
     off_t end;
@@ -1568,7 +1567,7 @@ struct file_loop {
 static bool file_ask_loop(struct file_loop *loop)
 {
     struct loop_info64 info;
-    char path[64], ro[4];
+    char path[64];
     struct stat st;
     int fd, ret;
 
@@ -1588,22 +1587,23 @@ static bool file_ask_loop(struct file_loop *loop)
     loop->dev = st.st_dev;
     loop->rdev = st.st_rdev;
     loop->ino = st.st_ino;
-    snprintf(path, sizeof(path), "/sys/block/%s/ro", loop->name);
-    loop->read_only = util_read_file(path, ro, sizeof(ro)) == 0 && *ro == '1';
     return true;
 }
 
-/* The name and path of the next loop device in use; dir is /sys/block. */
+/* The next loop device in use, but for what it takes the device to say; dir is /sys/block. */
 static bool file_next_loop(DIR *dir, struct file_loop *loop)
 {
     struct dirent *e;
-    char path[64];
+    char path[64], ro[4];
 
     while (dir && (e = readdir(dir))) {
         snprintf(path, sizeof(path), "/sys/block/%.15s/loop/backing_file", e->d_name);
         if (strncmp(e->d_name, "loop", 4) == 0 && util_copy(loop->name, sizeof(loop->name), e->d_name) &&
-            util_read_file(path, loop->path, sizeof(loop->path)) == 0)
+            util_read_file(path, loop->path, sizeof(loop->path)) == 0) {
+            snprintf(path, sizeof(path), "/sys/block/%s/ro", loop->name);
+            loop->read_only = util_read_file(path, ro, sizeof(ro)) == 0 && *ro == '1';
             return true;
+        }
     }
     return false;
 }
@@ -1635,24 +1635,21 @@ static bool file_is_below_loop(const struct file *f, struct file_loop *loop)
 }
 
 /*
- * A loop device caches what is written through it, and opens neither with O_EXCL nor with locks: who writes to the
- * file below it writes behind its back. For a note to a reader the path must do: to ask a device waits for what it
- * lies on, which may be a server that hangs.
+ * A loop device has its own page cache, and opens its file neither with O_EXCL nor with locks: a write to that file
+ * would not be seen through the device, and could be overwritten. A reader only gets a note, and for that the path is
+ * enough: asking the device would wait for the file it shows, whose server may hang.
  */
 static int file_check_loops(const struct file *f)
 {
-    char real[PATH_MAX], path[64], ro[4];
+    char real[PATH_MAX];
     struct file_loop loop = { .dev = 0 };
     DIR *dir = opendir("/sys/block");
     bool found = false;
 
     if (!realpath(f->path, real))
         *real = 0;
-    while (!found && file_next_loop(dir, &loop)) {
-        snprintf(path, sizeof(path), "/sys/block/%s/ro", loop.name);
-        found = f->writable ? file_is_below_loop(f, &loop)
-                            : strcmp(loop.path, real) == 0 && !util_read_file(path, ro, sizeof(ro)) && *ro == '0';
-    }
+    while (!found && file_next_loop(dir, &loop))
+        found = f->writable ? file_is_below_loop(f, &loop) : !loop.read_only && strcmp(loop.path, real) == 0;
     if (dir)
         closedir(dir);
     if (found && f->writable)
@@ -1718,7 +1715,7 @@ static int file_lock_image(struct file *f)
     return ret ? msg_err(ret, "%s: cannot look for locks: %s", f->path, strerror(-ret)) : 0;
 }
 
-/* Keeps other writers out, and stays out of theirs. */
+/* Keeps other writers out; -EAGAIN or -EBUSY if there is one. */
 static int file_lock(struct file *f)
 {
     int ret = file_lock_image(f);
@@ -1727,20 +1724,31 @@ static int file_lock(struct file *f)
 }
 
 /*
- * -- sectors that cannot be read --
+ * -- handles (direct and cached), bad sectors --
  *
- * A read through the page cache fails for a whole folio or read-ahead window around a bad sector, after several tries.
- * So what failed is read with O_DIRECT, by pages and then by sectors: exactly the bad sectors are lost. They are
- * remembered, because the page cache above us asks again for each page of a request that failed, and a dying disk takes
- * seconds for each try. A reader without a page cache above it makes the disk try again, and so does everybody after
- * half a minute without a new failure. Near a bad sector all is read with O_DIRECT: read-ahead would run into it.
+ * A file has one descriptor with a page cache and at most one without:
+ *   fd         every write, every barrier, and every read of what is good. The kernel reports a failed write-back to
+ *              the descriptor that was open, once: so there is just one to ask (file_sync), and it is never reopened.
+ *   direct_fd  O_DIRECT, read-only, opened before the sandbox forbids it, or at the first read error if that comes
+ *              earlier; -1 where the host cannot. It reads bad sectors and what lies near them. It sees what was
+ *              written through fd, since the kernel writes the dirty pages of a range back before it reads it.
+ *
+ * 1. A cached read fails for a whole folio or read-ahead window around a bad sector. Example: one bad sector of 512
+ *    bytes can cost 128 KiB. So what failed is read again directly (file_salvage), by pages and then by sectors:
+ *    exactly the bad sectors are lost.
+ * 2. Within FILE_NEAR of a bad sector every read is direct, or read-ahead would run into it again.
+ * 3. Bad ranges are remembered (f->bad): the page cache above us asks again for each page of a request that failed, and
+ *    a dying disk takes seconds for each try. A reader without a page cache above it makes the disk try again, and so
+ *    does everybody once FILE_FORGET has passed without a failure. A write makes its range good again; bad_writes
+ *    counts writes, so that a scan that began before the write does not mark the range bad after it.
+ * 4. One thread at a time scans (f->scanning); it owns direct_fd and sector. The others wait, then know its result.
  */
 
-enum { FILE_PAGE = 4096, FILE_NEAR = 1 << 20, FILE_FORGET = 30 /* seconds */ };
+enum { FILE_PAGE = 4096, FILE_NEAR = 1 << 20, FILE_FORGET = 30000 /* milliseconds */ };
 
-static _Thread_local bool file_tries_again;     /* this thread's reader has no page cache above it */
+static _Thread_local bool file_tries_again;     /* rule 3: this thread's reader has no page cache above it */
 
-/* The range of bad sectors that is to be logged when both of its ends are known: one line for all of it. */
+/* A bad range, logged in one line once the sectors before and behind it are known to be good. */
 static struct {
     pthread_mutex_t lock;           /* protects all of it */
     const struct file *file;        /* NULL: none */
@@ -1759,7 +1767,7 @@ static void file_tell_bad_locked(void)
     file_line.file = NULL;
 }
 
-/* Logs what waits to be logged: of f, or of any file (NULL). */
+/* Logs the range that waits, if it is of f or f is NULL. */
 static void file_tell_bad(const struct file *f)
 {
     pthread_mutex_lock(&file_line.lock);
@@ -1805,13 +1813,13 @@ static void file_line_good(const struct file *f, uint64_t start, uint64_t end)
     pthread_mutex_unlock(&file_line.lock);
 }
 
-/* Is it the medium that failed, and not we? */
+/* Did the medium fail, not this process? */
 static bool file_is_medium_error(int error)
 {
     return error != EINTR && error != EAGAIN && error != ENOMEM && error != EINVAL && error != EPERM && error != EBADF;
 }
 
-/* To be done before the sandbox forbids it; f->sector then says in what pieces the medium is read. */
+/* Opens direct_fd, which the sandbox forbids later, and sets f->sector, the unit in which the medium is read. */
 static void file_open_direct(struct file *f)
 {
     uint32_t sector = f->is_blk ? file_sector_size(f) : 512;
@@ -1829,10 +1837,7 @@ static void file_open_direct(struct file *f)
 
 static void file_expire_bad_locked(struct file *f)
 {
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    if (now.tv_sec - f->bad_time > FILE_FORGET) {
+    if (util_now() - f->bad_time > FILE_FORGET) {
         f->bad.n = 0;
         f->trouble = UINT64_MAX;
         f->troubled = false;
@@ -1842,24 +1847,19 @@ static void file_expire_bad_locked(struct file *f)
 /* Something near `at` cannot be read. */
 static void file_note_trouble(struct file *f, uint64_t at)
 {
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
     pthread_mutex_lock(&f->lock);
     f->trouble = at;
     f->troubled = true;
-    f->bad_time = now.tv_sec;
+    f->bad_time = util_now();
     pthread_mutex_unlock(&f->lock);
 }
 
-/* writes: as it was before the range was tried; what has been written since may be good. */
+/* writes: f->bad_writes before the range was tried; see rule 3. */
 static void file_note_bad(struct file *f, uint64_t start, uint64_t end, int error, uint64_t writes)
 {
-    struct timespec now;
     unsigned i;
     bool known;
 
-    clock_gettime(CLOCK_MONOTONIC, &now);
     pthread_mutex_lock(&f->lock);
     i = util_range_after(&f->bad, start);
     known = i < f->bad.n && f->bad.range[i].start <= start;
@@ -1868,13 +1868,13 @@ static void file_note_bad(struct file *f, uint64_t start, uint64_t end, int erro
     if (f->bad.range && writes == f->bad_writes)
         (void)util_range_add(&f->bad, start, end);      /* a full list: it will be tried again */
     f->troubled = true;
-    f->bad_time = now.tv_sec;
+    f->bad_time = util_now();
     pthread_mutex_unlock(&f->lock);
     if (!known)
         file_line_bad(f, start, end, error);
 }
 
-/* It was written, or has been read after all. */
+/* The range was written, or could be read. */
 static void file_forget_bad(struct file *f, uint64_t start, uint64_t end, bool written)
 {
     pthread_mutex_lock(&f->lock);
@@ -2011,7 +2011,7 @@ static int file_scan_page(struct file *f, uint8_t *to, uint64_t at, uint64_t n, 
     return ret;
 }
 
-/* Goes on with a read, of which *done bytes are good. One thread at a time: the others then know what is bad. */
+/* Continues a read, of which *done bytes are good. */
 static int file_salvage(struct file *f, uint8_t *buf, uint64_t len, uint64_t offset, uint64_t *done)
 {
     uint64_t n, good = 0, bad;
@@ -2041,7 +2041,7 @@ static int file_salvage(struct file *f, uint8_t *buf, uint64_t len, uint64_t off
     return ret;
 }
 
-/* One pread(2): what is in the page cache without ado, the rest after making room for another worker. */
+/* One pread(2). What is not in the page cache is read with another worker in this one's place. */
 static ssize_t file_pread_some(struct file *f, void *buf, uint64_t len, uint64_t offset, bool *waited)
 {
     ssize_t n = -1;
@@ -2202,7 +2202,7 @@ static bool file_is_plain(const struct file *f, uint64_t offset, uint64_t len)
     return offset + len <= f->stored && (i == f->n_patches || f->patches[i].offset >= offset + len);
 }
 
-/* A write into the page cache sleeps when too much of it is dirty already. */
+/* A write sleeps when too many pages are dirty. */
 static ssize_t file_pwrite_some(struct file *f, const void *buf, uint64_t len, uint64_t offset)
 {
     ssize_t n;
@@ -2256,9 +2256,10 @@ static int file_sync_alone(struct file *f)
 }
 
 /*
- * The kernel reports a failed write-back to one fdatasync(2) of an open file: of two in parallel the other one
- * returns 0 for the same lost data. So there is one at a time, and its result is latched before anybody returns.
- * Callers that come while one runs share the next one: the running one may have begun before their data was written.
+ * The kernel reports a failed write-back to one fdatasync(2) of a descriptor; a second one in parallel returns 0 for
+ * the same lost data. So one runs at a time, and its result is latched before any caller returns. Callers that arrive
+ * while one runs share the next one. Example: B writes and syncs while A's barrier runs. That barrier may have passed
+ * B's page already, so B needs the next one.
  */
 static int file_sync(struct file *f)
 {
@@ -2289,7 +2290,7 @@ static int file_sync(struct file *f)
     return ret;
 }
 
-/* mode: the flags of fallocate(2). -EOPNOTSUPP where the host cannot do it. */
+/* fallocate(2). -EOPNOTSUPP where the host cannot do it. */
 static int file_fallocate(struct file *f, int mode, uint64_t offset, uint64_t len)
 {
     int ret;
@@ -2311,7 +2312,7 @@ static int file_truncate(struct file *f, uint64_t size)
 
     if (ret)
         return ret;
-    pthread_mutex_lock(&f->lock);   /* whoever compares the two waits */
+    pthread_mutex_lock(&f->lock);   /* length and f->size change together: see file_check_length() */
     util_record_begin();
     ret = util_fault_op("truncate") || ftruncate(f->fd, (off_t)size) < 0 ? -errno : 0;
     util_record_end(!ret, 'T', f, size, 0, NULL);
@@ -2329,7 +2330,7 @@ static int file_grow(struct file *f, uint64_t size)
     return ret ? msg_serving(ret, "%s: cannot grow to %" PRIu64 " bytes: %s", f->path, size, strerror(-ret)) : 0;
 }
 
-/* Do the system calls work that reading and writing it takes? Changes nothing. */
+/* Tries the system calls that reading and writing take, inside the sandbox. Changes nothing. */
 static int file_test(struct file *f)
 {
     struct stat st;
@@ -2357,10 +2358,7 @@ static int file_write_zeros(struct file *f, uint64_t offset, uint64_t len)
     return ret;
 }
 
-/*
- * Puts references to the file's pages into an empty pipe. Quietly false if they cannot all be had: the caller
- * reads the range the ordinary way then, which finds out what is wrong.
- */
+/* Puts references to the file's pages into an empty pipe. False, silently: not all can be had, so read the range. */
 static bool file_splice(struct file *f, int pipe_fd, uint64_t len, uint64_t offset)
 {
     uint8_t last;
@@ -2386,8 +2384,8 @@ static bool file_splice(struct file *f, int pipe_fd, uint64_t len, uint64_t offs
 }
 
 /*
- * Data or a hole at offset, and for how long (at least 1, at most len)? Where the host cannot tell, it is
- * data; and so is what a truncated file has lost, because nobody must take that for zeros.
+ * Is there data or a hole at offset, and for how long (1 to len)? Data where the host cannot tell, and past the end of
+ * a truncated file: what was lost must not be taken for zeros.
  */
 static void file_seek_extent(struct file *f, uint64_t offset, uint64_t len, bool *data, uint64_t *extent)
 {
@@ -2428,7 +2426,7 @@ static void file_close(struct file *f)
     f->path = NULL;
 }
 
-/* Closes a file that was only looked at, and gives its id back: nothing read of it is in the cache. */
+/* Closes a file of which nothing is in the cache, so that its id is free again if it is the last one. */
 static void file_forget(struct file *f)
 {
     if (file_is_open(f) && f->id + 1 == file_ids)
@@ -2436,7 +2434,7 @@ static void file_forget(struct file *f)
     file_close(f);
 }
 
-/* Nobody else knows the file yet. */
+/* While no other thread knows the file. */
 static void file_move(struct file *to, struct file *from)
 {
     file_tell_bad(from);

@@ -87,15 +87,15 @@ struct file {
     pthread_mutex_t lock;           /* protects what follows, and pairs size with the file's length */
     pthread_cond_t changed;
     uint64_t syncs_begun, syncs_over;       /* one runs at a time */
-    bool scanning;                  /* a thread looks for bad sectors; it owns direct_fd and sector */
+    bool scanning;                  /* a thread looks for bad sectors: it owns direct_fd and sector without the lock */
     int direct_fd;                  /* the same with O_DIRECT; -1: none */
     uint32_t sector;                /* what can be read by itself; 0: not known yet */
     /* Set while tables are changed in memory: copies the slice (of the table cache) at `start`; false: has none. */
     bool (*newer)(void *owner, uint64_t start, uint64_t *slice);
     void *newer_owner;
     struct ranges bad;              /* that could not be read, room for MAX_RANGES once there is one */
-    time_t bad_time;                /* monotonic seconds: of the last failure */
-    _Atomic uint64_t bad_writes;    /* since when something of bad may have been written */
+    int64_t bad_time;               /* util_now() of the last failure */
+    _Atomic uint64_t bad_writes;    /* writes while something was in bad; see file_note_bad() */
     _Atomic bool troubled;          /* there is something in bad or trouble */
     _Atomic uint64_t trouble;       /* a read that was not looked into failed here; UINT64_MAX: none */
     bool overlaid;                  /* it is read with patches, or as longer than it is: */
