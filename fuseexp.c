@@ -111,8 +111,7 @@
 /* ******************************************************************************************************** *
  * 1. Messages
  *
- * One line each, written with one write(2), control characters made harmless: names come from strangers'
- * disks.
+ * One line each, with one write(2). Control characters become "?": names come from strangers' disks.
  *   error  something the user asked for was not done         always
  *   note   done, but the user should know                    not with -q
  *   info   what was decided                                  with -v
@@ -122,9 +121,9 @@
 enum msg_level { MSG_ERROR, MSG_NOTE, MSG_INFO, MSG_DEBUG };
 
 static enum msg_level msg_verbosity = MSG_NOTE;
-static int msg_kmsg = -1;           /* then: the kernel's log, where nothing listens at /dev/log */
-static unsigned msg_hushed;         /* while files are tried that may well be the wrong ones: nothing is said */
-static bool msg_to_syslog;          /* a supervisor in the background has no stderr any more */
+static int msg_kmsg = -1;           /* with msg_to_syslog: the kernel's log, if nothing listens at /dev/log */
+static unsigned msg_hushed;         /* > 0: silent, while files are tried that may be the wrong ones */
+static bool msg_to_syslog;          /* in the background there is no stderr */
 
 __attribute__((format(printf, 1, 0))) static void msg_put(const char *fmt, va_list ap)
 {
@@ -142,17 +141,14 @@ __attribute__((format(printf, 1, 0))) static void msg_put(const char *fmt, va_li
             line[i] = '?';
     line[len] = msg_to_syslog ? 0 : '\n';
     if (msg_to_syslog && msg_kmsg >= 0)
-        dprintf(msg_kmsg, "<4>%.900s\n", line);   /* it refuses more than about 1000 bytes */
+        dprintf(msg_kmsg, "<4>%.900s\n", line);   /* /dev/kmsg refuses more than about 1000 bytes */
     else if (msg_to_syslog)
         syslog(LOG_DAEMON | LOG_WARNING, "%s", line + head);
     else
         (void)!write(STDERR_FILENO, line, len + 1);
 }
 
-/*
- * Reports an error and returns it, so that it can be reported where it is detected: return msg_err(-EIO,
- * ...).
- */
+/* Reports an error where it is detected, and returns it: return msg_err(-EIO, ...). */
 __attribute__((format(printf, 2, 3))) static int msg_err(int ret, const char *fmt, ...)
 {
     va_list ap;
@@ -174,10 +170,7 @@ __attribute__((format(printf, 2, 3))) static void msg_say(enum msg_level level, 
     va_end(ap);
 }
 
-/*
- * Errors while serving: a damaged disk can fail a million times, so at most ten lines a second, the rest
- * counted.
- */
+/* Errors while serving, of which a damaged disk has millions: at most ten lines a second, the rest is counted. */
 __attribute__((format(printf, 2, 3))) static int msg_serving(int ret, const char *fmt, ...)
 {
     static _Atomic long second;
@@ -213,7 +206,7 @@ static uint64_t util_min(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
-/* FNV-1a, of a text and its end. It tells things apart, it proves nothing. */
+/* FNV-1a of a string and its terminator: distinguishes, but is no proof against intent. */
 #define UTIL_HASH_START 0xcbf29ce484222325u
 static void util_hash(uint64_t *hash, const char *text)
 {
@@ -322,7 +315,7 @@ static bool util_range_add(struct ranges *r, uint64_t start, uint64_t end)
     return true;
 }
 
-/* Takes [start, end) out. What a full list has no room for, behind a hole in a range, is left out too. */
+/* Removes [start, end). A full list has no entry for what lies behind a hole in a range: that goes, too. */
 static void util_range_remove(struct ranges *r, uint64_t start, uint64_t end)
 {
     unsigned first = util_range_after(r, start), last = first;
@@ -359,10 +352,7 @@ static int util_ioctl(int fd, uint32_t request, void *arg)
 #endif
 }
 
-/*
- * Memory that is zeros and takes no room before it is written. NULL: there is none, or this machine cannot address so
- * much: where a size_t has 32 bits, a length that is cut to it would look like success.
- */
+/* Zeroed memory, allocated page by page as it is written. NULL: none is left, or more than a size_t of 32 bits. */
 static void *util_map(uint64_t bytes)
 {
     void *memory = MAP_FAILED;
@@ -378,23 +368,23 @@ static void util_unmap(void *memory, uint64_t bytes)
         munmap(memory, (size_t)bytes);
 }
 
-/* Like strcpy, but never past room. False: it did not fit. */
-static bool util_copy(char *to, size_t room, const char *from)
+/* Like strcpy, but at most size bytes. False: it did not fit. */
+static bool util_copy(char *to, size_t size, const char *from)
 {
-    return (size_t)snprintf(to, room, "%s", from) < room;
+    return (size_t)snprintf(to, size, "%s", from) < size;
 }
 
-/* Copies a name of n bytes; zeros inside would make it another one. */
-static bool util_copy_name(char *to, size_t room, const uint8_t *from, uint32_t n)
+/* Copies a name of n bytes. False: it does not fit, or has a zero inside, which would make it another name. */
+static bool util_copy_name(char *to, size_t size, const uint8_t *from, uint32_t n)
 {
-    if (n >= room || memchr(from, 0, n))
+    if (n >= size || memchr(from, 0, n))
         return false;
     memcpy(to, from, n);
     to[n] = 0;
     return true;
 }
 
-/* The descriptors that whoever started us left open: a lock held by us would never be free. */
+/* Descriptors that the caller left open. Kept in the background, their locks would never be released. */
 static uint8_t util_inherited[1 << 16];
 static int util_n_closed;
 
@@ -444,7 +434,7 @@ static int64_t util_now(void)
     return (int64_t)(util_clock() / 1000000);
 }
 
-/* Does a signal wait that asks us to stop? (They are blocked, and read from a descriptor later.) */
+/* Is a signal pending that asks us to stop? (They are blocked, and read from a descriptor later.) */
 static bool util_interrupted(void)
 {
     sigset_t set;
@@ -454,10 +444,10 @@ static bool util_interrupted(void)
 }
 
 /* Reads a short text, such as a file of /sys, without its newline. */
-static int util_read_file(const char *path, char *text, size_t room)
+static int util_read_file(const char *path, char *text, size_t size)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : read(fd, text, room - 1);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, size - 1);
     int ret = n < 0 ? -errno : 0;
 
     util_close(&fd);
@@ -691,10 +681,10 @@ static iconv_t text_open_encoding(const char *encoding)
 }
 
 /* len bytes in an encoding as UTF-8. False: the encoding is unknown, the text is not in it, or does not fit. */
-static bool text_decode(const char *encoding, const void *from, size_t len, char *to, size_t room)
+static bool text_decode(const char *encoding, const void *from, size_t len, char *to, size_t size)
 {
     char *in = (char *)(uintptr_t)from;
-    size_t out_left = room - 1;
+    size_t out_left = size - 1;
     iconv_t cd = text_open_encoding(encoding);
     bool good;
 
@@ -707,27 +697,27 @@ static bool text_decode(const char *encoding, const void *from, size_t len, char
 }
 
 /* A string in an encoding as VMware names it ("windows-1252"). */
-static bool text_to_utf8(const char *encoding, const char *from, char *to, size_t room)
+static bool text_to_utf8(const char *encoding, const char *from, char *to, size_t size)
 {
-    return text_decode(encoding, from, strlen(from), to, room);
+    return text_decode(encoding, from, strlen(from), to, size);
 }
 
 /* len bytes of UTF-16, or up to a zero. */
-static bool text_from_utf16(const uint8_t *from, size_t len, bool big, char *text, size_t room)
+static bool text_from_utf16(const uint8_t *from, size_t len, bool big, char *text, size_t size)
 {
     size_t n = 0;
 
     while (n + 2 <= len && (from[n] || from[n + 1]))
         n += 2;
-    return text_decode(big ? "UTF-16BE" : "UTF-16LE", from, n, text, room);
+    return text_decode(big ? "UTF-16BE" : "UTF-16LE", from, n, text, size);
 }
 
 /* ******************************************************************************************************** *
  * 4. Output
  *
- * What --info, --map and --check say on stdout: one document of named values, as JSON or as lines for people.
+ * What --info, --map and --check print on stdout: one document of named values, as JSON or as lines for people.
  * The names are the JSON ones; for people their dashes become blanks. Nothing is written before the image is
- * open, so that what can be refused leaves no half document. Findings and progress go to stderr.
+ * open, so a refusal leaves no half document. Findings and progress go to stderr.
  * ******************************************************************************************************** */
 
 enum {
@@ -940,7 +930,7 @@ static void out_progress_show(uint64_t done, uint64_t total)
     (void)!write(STDERR_FILENO, text, (size_t)n);
 }
 
-/* One line of --check about `times` corruptions (or leaks); lines, not counts, have an end. */
+/* One line of --check about `times` corruptions (or leaks). The lines are limited, the counts are not. */
 __attribute__((format(printf, 5, 6))) static void out_finding(struct check *c, const char *image, bool leak,
                                                               uint64_t times, const char *fmt, ...)
 {
@@ -1274,7 +1264,7 @@ static size_t file_peek(const char *path, uint8_t *head, size_t room, uint64_t *
 }
 
 /* Replaces `part`, if it is not in the directory dir, by the one name there that differs in letter case only. */
-static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size_t room)
+static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size_t size)
 {
     char found[NAME_MAX + 1] = "";
     struct dirent *e;
@@ -1291,7 +1281,7 @@ static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size
     while (d && (e = readdir(d)))
         if (text_same_but_case(e->d_name, part)) {
             util_copy(found, sizeof(found), e->d_name);
-            used += used < room ? (size_t)snprintf(matches + used, room - used, "%s'%s'", n ? ", " : "", found) : 0;
+            used += used < size ? (size_t)snprintf(matches + used, size - used, "%s'%s'", n ? ", " : "", found) : 0;
             n++;
         }
     if (d)
@@ -1308,7 +1298,7 @@ static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size
  * fixed: `name`, below directory, as its components are called. Follows neither links nor "..". -ENOTUNIQ: several
  * names fit, listed in matches.
  */
-static int file_fix_case(const char *directory, const char *name, char fixed[PATH_MAX], char *matches, size_t room)
+static int file_fix_case(const char *directory, const char *name, char fixed[PATH_MAX], char *matches, size_t size)
 {
     int dir = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC), next, ret = dir < 0 ? -errno : 0;
     char part[NAME_MAX + 1];
@@ -1322,7 +1312,7 @@ static int file_fix_case(const char *directory, const char *name, char fixed[PAT
             snprintf(part, sizeof(part), "%.*s", (int)len, name);
         name += len + strspn(name + len, "/");
         if (!ret)
-            ret = strcmp(part, "..") == 0 ? -ENOENT : file_find_entry(dir, part, matches, room);
+            ret = strcmp(part, "..") == 0 ? -ENOENT : file_find_entry(dir, part, matches, size);
         if (ret)
             break;
         used += (size_t)snprintf(fixed + used, PATH_MAX - used, "%s%s", used ? "/" : "", part);
@@ -2571,9 +2561,8 @@ static int file_sync_directory(const char *directory)
 /* ******************************************************************************************************** *
  * 8. Codecs
  *
- * One compressed cluster at a time, into a buffer of the size it must have: more or less is an error, and
- * what a hostile stream claims allocates nothing. Every thread keeps its own decoder and its own buffer for
- * what it reads.
+ * One compressed cluster at a time, into a buffer of the size that it must decode to: more or less is an error, and
+ * no size in a hostile stream is allocated. Each thread has its own decoder and its own buffer for coded bytes.
  * ******************************************************************************************************** */
 
 enum { CODEC_KEEP = 128 << 10 };    /* bytes of a thread's buffer that stay with it */
@@ -2582,16 +2571,16 @@ static _Thread_local struct {
     struct libdeflate_decompressor *deflate;
     ZSTD_DCtx *zstd;
     uint8_t *coded;
-    size_t room;                    /* bytes of coded; more than MAX_CLUSTER + 512 are never needed */
+    size_t size;                    /* bytes of coded, at most MAX_CLUSTER + 512 */
 } codec_own;
 
 static bool codec_prepare(enum codec codec, size_t len)
 {
-    if (codec_own.room < len) {
+    if (codec_own.size < len) {
         free(codec_own.coded);
-        codec_own.room = len > CODEC_KEEP ? len : CODEC_KEEP;
-        codec_own.coded = malloc(codec_own.room);
-        codec_own.room = codec_own.coded ? codec_own.room : 0;
+        codec_own.size = len > CODEC_KEEP ? len : CODEC_KEEP;
+        codec_own.coded = malloc(codec_own.size);
+        codec_own.size = codec_own.coded ? codec_own.size : 0;
     }
     if (codec != CODEC_ZSTD && !codec_own.deflate)
         codec_own.deflate = libdeflate_alloc_decompressor();
@@ -2600,17 +2589,17 @@ static bool codec_prepare(enum codec codec, size_t len)
     return codec_own.coded && (codec == CODEC_ZSTD ? (void *)codec_own.zstd : (void *)codec_own.deflate);
 }
 
-/* Many threads with a large buffer each would be more memory than the cache. */
+/* Frees a large buffer: one per thread would be more memory than the cache. */
 static void codec_let_go(void)
 {
-    if (codec_own.room <= CODEC_KEEP)
+    if (codec_own.size <= CODEC_KEEP)
         return;
     free(codec_own.coded);
     codec_own.coded = NULL;
-    codec_own.room = 0;
+    codec_own.size = 0;
 }
 
-/* Frame by frame, since several may follow each other and padding follows the last. */
+/* Frame by frame: there may be several, and padding after the last. */
 static bool codec_zstd(const uint8_t *in, size_t in_len, uint8_t *out, size_t out_len)
 {
     size_t done = 0, frame, n;
@@ -13668,10 +13657,10 @@ static int overlay_open(struct image *im, struct image *base, const char *path, 
  * 28. Partitions
  *
  * MBR with extended partitions and GPT, in a window [base, base + size) of an image. Everything read here is
- * hostile: LBAs are checked against overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and
- * loops. Which table counts is decided as Linux does, with two exceptions. A GPT is believed without its protective
- * MBR when there is no other table at all: on a disk whose first sectors were overwritten the copy at the end is what
- * is left. And where both copies of the GPT are damaged, the partitions of a hybrid MBR are shown.
+ * hostile: LBAs are checked for overflow, tables against MAX_GPT_ENTRIES, chains against MAX_LOGICAL and for loops.
+ * The table is chosen as Linux does, with two exceptions. A GPT without its protective MBR is accepted if there is no
+ * other table: on a disk whose first sectors were overwritten, the copy at the end is left. If both copies of the GPT
+ * are damaged, the partitions of a hybrid MBR are shown.
  * ******************************************************************************************************** */
 
 static const char part_no_table[] = "no partition table (MBR or GPT)";
