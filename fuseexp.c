@@ -1534,15 +1534,17 @@ static uint64_t file_follow_growth(struct file *f)
 {
     off_t end;
 
-    if (!file_check_length(f)) {
-        pthread_mutex_lock(&f->lock);
-        end = lseek(f->fd, 0, SEEK_END);
-        if (end >= 0 && (uint64_t)end > f->size)
-            f->size = (uint64_t)end;
-        pthread_mutex_unlock(&f->lock);
-    }
+    if (file_check_length(f))
+        return f->size;
+    pthread_mutex_lock(&f->lock);
+    end = lseek(f->fd, 0, SEEK_END);
+    if (end >= 0 && (uint64_t)end > f->size)
+        f->size = (uint64_t)end;
+    pthread_mutex_unlock(&f->lock);
     return f->size;
 }
+
+/* -- loop devices -- */
 
 /* A loop device in use, and what it shows: a file by its device and inode, a block device by rdev. */
 struct file_loop {
@@ -1650,6 +1652,8 @@ static int file_check_loops(const struct file *f)
                 "part, or not at all", f->path, loop.name);
     return 0;
 }
+
+/* -- locks -- */
 
 /* Asks (F_OFD_GETLK) or sets a lock on each byte of our permissions; *byte: the one at which it failed. */
 static int file_lock_bytes(struct file *f, int op, short type, int use, int unshare, int *byte)
@@ -1770,21 +1774,21 @@ static void file_tell_bad(const struct file *f)
 
 static void file_line_bad(const struct file *f, uint64_t start, uint64_t end, int error)
 {
+    bool left, other;
+
     pthread_mutex_lock(&file_line.lock);
-    if (file_line.file != f || start > file_line.end || end < file_line.start) {
+    left = file_line.good_file == f && file_line.good_end == start;
+    other = file_line.file != f || start > file_line.end || end < file_line.start;
+    if (other) {
         file_tell_bad_locked();
         file_line.file = f;
-        file_line.start = start;
-        file_line.end = end;
         file_line.error = error;
-        file_line.right = false;
-        file_line.left = file_line.good_file == f && file_line.good_end == start;
     }
-    if (start < file_line.start) {
+    if (other || start < file_line.start) {
         file_line.start = start;
-        file_line.left = file_line.good_file == f && file_line.good_end == start;
+        file_line.left = left;
     }
-    if (end > file_line.end) {
+    if (other || end > file_line.end) {
         file_line.end = end;
         file_line.right = false;
     }
@@ -2031,6 +2035,8 @@ static int file_salvage(struct file *f, uint8_t *buf, uint64_t len, uint64_t off
     return ret;
 }
 
+/* -- reading -- */
+
 /* One pread(2). What is not in the page cache is read with another worker in this one's place. */
 static ssize_t file_pread_some(struct file *f, void *buf, uint64_t len, uint64_t offset, bool *waited)
 {
@@ -2086,6 +2092,8 @@ static int file_pread_stored(struct file *f, void *buf, uint64_t len, uint64_t o
         return file_report_end(f, offset + *done);
     return ret || wanted < len ? -EIO : 0;
 }
+
+/* -- patches: a log that is replayed in memory -- */
 
 /* The first patch that ends after offset; n_patches: none does. */
 static uint32_t file_patch_after(const struct file *f, uint64_t offset)
@@ -2191,6 +2199,8 @@ static bool file_is_plain(const struct file *f, uint64_t offset, uint64_t len)
     i = file_patch_after(f, offset);
     return offset + len <= f->stored && (i == f->n_patches || f->patches[i].offset >= offset + len);
 }
+
+/* -- writing and barriers -- */
 
 /* A write sleeps when too many pages are dirty. */
 static ssize_t file_pwrite_some(struct file *f, const void *buf, uint64_t len, uint64_t offset)
