@@ -1021,7 +1021,10 @@ static bool epoch_grace_over(const struct epoch_grace *g)
  * left to the worker that offers. Jobs are best effort: dropped when the ring is full.
  * ******************************************************************************************************** */
 
-enum { POOL_JOBS = 256 };
+enum {
+    POOL_JOBS = 256,
+    POOL_PATIENCE = 200000          /* nanoseconds */
+};
 
 struct pool_job {
     void (*run)(void *arg, uint64_t offset, uint64_t length);
@@ -1075,10 +1078,27 @@ static void pool_wait(pthread_cond_t *cond, pthread_mutex_t *lock)
     pool_unblock();
 }
 
-/* For a lock that may be held during I/O. */
+/* POOL_PATIENCE from now on, as timed waits want it. */
+static void pool_deadline(struct timespec *t)
+{
+    clock_gettime(CLOCK_REALTIME, t);
+    t->tv_nsec += POOL_PATIENCE;
+    t->tv_sec += t->tv_nsec / 1000000000;
+    t->tv_nsec %= 1000000000;
+}
+
+/*
+ * For a lock that may be held during I/O, but as a rule is not: only a wait that lasts is told. (Telling at once would
+ * wake a worker whose request, as a rule, comes to the same lock.)
+ */
 static void pool_lock(pthread_mutex_t *lock)
 {
+    struct timespec t;
+
     if (pthread_mutex_trylock(lock) == 0)
+        return;
+    pool_deadline(&t);
+    if (pthread_mutex_timedlock(lock, &t) == 0)
         return;
     pool_block();
     pthread_mutex_lock(lock);
@@ -1199,10 +1219,7 @@ static void pool_wait_grace(void)
     pool_block();
     pthread_mutex_lock(&lock);
     while (!epoch_grace_over(&g)) {
-        clock_gettime(CLOCK_REALTIME, &t);
-        t.tv_nsec += 200000;
-        t.tv_sec += t.tv_nsec / 1000000000;
-        t.tv_nsec %= 1000000000;
+        pool_deadline(&t);
         pthread_cond_timedwait(&never, &lock, &t);
     }
     pthread_mutex_unlock(&lock);
@@ -10033,11 +10050,11 @@ static int qcow2_sync(struct image *im, bool last)
     uint64_t before;
     int ret;
 
-    pthread_mutex_lock(&w->lock);
+    pool_lock(&w->lock);
     before = w->commits;
     pthread_mutex_unlock(&w->lock);
     pool_lock(&w->commit_lock);
-    pthread_mutex_lock(&w->lock);
+    pool_lock(&w->lock);
     if (w->commits > before && !last) {
         ret = w->result;
         pthread_mutex_unlock(&w->lock);
@@ -10050,7 +10067,7 @@ static int qcow2_sync(struct image *im, bool last)
     pthread_mutex_unlock(&w->lock);
     if (!ret)
         ret = qcow2_write_stages(im, any);
-    pthread_mutex_lock(&w->lock);
+    pool_lock(&w->lock);
     qcow2_thaw_locked(im, !ret);
     if (last && !ret)
         ret = qcow2_end_locked(im);
@@ -10353,7 +10370,7 @@ static int qcow2_unblock(struct image *im, bool grow)
     if (!grow)
         return qcow2_sync(im, false);
     pool_lock(&w->commit_lock);
-    pthread_mutex_lock(&w->lock);
+    pool_lock(&w->lock);
     ret = w->hint / qcow2_per_block(im->state) >= w->table_entries ? qcow2_grow_table_locked(im) : 0;
     pthread_mutex_unlock(&w->lock);
     pthread_mutex_unlock(&w->commit_lock);
@@ -10369,7 +10386,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
     int ret = 0;
 
     *done = 0;
-    pthread_mutex_lock(&w->lock);
+    pool_lock(&w->lock);
     while (qcow2_is_busy(w, first, 1))
         pool_wait(&w->idle, &w->lock);
     ret = qcow2_is_due_locked(im) ? -EAGAIN : qcow2_plan_locked(im, len, offset, &p);
@@ -10383,7 +10400,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
 
     len = util_min(len, p.end - offset);
     ret = qcow2_write_data(im, &p, buf, len, offset);
-    pthread_mutex_lock(&w->lock);
+    pool_lock(&w->lock);
     if (!ret)
         ret = qcow2_link_locked(im, &p, len, offset, &linked);
     if (ret && p.moved && q->data == &im->files[0])
@@ -10472,7 +10489,7 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
     if (offset & (size - 1) || len < size)
         return qcow2_old_is_zero(im, offset, offset + *done) ? 0 : -EOPNOTSUPP;
     len = util_min(len & ~(size - 1), table - (offset & (table - 1)));
-    pthread_mutex_lock(&q->w->lock);
+    pool_lock(&q->w->lock);
     ret = qcow2_is_due_locked(im) ? -EAGAIN : qcow2_zero_locked(im, len, offset, done);
     pthread_mutex_unlock(&q->w->lock);
     if (ret != -ENOBUFS && ret != -EAGAIN)
@@ -10681,7 +10698,7 @@ static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
         return -EOPNOTSUPP;         /* snapshots of version 2 do not record their size */
     if (size > old && ((size - 1) >> covers) + 1 > q->l1_entries) {
         pool_lock(&q->w->commit_lock);
-        pthread_mutex_lock(&q->w->lock);
+        pool_lock(&q->w->lock);
         ret = qcow2_grow_l1_locked(im, ((size - 1) >> covers) + 1);
         pthread_mutex_unlock(&q->w->lock);
         pthread_mutex_unlock(&q->w->commit_lock);
@@ -10694,7 +10711,7 @@ static int qcow2_resize(struct image *im, uint64_t old, uint64_t size)
         return ret;
     q->clean = q->clean > to ? q->clean : to;
     size = (size + 511) & ~511ull;  /* QEMU has whole sectors only, and would cut the rest off */
-    pthread_mutex_lock(&q->w->lock);
+    pool_lock(&q->w->lock);
     ret = size == q->size ? 0 : qcow2_store_be64(im, offsetof(struct qcow2_header, size), size, QCOW2_MAPPING);
     pthread_mutex_unlock(&q->w->lock);
     q->size = ret ? q->size : size;
