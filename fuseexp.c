@@ -8804,7 +8804,7 @@ static int qcow2_read_extensions(struct image *im, struct qcow2 *q, const uint8_
 static int qcow2_check_header(struct image *im, struct qcow2 *q, uint32_t compression)
 {
     if (q->version != 2 && q->version != 3)
-        return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u; versions 2 and 3 are supported", im->name,
+        return msg_err(-EOPNOTSUPP, "%s: qcow2 version %u is not supported; versions 2 and 3 are", im->name,
                        q->version);
     if (q->cluster_bits < 9 || q->cluster_bits > 21)
         return fmt_unsupported(im, "the cluster size, as a power of 2 from 9 to 21", q->cluster_bits);
