@@ -8692,7 +8692,7 @@ struct qcow2 {
     uint32_t version, cluster_bits, l2_bits, entry_size;    /* l2_bits: log2 of the entries of an L2 table */
     uint64_t size, incompatible, compatible, autoclear;
     _Atomic uint64_t l1_offset, l1_entries;                 /* change when the image is made longer */
-    uint64_t refcounts, refcounts_size;                     /* bytes: the refcount table, as it was at open */
+    uint64_t refcounts_offset, refcounts_entries;           /* the refcount table; under writer.lock */
     uint32_t header_length, refcount_order;                 /* log2 of a refcount's bits */
     uint64_t snapshots_offset, bitmaps_offset, bitmaps_size;/* not looked at before they are wanted */
     uint32_t n_snapshots, n_bitmaps;
@@ -8708,6 +8708,11 @@ struct qcow2 {
     struct qcow2_writer *w;         /* NULL: only read */
     char data_name[QCOW2_MAX_NAME + 1];
 };
+
+static uint64_t qcow2_cluster(const struct qcow2 *q)
+{
+    return 1ull << q->cluster_bits;
+}
 
 static int qcow2_probe(const struct probe *p)
 {
@@ -8747,9 +8752,9 @@ static int qcow2_read_extension(struct image *im, struct qcow2 *q, uint32_t type
     const struct qcow2_base_extension *base = (const void *)data;
 
     if (type == QCOW2_EXT_BACKING_FORMAT && !util_copy_name(im->backing_format, sizeof(im->backing_format), data, n))
-        return fmt_refuse(im, "the name of the backing format: at most 31 bytes", n);
+        return fmt_refuse(im, "the name of the backing format: up to 31 bytes, none of them 0", n);
     if (type == QCOW2_EXT_DATA_FILE && !util_copy_name(q->data_name, sizeof(q->data_name), data, n))
-        return fmt_refuse(im, "the name of the data file: at most 1023 bytes", n);
+        return fmt_refuse(im, "the name of the data file: up to 1023 bytes, none of them 0", n);
     if (type == QCOW2_EXT_BITMAPS && n >= sizeof(*bitmaps) && (q->autoclear & QCOW2_BITMAPS)) {
         q->n_bitmaps = be32_to_cpu(bitmaps->n_bitmaps);
         q->bitmaps_size = be64_to_cpu(bitmaps->directory_size);
@@ -8846,8 +8851,8 @@ static int qcow2_read_header(struct image *im, struct qcow2 *q)
     q->crypt = be32_to_cpu(h.crypt);
     q->l1_entries = be32_to_cpu(h.l1_entries);
     q->l1_offset = be64_to_cpu(h.l1_offset);
-    q->refcounts = be64_to_cpu(h.refcounts_offset);
-    q->refcounts_size = (uint64_t)be32_to_cpu(h.refcounts_clusters) << (q->cluster_bits & 31);
+    q->refcounts_offset = be64_to_cpu(h.refcounts_offset);
+    q->refcounts_entries = (uint64_t)be32_to_cpu(h.refcounts_clusters) << (q->cluster_bits & 31) >> 3;
     q->n_snapshots = be32_to_cpu(h.n_snapshots);
     q->snapshots_offset = be64_to_cpu(h.snapshots_offset);
     q->incompatible = q->v2 ? 0 : be64_to_cpu(h.incompatible);
@@ -8870,7 +8875,7 @@ static int qcow2_read_backing_name(struct image *im, struct qcow2 *q, const uint
 
     if (offset && (n > QCOW2_MAX_NAME || offset > len || n > len - offset ||
                    !util_copy_name(im->backing_name, sizeof(im->backing_name), cluster + offset, n)))
-        return fmt_refuse(im, "the name of the backing file: 1 to 1023 bytes in the first cluster", n);
+        return fmt_refuse(im, "the name of the backing file: up to 1023 bytes, none of them 0, in the first cluster", n);
     util_hash(&hash, im->backing_name);
     if (hash != q->backing_hash)    /* rebased since */
         im->backing_size = 0;
@@ -8895,25 +8900,23 @@ static int qcow2_read_names(struct image *im, struct qcow2 *q)
     return ret;
 }
 
-/*
- * The L1 table (of the image or of a snapshot) must be whole, inside the file, and large enough for the
- * size.
- */
+/* The L1 table, of the image or of a snapshot, must be inside the file and long enough for the disk. */
 static int qcow2_check_l1(struct image *im, const struct qcow2 *q)
 {
-    uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits,
-             need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
+    uint64_t covers = (uint64_t)q->cluster_bits + q->l2_bits, need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
+    uint64_t file_size = im->files[0].size, refcounts_size = q->refcounts_entries * 8;
 
     if (q->l1_entries > QCOW2_MAX_L1 / 8 || q->l1_entries < need)
-        return fmt_refuse(im, "the size of the L1 table", q->l1_entries);
-    if (need && (q->l1_offset % (1u << q->cluster_bits) || q->l1_offset > im->files[0].size || !q->l1_offset ||
-                 need * 8 > im->files[0].size - q->l1_offset))
-        return fmt_refuse_table(im, &im->files[0], "the place of the L1 table", q->l1_offset, need * 8);
-    /* One of the two is wrong; a refcount table that cannot be true is not needed, and no witness. */
-    if (need && q->l1_offset < q->refcounts + q->refcounts_size && q->refcounts < q->l1_offset + need * 8 &&
-        q->refcounts % (1u << q->cluster_bits) == 0 && q->refcounts_size <= QCOW2_MAX_REFCOUNT_TABLE &&
-        q->refcounts < im->files[0].size)
-        return fmt_refuse(im, "the place of the L1 table, in the refcount table", q->l1_offset);
+        return fmt_refuse(im, "the size of the L1 table: as many entries as the disk needs, up to 32 MiB of them",
+                          q->l1_entries);
+    if (need && (q->l1_offset % qcow2_cluster(q) || q->l1_offset > file_size || !q->l1_offset ||
+                 need * 8 > file_size - q->l1_offset))
+        return fmt_refuse_table(im, &im->files[0], "the offset of the L1 table", q->l1_offset, need * 8);
+    /* One of the two is wrong. An impossible refcount table proves nothing, and reading does not need it. */
+    if (need && q->l1_offset < q->refcounts_offset + refcounts_size && q->refcounts_offset < q->l1_offset + need * 8 &&
+        q->refcounts_offset % qcow2_cluster(q) == 0 && refcounts_size <= QCOW2_MAX_REFCOUNT_TABLE &&
+        q->refcounts_offset < file_size)
+        return fmt_refuse(im, "the offset of the L1 table, in the refcount table", q->l1_offset);
     return 0;
 }
 
@@ -8940,7 +8943,7 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     name_len = be16_to_cpu(h.name_length);
     extra_len = be32_to_cpu(h.extra_length);
     if (extra_len > 1024 || id_len >= sizeof(sn->id) || name_len >= sizeof(sn->name))
-        return fmt_refuse(im, "a snapshot's entry, of 1024 bytes of extra data at most", extra_len);
+        return fmt_refuse(im, "a snapshot's entry: up to 1024 bytes of extra data, 255 of id and 1023 of name", extra_len);
     at += sizeof(h);
     ret = qcow2_read(im, at, &extra, util_min(extra_len, sizeof(extra)), past_end);
     if (!ret)
@@ -9062,27 +9065,31 @@ static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_k
         ext->length = util_min(length, q->data->size - ext->offset);
 }
 
-static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t in_cluster, uint64_t length,
-                                 struct extent *ext)
+/* Where the data of a compressed cluster lies: from the returned offset to *end, which is the end of a sector. */
+static uint64_t qcow2_coded_range(const struct qcow2 *q, uint64_t entry, uint64_t *end)
 {
     uint32_t offset_bits = 62 - (q->cluster_bits - 8);
     uint64_t host = entry & ((1ull << offset_bits) - 1);
-    uint64_t sectors = (entry & (QCOW2_COMPRESSED - 1)) >> offset_bits;
 
-    if (q->incompatible & QCOW2_DATA_FILE) {
+    *end = (host / 512 + ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1) * 512;
+    return host;
+}
+
+static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t in_cluster, uint64_t length,
+                                 struct extent *ext)
+{
+    uint64_t end, host = qcow2_coded_range(q, entry, &end);
+
+    if (q->incompatible & QCOW2_DATA_FILE)
         ext_bad(ext, length, "a compressed cluster in an image with an external data file");
-        return;
-    }
-    if (host >= q->data->size) {
-        ext_past(ext, length, "its compressed cluster lies past the end of the file", q->data,
-                 host / 512 * 512 + sectors * 512 + 1);
-        return;
-    }
-    *ext = (struct extent){
-        .kind = EXT_COMPRESSED, .length = length, .file = q->data, .offset = host, .codec = q->codec,
-        .coded_length = (uint32_t)((sectors + 1) * 512 - host % 512), .decoded_length = 1u << q->cluster_bits,
-        .skip = (uint32_t)in_cluster,
-    };
+    else if (host >= q->data->size)     /* of the last sector one byte is enough */
+        ext_past(ext, length, "its compressed cluster lies past the end of the file", q->data, end - 511);
+    else
+        *ext = (struct extent){
+            .kind = EXT_COMPRESSED, .length = length, .file = q->data, .offset = host, .codec = q->codec,
+            .coded_length = (uint32_t)(end - host), .decoded_length = 1u << q->cluster_bits,
+            .skip = (uint32_t)in_cluster,
+        };
 }
 
 /* One subcluster: bits 0..31 of the bitmap say allocated, 32..63 reads as zeros. */
@@ -9172,6 +9179,104 @@ static void qcow2_map(struct image *im, uint64_t offset, uint64_t length, struct
         ext->owned &= !shared;
         ext->sparse = q->preallocated && ext->kind == EXT_DATA;
     }
+}
+
+/*
+ * -- refcounts --
+ *
+ * Numbers of 1 to 64 bits, one per host cluster, in blocks of one cluster that a table names. The check and the writer
+ * need them, and --map where a file is shorter than its tables say.
+ */
+
+static int qcow2_check_refcount_table(const struct image *im)
+{
+    const struct qcow2 *q = im->state;
+
+    if (q->refcounts_entries * 8 > QCOW2_MAX_REFCOUNT_TABLE)
+        return fmt_refuse(im, "the size of the refcount table: at most 8 MiB", q->refcounts_entries * 8);
+    if (q->refcounts_offset % qcow2_cluster(q) || q->refcounts_offset > (uint64_t)INT64_MAX)
+        return fmt_refuse(im, "the offset of the refcount table: a multiple of the cluster size below 2^63",
+                          q->refcounts_offset);
+    return 0;
+}
+
+/* Refcounts of a block. */
+static uint64_t qcow2_per_block(const struct qcow2 *q)
+{
+    return 1ull << (q->cluster_bits + 3 - q->refcount_order);
+}
+
+/*
+ * The refcount of a cluster: the offset of its word in its block, and its bits in the word. Of refcounts narrower than
+ * a byte the first one is in the lowest bits: 4 bits wide, clusters 0 to 3 are bits 56-59, 60-63, 48-51, 52-55.
+ */
+static uint64_t qcow2_refcount_offset(const struct qcow2 *q, uint64_t cluster, unsigned *shift, uint64_t *mask)
+{
+    uint64_t at = (cluster & (qcow2_per_block(q) - 1)) << q->refcount_order;
+    unsigned bits = 1u << q->refcount_order;
+
+    *mask = bits == 64 ? UINT64_MAX : (1ull << bits) - 1;
+    *shift = (unsigned)(bits < 8 ? 56 - at % 64 / 8 * 8 + at % 8 : 64 - bits - at % 64);
+    return at / 64 * 8;
+}
+
+/* Finds the block that has the refcount of a cluster. *block 0: there is none, so the refcount is 0. */
+static int qcow2_find_block(struct image *im, uint64_t cluster, uint64_t *block)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t index = cluster / qcow2_per_block(q), at = q->refcounts_offset + index * 8;
+
+    *block = 0;
+    if (index >= q->refcounts_entries || at >= im->files[0].size)
+        return 0;
+    if (cache_be64(&im->files[0], at, block))
+        return -EIO;
+    *block &= QCOW2_REFCOUNT_BLOCK;
+    return *block % qcow2_cluster(q) || *block > (uint64_t)INT64_MAX ? -EIO : 0;
+}
+
+/* The refcount of a cluster in the block that was found for it. Past the end of the file there are zeros. */
+static int qcow2_read_refcount(struct image *im, uint64_t block, uint64_t cluster, uint64_t *refcount)
+{
+    uint64_t word = 0, mask, at;
+    unsigned shift;
+    int ret = 0;
+
+    at = block + qcow2_refcount_offset(im->state, cluster, &shift, &mask);
+    if (block && at < im->files[0].size)
+        ret = cache_be64(&im->files[0], at, &word);
+    *refcount = word >> shift & mask;
+    return ret;
+}
+
+static int qcow2_get_refcount(struct image *im, uint64_t cluster, uint64_t *refcount)
+{
+    uint64_t block;
+    int ret = qcow2_find_block(im, cluster, &block);
+
+    *refcount = 0;
+    return ret ? ret : qcow2_read_refcount(im, block, cluster, refcount);
+}
+
+/*
+ * For --map: were clusters set aside that have no space in the file yet, as with preallocation=metadata? Found out as
+ * QEMU does: there are more used clusters than the file has blocks for, by a tenth, or by two.
+ */
+static void qcow2_find_holes(struct image *im)
+{
+    struct qcow2 *q = im->state;
+    const struct file *f = &im->files[0];
+    uint64_t stored = ((uint64_t)f->st.st_blocks * 512) >> q->cluster_bits, used = 0, refcount;
+    uint64_t enough = stored * 10 / 9 > stored + 2 ? stored * 10 / 9 : stored + 2;
+
+    if (f->is_blk || (f->size >> q->cluster_bits) + 1 < enough || qcow2_check_refcount_table(im))
+        return;
+    for (uint64_t i = 0; i << q->cluster_bits < f->size && used < enough; i++) {
+        if (qcow2_get_refcount(im, i, &refcount))
+            return;
+        used += refcount != 0;
+    }
+    q->preallocated = used >= enough;
 }
 
 /* -- what --info says -- */
@@ -9413,7 +9518,6 @@ struct qcow2_writer {
     int result;                     /* of the last one that is over */
     struct qcow2_range busy[MAX_THREADS];           /* guest clusters that a request is writing to new host clusters */
     unsigned n_busy;
-    uint64_t table_offset, table_entries;           /* the refcount table */
     uint64_t hint;                  /* below this host cluster none is free */
     uint64_t top;                   /* host bytes from here on were never used: they read as zeros */
     struct qcow2_ranges freed;      /* by changes that are not in the file yet ... */
@@ -9424,11 +9528,6 @@ struct qcow2_writer {
 };
 
 static _Thread_local uint8_t *qcow2_scratch;        /* MAX_CLUSTER bytes */
-
-static uint64_t qcow2_cluster(const struct qcow2 *q)
-{
-    return 1ull << q->cluster_bits;
-}
 
 /* -- changed tables: memory, where it differs from the file -- */
 
@@ -9613,50 +9712,6 @@ static void qcow2_drop_changes(struct image *im)
 
 /* -- refcounts -- */
 
-static uint64_t qcow2_per_block(const struct qcow2 *q)
-{
-    return 1ull << (q->cluster_bits + 3 - q->refcount_order);
-}
-
-/* The refcount of a cluster: the offset of its word in its block, and its bits in the word. */
-static uint64_t qcow2_refcount_offset(const struct qcow2 *q, uint64_t cluster, unsigned *shift, uint64_t *mask)
-{
-    uint64_t at = (cluster & (qcow2_per_block(q) - 1)) << q->refcount_order;
-    unsigned bits = 1u << q->refcount_order;
-
-    *mask = bits == 64 ? UINT64_MAX : (1ull << bits) - 1;
-    *shift = (unsigned)(bits < 8 ? 56 - at % 64 / 8 * 8 + at % 8 : 64 - bits - at % 64);
-    return at / 64 * 8;
-}
-
-/* *block 0: there is none. */
-static int qcow2_find_block(struct image *im, uint64_t cluster, uint64_t *block)
-{
-    const struct qcow2 *q = im->state;
-    uint64_t index = cluster / qcow2_per_block(q);
-
-    *block = 0;
-    if (index >= q->w->table_entries)
-        return 0;
-    if (cache_be64(&im->files[0], q->w->table_offset + index * 8, block))
-        return -EIO;
-    return *block % qcow2_cluster(q) || *block >= im->files[0].size ? -EIO : 0;
-}
-
-static int qcow2_get_refcount(struct image *im, uint64_t cluster, uint64_t *refcount)
-{
-    const struct qcow2 *q = im->state;
-    uint64_t block, word = 0, mask, at;
-    unsigned shift;
-    int ret = qcow2_find_block(im, cluster, &block);
-
-    at = qcow2_refcount_offset(q, cluster, &shift, &mask);
-    if (!ret && block)
-        ret = cache_be64(&im->files[0], block + at, &word);
-    *refcount = word >> shift & mask;
-    return ret;
-}
-
 static int qcow2_put_refcount(struct image *im, uint64_t block, uint64_t cluster, uint64_t refcount)
 {
     const struct qcow2 *q = im->state;
@@ -9754,7 +9809,7 @@ static int qcow2_make_block_locked(struct image *im, uint64_t cluster)
     if (!ret)                       /* first (I1), or the allocator could hand it out */
         ret = qcow2_put_refcount(im, cluster * qcow2_cluster(q), cluster, 1);
     if (!ret)
-        ret = qcow2_store_be64(im, q->w->table_offset + cluster / qcow2_per_block(q) * 8,
+        ret = qcow2_store_be64(im, q->refcounts_offset + cluster / qcow2_per_block(q) * 8,
                                cluster * qcow2_cluster(q), QCOW2_REFCOUNT_TABLE);
     if (ret)                        /* nothing names it, so no commit may write there */
         (void)qcow2_reload_locked(im, cluster * qcow2_cluster(q), qcow2_cluster(q));
@@ -9812,8 +9867,8 @@ static int qcow2_copy_table_locked(struct image *im, uint64_t from, uint64_t to,
 static int qcow2_grow_table_locked(struct image *im)
 {
     struct qcow2 *q = im->state;
-    struct qcow2_writer *w = q->w;
-    uint64_t size = qcow2_cluster(q), per = qcow2_per_block(q), old = w->table_entries, old_offset = w->table_offset;
+    uint64_t size = qcow2_cluster(q), per = qcow2_per_block(q);
+    uint64_t old = q->refcounts_entries, old_offset = q->refcounts_offset;
     uint64_t start = old * per, table = (old * 2 * 8 + size - 1) / size, blocks = 1, word, done;
     int ret = qcow2_commit_locked(im);
 
@@ -9834,17 +9889,17 @@ static int qcow2_grow_table_locked(struct image *im)
         qcow2_undo_tables_locked(im, start, blocks + table);
         return ret;
     }
-    w->table_offset = (start + blocks) * size;
-    w->table_entries = table * size / 8;
+    q->refcounts_offset = (start + blocks) * size;
+    q->refcounts_entries = table * size / 8;
     for (uint64_t i = 0; i < blocks + table && !ret; i++)
         ret = qcow2_set_refcount(im, start + i, 1);
     if (!ret)
         ret = qcow2_commit_locked(im);
     if (!ret)
-        ret = qcow2_write_table_offset(im, w->table_offset, table);
+        ret = qcow2_write_table_offset(im, q->refcounts_offset, table);
     if (ret) {
-        w->table_offset = old_offset;
-        w->table_entries = old;
+        q->refcounts_offset = old_offset;
+        q->refcounts_entries = old;
         qcow2_undo_tables_locked(im, start, blocks + table);
         return ret;
     }
@@ -9863,7 +9918,7 @@ static int qcow2_allocate_locked(struct image *im, uint64_t want, uint64_t *firs
     for (*got = 0; !ret && !*got; w->hint += !ret && !*got) {
         if (w->hint >= (uint64_t)INT64_MAX >> q->cluster_bits >> 8)
             return -EFBIG;
-        if (w->hint / per >= w->table_entries)
+        if (w->hint / per >= q->refcounts_entries)
             return -ENOBUFS;
         ret = qcow2_find_block(im, w->hint, &block);
         if (!ret && !block)
@@ -9907,14 +9962,10 @@ static void qcow2_free_locked(struct image *im, uint64_t first, uint64_t n)
 static void qcow2_free_entry_locked(struct image *im, uint64_t entry)
 {
     const struct qcow2 *q = im->state;
-    uint32_t offset_bits = 62 - (q->cluster_bits - 8);
-    uint64_t host = entry & QCOW2_OFFSET, sectors, end;
+    uint64_t host = entry & QCOW2_OFFSET, end;
 
     if (entry & QCOW2_COMPRESSED) {
-        host = entry & ((1ull << offset_bits) - 1);
-        sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
-        end = host / 512 * 512 + sectors * 512;
-        host >>= q->cluster_bits;
+        host = qcow2_coded_range(q, entry, &end) >> q->cluster_bits;
         qcow2_free_locked(im, host, ((end - 1) >> q->cluster_bits) - host + 1);
     } else if (host && !(q->incompatible & QCOW2_DATA_FILE)) {
         qcow2_free_locked(im, host >> q->cluster_bits, 1);
@@ -10364,14 +10415,15 @@ static bool qcow2_is_due_locked(const struct image *im)
 /* A request cannot go on before a commit, or before the refcount table is longer (grow). Then it is tried again. */
 static int qcow2_unblock(struct image *im, bool grow)
 {
-    struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
+    struct qcow2 *q = im->state;
+    struct qcow2_writer *w = q->w;
     int ret;
 
     if (!grow)
         return qcow2_sync(im, false);
     pool_lock(&w->commit_lock);
     pool_lock(&w->lock);
-    ret = w->hint / qcow2_per_block(im->state) >= w->table_entries ? qcow2_grow_table_locked(im) : 0;
+    ret = w->hint / qcow2_per_block(q) >= q->refcounts_entries ? qcow2_grow_table_locked(im) : 0;
     pthread_mutex_unlock(&w->lock);
     pthread_mutex_unlock(&w->commit_lock);
     return ret;
@@ -10520,9 +10572,6 @@ static int qcow2_start_writer(struct image *im)
 {
     struct qcow2 *q = im->state;
     struct qcow2_writer *w = q->w = util_fault("qcow2 writer") ? NULL : calloc(1, sizeof(*w));
-    struct qcow2_header h;
-    uint64_t done;
-    int ret;
 
     if (!w)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
@@ -10537,13 +10586,8 @@ static int qcow2_start_writer(struct image *im)
     w->waiting.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
     if (!w->freed.range || !w->dropped.range || !w->waiting.range)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = file_pread(&im->files[0], &h, QCOW2_HEADER_V2, 0, &done);
-    w->table_offset = be64_to_cpu(h.refcounts_offset);
-    w->table_entries = (uint64_t)be32_to_cpu(h.refcounts_clusters) << q->cluster_bits >> 3;
     w->top = (im->files[0].size + qcow2_cluster(q) - 1) & ~(qcow2_cluster(q) - 1);
-    if (!ret && (w->table_offset % qcow2_cluster(q) || !w->table_entries || w->table_offset >= im->files[0].size))
-        ret = fmt_refuse(im, "the place of the refcount table", w->table_offset);
-    return ret;
+    return 0;
 }
 
 static void qcow2_stop_writer(struct image *im)
@@ -10603,7 +10647,7 @@ static int qcow2_allocate_row_locked(struct image *im, uint64_t n, uint64_t *fir
             return ret;
         at = block ? end : end + 1;
     }
-    if ((at - 1) / per >= w->table_entries)
+    if ((at - 1) / per >= q->refcounts_entries)
         return -ENOBUFS;            /* before anything was changed */
     ret = qcow2_reserve(im, &im->files[0], at << q->cluster_bits);
     if (ret)
@@ -10626,7 +10670,7 @@ static int qcow2_allocate_row_locked(struct image *im, uint64_t n, uint64_t *fir
         ret = qcow2_find_block(im, i * per, &block);
         if (ret || block)
             continue;
-        ret = qcow2_store_be64(im, w->table_offset + i * 8, --next << q->cluster_bits, QCOW2_REFCOUNT_TABLE);
+        ret = qcow2_store_be64(im, q->refcounts_offset + i * 8, --next << q->cluster_bits, QCOW2_REFCOUNT_TABLE);
         if (!ret && i > start / per && (i + 1) * per > start + n)
             ret = qcow2_commit_locked(im);
     }
@@ -10786,8 +10830,8 @@ static int qcow2_create(struct file *f, uint64_t base_size, const char *backing,
  * References to every host cluster are counted, as qemu-img check does, and compared with the stored refcounts: for
  * --check, for --repair, and before the first write.
  *
- * Memory is one small number per cluster of the file, and QCOW2_REFS entries of L1 tables at a time. These are
- * sorted, so that an L2 table that snapshots share is read once and counted as often as it is used: the work has
+ * Memory is a small number and a byte per cluster of the file, and QCOW2_REFS entries of L1 tables at a time. These
+ * are sorted, so that an L2 table that snapshots share is read once and counted as often as it is used: the work has
  * a bound, whatever the tables say.
  * ******************************************************************************************************** */
 
@@ -10800,6 +10844,7 @@ enum {
     QCOW2_USE_DATA = 1,
     QCOW2_USE_L2 = 2,               /* by any number of L1 entries */
     QCOW2_USE_OTHER = 4,            /* the header or a table that has one user: L1, refcounts, snapshots, bitmaps */
+    QCOW2_USE_KINDS = QCOW2_USE_DATA | QCOW2_USE_L2 | QCOW2_USE_OTHER,
     QCOW2_USE_MIXED = 8,            /* several of these, or twice the last */
     QCOW2_USE_ACTIVE = 16,          /* the active tables refer to it, by an entry that may be COPIED ... */
     QCOW2_USE_COMPRESSED = 32,      /* ... or by one that never is */
@@ -10809,7 +10854,7 @@ enum {
 
 /* An L1 entry that is not 0. */
 struct qcow2_ref {
-    uint64_t l2;                    /* where its L2 table lies */
+    uint64_t l2;                    /* offset of its L2 table */
     uint32_t index;                 /* in its L1 table */
     uint32_t table;                 /* 0: the active one; else number of the snapshot, from 1 */
 };
@@ -10822,55 +10867,77 @@ struct qcow2_check {
     uint64_t length;                /* of the file, in whole sectors, as QEMU counts */
     uint64_t n_clusters;            /* of the file; one more may be begun by what is not aligned */
     void *counts;                   /* n_clusters + 1 numbers of `width` bytes */
-    unsigned width;                 /* wide enough for refcounts of the image, but 4 at most */
-    uint64_t most;                  /* what a counter holds: the largest refcount, or 2^32 - 1 */
+    unsigned width;                 /* enough for refcounts of the image, but 4 at most */
+    uint64_t max;                   /* what a counter holds: the largest refcount, or 2^32 - 1 */
+    uint8_t *uses;                  /* QCOW2_USE_* of every cluster, as many as counts */
     uint64_t l1_offset, l1_entries, size;   /* the active ones, whatever --snapshot says */
-    uint64_t table_offset, table_entries;   /* the refcount table */
-    uint64_t block_number, block;   /* its entry that was asked for last, from 1 */
     struct qcow2_ref *refs;
     size_t n_refs;
     uint64_t walked, to_walk;       /* L2 tables, for the progress */
-    uint8_t *uses;                  /* QCOW2_USE_* of every cluster, as many as counts */
-    uint64_t flags_set;             /* COPIED flags that were set right */
-    uint64_t mendable;              /* corruptions that are wrong refcounts or COPIED flags */
+    uint64_t repairable;            /* corruptions that are wrong refcounts or COPIED flags */
+    uint64_t flags_set;             /* COPIED flags that were repaired */
     bool mixed;                     /* some cluster is a table and something else */
     bool shared;                    /* the active tables refer to some cluster more than once */
     bool beyond;                    /* some entry refers past the end of the file: the file must not grow */
     bool unreadable;                /* some table is: what it refers to was not counted, so nothing may be freed */
     bool in_header;                 /* an L1 entry of flags alone: QEMU counts what the header would refer to */
+    bool naming;                    /* the second pass: users of suspects are named, nothing is counted or reported */
     uint64_t suspect[QCOW2_SUSPECTS];       /* host clusters with more users than their refcount, or unlike ones */
     size_t n_suspects;
 };
 
-/* Eight bytes of a table; past the end of the file there are zeros, as in the rest of its last cluster. */
-static bool qcow2_check_refcounts_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
+/* Reports n corruptions. */
+#define qcow2_finding(k, n, ...) \
+    ((k)->naming ? (void)0 : out_finding((k)->c, (k)->im->name, false, n, __VA_ARGS__))
+
+/* A walk through a table. Where it cannot be read, the rest of the sector is left out. */
+struct qcow2_walk {
+    uint64_t table, n;              /* its offset; how many entries */
+    unsigned width;                 /* bytes of an entry: 8, or 16 with subclusters */
+    uint64_t next;                  /* number of the entry after this one */
+    uint64_t i, at;                 /* of this entry: its number, its offset in the file */
+    uint64_t entry, bitmap;
+    uint64_t lost, lost_at;         /* how many sectors were left out; the first of them */
+};
+
+/* The next entry that is not 0. False: there is none in the file. */
+static bool qcow2_walk(const struct qcow2_check *k, struct qcow2_walk *w)
 {
-    *value = 0;
-    if (offset >= k->f->size || cache_be64(k->f, offset, value) == 0)
-        return true;
-    if (k->c->errors++ == 0)
-        msg_err(0, "%s: the table at %" PRIu64 " cannot be read", k->im->name, offset);
+    while (w->next < w->n) {
+        uint64_t words[2] = { 0, 0 };
+        w->i = w->next++;
+        w->at = w->table + w->i * w->width;
+        if (w->at >= k->f->size)
+            return false;
+        if (cache_words(k->f, w->at, words, w->width / 8)) {
+            w->lost_at = w->lost++ ? w->lost_at : w->at;
+            w->next += (512 - w->at % 512) / w->width - 1;
+            continue;
+        }
+        w->entry = be64toh(words[0]);
+        w->bitmap = be64toh(words[1]);
+        if (w->entry || w->bitmap)
+            return true;
+    }
     return false;
 }
 
-/* Likewise, of a table whose entries are references that are counted. */
-static bool qcow2_check_word(struct qcow2_check *k, uint64_t offset, uint64_t *value)
+/* After a walk: what could not be read is an error. `counted`: so references are missing in the counts. */
+static void qcow2_end_walk(struct qcow2_check *k, const struct qcow2_walk *w, bool counted)
 {
-    bool good = qcow2_check_refcounts_word(k, offset, value);
-
-    k->unreadable |= !good;
-    return good;
+    if (!w->lost || k->naming)
+        return;
+    if (k->c->errors == 0)
+        msg_err(0, "%s: the table at %" PRIu64 " cannot be read", k->im->name, w->lost_at);
+    k->c->errors += w->lost;
+    k->unreadable |= counted;
 }
 
-/* An entry (of `size` bytes) at `offset` cannot be read: how many more are lost with it, to the end of the sector? */
-static uint64_t qcow2_check_skip(uint64_t offset, uint32_t size)
-{
-    return (512 - offset % 512) / size - 1;
-}
+/* -- counting -- */
 
 static void qcow2_note_use(struct qcow2_check *k, uint64_t cluster, uint8_t use)
 {
-    uint8_t kinds = k->uses[cluster] & (QCOW2_USE_DATA | QCOW2_USE_L2 | QCOW2_USE_OTHER);
+    uint8_t kinds = k->uses[cluster] & QCOW2_USE_KINDS;
 
     if (kinds & (use == QCOW2_USE_OTHER ? 0xff : ~use)) {
         use |= QCOW2_USE_MIXED;
@@ -10901,41 +10968,40 @@ static uint64_t qcow2_counted(const struct qcow2_check *k, uint64_t cluster)
 
 static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_t times)
 {
-    uint64_t now = qcow2_counted(k, cluster), room = util_min(times, k->most - now);
+    uint64_t before = qcow2_counted(k, cluster), more = util_min(times, k->max - before), now = before + more;
 
     if (k->width == 1)
-        ((uint8_t *)k->counts)[cluster] = (uint8_t)(now + room);
+        ((uint8_t *)k->counts)[cluster] = (uint8_t)now;
     else if (k->width == 2)
-        ((uint16_t *)k->counts)[cluster] = (uint16_t)(now + room);
+        ((uint16_t *)k->counts)[cluster] = (uint16_t)now;
     else
-        ((uint32_t *)k->counts)[cluster] = (uint32_t)(now + room);
-    if (times > room)
+        ((uint32_t *)k->counts)[cluster] = (uint32_t)now;
+    if (times > more)
         k->uses[cluster] |= QCOW2_USE_OVERFLOW;
-    if (times > room && k->q->refcount_order == 6)
-        k->c->errors += times - room;       /* cannot be counted: this is no finding */
-    else if (times > room)
-        out_finding(k->c, k->im->name, false, times - room,
-                    "host 0x%" PRIx64 ": more references than a refcount of %u bits can hold",
-                    cluster << k->q->cluster_bits, 1u << k->q->refcount_order);
+    if (times > more && k->q->refcount_order == 6)
+        k->c->errors += times - more;       /* cannot be counted: this is no finding */
+    else if (times > more)
+        qcow2_finding(k, times - more, "host 0x%" PRIx64 ": more references than a refcount of %u bits can hold",
+                      cluster << k->q->cluster_bits, 1u << k->q->refcount_order);
     if (cluster == k->n_clusters)
         k->n_clusters++;
 }
 
 /* Counts `times` uses of a range; what, guest: for the message. Its last cluster may be only begun in the file. */
-static void qcow2_count_for(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times, uint8_t use,
-                            const char *what, uint64_t guest)
+static void qcow2_count_range(struct qcow2_check *k, uint64_t offset, uint64_t length, uint64_t times, uint8_t use,
+                              const char *what, uint64_t guest)
 {
-    uint64_t cluster = 1u << k->q->cluster_bits;
+    uint64_t cluster = qcow2_cluster(k->q);
     char name[32] = "";
 
-    if (!length)
+    if (!length || k->naming)
         return;
     if (offset > (uint64_t)INT64_MAX || length > (uint64_t)INT64_MAX || offset + length >= k->length + cluster) {
         k->beyond = true;
         if (guest != UINT64_MAX)
             snprintf(name, sizeof(name), "guest 0x%" PRIx64 ", ", guest);
-        out_finding(k->c, k->im->name, false, times, "%s%s: 0x%" PRIx64 " bytes at host 0x%" PRIx64
-                    " reach past the end of the file", name, what, length, offset);
+        qcow2_finding(k, times, "%s%s: 0x%" PRIx64 " bytes at host 0x%" PRIx64 " reach past the end of the file", name,
+                      what, length, offset);
         return;
     }
     for (uint64_t i = offset / cluster; i <= (offset + length - 1) / cluster; i++) {
@@ -10944,56 +11010,13 @@ static void qcow2_count_for(struct qcow2_check *k, uint64_t offset, uint64_t len
     }
 }
 
-static void qcow2_count(struct qcow2_check *k, uint64_t offset, uint64_t length, const char *what)
+/* A table that has one user. */
+static void qcow2_count_table(struct qcow2_check *k, uint64_t offset, uint64_t length, const char *what)
 {
-    qcow2_count_for(k, offset, length, 1, QCOW2_USE_OTHER, what, UINT64_MAX);
+    qcow2_count_range(k, offset, length, 1, QCOW2_USE_OTHER, what, UINT64_MAX);
 }
 
-/* Where the refcount block for a cluster lies; 0: there is none, so all its refcounts are 0. */
-static int qcow2_block_of(struct qcow2_check *k, uint64_t cluster, uint64_t *block)
-{
-    uint64_t index = cluster >> (k->q->cluster_bits + 3 - k->q->refcount_order);
-
-    *block = 0;
-    if (index >= k->table_entries)
-        return 0;
-    if (index + 1 != k->block_number) {
-        k->block_number = 0;
-        if (!qcow2_check_refcounts_word(k, k->table_offset + index * 8, &k->block))
-            return -EIO;
-        k->block &= QCOW2_REFCOUNT_BLOCK;
-        k->block_number = index + 1;
-    }
-    *block = k->block;
-    return *block % (1u << k->q->cluster_bits) || *block > (uint64_t)INT64_MAX ? -EIO : 0;
-}
-
-/* The refcount of a cluster in its block. Less than a byte: the first is in the lowest bits. */
-static int qcow2_stored_in(struct qcow2_check *k, uint64_t block, uint64_t cluster, uint64_t *refcount)
-{
-    uint32_t order = k->q->refcount_order, bits = 1u << order;
-    uint64_t index = cluster & ((1ull << (k->q->cluster_bits + 3 - order)) - 1), at = index << order, word;
-
-    *refcount = 0;
-    if (!block)
-        return 0;
-    if (!qcow2_check_refcounts_word(k, block + at / 64 * 8, &word))
-        return -EIO;
-    if (order < 3)
-        *refcount = word >> (56 - at % 64 / 8 * 8 + at % 8) & ((1u << bits) - 1);
-    else
-        *refcount = order == 6 ? word : word >> (64 - bits - at % 64) & ((1ull << bits) - 1);
-    return 0;
-}
-
-static int qcow2_stored(struct qcow2_check *k, uint64_t cluster, uint64_t *refcount)
-{
-    uint64_t block;
-    int ret = qcow2_block_of(k, cluster, &block);
-
-    *refcount = 0;
-    return ret ? ret : qcow2_stored_in(k, block, cluster, refcount);
-}
+/* -- L1 and L2 tables -- */
 
 /* COPIED says that the refcount is 1. Only the active tables have it. */
 static void qcow2_check_copied(struct qcow2_check *k, uint64_t host, bool copied, bool is_data, uint64_t guest,
@@ -11002,26 +11025,24 @@ static void qcow2_check_copied(struct qcow2_check *k, uint64_t host, bool copied
     uint64_t refcount = 1;
 
     if (!(is_data && (k->q->incompatible & QCOW2_DATA_FILE)) &&
-        qcow2_stored(k, host >> k->q->cluster_bits, &refcount))
-        return;                     /* said elsewhere */
+        qcow2_get_refcount(k->im, host >> k->q->cluster_bits, &refcount))
+        return;                     /* qcow2_compare_counts() says so */
     if ((refcount == 1) == copied)
         return;
-    k->mendable += times;
-    out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                ": the %s is %s, but its refcount is %" PRIu64, guest, host, is_data ? "cluster" : "L2 table",
-                copied ? "marked as used once" : "not marked as used once", refcount);
+    k->repairable += times;
+    qcow2_finding(k, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64 ": the %s is %s, but its refcount is %" PRIu64,
+                  guest, host, is_data ? "cluster" : "L2 table",
+                  copied ? "marked as used once" : "not marked as used once", refcount);
 }
 
-/* What is wrong with an entry of an L2 table by itself, or NULL. Compressed: bit 62. */
+/* What is wrong with an entry of an L2 table by itself, or NULL. */
 static const char *qcow2_check_entry(const struct qcow2 *q, uint64_t entry, uint64_t bitmap)
 {
     bool allocated = qcow2_allocated(q, entry);
 
-    if (entry & QCOW2_COMPRESSED)
-        return NULL;
     if (!q->subclusters)
-        return (entry & 1) && q->v2 ? "a zero cluster in a version 2 image" : NULL;
-    if (entry & 1)
+        return (entry & QCOW2_ZERO) && q->v2 ? "a zero cluster in a version 2 image" : NULL;
+    if (entry & QCOW2_ZERO)
         return "its L2 entry has reserved bits set";
     if (allocated && (bitmap >> 32 & bitmap & UINT32_MAX))
         return "a subcluster is both allocated and zero";
@@ -11031,23 +11052,20 @@ static const char *qcow2_check_entry(const struct qcow2 *q, uint64_t entry, uint
 static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest,
                                    uint64_t times, uint64_t active)
 {
-    uint32_t offset_bits = 62 - (k->q->cluster_bits - 8);
-    uint64_t host = entry & ((1ull << offset_bits) - 1);
-    uint64_t sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
+    uint64_t end, host = qcow2_coded_range(k->q, entry, &end);
     bool misplaced = k->q->incompatible & QCOW2_DATA_FILE;
 
     if (entry & QCOW2_COPIED)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": a compressed cluster is marked as used once", guest, host);
+        qcow2_finding(k, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64 ": a compressed cluster is marked as used once",
+                      guest, host);
     if (misplaced || bitmap) {
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": a compressed cluster %s", guest, host,
-                    misplaced ? "in an image with an external data file" : "has subclusters");
+        qcow2_finding(k, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64 ": a compressed cluster %s", guest, host,
+                      misplaced ? "in an image with an external data file" : "has subclusters");
         return;
     }
-    qcow2_count_for(k, host, sectors * 512 - host % 512, times, QCOW2_USE_DATA, "compressed", guest);
+    qcow2_count_range(k, host, end - host, times, QCOW2_USE_DATA, "compressed", guest);
     if (active)
-        qcow2_note_active(k, host, sectors * 512 - host % 512, QCOW2_USE_COMPRESSED);
+        qcow2_note_active(k, host, end - host, QCOW2_USE_COMPRESSED);
     k->c->allocated += active;
     k->c->compressed += active;
     k->c->fragmented += active;     /* by nature */
@@ -11060,21 +11078,19 @@ static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64
 static void qcow2_check_whole(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t times)
 {
     const struct qcow2 *q = k->q;
-    uint64_t need = guest >= k->size ? 0 : util_min(1u << q->cluster_bits, k->size - guest), last = 0;
+    uint64_t need = guest >= k->size ? 0 : util_min(qcow2_cluster(q), k->size - guest);
+    uint32_t allocated = (uint32_t)bitmap;
 
-    if (!q->subclusters && (entry & 1))
-        return;
-    if (q->subclusters) {
-        for (unsigned i = 0; i < QCOW2_SUBCLUSTERS; i++)
-            last = bitmap >> i & 1 ? i + 1 : last;
-        need = util_min(need, last << (q->cluster_bits - 5));
-    }
+    if (q->subclusters)             /* up to the last one that is allocated */
+        need = allocated ? util_min(need, (32ull - (unsigned)__builtin_clz(allocated)) << (q->cluster_bits - 5)) : 0;
+    else if (entry & QCOW2_ZERO)
+        need = 0;
     if (!need || (entry & QCOW2_OFFSET) + need <= q->data->size)
         return;
     k->beyond |= !(q->incompatible & QCOW2_DATA_FILE);
     if (times)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": %s ends before the cluster does", guest, entry & QCOW2_OFFSET, util_basename(q->data->path));
+        qcow2_finding(k, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64 ": %s ends before the cluster does", guest,
+                      entry & QCOW2_OFFSET, util_basename(q->data->path));
 }
 
 /* One entry of an L2 table that is used `times` times, `active` of them by the active L1 table. */
@@ -11082,7 +11098,7 @@ static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t
                                  uint64_t times, uint64_t active, uint64_t *follows)
 {
     const struct qcow2 *q = k->q;
-    uint64_t host = entry & QCOW2_OFFSET, cluster = 1u << q->cluster_bits;
+    uint64_t host = entry & QCOW2_OFFSET, cluster = qcow2_cluster(q);
     const char *why = qcow2_check_entry(q, entry, bitmap);
 
     if (entry & QCOW2_COMPRESSED) {
@@ -11090,15 +11106,13 @@ static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t
         return;
     }
     if (entry & QCOW2_L2_RESERVED)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ": its L2 entry 0x%" PRIx64
-                    " has reserved bits set", guest, entry);
+        qcow2_finding(k, times, "guest 0x%" PRIx64 ": its L2 entry 0x%" PRIx64 " has reserved bits set", guest, entry);
     if (why)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ": %s (0x%" PRIx64 ")", guest, why, entry);
-    if (!host && ((entry & 1 && !q->subclusters) || !qcow2_allocated(q, entry)))
+        qcow2_finding(k, times, "guest 0x%" PRIx64 ": %s (0x%" PRIx64 ")", guest, why, entry);
+    if (!host && ((entry & QCOW2_ZERO && !q->subclusters) || !qcow2_allocated(q, entry)))
         return;
     if (host % cluster)
-        out_finding(k->c, k->im->name, false, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": its L2 entry is not aligned", guest, host);
+        qcow2_finding(k, times, "guest 0x%" PRIx64 ", host 0x%" PRIx64 ": its L2 entry is not aligned", guest, host);
     if (active) {
         k->c->allocated += active;
         k->c->fragmented += *follows && host != *follows ? active : 0;
@@ -11107,7 +11121,7 @@ static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t
             qcow2_check_copied(k, host, entry & QCOW2_COPIED, true, guest, active);
     }
     if (!(q->incompatible & QCOW2_DATA_FILE)) {
-        qcow2_count_for(k, host, cluster, times, QCOW2_USE_DATA, "its cluster", guest);
+        qcow2_count_range(k, host, cluster, times, QCOW2_USE_DATA, "its cluster", guest);
         k->shared |= active > 1;
         if (active)
             qcow2_note_active(k, host, cluster, QCOW2_USE_ACTIVE);
@@ -11119,48 +11133,36 @@ static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t
 /* Names the users of clusters that have too many: an entry of an L2 table, when all has been counted. */
 static void qcow2_name_user(struct qcow2_check *k, uint64_t entry, uint64_t guest, const struct qcow2_ref *ref)
 {
-    uint32_t offset_bits = 62 - (k->q->cluster_bits - 8);
     bool compressed = entry & QCOW2_COMPRESSED;
-    uint64_t host = compressed ? entry & ((1ull << offset_bits) - 1) : entry & QCOW2_OFFSET, end = host + 1;
+    uint64_t end, host = compressed ? qcow2_coded_range(k->q, entry, &end) : entry & QCOW2_OFFSET;
+    uint64_t first = host >> k->q->cluster_bits, last = compressed ? (end - 1) >> k->q->cluster_bits : first;
 
     if (!host || (k->q->incompatible & QCOW2_DATA_FILE))
         return;
-    if (compressed)
-        end = (host / 512 + ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1) * 512;
     for (size_t i = 0; i < k->n_suspects; i++)
-        if (k->suspect[i] >= host >> k->q->cluster_bits && k->suspect[i] <= (end - 1) >> k->q->cluster_bits)
+        if (k->suspect[i] >= first && k->suspect[i] <= last)
             out_finding(k->c, k->im->name, false, 0, "host 0x%" PRIx64 " is used by guest 0x%" PRIx64 "%s%s",
                         k->suspect[i] << k->q->cluster_bits, guest, compressed ? ", compressed" : "",
                         ref->table ? ", of a snapshot" : "");
 }
 
 /* All entries of an L2 table, at refs[0].l2, that n entries of L1 tables point to. */
-static void qcow2_check_l2(struct qcow2_check *k, const struct qcow2_ref *refs, size_t n, bool naming)
+static void qcow2_check_l2(struct qcow2_check *k, const struct qcow2_ref *refs, size_t n)
 {
     const struct qcow2 *q = k->q;
-    uint64_t guest = (uint64_t)refs->index << (q->cluster_bits + q->l2_bits), active = 0, entry, bitmap = 0,
-             follows = 0;
+    struct qcow2_walk w = { .table = refs->l2, .n = 1ull << q->l2_bits, .width = q->entry_size };
+    uint64_t first = (uint64_t)refs->index << q->l2_bits, active = 0, follows = 0;
 
     k->in_header = refs->l2 == 0;
     for (size_t i = 0; i < n; i++)
         active += refs[i].table == 0;
-    for (uint64_t i = 0; i < 1ull << q->l2_bits; i++, guest += 1ull << q->cluster_bits) {
-        uint64_t at = refs->l2 + i * q->entry_size, skip;
-        if (at >= k->f->size)
-            break;
-        if (!qcow2_check_word(k, at, &entry) || (q->subclusters && !qcow2_check_word(k, at + 8, &bitmap))) {
-            skip = qcow2_check_skip(at, q->entry_size);
-            i += skip;
-            guest += skip << q->cluster_bits;
-            continue;
-        }
-        if (!entry && !bitmap)
-            continue;
-        if (naming)
-            qcow2_name_user(k, entry, guest, refs);
+    while (qcow2_walk(k, &w)) {
+        if (k->naming)
+            qcow2_name_user(k, w.entry, (first + w.i) << q->cluster_bits, refs);
         else
-            qcow2_check_l2_entry(k, entry, bitmap, guest, n, active, &follows);
+            qcow2_check_l2_entry(k, w.entry, w.bitmap, (first + w.i) << q->cluster_bits, n, active, &follows);
     }
+    qcow2_end_walk(k, &w, true);
 }
 
 static int qcow2_compare_refs(const void *a, const void *b)
@@ -11175,7 +11177,7 @@ static int qcow2_compare_refs(const void *a, const void *b)
 }
 
 /* Looks at the L2 tables gathered so far. */
-static void qcow2_check_refs(struct qcow2_check *k, bool naming)
+static void qcow2_check_refs(struct qcow2_check *k)
 {
     size_t n;
 
@@ -11183,116 +11185,112 @@ static void qcow2_check_refs(struct qcow2_check *k, bool naming)
     for (size_t i = 0; i < k->n_refs; i += n) {
         for (n = 1; i + n < k->n_refs && k->refs[i + n].l2 == k->refs[i].l2;)
             n++;
-        qcow2_check_l2(k, k->refs + i, n, naming);
+        qcow2_check_l2(k, k->refs + i, n);
         out_progress_show(k->walked += n, k->to_walk);
     }
     k->n_refs = 0;
 }
 
-static void qcow2_check_l1_entry(struct qcow2_check *k, uint64_t entry, uint32_t index, uint32_t table)
+static void qcow2_check_l1_entry(struct qcow2_check *k, uint64_t entry, uint64_t index, uint32_t table)
 {
-    uint64_t l2 = entry & QCOW2_OFFSET, cluster = 1u << k->q->cluster_bits;
-    uint64_t guest = (uint64_t)index << (k->q->cluster_bits + k->q->l2_bits);
+    uint64_t l2 = entry & QCOW2_OFFSET, cluster = qcow2_cluster(k->q);
+    uint64_t guest = index << (k->q->cluster_bits + k->q->l2_bits);
 
     if (entry & QCOW2_L1_RESERVED)
-        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ": its L1 entry 0x%" PRIx64
-                    " has reserved bits set", guest, entry);
+        qcow2_finding(k, 1, "guest 0x%" PRIx64 ": its L1 entry 0x%" PRIx64 " has reserved bits set", guest, entry);
     if (l2 % cluster)
-        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": its L1 entry is not aligned", guest, l2);
-    qcow2_count_for(k, l2, cluster, 1, QCOW2_USE_L2, "its L2 table", guest);
+        qcow2_finding(k, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64 ": its L1 entry is not aligned", guest, l2);
+    qcow2_count_range(k, l2, cluster, 1, QCOW2_USE_L2, "its L2 table", guest);
     k->beyond |= cluster > k->f->size || l2 > k->f->size - cluster;
     if (l2 < k->f->size && cluster > k->f->size - l2)
-        out_finding(k->c, k->im->name, false, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64
-                    ": the file ends before its L2 table does", guest, l2);
-    if (table == 0 && l2)
+        qcow2_finding(k, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64 ": the file ends before its L2 table does", guest,
+                      l2);
+    if (table == 0 && l2) {
         qcow2_note_active(k, l2, cluster, QCOW2_USE_ACTIVE);
-    if (table == 0 && l2)
         qcow2_check_copied(k, l2, entry & QCOW2_COPIED, false, guest, 1);
-}
-
-/* The entries of one L1 table. naming: the second time, see qcow2_name_user(). */
-static void qcow2_count_l1(struct qcow2_check *k, uint64_t offset, uint64_t entries, uint32_t table, bool naming)
-{
-    uint64_t entry;
-
-    if (!naming)
-        qcow2_count(k, offset, entries * 8, table ? "a snapshot's L1 table" : "the L1 table");
-    for (uint64_t i = 0; i < entries && offset + i * 8 < k->f->size; i++) {
-        if (!qcow2_check_word(k, offset + i * 8, &entry)) {
-            i += qcow2_check_skip(offset + i * 8, 8);
-            continue;
-        }
-        if (!entry)
-            continue;
-        if (!naming)
-            qcow2_check_l1_entry(k, entry, (uint32_t)i, table);
-        if (k->n_refs == QCOW2_REFS)
-            qcow2_check_refs(k, naming);
-        k->refs[k->n_refs++] = (struct qcow2_ref){ entry & QCOW2_OFFSET, (uint32_t)i, table };
-        k->to_walk++;
     }
 }
 
+/* An L1 table. table: 0, or the number of a snapshot. */
+static void qcow2_check_l1_table(struct qcow2_check *k, uint64_t offset, uint64_t entries, uint32_t table)
+{
+    struct qcow2_walk w = { .table = offset, .n = entries, .width = 8 };
+
+    qcow2_count_table(k, offset, entries * 8, table ? "a snapshot's L1 table" : "the L1 table");
+    while (qcow2_walk(k, &w)) {
+        if (!k->naming)
+            qcow2_check_l1_entry(k, w.entry, w.i, table);
+        if (k->n_refs == QCOW2_REFS)
+            qcow2_check_refs(k);
+        k->refs[k->n_refs++] = (struct qcow2_ref){ w.entry & QCOW2_OFFSET, (uint32_t)w.i, table };
+        k->to_walk++;
+    }
+    qcow2_end_walk(k, &w, true);
+}
+
+/* Can the snapshot's L1 table be one? */
+static bool qcow2_check_snapshot(struct qcow2_check *k, const struct qcow2_snapshot *sn)
+{
+    bool good = sn->l1_offset % qcow2_cluster(k->q) == 0 && sn->l1_entries <= QCOW2_MAX_L1 / 8;
+
+    if (!good)
+        qcow2_finding(k, 1, "snapshot '%s': its L1 table, 0x%" PRIx64 " entries at 0x%" PRIx64 ", cannot be", sn->name,
+                      sn->l1_entries, sn->l1_offset);
+    if (!k->q->v2 && sn->extra_len < 16)
+        qcow2_finding(k, 1, "snapshot '%s': its entry lacks the size of the disk", sn->name);
+    return good;
+}
+
 /* The active tables, then those of the snapshots, as long as these can lie side by side in the file. */
-static void qcow2_check_tables(struct qcow2_check *k, bool naming)
+static void qcow2_check_tables(struct qcow2_check *k)
 {
     const struct qcow2 *q = k->q;
     struct qcow2_snapshot sn = { 0 };
     uint64_t at = q->snapshots_offset, sum = k->l1_entries * 8;
-    bool bad;
 
     k->walked = k->to_walk = 0;
-    qcow2_count_l1(k, k->l1_offset, k->l1_entries, 0, naming);
-    if (q->n_snapshots && (q->incompatible & QCOW2_DATA_FILE) && !naming)
-        out_finding(k->c, k->im->name, false, 1, "snapshots in an image with an external data file");
+    qcow2_check_l1_table(k, k->l1_offset, k->l1_entries, 0);
+    if (q->n_snapshots && (q->incompatible & QCOW2_DATA_FILE))
+        qcow2_finding(k, 1, "snapshots in an image with an external data file");
     for (uint32_t i = 1; i <= q->n_snapshots; i++, at = sn.next) {
         if (i > QCOW2_MAX_SNAPSHOTS || sum > k->length || qcow2_read_snapshot(k->im, q, at, &sn)) {
             k->unreadable = true;
-            if (!naming)
-                out_finding(k->c, k->im->name, false, 1, "the snapshot table is damaged from entry %u on; what only "
-                            "these snapshots use seems leaked", i);
+            qcow2_finding(k, 1, "the snapshot table is damaged from entry %u on; what only these snapshots use seems "
+                          "leaked", i);
             break;
         }
-        bad = sn.l1_offset % (1u << q->cluster_bits) || sn.l1_entries > QCOW2_MAX_L1 / 8;
-        if (bad && !naming)
-            out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its L1 table, 0x%" PRIx64 " entries at 0x%" PRIx64
-                        ", cannot be", sn.name, sn.l1_entries, sn.l1_offset);
-        if (!q->v2 && sn.extra_len < 16 && !naming)
-            out_finding(k->c, k->im->name, false, 1, "snapshot '%s': its entry lacks the size of the disk", sn.name);
-        sum += bad ? 0 : sn.l1_entries * 8;
-        k->unreadable |= bad || sum > k->length;
-        if (!bad && sum <= k->length)
-            qcow2_count_l1(k, sn.l1_offset, sn.l1_entries, i, naming);
+        if (qcow2_check_snapshot(k, &sn) && (sum += sn.l1_entries * 8) <= k->length)
+            qcow2_check_l1_table(k, sn.l1_offset, sn.l1_entries, i);
+        else
+            k->unreadable = true;
     }
-    qcow2_check_refs(k, naming);
-    if (q->crypt_size && !naming)
-        qcow2_count(k, q->crypt_offset, q->crypt_size, "the encryption header");
-    if (q->n_snapshots && !naming)
-        qcow2_count(k, q->snapshots_offset, at - q->snapshots_offset, "the snapshot table");
+    qcow2_check_refs(k);
+    qcow2_count_table(k, q->crypt_offset, q->crypt_size, "the encryption header");
+    if (q->n_snapshots)
+        qcow2_count_table(k, q->snapshots_offset, at - q->snapshots_offset, "the snapshot table");
 }
+
+/* -- other tables -- */
 
 /* The bitmap's table and the clusters that it points to. */
 static void qcow2_check_bitmap(struct qcow2_check *k, const struct qcow2_bitmap *b)
 {
-    uint64_t entry, host, cluster = 1u << k->q->cluster_bits;
+    uint64_t host, cluster = qcow2_cluster(k->q);
+    struct qcow2_walk w = { .table = b->table_offset, .n = b->table_entries, .width = 8 };
 
-    qcow2_count(k, b->table_offset, (uint64_t)b->table_entries * 8, "a bitmap's table");
+    qcow2_count_table(k, b->table_offset, (uint64_t)b->table_entries * 8, "a bitmap's table");
     if (b->table_offset % cluster) {
-        out_finding(k->c, k->im->name, false, 1, "bitmap '%s': its table at 0x%" PRIx64 " is not aligned", b->name,
-                    b->table_offset);
+        qcow2_finding(k, 1, "bitmap '%s': its table at 0x%" PRIx64 " is not aligned", b->name, b->table_offset);
         return;
     }
-    for (uint64_t i = 0; i < b->table_entries && b->table_offset < k->f->size - i * 8; i++) {
-        if (!qcow2_check_word(k, b->table_offset + i * 8, &entry))
-            return;
-        host = entry & QCOW2_OFFSET;
-        if ((entry & QCOW2_BITMAP_RESERVED) || (host && (entry & 1)) || host % cluster)
-            out_finding(k->c, k->im->name, false, 1, "bitmap '%s': entry 0x%" PRIx64 " of its table is damaged",
-                        b->name, entry);
+    while (qcow2_walk(k, &w)) {
+        host = w.entry & QCOW2_OFFSET;
+        if ((w.entry & QCOW2_BITMAP_RESERVED) || (host && (w.entry & 1)) || host % cluster)
+            qcow2_finding(k, 1, "bitmap '%s': entry 0x%" PRIx64 " of its table is damaged", b->name, w.entry);
         else if (host)
-            qcow2_count(k, host, cluster, "a bitmap");
+            qcow2_count_table(k, host, cluster, "a bitmap");
     }
+    qcow2_end_walk(k, &w, true);
 }
 
 static void qcow2_check_bitmaps(struct qcow2_check *k)
@@ -11300,158 +11298,153 @@ static void qcow2_check_bitmaps(struct qcow2_check *k)
     const struct qcow2 *q = k->q;
     struct qcow2_bitmap b = { 0 };
     uint64_t at = q->bitmaps_offset, sum = 0;
+    const char *why = NULL;
 
     if (!q->n_bitmaps)
         return;
-    qcow2_count(k, q->bitmaps_offset, q->bitmaps_size, "the bitmap directory");
-    for (uint32_t i = 0; i < q->n_bitmaps; i++, at = b.next) {
-        if (i == QCOW2_MAX_BITMAPS || qcow2_read_bitmap(k->im, q, at, &b)) {
-            k->unreadable = true;
-            out_finding(k->c, k->im->name, false, 1, "the bitmap directory is damaged");
-            return;
-        }
-        sum += (uint64_t)b.table_entries * 8;
-        if (sum > k->length) {
-            k->unreadable = true;
-            out_finding(k->c, k->im->name, false, 1, "the tables of the bitmaps overlap");
-            return;
-        }
-        qcow2_check_bitmap(k, &b);
+    qcow2_count_table(k, q->bitmaps_offset, q->bitmaps_size, "the bitmap directory");
+    for (uint32_t i = 0; i < q->n_bitmaps && !why; i++, at = b.next) {
+        if (i == QCOW2_MAX_BITMAPS || qcow2_read_bitmap(k->im, q, at, &b))
+            why = "the bitmap directory is damaged";
+        else if ((sum += (uint64_t)b.table_entries * 8) > k->length)
+            why = "the tables of the bitmaps overlap";
+        else
+            qcow2_check_bitmap(k, &b);
+    }
+    if (why) {
+        k->unreadable = true;
+        qcow2_finding(k, 1, "%s", why);
     }
 }
 
 /* Last of all, for each block is used once and by nothing else. */
 static void qcow2_check_blocks(struct qcow2_check *k)
 {
-    uint64_t entry, cluster = 1u << k->q->cluster_bits;
+    const struct qcow2 *q = k->q;
+    struct qcow2_walk w = { .table = q->refcounts_offset, .n = q->refcounts_entries, .width = 8 };
+    uint64_t cluster;
 
-    qcow2_count(k, k->table_offset, k->table_entries * 8, "the refcount table");
-    for (uint64_t i = 0; i < k->table_entries; i++) {
-        if (!qcow2_check_refcounts_word(k, k->table_offset + i * 8, &entry)) {
-            i += qcow2_check_skip(k->table_offset + i * 8, 8);
-            continue;
-        }
-        if (!entry)
-            continue;
-        if (entry % cluster) {
-            out_finding(k->c, k->im->name, false, 1, "entry %" PRIu64 " of the refcount table, 0x%" PRIx64
-                        ", is damaged", i, entry);
-        } else if (entry / cluster >= k->n_clusters) {
-            out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
-                        " lies past the end of the file", i, entry);
+    qcow2_count_table(k, w.table, w.n * 8, "the refcount table");
+    while (qcow2_walk(k, &w)) {
+        cluster = w.entry >> q->cluster_bits;
+        if (w.entry % qcow2_cluster(q)) {
+            qcow2_finding(k, 1, "entry %" PRIu64 " of the refcount table, 0x%" PRIx64 ", is damaged", w.i, w.entry);
+        } else if (cluster >= k->n_clusters) {
+            qcow2_finding(k, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64 " lies past the end of the file", w.i,
+                          w.entry);
         } else {
-            qcow2_count_cluster(k, entry / cluster, 1);
-            qcow2_note_use(k, entry / cluster, QCOW2_USE_OTHER);
-            if (qcow2_counted(k, entry / cluster) != 1)
-                out_finding(k->c, k->im->name, false, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64
-                            " is used for something else, too", i, entry);
+            qcow2_count_cluster(k, cluster, 1);
+            qcow2_note_use(k, cluster, QCOW2_USE_OTHER);
+            if (qcow2_counted(k, cluster) != 1)
+                qcow2_finding(k, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64 " is used for something else, too",
+                              w.i, w.entry);
         }
     }
+    qcow2_end_walk(k, &w, false);
 }
 
-/* `n` clusters up to, but not including, `end` with the same stored and counted refcounts. */
-static void qcow2_report_run(struct qcow2_check *k, uint64_t end, uint64_t n, uint64_t stored, uint64_t counted)
-{
-    uint64_t first = end - n;
+/* -- comparing -- */
 
-    if (stored == counted || !n)
+/* The users of this cluster are named in the second pass. */
+static void qcow2_suspect(struct qcow2_check *k, uint64_t cluster)
+{
+    if (k->n_suspects < QCOW2_SUSPECTS)
+        k->suspect[k->n_suspects++] = cluster;
+}
+
+/* Clusters in a row with the same stored and counted refcounts. */
+struct qcow2_run {
+    uint64_t first, n, stored, counted;
+};
+
+static void qcow2_report_run(struct qcow2_check *k, const struct qcow2_run *r)
+{
+    if (r->stored == r->counted || !r->n)
         return;
-    k->mendable += stored < counted ? n : 0;
-    out_finding(k->c, k->im->name, stored > counted, n, "host 0x%" PRIx64 ", %" PRIu64 " cluster%s: refcount %" PRIu64
-                ", but used %" PRIu64 " time%s", first << k->q->cluster_bits, n, n == 1 ? "" : "s", stored, counted,
-                counted == 1 ? "" : "s");
-    for (; stored < counted && first < end && k->n_suspects < QCOW2_SUSPECTS; first++)
-        k->suspect[k->n_suspects++] = first;
+    out_finding(k->c, k->im->name, r->stored > r->counted, r->n, "host 0x%" PRIx64 ", %" PRIu64 " cluster%s: refcount %"
+                PRIu64 ", but used %" PRIu64 " time%s", r->first << k->q->cluster_bits, r->n, r->n == 1 ? "" : "s",
+                r->stored, r->counted, r->counted == 1 ? "" : "s");
+    if (r->stored > r->counted)
+        return;
+    k->repairable += r->n;
+    for (uint64_t i = 0; i < util_min(r->n, QCOW2_SUSPECTS); i++)
+        qcow2_suspect(k, r->first + i);
 }
 
 /* A cluster whose refcount is right, but of which one user or the other is wrong. (QEMU does not look for that.) */
 static void qcow2_report_mixed(struct qcow2_check *k, uint64_t cluster)
 {
-    out_finding(k->c, k->im->name, false, 1, "host 0x%" PRIx64 " is used as %s and as something else",
-                cluster << k->q->cluster_bits, k->uses[cluster] & QCOW2_USE_L2 ? "an L2 table" : "a table");
-    if (k->n_suspects < QCOW2_SUSPECTS)
-        k->suspect[k->n_suspects++] = cluster;
+    qcow2_finding(k, 1, "host 0x%" PRIx64 " is used as %s and as something else", cluster << k->q->cluster_bits,
+                  k->uses[cluster] & QCOW2_USE_L2 ? "an L2 table" : "a table");
+    qcow2_suspect(k, cluster);
 }
 
 static void qcow2_compare_counts(struct qcow2_check *k)
 {
-    uint64_t per_block = 1ull << (k->q->cluster_bits + 3 - k->q->refcount_order), block = 0, last = 0, run = 0,
-             run_stored = 0, run_counted = 0, i;
+    uint64_t per = qcow2_per_block(k->q), block = 0, last = 0;
+    struct qcow2_run run = { .n = 0 };
     int ret = 0;
 
-    for (i = 0; i < k->n_clusters; i++) {
+    for (uint64_t i = 0; i < k->n_clusters; i++) {
         uint64_t counted = qcow2_counted(k, i), stored = 0;
-        if (i % per_block == 0) {
-            ret = qcow2_block_of(k, i, &block);
+        if (i % per == 0) {
+            ret = qcow2_find_block(k->im, i, &block);
             out_progress_show(i, k->n_clusters);
         }
-        if (ret || (block && qcow2_stored_in(k, block, i, &stored))) {
-            k->c->errors++;
+        if (ret || qcow2_read_refcount(k->im, block, i, &stored)) {
+            if (k->c->errors++ == 0)
+                msg_err(0, "%s: the refcount of host 0x%" PRIx64 " cannot be read", k->im->name,
+                        i << k->q->cluster_bits);
             stored = counted;
         } else if (stored || counted) {
             last = i;
         }
         if ((k->uses[i] & (QCOW2_USE_MIXED | QCOW2_USE_OVERFLOW)) == QCOW2_USE_MIXED && stored == counted)
             qcow2_report_mixed(k, i);
-        if (stored != run_stored || counted != run_counted) {
-            qcow2_report_run(k, i, run, run_stored, run_counted);
-            run = 0;
+        if (stored != run.stored || counted != run.counted) {
+            qcow2_report_run(k, &run);
+            run = (struct qcow2_run){ i, 0, stored, counted };
         }
-        run++;
-        run_stored = stored;
-        run_counted = counted;
+        run.n++;
     }
-    qcow2_report_run(k, i, run, run_stored, run_counted);
+    qcow2_report_run(k, &run);
     k->c->image_end = (last + 1) << k->q->cluster_bits;
 }
 
 /* The parts of the header that only matter here. */
-static int qcow2_check_begin(struct qcow2_check *k)
+static int qcow2_begin_check(struct qcow2_check *k)
 {
     const struct qcow2 *q = k->q;
-    uint64_t cluster = 1u << q->cluster_bits, done;
+    uint64_t cluster = qcow2_cluster(q), done;
     struct qcow2_header h;
     int ret = file_pread(k->f, &h, QCOW2_HEADER_V2, 0, &done);
 
+    if (!ret)
+        ret = qcow2_check_refcount_table(k->im);
     if (ret)
         return ret;
     k->size = be64_to_cpu(h.size);
     k->l1_entries = be32_to_cpu(h.l1_entries);
     k->l1_offset = be64_to_cpu(h.l1_offset);
-    k->table_offset = be64_to_cpu(h.refcounts_offset);
-    k->table_entries = (uint64_t)be32_to_cpu(h.refcounts_clusters) * cluster / 8;
-    if (k->table_entries * 8 > QCOW2_MAX_REFCOUNT_TABLE)
-        return fmt_refuse(k->im, "the size of the refcount table", k->table_entries);
-    if (k->table_offset % cluster || k->table_offset > (uint64_t)INT64_MAX)
-        return fmt_refuse(k->im, "the place of the refcount table", k->table_offset);
     if (k->l1_entries > QCOW2_MAX_L1 / 8 || k->l1_offset % cluster || k->l1_offset > (uint64_t)INT64_MAX)
-        return fmt_refuse(k->im, "the place of the L1 table", k->l1_offset);
+        return fmt_refuse(k->im, "the L1 table: up to 32 MiB at a multiple of the cluster size below 2^63", k->l1_offset);
     k->length = (k->f->size + 511) / 512 * 512;
     k->n_clusters = (k->length + cluster - 1) / cluster;
     if (k->n_clusters > INT_MAX)
-        return msg_err(-EFBIG, "%s: too large to be checked (%" PRIu64 " clusters)", k->im->name, k->n_clusters);
+        return msg_err(-EFBIG, "%s: too large to be checked (%" PRIu64 " clusters, of at most %d)", k->im->name,
+                       k->n_clusters, INT_MAX);
     k->width = q->refcount_order <= 3 ? 1 : q->refcount_order == 4 ? 2 : 4;
-    k->most = q->refcount_order >= 5 ? UINT32_MAX : (1ull << (1u << q->refcount_order)) - 1;
+    k->max = q->refcount_order >= 5 ? UINT32_MAX : (1ull << (1u << q->refcount_order)) - 1;
     k->c->total = ((k->size & ~511ull) + cluster - 1) / cluster;
     return 0;
 }
 
-static void qcow2_check_all(struct qcow2_check *k)
+/* Counts everything, then calls repair(). */
+static int qcow2_count_all(struct image *im, struct check *c, int (*repair)(struct qcow2_check *k))
 {
-    qcow2_count(k, 0, 1u << k->q->cluster_bits, "the header");
-    qcow2_check_tables(k, false);
-    qcow2_check_bitmaps(k);
-    qcow2_check_blocks(k);
-    qcow2_compare_counts(k);
-    if (k->n_suspects)
-        qcow2_check_tables(k, true);
-}
-
-/* Counts everything; what is to be done with the counts comes last. */
-static int qcow2_count_all(struct image *im, struct check *c, int (*then)(struct qcow2_check *k))
-{
-    struct qcow2_check k = { .im = im, .q = im->state, .c = c, .f = &im->files[0] };
-    int ret = qcow2_check_begin(&k);
+    struct qcow2 *q = im->state;
+    struct qcow2_check k = { .im = im, .q = q, .c = c, .f = &im->files[0] };
+    int ret = qcow2_begin_check(&k);
     uint64_t bytes = (k.n_clusters + 1) * (k.width + 1);
 
     if (ret)
@@ -11460,13 +11453,21 @@ static int qcow2_count_all(struct image *im, struct check *c, int (*then)(struct
     k.refs = malloc(QCOW2_REFS * sizeof(*k.refs));
     if (!k.counts || !k.refs) {
         ret = msg_err(-ENOMEM, "%s: out of memory", im->name);
-    } else {
-        k.uses = (uint8_t *)k.counts + (k.n_clusters + 1) * k.width;
-        qcow2_check_all(&k);
-        ((struct qcow2 *)im->state)->shared = k.shared;
+        goto out_counts;
     }
-    if (!ret && then)
-        ret = then(&k);
+    k.uses = (uint8_t *)k.counts + (k.n_clusters + 1) * k.width;
+    qcow2_count_table(&k, 0, qcow2_cluster(q), "the header");
+    qcow2_check_tables(&k);
+    qcow2_check_bitmaps(&k);
+    qcow2_check_blocks(&k);
+    qcow2_compare_counts(&k);
+    k.naming = true;
+    if (k.n_suspects)
+        qcow2_check_tables(&k);
+    k.naming = false;
+    q->shared = k.shared;
+    ret = repair ? repair(&k) : 0;
+out_counts:
     util_unmap(k.counts, bytes);
     free(k.refs);
     return ret;
@@ -11478,95 +11479,69 @@ static int qcow2_check(struct image *im, struct check *c)
 }
 
 /*
- * For --map: were clusters set aside that have no room in the file yet, as with preallocation=metadata? As QEMU
- * finds out: there are more used clusters than the file has blocks for, by a tenth, or by two.
+ * -- repairing --
+ *
+ * The image is opened for writing and nobody uses it yet, so what is called here needs no lock.
  */
-static void qcow2_find_holes(struct image *im)
-{
-    struct qcow2 *q = im->state;
-    struct check c = { .errors = 0 };
-    struct qcow2_check k = { .im = im, .q = q, .c = &c, .f = &im->files[0] };
-    uint64_t room = ((uint64_t)k.f->st.st_blocks * 512) >> q->cluster_bits, used = 0, stored = 0;
-    uint64_t enough = room * 10 / 9 > room + 2 ? room * 10 / 9 : room + 2;
-
-    if (k.f->is_blk || (k.f->size >> q->cluster_bits) + 1 < enough || qcow2_check_begin(&k))
-        return;
-    for (uint64_t i = 0; i < k.n_clusters && used < enough && qcow2_stored(&k, i, &stored) == 0; i++)
-        used += stored != 0;
-    q->preallocated = used >= enough;
-}
-
-/* -- repairing -- */
 
 /* Near a bad sector an entry can be read, but not be changed: then it is left. */
-static void qcow2_mend_entry(struct qcow2_check *k, uint64_t at, uint64_t entry, uint64_t bitmap, bool has_bitmap)
+static void qcow2_repair_entry(struct qcow2_check *k, const struct qcow2_walk *w, uint64_t entry)
 {
-    uint64_t words[2] = { htobe64(entry), htobe64(bitmap) };
+    uint64_t words[2] = { htobe64(entry), htobe64(w->bitmap) };
 
-    k->flags_set += !qcow2_store_locked(k->im, at, words, has_bitmap && k->q->subclusters ? 2 : 1, QCOW2_MAPPING);
+    k->flags_set += !qcow2_store_locked(k->im, w->at, words, w->width / 8, QCOW2_MAPPING);
 }
 
 /*
- * COPIED of one entry, where it does not say what the refcount is. Left alone where the refcount itself could not be
- * put right; and never set while there are references that could not be read.
+ * COPIED of one entry (is_data: of an L2 table), where it does not say what the refcount is. Left alone where the
+ * refcount itself could not be repaired; and never set while there are references that could not be read.
  */
-static void qcow2_mend_copied(struct qcow2_check *k, uint64_t at, uint64_t entry, uint64_t bitmap, bool has_bitmap)
+static void qcow2_repair_copied(struct qcow2_check *k, const struct qcow2_walk *w, bool is_data)
 {
-    struct image *im = k->im;
     const struct qcow2 *q = k->q;
-    uint64_t refcount, host = entry & QCOW2_OFFSET, cluster = host >> q->cluster_bits;
+    uint64_t refcount, host = w->entry & QCOW2_OFFSET, cluster = host >> q->cluster_bits;
 
     if (!host || host % qcow2_cluster(q) || cluster >= k->n_clusters ||
-        (has_bitmap && (q->incompatible & QCOW2_DATA_FILE)) ||
-        qcow2_get_refcount(im, cluster, &refcount) || (refcount == 1) == !!(entry & QCOW2_COPIED) ||
-        refcount < qcow2_counted(k, cluster) || (k->uses[cluster] & QCOW2_USE_OVERFLOW) ||
-        (refcount == 1 && k->unreadable))
+        (is_data && (q->incompatible & QCOW2_DATA_FILE)) || qcow2_get_refcount(k->im, cluster, &refcount))
         return;
-    qcow2_mend_entry(k, at, entry ^ QCOW2_COPIED, bitmap, has_bitmap);
+    if ((refcount == 1) == !!(w->entry & QCOW2_COPIED) || refcount < qcow2_counted(k, cluster) ||
+        (k->uses[cluster] & QCOW2_USE_OVERFLOW) || (refcount == 1 && k->unreadable))
+        return;
+    qcow2_repair_entry(k, w, w->entry ^ QCOW2_COPIED);
 }
 
 /*
  * Is it a table? Nothing else refers to it, but an entry that leads to it may be wrong, and what lies there may be
  * what the guest has written. In such data most numbers that are not 0 make no sense as entries.
  */
-static bool qcow2_is_l2(struct qcow2_check *k, uint64_t l2)
+static bool qcow2_is_l2(const struct qcow2_check *k, uint64_t l2)
 {
     const struct qcow2 *q = k->q;
-    uint64_t entry, bitmap, good = 0, bad = 0;
+    struct qcow2_walk w = { .table = l2, .n = 1ull << q->l2_bits, .width = q->entry_size };
+    uint64_t good = 0, bad = 0;
     struct extent ext;
 
-    for (uint64_t i = 0; i < 1ull << q->l2_bits; i++) {
-        if (qcow2_read_entry(k->im, q, l2 + i * q->entry_size, &entry, &bitmap)) {
-            i += qcow2_check_skip(l2 + i * q->entry_size, q->entry_size);
-            continue;
-        }
-        if (!entry && !bitmap)
-            continue;
-        qcow2_map_entry(k->im, q, entry, bitmap, 0, qcow2_cluster(q), &ext);
+    while (qcow2_walk(k, &w)) {
+        qcow2_map_entry(k->im, q, w.entry, w.bitmap, 0, qcow2_cluster(q), &ext);
         bad += ext.kind == EXT_BAD;
         good += ext.kind != EXT_BAD;
     }
     return good >= bad;
 }
 
-static int qcow2_mend_l2(struct qcow2_check *k, uint64_t l2)
+static int qcow2_repair_l2(struct qcow2_check *k, uint64_t l2)
 {
-    struct image *im = k->im;
     const struct qcow2 *q = k->q;
-    uint64_t entry, bitmap, at;
+    struct qcow2_walk w = { .table = l2, .n = 1ull << q->l2_bits, .width = q->entry_size };
     int ret = 0;
 
-    for (uint64_t i = 0; i < 1ull << q->l2_bits && !ret; i++) {
-        at = l2 + i * q->entry_size;
-        if (qcow2_read_entry(im, q, at, &entry, &bitmap)) {
-            i += qcow2_check_skip(at, q->entry_size);
-        } else if ((entry & QCOW2_COMPRESSED) && (entry & QCOW2_COPIED)) {
-            qcow2_mend_entry(k, at, entry & ~QCOW2_COPIED, bitmap, true);
-        } else if (!(entry & QCOW2_COMPRESSED)) {
-            qcow2_mend_copied(k, at, entry, bitmap, true);
-        }
-        if (qcow2_is_due_locked(im))
-            ret = qcow2_commit_locked(im);
+    while (!ret && qcow2_walk(k, &w)) {
+        if (!(w.entry & QCOW2_COMPRESSED))
+            qcow2_repair_copied(k, &w, true);
+        else if (w.entry & QCOW2_COPIED)
+            qcow2_repair_entry(k, &w, w.entry & ~QCOW2_COPIED);
+        if (qcow2_is_due_locked(k->im))
+            ret = qcow2_commit_locked(k->im);
     }
     return ret;
 }
@@ -11574,81 +11549,75 @@ static int qcow2_mend_l2(struct qcow2_check *k, uint64_t l2)
 /* Is every cluster of [offset, offset + length) used for this and for nothing else? */
 static bool qcow2_is_used_as(const struct qcow2_check *k, uint64_t offset, uint64_t length, uint8_t use)
 {
-    const uint8_t kinds = QCOW2_USE_DATA | QCOW2_USE_L2 | QCOW2_USE_OTHER | QCOW2_USE_MIXED;
-
     for (uint64_t i = offset >> k->q->cluster_bits; i << k->q->cluster_bits < offset + length; i++)
-        if (i >= k->n_clusters || (k->uses[i] & kinds) != use)
+        if (i >= k->n_clusters || (k->uses[i] & (QCOW2_USE_KINDS | QCOW2_USE_MIXED)) != use)
             return false;
     return true;
 }
 
-static int qcow2_mend_flags(struct qcow2_check *k)
+/* COPIED in the active tables. Each L2 table is walked once. */
+static int qcow2_repair_flags(struct qcow2_check *k)
 {
-    struct image *im = k->im;
     const struct qcow2 *q = k->q;
+    struct qcow2_walk w = { .table = k->l1_offset, .n = k->l1_entries, .width = 8 };
     bool l1_is_ours = qcow2_is_used_as(k, k->l1_offset, k->l1_entries * 8, QCOW2_USE_OTHER);
-    uint64_t entry, l2;
+    uint64_t l2, cluster = qcow2_cluster(q);
     int ret = 0;
 
-    for (uint64_t i = 0; i < k->l1_entries && !ret; i++) {
-        if (cache_be64(&im->files[0], k->l1_offset + i * 8, &entry)) {
-            i += qcow2_check_skip(k->l1_offset + i * 8, 8);
-            continue;
-        }
-        l2 = entry & QCOW2_OFFSET;
-        if (!l2 || l2 % qcow2_cluster(q) || (entry & QCOW2_L1_RESERVED) || l2 >= im->files[0].size ||
-            qcow2_cluster(q) > im->files[0].size - l2)
+    while (!ret && qcow2_walk(k, &w)) {
+        l2 = w.entry & QCOW2_OFFSET;
+        if (!l2 || l2 % cluster || (w.entry & QCOW2_L1_RESERVED) || l2 >= k->f->size || cluster > k->f->size - l2)
             continue;
         if (l1_is_ours)
-            qcow2_mend_copied(k, k->l1_offset + i * 8, entry, 0, false);
-        if ((k->uses[l2 >> q->cluster_bits] & QCOW2_USE_SEEN))
+            qcow2_repair_copied(k, &w, false);
+        if (k->uses[l2 >> q->cluster_bits] & QCOW2_USE_SEEN)
             continue;
-        k->uses[l2 >> q->cluster_bits] |= QCOW2_USE_SEEN;       /* each is walked once */
-        if (qcow2_is_used_as(k, l2, qcow2_cluster(q), QCOW2_USE_L2) && qcow2_is_l2(k, l2))
-            ret = qcow2_mend_l2(k, l2);
+        k->uses[l2 >> q->cluster_bits] |= QCOW2_USE_SEEN;
+        if (qcow2_is_used_as(k, l2, cluster, QCOW2_USE_L2) && qcow2_is_l2(k, l2))
+            ret = qcow2_repair_l2(k, l2);
     }
     return ret;
 }
 
 /*
- * Refcounts as they were counted, where there are blocks that are nothing else. -ESTALE: not everywhere. Nothing is
- * freed while there are references that could not be read.
+ * Stores refcounts as they were counted, in blocks that are nothing else. *stale: some are not right, as they have no
+ * such block. Nothing is freed while there are references that could not be read.
  */
-static int qcow2_mend_in_place(struct qcow2_check *k, uint64_t *changed)
+static int qcow2_repair_refcounts(struct qcow2_check *k, uint64_t *changed, bool *stale)
 {
     struct image *im = k->im;
     uint64_t stored, counted, block, per = qcow2_per_block(k->q);
-    bool stale = false;
     int ret = 0;
 
     for (uint64_t i = 0; i < k->n_clusters && !ret; i++) {
+        bool lost = qcow2_find_block(im, i, &block);
         counted = qcow2_counted(k, i);
-        ret = qcow2_find_block(im, i, &block);
-        if (!ret && !block && !counted)
+        if (!lost && !block && !counted)
             continue;
-        if (ret || !block || !qcow2_is_used_as(k, block, 1, QCOW2_USE_OTHER) || qcow2_get_refcount(im, i, &stored)) {
-            stale = true;
-            i += block || ret ? per - 1 - i % per : 0;  /* all of this block: reading it again would be slow */
-            ret = 0;
+        if (lost || !block || !qcow2_is_used_as(k, block, 1, QCOW2_USE_OTHER) ||
+            qcow2_read_refcount(im, block, i, &stored)) {
+            *stale = true;
+            i += block || lost ? per - 1 - i % per : 0; /* the rest of this block: reading it again would be slow */
             continue;
         }
         if (stored == counted || (k->unreadable && stored > counted))
             continue;
-        if (qcow2_set_refcount(im, i, counted)) {       /* a bad sector near it */
-            stale = true;
+        if (qcow2_put_refcount(im, block, i, counted)) {        /* a bad sector near it */
+            *stale = true;
             continue;
         }
         ++*changed;
         if (qcow2_is_due_locked(im))
             ret = qcow2_commit_locked(im);
     }
-    return ret ? ret : stale ? -ESTALE : 0;
+    return ret;
 }
 
-static int qcow2_write_block(struct qcow2_check *k, uint64_t number, uint64_t at, uint64_t end)
+/* Writes a new refcount block to `offset`: what was counted, and 1 for the clusters from there on up to `end`. */
+static int qcow2_write_block(struct qcow2_check *k, uint64_t number, uint64_t offset, uint64_t end)
 {
     const struct qcow2 *q = k->q;
-    uint64_t per = qcow2_per_block(q), size = qcow2_cluster(q), done, mask, place, value;
+    uint64_t per = qcow2_per_block(q), size = qcow2_cluster(q), done, mask, at, value;
     be64 *block = calloc(1, size);
     unsigned shift;
     int ret;
@@ -11657,21 +11626,20 @@ static int qcow2_write_block(struct qcow2_check *k, uint64_t number, uint64_t at
         return -ENOMEM;
     for (uint64_t c = number * per; c < (number + 1) * per && c < end; c++) {
         value = c < k->n_clusters ? qcow2_counted(k, c) : 1;
-        place = qcow2_refcount_offset(q, c, &shift, &mask);
-        block[place / 8] = cpu_to_be64(be64_to_cpu(block[place / 8]) | (value & mask) << shift);
+        at = qcow2_refcount_offset(q, c, &shift, &mask) / 8;
+        block[at] = cpu_to_be64(be64_to_cpu(block[at]) | (value & mask) << shift);
     }
-    ret = file_pwrite(&k->im->files[0], block, size, at, &done);
+    ret = file_pwrite(k->f, block, size, offset, &done);
     free(block);
     return ret;
 }
 
-/* A whole new refcount table with all its blocks behind the file's end, and the header says so. */
+/* Writes a new refcount table and all its blocks behind the end of the file, then the header names it. */
 static int qcow2_rebuild(struct qcow2_check *k)
 {
-    const struct qcow2 *q = k->q;
-    struct qcow2_writer *w = q->w;
     struct image *im = k->im;
-    uint64_t size = qcow2_cluster(q), per = qcow2_per_block(q), blocks = 1, table = 1, start = k->n_clusters, end, done;
+    struct qcow2 *q = im->state;
+    uint64_t size = qcow2_cluster(q), per = qcow2_per_block(q), start = k->n_clusters, blocks = 1, table = 1, end, done;
     be64 entry;
     int ret;
 
@@ -11682,73 +11650,54 @@ static int qcow2_rebuild(struct qcow2_check *k)
     }
     if (table * size > QCOW2_MAX_REFCOUNT_TABLE)
         return -EFBIG;
-    ret = file_grow(&im->files[0], end * size);
+    ret = file_grow(k->f, end * size);
     if (!ret)
-        ret = file_write_zeros(&im->files[0], (start + blocks) * size, table * size);
+        ret = file_write_zeros(k->f, (start + blocks) * size, table * size);
     for (uint64_t i = 0; i < blocks && !ret; i++) {
         ret = qcow2_write_block(k, i, (start + i) * size, end);
         entry = cpu_to_be64((start + i) * size);
         if (!ret)
-            ret = file_pwrite(&im->files[0], &entry, 8, (start + blocks) * size + i * 8, &done);
+            ret = file_pwrite(k->f, &entry, 8, (start + blocks) * size + i * 8, &done);
     }
     if (!ret)
-        ret = file_sync(&im->files[0]);
+        ret = file_sync(k->f);
     if (!ret)
         ret = qcow2_write_table_offset(im, (start + blocks) * size, table);
     if (!ret)
         ret = qcow2_reload_locked(im, start * size, (blocks + table) * size);
-    w->table_offset = (start + blocks) * size;
-    w->table_entries = table * size / 8;
-    w->top = end * size;
-    return ret;
+    if (ret)
+        return ret;
+    q->refcounts_offset = (start + blocks) * size;
+    q->refcounts_entries = table * size / 8;
+    q->w->top = end * size;
+    msg_say(MSG_NOTE, "%s: all refcounts were rebuilt", im->name);
+    return 0;
 }
 
-/* Refcounts that are where they cannot be put right. *rebuilt: all are new now. */
-static int qcow2_mend_blocks(struct qcow2_check *k, bool *rebuilt)
+/* 1: something has changed, so it is counted again. */
+static int qcow2_repair_all(struct qcow2_check *k)
 {
     struct image *im = k->im;
-    int ret;
+    bool stale = false, rebuilt = false;
+    uint64_t changed = 0;
+    int ret = qcow2_start_writer(im);
 
-    if (k->unreadable || k->beyond) {
+    if (!ret)
+        ret = qcow2_repair_refcounts(k, &changed, &stale);
+    if (!ret)
+        ret = qcow2_commit_locked(im);
+    if (!ret && stale && (k->unreadable || k->beyond)) {
         msg_say(MSG_NOTE, "%s: refcount blocks are damaged, and no new ones are made: %s", im->name, k->unreadable
                 ? "some tables cannot be read, so what is in use is not known"
                 : "some entries refer past the end of the file, where these would lie");
-        return 0;
+    } else if (!ret && stale) {
+        ret = qcow2_rebuild(k);
+        rebuilt = !ret;
     }
-    ret = qcow2_rebuild(k);
-    *rebuilt = !ret;
-    if (!ret)
-        msg_say(MSG_NOTE, "%s: all refcounts were rebuilt", im->name);
-    return ret;
-}
-
-/* With im opened for it, and nobody else. k: what was counted. 1: something has changed, so it is counted again. */
-static int qcow2_mend(struct qcow2_check *k)
-{
-    struct image *im = k->im;
-    struct qcow2 *q = im->state;
-    uint64_t changed = 0;
-    bool rebuilt = false;
-    int ret = qcow2_start_writer(im);
-
-    if (!q->w || !q->w->waiting.range)
-        return ret;
-    if (ret) {
-        q->w->table_entries = 0;    /* the place of the table is damaged: a new one is made */
-        ret = -ESTALE;
-    }
-    if (!ret)
-        ret = qcow2_mend_in_place(k, &changed);
-    if (!ret || ret == -ESTALE) {
-        int r = qcow2_commit_locked(im);
-        ret = r ? r : ret;
-    }
-    if (ret == -ESTALE)
-        ret = qcow2_mend_blocks(k, &rebuilt);
     if (!ret && changed && !rebuilt)
-        msg_say(MSG_NOTE, "%s: %" PRIu64 " refcounts were set right", im->name, changed);
+        msg_say(MSG_NOTE, "%s: %" PRIu64 " refcounts were repaired", im->name, changed);
     if (!ret)
-        ret = qcow2_mend_flags(k);
+        ret = qcow2_repair_flags(k);
     if (!ret)
         ret = qcow2_commit_locked(im);
     qcow2_stop_writer(im);
@@ -11756,25 +11705,25 @@ static int qcow2_mend(struct qcow2_check *k)
 }
 
 /* The automatic repair: refcounts that are out of date are no damage. Anything else is left to the user. */
-static int qcow2_mend_dirty(struct qcow2_check *k)
+static int qcow2_repair_dirty(struct qcow2_check *k)
 {
     if (!k->c->corruptions && !k->c->leaks)
         return 0;
-    if (k->c->errors || k->mixed || k->c->corruptions != k->mendable) {
+    if (k->c->errors || k->mixed || k->c->corruptions != k->repairable) {
         msg_say(MSG_NOTE, "%s: was not closed properly, and more is wrong than refcounts: it is left as it is",
                 k->im->name);
         return 0;
     }
     msg_say(MSG_NOTE, "%s: was not closed properly: its refcounts are rebuilt before anything is written",
             k->im->name);
-    return qcow2_mend(k);
+    return qcow2_repair_all(k);
 }
 
 /*
- * Counts and mends until there is nothing (more) to mend: after a rebuild the old table and its blocks are free.
+ * Counts and repairs until there is nothing (more) to repair: after a rebuild the old table and its blocks are free.
  * c: what is left.
  */
-static int qcow2_repair_by(struct image *im, struct check *c, int (*mend)(struct qcow2_check *k))
+static int qcow2_repair_by(struct image *im, struct check *c, int (*repair)(struct qcow2_check *k))
 {
     struct qcow2 *q = im->state;
     const struct check none = *c;
@@ -11782,7 +11731,7 @@ static int qcow2_repair_by(struct image *im, struct check *c, int (*mend)(struct
 
     for (unsigned round = 0; ret > 0; round++) {
         *c = none;
-        ret = qcow2_count_all(im, c, round < 4 ? mend : NULL);
+        ret = qcow2_count_all(im, c, round < 4 ? repair : NULL);
     }
     if (!ret && !c->corruptions && !c->errors)
         ret = qcow2_set_features(im, q->incompatible & ~(uint64_t)(QCOW2_DIRTY | QCOW2_CORRUPT), q->autoclear);
@@ -11791,12 +11740,12 @@ static int qcow2_repair_by(struct image *im, struct check *c, int (*mend)(struct
 
 static int qcow2_repair(struct image *im, struct check *c)
 {
-    return qcow2_repair_by(im, c, qcow2_mend);
+    return qcow2_repair_by(im, c, qcow2_repair_all);
 }
 
 /* -- before the first write -- */
 
-/* Damaged refcounts would give away clusters that are in use. So they are counted before anything is written. */
+/* With wrong refcounts a cluster that is in use would be allocated (I1). So references are counted first. */
 static int qcow2_count_before_writing(struct image *im, bool *sound)
 {
     struct qcow2 *q = im->state;
@@ -11805,7 +11754,7 @@ static int qcow2_count_before_writing(struct image *im, bool *sound)
 
     *sound = !(q->incompatible & QCOW2_CORRUPT);
     if (*sound)
-        ret = q->incompatible & QCOW2_DIRTY ? qcow2_repair_by(im, &c, qcow2_mend_dirty) : qcow2_check(im, &c);
+        ret = q->incompatible & QCOW2_DIRTY ? qcow2_repair_by(im, &c, qcow2_repair_dirty) : qcow2_check(im, &c);
     c.corruptions += ret == -EINVAL;        /* the header's fields make no sense: it has said which */
     ret = ret == -EINVAL ? 0 : ret;
     if (ret || (c.errors && !c.corruptions))        /* a disk that cannot be read is not a corrupt image */
@@ -11814,15 +11763,14 @@ static int qcow2_count_before_writing(struct image *im, bool *sound)
     if (c.corruptions) {
         *sound = false;
         msg_say(MSG_ERROR, "%s: is corrupt (%" PRIu64 " findings): served read-only; --check lists them, --check "
-                "--repair mends what can be mended", im->name, c.corruptions);
+                "--repair repairs what can be repaired", im->name, c.corruptions);
     } else if (!*sound) {
-        msg_say(MSG_ERROR, "%s: is marked corrupt: served read-only; --check says why, --check --repair mends what "
-                "can be mended", im->name);
+        msg_say(MSG_ERROR, "%s: is marked corrupt: served read-only; --check says why, --check --repair repairs what "
+                "can be repaired", im->name);
     }
-    return ret;
+    return 0;
 }
 
-/* Of the features that others keep in step with the data (bitmaps), we know only raw external data. */
 static int qcow2_begin_writing(struct image *im)
 {
     struct qcow2 *q = im->state;
@@ -11832,20 +11780,19 @@ static int qcow2_begin_writing(struct image *im)
     if (im->depth == 0 && im->opt->snapshot)
         return msg_err(-EROFS, "%s: a snapshot is not written; --overlay or --temporary takes the changes", im->name);
     ret = qcow2_count_before_writing(im, &sound);
-    if (!ret && !sound) {
-        ret = qcow2_set_features(im, q->incompatible | QCOW2_CORRUPT, q->autoclear);
-        im->writable = false;
-    } else if (!ret) {
-        ret = qcow2_start_writer(im);
-        if (!ret && q->shared)
-            msg_say(MSG_NOTE, "%s: parts of its disk share clusters; they part where they are written, which leaks "
-                    "clusters (--check --repair gives them back)", im->name);
-        if (!ret && !im->files[0].is_blk)   /* QEMU leaves the last cluster as short as it was written */
-            ret = file_grow(&im->files[0], q->w->top);
-        if (!ret)
-            ret = qcow2_set_features(im, q->incompatible, q->autoclear & QCOW2_RAW_DATA);
-    }
-    return ret;
+    if (ret)
+        return ret;
+    im->writable = sound;
+    if (!sound)
+        return qcow2_set_features(im, q->incompatible | QCOW2_CORRUPT, q->autoclear);
+    ret = qcow2_start_writer(im);
+    if (!ret && q->shared)
+        msg_say(MSG_NOTE, "%s: parts of its disk share clusters; they part where they are written, which leaks "
+                "clusters (--check --repair frees them)", im->name);
+    if (!ret && !im->files[0].is_blk)   /* QEMU leaves the last cluster as short as it was written */
+        ret = file_grow(&im->files[0], q->w->top);
+    /* Autoclear features (bitmaps) do not follow our writes, but for raw external data. */
+    return ret ? ret : qcow2_set_features(im, q->incompatible, q->autoclear & QCOW2_RAW_DATA);
 }
 
 static const struct image_format qcow2_format = {

@@ -2021,8 +2021,8 @@ t_qcow2_damaged_headers_are_refused() {
 96 00000007 refcount width
 36 00500000 size of the L1
 36 00000000 size of the L1
-40 0000000000030200 place of the L1
-40 0000400000000000 place of the L1
+40 0000000000030200 offset of the L1
+40 0000400000000000 offset of the L1
 32 00000001 encrypted
 32 00000002 encrypted
 4 00000004 unknown version 4
@@ -2035,7 +2035,7 @@ t_qcow2_damaged_headers_are_refused() {
     qemu-img create -q -f qcow2 -o cluster_size=8k good 64M
     poke bad 76 00000010; refused 1 'subclusters need' "$fx" -q bad m
     head -c 71 good >bad; refused 1 'is not a qcow2' "$fx" -q bad m
-    head -c 4000 good >bad; refused 1 'place of the L1' "$fx" -q bad m
+    head -c 4000 good >bad; refused 1 'offset of the L1' "$fx" -q bad m
 }
 
 t_qcow2_damaged_tables_cost_their_range_only() {
@@ -4481,7 +4481,7 @@ t_check_has_nothing_to_do_for_raw_images() {
     same "$(cat err)" "fuseexp: img: is raw, which has nothing to check"
     expect 63 qemu-img check -f raw img
     qemu-img create -q -f qcow2 good 1M
-    poke img 48 0000000000030200; refused 1 'the place of the refcount table' "$fx" --check img
+    poke img 48 0000000000030200; refused 1 'the offset of the refcount table' "$fx" --check img
     poke img 56 00000fff; refused 1 'the size of the refcount table' "$fx" --check img
     expect 1 "$fx" --check --json good >/dev/full; grep -q 'cannot write' err
 }
