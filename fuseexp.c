@@ -2866,7 +2866,7 @@ static int cache_load(struct file *f, uint64_t start, uint64_t *slice)
 }
 
 /*
- * Reads n words (8 bytes each, as they lie in the file; n is 1 or 2) of a table in f at offset, a multiple of 8 * n.
+ * Reads n words (8 bytes each, as they lie in the file) of a table in f at offset, all of them in one slice.
  * Past the file's end they are zeros, but -EIO where the whole slice is past it, or where they cannot be read.
  */
 static int cache_words(struct file *f, uint64_t offset, uint64_t *value, size_t n)
@@ -10892,30 +10892,32 @@ struct qcow2_check {
 
 /* A walk through a table. Where it cannot be read, the rest of the sector is left out. */
 struct qcow2_walk {
-    uint64_t table, n;              /* its offset; how many entries */
+    uint64_t table, n;              /* its offset, a multiple of 512; how many entries */
     unsigned width;                 /* bytes of an entry: 8, or 16 with subclusters */
     uint64_t next;                  /* number of the entry after this one */
     uint64_t i, at;                 /* of this entry: its number, its offset in the file */
-    uint64_t entry, bitmap;
+    uint64_t entry, bitmap;         /* what it says; bitmap: 0, or of a wide entry */
     uint64_t lost, lost_at;         /* how many sectors were left out; the first of them */
+    uint64_t words[8];              /* those around this entry: eight are looked up at once, for speed */
 };
 
 /* The next entry that is not 0. False: there is none in the file. */
 static bool qcow2_walk(const struct qcow2_check *k, struct qcow2_walk *w)
 {
     while (w->next < w->n) {
-        uint64_t words[2] = { 0, 0 };
+        uint64_t size = k->f->size, words;
         w->i = w->next++;
         w->at = w->table + w->i * w->width;
-        if (w->at >= k->f->size)
+        if (w->at >= size)
             return false;
-        if (cache_words(k->f, w->at, words, w->width / 8)) {
+        words = util_min(8, (size - w->at + w->width - 1) / w->width * (w->width / 8));
+        if (w->at % sizeof(w->words) == 0 && cache_words(k->f, w->at, w->words, words)) {
             w->lost_at = w->lost++ ? w->lost_at : w->at;
             w->next += (512 - w->at % 512) / w->width - 1;
             continue;
         }
-        w->entry = be64toh(words[0]);
-        w->bitmap = be64toh(words[1]);
+        w->entry = be64toh(w->words[w->at % sizeof(w->words) / 8]);
+        w->bitmap = w->width == 8 ? 0 : be64toh(w->words[w->at % sizeof(w->words) / 8 + 1]);
         if (w->entry || w->bitmap)
             return true;
     }
