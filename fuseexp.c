@@ -8875,7 +8875,8 @@ static int qcow2_read_backing_name(struct image *im, struct qcow2 *q, const uint
 
     if (offset && (n > QCOW2_MAX_NAME || offset > len || n > len - offset ||
                    !util_copy_name(im->backing_name, sizeof(im->backing_name), cluster + offset, n)))
-        return fmt_refuse(im, "the name of the backing file: up to 1023 bytes, none of them 0, in the first cluster", n);
+        return fmt_refuse(im, "the name of the backing file: up to 1023 bytes, none of them 0, in the first cluster",
+                          n);
     util_hash(&hash, im->backing_name);
     if (hash != q->backing_hash)    /* rebased since */
         im->backing_size = 0;
@@ -8943,7 +8944,8 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     name_len = be16_to_cpu(h.name_length);
     extra_len = be32_to_cpu(h.extra_length);
     if (extra_len > 1024 || id_len >= sizeof(sn->id) || name_len >= sizeof(sn->name))
-        return fmt_refuse(im, "a snapshot's entry: up to 1024 bytes of extra data, 255 of id and 1023 of name", extra_len);
+        return fmt_refuse(im, "a snapshot's entry: up to 1024 bytes of extra data, 255 of id and 1023 of name",
+                          extra_len);
     at += sizeof(h);
     ret = qcow2_read(im, at, &extra, util_min(extra_len, sizeof(extra)), past_end);
     if (!ret)
@@ -11429,7 +11431,8 @@ static int qcow2_begin_check(struct qcow2_check *k)
     k->l1_entries = be32_to_cpu(h.l1_entries);
     k->l1_offset = be64_to_cpu(h.l1_offset);
     if (k->l1_entries > QCOW2_MAX_L1 / 8 || k->l1_offset % cluster || k->l1_offset > (uint64_t)INT64_MAX)
-        return fmt_refuse(k->im, "the L1 table: up to 32 MiB at a multiple of the cluster size below 2^63", k->l1_offset);
+        return fmt_refuse(k->im, "the L1 table: up to 32 MiB at a multiple of the cluster size below 2^63",
+                          k->l1_offset);
     k->length = (k->f->size + 511) / 512 * 512;
     k->n_clusters = (k->length + cluster - 1) / cluster;
     if (k->n_clusters > INT_MAX)
