@@ -4652,15 +4652,22 @@ static const struct image_format vdi_format = {
  * Only raw backing files have their format recorded; that of others is for the user to say.
  * ******************************************************************************************************** */
 
+struct qed_header {
+    uint8_t magic[4];               /* 0x00: "QED\0" */
+    le32 cluster_size;              /* 0x04: 4 KiB to 64 MiB, a power of 2 */
+    le32 table_clusters;            /* 0x08: of an L1 or L2 table: 1 to 16, a power of 2 */
+    le32 header_clusters;           /* 0x0c: at least 1 */
+    le64 features;                  /* 0x10: QED_BACKING ... */
+    le64 compatible;                /* 0x18: safe to ignore */
+    le64 autoclear;                 /* 0x20: safe to ignore */
+    le64 l1_offset;                 /* 0x28 */
+    le64 size;                      /* 0x30: of the disk */
+    le32 name_offset;               /* 0x38: of the backing file's name, in the header's clusters */
+    le32 name_length;               /* 0x3c */
+};
+_Static_assert(sizeof(struct qed_header) == 64, "QED header");
+
 enum {
-    QED_OFF_CLUSTER_SIZE = 4,
-    QED_OFF_TABLE_SIZE = 8,         /* in clusters, as the header's size */
-    QED_OFF_HEADER_SIZE = 12,
-    QED_OFF_FEATURES = 16,          /* compatible and autoclear features follow: safe to ignore */
-    QED_OFF_L1 = 40,
-    QED_OFF_SIZE = 48,
-    QED_OFF_NAME = 56,              /* offset and length of the backing file's name, 4 bytes each */
-    QED_HEADER = 64,
     QED_BACKING = 1,
     QED_NEED_CHECK = 2,
     QED_BACKING_RAW = 4,
@@ -4678,12 +4685,12 @@ struct qed {
 
 static int qed_probe(const struct probe *p)
 {
-    return p->head_len >= QED_HEADER && memcmp(p->head, "QED", 4) == 0 ? 100 : 0;
+    return p->head_len >= sizeof(struct qed_header) && memcmp(p->head, "QED", 4) == 0 ? 100 : 0;
 }
 
-static bool qed_is_power_of_2(uint32_t value, uint32_t least, uint32_t most)
+static bool qed_is_power_of_2(uint32_t value, uint32_t min, uint32_t max)
 {
-    return value >= least && value <= most && (value & (value - 1)) == 0;
+    return value >= min && value <= max && (value & (value - 1)) == 0;
 }
 
 static int qed_check_features(const struct image *im, uint64_t features)
@@ -4704,61 +4711,61 @@ static int qed_check_l1(const struct image *im, const struct qed *q)
     uint64_t file_size = im->files[0].size, covers = q->cluster_bits + q->table_bits, need;
 
     if (q->size % 512 || q->size > (uint64_t)MAX_IMAGE_SIZE)
-        return fmt_refuse(im, "the size", q->size);
+        return fmt_refuse(im, "the size: a multiple of 512 bytes below 2^63", q->size);
     need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
     if (need > 1ull << q->table_bits)
         return fmt_refuse(im, "the size, more than the tables can hold", q->size);
     if (q->l1 < q->first || q->l1 % (1u << q->cluster_bits) || q->l1 > file_size || need * 8 > file_size - q->l1)
-        return fmt_refuse_table(im, &im->files[0], "the place of the L1 table", q->l1, need * 8);
+        return fmt_refuse_table(im, &im->files[0], "the offset of the L1 table", q->l1, need * 8);
     return 0;
 }
 
-static int qed_read_header(struct image *im, struct qed *q, uint8_t h[QED_HEADER])
+static int qed_read_header(struct image *im, struct qed *q, struct qed_header *h)
 {
-    uint32_t cluster, table, header_size;
+    uint32_t cluster, table, header_clusters;
     uint64_t done;
     int ret = 0;
 
-    if (im->files[0].size >= QED_HEADER)
-        ret = file_pread(&im->files[0], h, QED_HEADER, 0, &done);
+    if (im->files[0].size >= sizeof(*h))
+        ret = file_pread(&im->files[0], h, sizeof(*h), 0, &done);
     if (ret)
         return ret;
-    if (memcmp(h, "QED", 4) != 0)
+    if (memcmp(h->magic, "QED", 4) != 0)
         return msg_err(-EINVAL, "%s: is not a QED image", im->name);
-    cluster = util_le32(h + QED_OFF_CLUSTER_SIZE);
-    table = util_le32(h + QED_OFF_TABLE_SIZE);
-    header_size = util_le32(h + QED_OFF_HEADER_SIZE);
-    q->features = util_le64(h + QED_OFF_FEATURES);
-    q->l1 = util_le64(h + QED_OFF_L1);
-    q->size = util_le64(h + QED_OFF_SIZE);
+    cluster = le32_to_cpu(h->cluster_size);
+    table = le32_to_cpu(h->table_clusters);
+    header_clusters = le32_to_cpu(h->header_clusters);
+    q->features = le64_to_cpu(h->features);
+    q->l1 = le64_to_cpu(h->l1_offset);
+    q->size = le64_to_cpu(h->size);
     ret = qed_check_features(im, q->features);
     if (ret)
         return ret;
     if (!qed_is_power_of_2(cluster, QED_MIN_CLUSTER, QED_MAX_CLUSTER))
-        return fmt_refuse(im, "the cluster size", cluster);
+        return fmt_refuse(im, "the cluster size: 4 KiB to 64 MiB, a power of 2", cluster);
     if (!qed_is_power_of_2(table, 1, QED_MAX_TABLE))
-        return fmt_refuse(im, "the table size", table);
-    if (!header_size)
-        return fmt_refuse(im, "the header's size", header_size);
+        return fmt_refuse(im, "the table size: 1 to 16 clusters, a power of 2", table);
+    if (!header_clusters)
+        return fmt_refuse(im, "the header's size: 1 cluster at least", header_clusters);
     q->cluster_bits = (uint32_t)__builtin_ctz(cluster);
     q->table_bits = q->cluster_bits + (uint32_t)__builtin_ctz(table) - 3;
-    q->first = (uint64_t)header_size << q->cluster_bits;
+    q->first = (uint64_t)header_clusters << q->cluster_bits;
     return qed_check_l1(im, q);
 }
 
 /* The name lies in the header's clusters. */
-static int qed_read_backing(struct image *im, const struct qed *q, const uint8_t *h)
+static int qed_read_backing(struct image *im, const struct qed *q, const struct qed_header *h)
 {
-    uint64_t offset = util_le32(h + QED_OFF_NAME), len = util_le32(h + QED_OFF_NAME + 4), done;
+    uint64_t offset = le32_to_cpu(h->name_offset), len = le32_to_cpu(h->name_length), done;
     char name[QED_MAX_NAME];
     int ret;
 
     if (!(q->features & QED_BACKING))
         return 0;
     if (len == 0 || len > sizeof(name))
-        return fmt_refuse(im, "the length of the backing file's name", len);
+        return fmt_refuse(im, "the length of the backing file's name: 1 to 1023 bytes", len);
     if (offset + len > q->first || offset + len > im->files[0].size)
-        return fmt_refuse(im, "the place of the backing file's name", offset);
+        return fmt_refuse(im, "the offset of the backing file's name: in the header's clusters", offset);
     ret = file_pread(&im->files[0], name, len, offset, &done);
     if (ret)
         return ret;
@@ -4772,12 +4779,12 @@ static int qed_read_backing(struct image *im, const struct qed *q, const uint8_t
 static int qed_open(struct image *im)
 {
     struct qed *q = im->state;
-    uint8_t h[QED_HEADER] = { 0 };
+    struct qed_header h = { .magic = { 0 } };
     int ret;
 
-    ret = qed_read_header(im, q, h);
+    ret = qed_read_header(im, q, &h);
     if (!ret)
-        ret = qed_read_backing(im, q, h);
+        ret = qed_read_backing(im, q, &h);
     if (ret)
         return ret;
     im->size = q->size;

@@ -3849,30 +3849,30 @@ t_qed_backing_files_and_their_formats() {
 t_qed_damaged_headers_are_refused() {
     random base 200; qemu-img create -q -f qed -b base -F raw good 64M; qemu-io -c 'write -P 1 0 1M' good >/dev/null
     local rows='
-4 00080000 the cluster size (0x800)
-4 00000008 the cluster size (0x8000000)
+4 00080000 the cluster size: 4 KiB to 64 MiB, a power of 2 (0x800)
+4 00000008 the cluster size: 4 KiB to 64 MiB, a power of 2 (0x8000000)
 4 01000100 the cluster size
-8 00000000 the table size (0x0)
-8 03000000 the table size (0x3)
-8 20000000 the table size (0x20)
-12 00000000 the header.s size (0x0)
-12 ffffffff place of the L1 table
+8 00000000 the table size: 1 to 16 clusters, a power of 2 (0x0)
+8 03000000 the table size: 1 to 16 clusters, a power of 2 (0x3)
+8 20000000 the table size: 1 to 16 clusters, a power of 2 (0x20)
+12 00000000 the header.s size: 1 cluster at least (0x0)
+12 ffffffff offset of the L1 table
 16 0d00000000000000 unknown QED feature (bit 3)
 16 0500000000000080 unknown QED feature (bit 63)
-40 0000000000000000 place of the L1 table (0x0)
-40 0002010000000000 place of the L1 table (0x10200)
-40 0000000001000000 place of the L1 table
-48 01000004 the size (0x4000001)
+40 0000000000000000 offset of the L1 table (0x0)
+40 0002010000000000 offset of the L1 table (0x10200)
+40 0000000001000000 offset of the L1 table
+48 01000004 the size: a multiple of 512 bytes below 2^63 (0x4000001)
 48 00ffffffffffffff the size
 48 0000000000004000 more than the tables can hold (0x40000000000000)
-56 feff0000 place of the backing file
-56 ffffffff place of the backing file
+56 feff0000 offset of the backing file
+56 ffffffff offset of the backing file
 60 00000000 length of the backing file
-60 00040000 length of the backing file.s name (0x400)
+60 00040000 length of the backing file.s name: 1 to 1023 bytes (0x400)
 60 06000000 a zero in the backing file'
     refuse_each poke bad <<<"$rows"
     head -c 63 good >bad; refused 1 'is not a QED image' "$fx" -q --format qed bad m
-    head -c 65000 good >bad; refused 1 'place of the L1' "$fx" -q bad m
+    head -c 65000 good >bad; refused 1 'offset of the L1' "$fx" -q bad m
 }
 
 t_qed_marked_dirty_is_read_with_a_note() {
