@@ -5445,8 +5445,6 @@ enum {
     VHDX_MIB = 1 << 20,             /* everything behind the headers is aligned to it */
     VHDX_HEADER_AT = 64 << 10,      /* the second one lies 64 KiB further; likewise the region tables */
     VHDX_HEADER = 4096,
-    VHDX_HEADER_USED = 32,          /* what reading needs of it: from the id of its data ... */
-    VHDX_HEADER_USED_END = 80,      /* ... to the place of the log */
     VHDX_REGIONS_AT = 192 << 10,
     VHDX_TABLE = 64 << 10,          /* a region table, or the metadata table */
     VHDX_MAX_ENTRIES = 2047,        /* of either */
@@ -5454,14 +5452,108 @@ enum {
     VHDX_MAX_BLOCK = 256 << 20,
     VHDX_CHUNK_BITS = 23,           /* log2 of the sectors of a chunk */
     VHDX_LOG_PAGE = 4096,
-    VHDX_LOG_HEADER = 64,
-    VHDX_LOG_DESCRIPTOR = 32,
     VHDX_LOG_SPARE = 64 << 20,      /* read at most 16 times the log and this: a whole ring takes 8 times */
     VHDX_ENTRY_RESERVED = 0xffff8,
     VHDX_MAX_LOCATOR = 64 << 10,
-    VHDX_HAS_PARENT = 2,
-    VHDX_META_USER = 1, VHDX_META_REQUIRED = 4,
 };
+
+struct vhdx_header {                /* fills 4 KiB */
+    uint8_t signature[4];           /* 0x00: "head" */
+    le32 checksum;                  /* 0x04: CRC-32C of the 4 KiB, this field as zeros */
+    le64 sequence;                  /* 0x08: the header with the higher one counts */
+    uint8_t file_write_guid[16];    /* 0x10 */
+    uint8_t data_write_guid[16];    /* 0x20: changes with the data: what children record */
+    uint8_t log_guid[16];           /* 0x30: zeros: nothing to replay */
+    le16 log_version;               /* 0x40: 0 */
+    le16 version;                   /* 0x42: 1 */
+    le32 log_length;                /* 0x44 */
+    le64 log_offset;                /* 0x48 */
+};
+_Static_assert(sizeof(struct vhdx_header) == 80, "VHDX header");
+
+struct vhdx_region_table {          /* fills 64 KiB; the metadata table is alike */
+    uint8_t signature[4];           /* 0x00: "regi" */
+    le32 checksum;                  /* 0x04: CRC-32C of the 64 KiB, this field as zeros */
+    le32 n_entries;                 /* 0x08 */
+    uint8_t reserved[4];            /* 0x0c */
+    struct vhdx_region {
+        uint8_t guid[16];           /* 0x00 */
+        le64 offset;                /* 0x10 */
+        le32 length;                /* 0x18 */
+        le32 required;              /* 0x1c: bit 0: who does not know it must not open the image */
+    } entry[];
+};
+_Static_assert(sizeof(struct vhdx_region_table) == 16 && sizeof(struct vhdx_region) == 32, "VHDX region table");
+
+struct vhdx_metadata_table {
+    uint8_t signature[8];           /* 0x00: "metadata" */
+    uint8_t reserved[2];            /* 0x08 */
+    le16 n_entries;                 /* 0x0a */
+    uint8_t reserved2[20];          /* 0x0c */
+    struct vhdx_metadata {
+        uint8_t guid[16];           /* 0x00 */
+        le32 offset;                /* 0x10: from the start of the metadata region */
+        le32 length;                /* 0x14 */
+        le32 flags;                 /* 0x18: VHDX_META_... */
+        uint8_t reserved[4];        /* 0x1c */
+    } entry[];
+};
+_Static_assert(sizeof(struct vhdx_metadata_table) == 32 && sizeof(struct vhdx_metadata) == 32, "VHDX metadata table");
+enum { VHDX_META_USER = 1, VHDX_META_REQUIRED = 4 };
+
+struct vhdx_parameters {            /* the metadata item */
+    le32 block_size;                /* 0x00 */
+    le32 flags;                     /* 0x04: VHDX_HAS_PARENT */
+};
+enum { VHDX_HAS_PARENT = 2 };
+
+struct vhdx_locator {               /* the metadata item; its strings are UTF-16, at offsets from its start */
+    uint8_t type[16];               /* 0x00: vhdx_guid_locator */
+    uint8_t reserved[2];            /* 0x10 */
+    le16 n_entries;                 /* 0x12 */
+    struct vhdx_locator_entry {
+        le32 key_offset;            /* 0x00 */
+        le32 value_offset;          /* 0x04 */
+        le16 key_length;            /* 0x08: bytes */
+        le16 value_length;          /* 0x0a */
+    } entry[];
+};
+_Static_assert(sizeof(struct vhdx_locator) == 20 && sizeof(struct vhdx_locator_entry) == 12, "VHDX parent locator");
+
+struct vhdx_log_header {            /* of an entry, which is a multiple of 4 KiB long */
+    uint8_t signature[4];           /* 0x00: "loge" */
+    le32 checksum;                  /* 0x04: CRC-32C of the entry, this field as zeros */
+    le32 length;                    /* 0x08: of the entry */
+    le32 tail;                      /* 0x0c: where its sequence begins, in the log */
+    le64 sequence;                  /* 0x10 */
+    le32 n_descriptors;             /* 0x18 */
+    uint8_t reserved[4];            /* 0x1c */
+    uint8_t guid[16];               /* 0x20: the header's log_guid, or it is an old one */
+    le64 flushed;                   /* 0x30: the file had so many bytes when it was written */
+    le64 last;                      /* 0x38: so many bytes the file needs */
+};
+_Static_assert(sizeof(struct vhdx_log_header) == 64, "VHDX log entry");
+
+struct vhdx_log_descriptor {
+    uint8_t signature[4];           /* 0x00: "desc", or "zero" */
+    uint8_t trailing[4];            /* 0x04: desc: the last bytes of the page; zero: reserved */
+    union {
+        uint8_t leading[8];         /* 0x08: desc: the first bytes of the page */
+        le64 length;                /* 0x08: zero: how much is zeroed */
+    };
+    le64 offset;                    /* 0x10: in the file */
+    le64 sequence;                  /* 0x18: the entry's */
+};
+_Static_assert(sizeof(struct vhdx_log_descriptor) == 32, "VHDX log descriptor");
+
+struct vhdx_log_data {              /* a page of data: its first and last bytes are in the descriptor */
+    uint8_t signature[4];           /* 0x0000: "data" */
+    le32 sequence_high;             /* 0x0004 */
+    uint8_t data[4084];             /* 0x0008 */
+    le32 sequence_low;              /* 0x0ffc */
+};
+_Static_assert(sizeof(struct vhdx_log_data) == 4096, "VHDX log data page");
+
 #define VHDX_MAX_SIZE (64ull << 40)
 
 /*
@@ -5556,20 +5648,22 @@ static bool vhdx_is_good(const uint8_t *bytes, size_t len, const char *signature
 static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
 {
     struct file *f = &im->files[0];
-    const uint8_t *h = NULL;
+    const size_t used = offsetof(struct vhdx_header, data_write_guid);  /* what reading needs, to the end */
+    const struct vhdx_header *h = NULL, *candidate;
     uint8_t uuid[16];
     uint64_t done;
 
     for (uint64_t i = 0; i < 2; i++) {
-        uint8_t *candidate = room + i * VHDX_HEADER;
+        uint8_t *page = room + i * VHDX_HEADER;
         uint64_t at = VHDX_HEADER_AT + i * VHDX_TABLE;
-        if (at + VHDX_HEADER > f->size || file_pread(f, candidate, VHDX_HEADER, at, &done) ||
-            !vhdx_is_good(candidate, VHDX_HEADER, "head"))
+        if (at + VHDX_HEADER > f->size || file_pread(f, page, VHDX_HEADER, at, &done) ||
+            !vhdx_is_good(page, VHDX_HEADER, "head"))
             continue;
-        if (h && util_le64(candidate + 8) == util_le64(h + 8) &&
-            memcmp(candidate + VHDX_HEADER_USED, h + VHDX_HEADER_USED, VHDX_HEADER_USED_END - VHDX_HEADER_USED) != 0)
-            return fmt_refuse(im, "two different headers with one sequence number", util_le64(h + 8));
-        if (!h || util_le64(candidate + 8) > util_le64(h + 8))
+        candidate = (const void *)page;
+        if (h && le64_to_cpu(candidate->sequence) == le64_to_cpu(h->sequence) &&
+            memcmp(page + used, (const uint8_t *)h + used, sizeof(*h) - used) != 0)
+            return fmt_refuse(im, "two different headers with one sequence number", le64_to_cpu(h->sequence));
+        if (!h || le64_to_cpu(candidate->sequence) > le64_to_cpu(h->sequence))
             h = candidate;
     }
     if (!h)
@@ -5578,14 +5672,14 @@ static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
                    : f->size < VHDX_HEADER_AT + 2 * VHDX_TABLE
                    ? fmt_refuse_table(im, f, "the place of its headers", VHDX_HEADER_AT, 2ull * VHDX_TABLE)
                    : msg_err(-EINVAL, "%s: damaged VHDX: neither of its headers has a good checksum", im->name);
-    v->log_version = util_le16(h + 64);
-    v->version = util_le16(h + 66);
+    v->log_version = le16_to_cpu(h->log_version);
+    v->version = le16_to_cpu(h->version);
     if (v->version != 1)
         return msg_err(-EOPNOTSUPP, "%s: VHDX of unknown version %u, which is not supported", im->name, v->version);
-    text_swap_guid(h + 32, uuid);
-    ext_set_id(&im->id, ID_IMAGE, uuid);                /* changes with the data: what children remember */
-    memcpy(v->log_guid, h + 48, sizeof(v->log_guid));
-    v->log = (struct vhdx_range){ .offset = util_le64(h + 72), .length = util_le32(h + 68) };
+    text_swap_guid(h->data_write_guid, uuid);
+    ext_set_id(&im->id, ID_IMAGE, uuid);
+    memcpy(v->log_guid, h->log_guid, sizeof(v->log_guid));
+    v->log = (struct vhdx_range){ .offset = le64_to_cpu(h->log_offset), .length = le32_to_cpu(h->log_length) };
     im->dirty = !text_is_null_id(v->log_guid);
     return 0;
 }
@@ -5631,17 +5725,18 @@ static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, uint8_t page[VHDX_L
 static bool vhdx_entry_header(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
 {
     uint8_t page[VHDX_LOG_PAGE];
+    const struct vhdx_log_header *h = (const void *)page;
 
-    if (!vhdx_log_read(log, at, page) || memcmp(page, "loge", 4) != 0 || memcmp(page + 32, log->guid, 16) != 0)
+    if (!vhdx_log_read(log, at, page) || memcmp(h->signature, "loge", 4) != 0 || memcmp(h->guid, log->guid, 16) != 0)
         return false;
     *e = (struct vhdx_entry){
-        .at = at % log->length, .checksum = util_le32(page + 4), .length = util_le32(page + 8),
-        .tail = util_le32(page + 12), .sequence = util_le64(page + 16), .descriptors = util_le32(page + 24),
-        .flushed = util_le64(page + 48), .last = util_le64(page + 56),
+        .at = at % log->length, .checksum = le32_to_cpu(h->checksum), .length = le32_to_cpu(h->length),
+        .tail = le32_to_cpu(h->tail), .sequence = le64_to_cpu(h->sequence),
+        .descriptors = le32_to_cpu(h->n_descriptors), .flushed = le64_to_cpu(h->flushed), .last = le64_to_cpu(h->last),
     };
     return e->length && e->length <= log->length && e->length % VHDX_LOG_PAGE == 0 && e->tail < log->length &&
            e->tail % VHDX_LOG_PAGE == 0 && e->sequence &&
-           VHDX_LOG_HEADER + (uint64_t)e->descriptors * VHDX_LOG_DESCRIPTOR <= e->length;
+           sizeof(*h) + e->descriptors * sizeof(struct vhdx_log_descriptor) <= e->length;
 }
 
 static bool vhdx_entry_sum(struct vhdx_log *log, const struct vhdx_entry *e)
@@ -5653,7 +5748,7 @@ static bool vhdx_entry_sum(struct vhdx_log *log, const struct vhdx_entry *e)
         if (!vhdx_log_read(log, e->at + done, page))
             return false;
         if (done == 0)
-            memset(page + 4, 0, 4);
+            memset(((struct vhdx_log_header *)page)->checksum.byte, 0, 4);
         crc = vhdx_crc(crc, page, VHDX_LOG_PAGE);
     }
     return ~crc == e->checksum;
@@ -5672,14 +5767,17 @@ static int vhdx_apply_zeros(struct file *f, uint64_t offset, uint64_t length)
  * The page of data that belongs to a descriptor. Its own first and last bytes, which the sequence number replaced,
  * are in the descriptor. -EINVAL: it is not of this entry.
  */
-static int vhdx_data_page(struct vhdx_log *log, const struct vhdx_entry *e, uint64_t at, const uint8_t *descriptor,
-                          uint8_t page[VHDX_LOG_PAGE])
+static int vhdx_data_page(struct vhdx_log *log, const struct vhdx_entry *e, uint64_t at,
+                          const struct vhdx_log_descriptor *d, uint8_t page[VHDX_LOG_PAGE])
 {
-    if (at + VHDX_LOG_PAGE > e->length || !vhdx_log_read(log, e->at + at, page) || memcmp(page, "data", 4) != 0 ||
-        util_le32(page + 4) != e->sequence >> 32 || util_le32(page + VHDX_LOG_PAGE - 4) != (uint32_t)e->sequence)
+    const struct vhdx_log_data *data = (const void *)page;
+
+    if (at + VHDX_LOG_PAGE > e->length || !vhdx_log_read(log, e->at + at, page) ||
+        memcmp(data->signature, "data", 4) != 0 || le32_to_cpu(data->sequence_high) != e->sequence >> 32 ||
+        le32_to_cpu(data->sequence_low) != (uint32_t)e->sequence)
         return -EINVAL;
-    memcpy(page, descriptor + 8, 8);
-    memcpy(page + VHDX_LOG_PAGE - 4, descriptor + 4, 4);
+    memcpy(page, d->leading, 8);
+    memcpy(page + VHDX_LOG_PAGE - 4, d->trailing, 4);
     return 0;
 }
 
@@ -5687,24 +5785,25 @@ static int vhdx_data_page(struct vhdx_log *log, const struct vhdx_entry *e, uint
 static int vhdx_entry_walk(struct vhdx_log *log, const struct vhdx_entry *e, bool apply)
 {
     uint8_t page[VHDX_LOG_PAGE], data[VHDX_LOG_PAGE];
-    uint64_t at = VHDX_LOG_HEADER, end = at + (uint64_t)e->descriptors * VHDX_LOG_DESCRIPTOR, offset, length;
+    const struct vhdx_log_descriptor *d;
+    uint64_t at = sizeof(struct vhdx_log_header), end = at + e->descriptors * sizeof(*d), offset, length;
     uint64_t data_at = (end + VHDX_LOG_PAGE - 1) / VHDX_LOG_PAGE * VHDX_LOG_PAGE;
     struct file *f = &log->im->files[0];
     int ret = 0;
 
-    for (bool first = true; at < end && !ret; at += VHDX_LOG_DESCRIPTOR, first = false) {
-        const uint8_t *d = page + at % VHDX_LOG_PAGE;
+    for (bool first = true; at < end && !ret; at += sizeof(*d), first = false) {
         if ((first || at % VHDX_LOG_PAGE == 0) && !vhdx_log_read(log, e->at + at / VHDX_LOG_PAGE * VHDX_LOG_PAGE, page))
             return -EINVAL;
-        offset = util_le64(d + 16);
-        length = util_le64(d + 8);
-        if (util_le64(d + 24) != e->sequence || offset % VHDX_LOG_PAGE || offset > (uint64_t)MAX_IMAGE_SIZE / 2)
+        d = (const void *)(page + at % VHDX_LOG_PAGE);
+        offset = le64_to_cpu(d->offset);
+        length = le64_to_cpu(d->length);
+        if (le64_to_cpu(d->sequence) != e->sequence || offset % VHDX_LOG_PAGE || offset > (uint64_t)MAX_IMAGE_SIZE / 2)
             return -EINVAL;
-        if (memcmp(d, "zero", 4) == 0) {
+        if (memcmp(d->signature, "zero", 4) == 0) {
             if (length % VHDX_LOG_PAGE || length > (uint64_t)MAX_IMAGE_SIZE / 2)
                 return -EINVAL;
             ret = apply ? vhdx_apply_zeros(f, offset, length) : 0;
-        } else if (memcmp(d, "desc", 4) == 0) {
+        } else if (memcmp(d->signature, "desc", 4) == 0) {
             ret = vhdx_data_page(log, e, data_at, d, data);
             data_at += VHDX_LOG_PAGE;
             if (!ret && apply)
@@ -5830,27 +5929,28 @@ static bool vhdx_overlaps(const struct vhdx_range *r, uint64_t offset, uint64_t 
     return offset < r->offset + r->length && r->offset < offset + length;
 }
 
-static int vhdx_check_regions(struct image *im, struct vhdx *v, const uint8_t *table)
+static int vhdx_check_regions(struct image *im, struct vhdx *v, const struct vhdx_region_table *table)
 {
-    uint32_t n = util_le32(table + 8);
+    uint32_t n = le32_to_cpu(table->n_entries);
 
     if (n > VHDX_MAX_ENTRIES)
         return fmt_refuse(im, "the number of regions", n);
     for (uint32_t i = 0; i < n; i++) {
-        const uint8_t *e = table + 16 + (size_t)32 * i;
-        uint64_t offset = util_le64(e + 16), length = util_le32(e + 24);
-        struct vhdx_range *r = memcmp(e, vhdx_guid_bat, 16) == 0        ? &v->bat
-                               : memcmp(e, vhdx_guid_metadata, 16) == 0 ? &v->metadata
-                                                                        : NULL;
-        if (!r && util_le32(e + 28) & 1)
-            return vhdx_unknown(im, "region", e);
+        const struct vhdx_region *e = &table->entry[i];
+        uint64_t offset = le64_to_cpu(e->offset), length = le32_to_cpu(e->length);
+        struct vhdx_range *r = memcmp(e->guid, vhdx_guid_bat, 16) == 0        ? &v->bat
+                               : memcmp(e->guid, vhdx_guid_metadata, 16) == 0 ? &v->metadata
+                                                                              : NULL;
+        if (!r && le32_to_cpu(e->required) & 1)
+            return vhdx_unknown(im, "region", e->guid);
         if (!r)
             continue;
         if (r->length)
             return fmt_refuse(im, "a region that is there twice", offset);
         if (!length || length % VHDX_MIB || offset % VHDX_MIB || offset < VHDX_MIB ||
             offset > (uint64_t)MAX_IMAGE_SIZE - length)
-            return fmt_refuse(im, "the place of a region", length % VHDX_MIB || !length ? length : offset);
+            return fmt_refuse(im, "the offset or length of a region, multiples of 1 MiB",
+                              length % VHDX_MIB || !length ? length : offset);
         *r = (struct vhdx_range){ offset, length };
     }
     if (!v->bat.length || !v->metadata.length)
@@ -5873,25 +5973,25 @@ static int vhdx_read_regions(struct image *im, struct vhdx *v, uint8_t *room)
         uint64_t at = VHDX_REGIONS_AT + i * VHDX_TABLE;
         if (at + VHDX_TABLE <= f->size && file_pread(f, room, VHDX_TABLE, at, &done) == 0 &&
             vhdx_is_good(room, VHDX_TABLE, "regi"))
-            return vhdx_check_regions(im, v, room);
+            return vhdx_check_regions(im, v, (const void *)room);
     }
     return msg_err(-EINVAL, "%s: damaged VHDX: neither of its region tables has a good checksum", im->name);
 }
 
-static int vhdx_check_item(struct image *im, struct vhdx *v, const uint8_t *e)
+static int vhdx_check_item(struct image *im, struct vhdx *v, const struct vhdx_metadata *e)
 {
-    uint64_t offset = util_le32(e + 16), length = util_le32(e + 20);
-    uint32_t bits = util_le32(e + 24);
+    uint64_t offset = le32_to_cpu(e->offset), length = le32_to_cpu(e->length);
+    uint32_t flags = le32_to_cpu(e->flags);
     size_t i = 0;
 
-    while (i < VHDX_ITEMS && (bits & VHDX_META_USER || memcmp(e, vhdx_items[i].guid, 16) != 0))
+    while (i < VHDX_ITEMS && (flags & VHDX_META_USER || memcmp(e->guid, vhdx_items[i].guid, 16) != 0))
         i++;
     if (i == VHDX_ITEMS)
-        return bits & VHDX_META_REQUIRED ? vhdx_unknown(im, "metadata item", e) : 0;
+        return flags & VHDX_META_REQUIRED ? vhdx_unknown(im, "metadata item", e->guid) : 0;
     if (i == VHDX_PHYSICAL || i == VHDX_ID)
         return 0;                   /* reading needs neither, whatever they say */
     if (offset < VHDX_TABLE || offset > v->metadata.length || length > v->metadata.length - offset)
-        return fmt_refuse(im, "the place of a metadata item", offset);
+        return fmt_refuse(im, "the offset of a metadata item", offset);
     if (length < vhdx_items[i].length || v->item[i].length)
         return fmt_refuse(im, vhdx_items[i].what, length);
     v->item[i] = (struct vhdx_range){ v->metadata.offset + offset, length };
@@ -5900,6 +6000,7 @@ static int vhdx_check_item(struct image *im, struct vhdx *v, const uint8_t *e)
 
 static int vhdx_read_metadata(struct image *im, struct vhdx *v, uint8_t *room)
 {
+    const struct vhdx_metadata_table *table = (const void *)room;
     struct file *f = &im->files[0];
     uint64_t done;
     uint32_t n;
@@ -5909,11 +6010,11 @@ static int vhdx_read_metadata(struct image *im, struct vhdx *v, uint8_t *room)
         return fmt_refuse(im, "the metadata lies past the end of the file", v->metadata.offset);
     if (file_pread(f, room, VHDX_TABLE, v->metadata.offset, &done))
         return -EIO;
-    n = util_le16(room + 10);
-    if (memcmp(room, "metadata", 8) != 0 || n > VHDX_MAX_ENTRIES)
+    n = le16_to_cpu(table->n_entries);
+    if (memcmp(table->signature, "metadata", 8) != 0 || n > VHDX_MAX_ENTRIES)
         return fmt_refuse(im, "the metadata table", n);
     for (uint32_t i = 0; i < n && !ret; i++)
-        ret = vhdx_check_item(im, v, room + 32 + (size_t)32 * i);
+        ret = vhdx_check_item(im, v, &table->entry[i]);
     for (size_t i = 0; i < VHDX_ITEMS && !ret; i++)
         if (vhdx_items[i].needed && !v->item[i].length)
             ret = msg_err(-EINVAL, "%s: damaged VHDX: lacks %s", im->name, vhdx_items[i].what);
@@ -5921,7 +6022,7 @@ static int vhdx_read_metadata(struct image *im, struct vhdx *v, uint8_t *room)
 }
 
 /* The first `len` bytes (at most) of an item; zeros where there is none. */
-static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item item, uint8_t *bytes, uint64_t len)
+static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item item, void *bytes, uint64_t len)
 {
     struct file *f = &im->files[0];
     uint64_t done, offset = v->item[item].offset;
@@ -5936,7 +6037,7 @@ static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item
 static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, uint64_t size, uint32_t sector)
 {
     if (block < VHDX_MIN_BLOCK || block > VHDX_MAX_BLOCK || block & (block - 1))
-        return fmt_refuse(im, "the block size", block);
+        return fmt_refuse(im, "the block size; 1 to 256 MiB, powers of two", block);
     if (sector != 512 && sector != 4096)
         return fmt_refuse(im, "the sector size", sector);
     if (size > VHDX_MAX_SIZE || size % sector)
@@ -5974,33 +6075,23 @@ static int vhdx_check_bat(struct image *im, const struct vhdx *v)
 
 static int vhdx_read_items(struct image *im, struct vhdx *v)
 {
-    uint8_t parameters[8], size[8], sector[4];
-    int ret = vhdx_read_item(im, v, VHDX_PARAMETERS, parameters, sizeof(parameters));
+    struct vhdx_parameters parameters;
+    le64 size;
+    le32 sector;
+    int ret = vhdx_read_item(im, v, VHDX_PARAMETERS, &parameters, sizeof(parameters));
 
     if (!ret)
-        ret = vhdx_read_item(im, v, VHDX_SIZE, size, sizeof(size));
+        ret = vhdx_read_item(im, v, VHDX_SIZE, &size, sizeof(size));
     if (!ret)
-        ret = vhdx_read_item(im, v, VHDX_SECTOR, sector, sizeof(sector));
+        ret = vhdx_read_item(im, v, VHDX_SECTOR, &sector, sizeof(sector));
     if (ret)
         return ret;
-    v->has_parent = util_le32(parameters + 4) & VHDX_HAS_PARENT || v->item[VHDX_LOCATOR].length;
-    ret = vhdx_check_sizes(im, v, util_le32(parameters), util_le64(size), util_le32(sector));
+    v->has_parent = le32_to_cpu(parameters.flags) & VHDX_HAS_PARENT || v->item[VHDX_LOCATOR].length;
+    ret = vhdx_check_sizes(im, v, le32_to_cpu(parameters.block_size), le64_to_cpu(size), le32_to_cpu(sector));
     return ret ? ret : vhdx_check_bat(im, v);
 }
 
-/*
- * -- parents --
- *
- * Where a child records the identity of its parent, the parent is the first of these that has it, opened in the
- * child's format:
- *   1. a file named by --backing
- *   2. the recorded names, in the order of the specification: as a path below the child's directory (or below
- *      --allow-external), then its last component beside the child, then that in the directory of --allow-external
- *   3. the only matching file in the child's directory; two matches would be a guess
- * A name proves nothing, so a file found by name is opened only if its identity matches. If none matches, the
- * nearest file is opened to report the mismatch, or to be accepted with --force-parent. Where no identity is
- * recorded (qcow2, QED), the name decides, and the next --backing replaces it.
- */
+/* -- parents -- */
 
 static bool vhdx_key_is(const uint8_t *key, size_t len, const char *name)
 {
@@ -6018,13 +6109,13 @@ static bool vhdx_key_is(const uint8_t *key, size_t len, const char *name)
 static bool vhdx_locator_value(const uint8_t *locator, uint64_t len, const char *key, const uint8_t **value,
                                size_t *value_len)
 {
-    uint32_t n = util_le16(locator + 18);
+    const struct vhdx_locator *l = (const void *)locator;
+    uint32_t n = le16_to_cpu(l->n_entries);
 
-    for (uint32_t i = 0; i < n && 20 + (uint64_t)12 * (i + 1) <= len; i++) {
-        const uint8_t *e = locator + 20 + (size_t)12 * i;
-        uint64_t key_at = util_le32(e), value_at = util_le32(e + 4);
-        uint32_t key_len = util_le16(e + 8);
-        *value_len = util_le16(e + 10);
+    for (uint32_t i = 0; i < n && sizeof(*l) + (i + 1) * sizeof(*l->entry) <= len; i++) {
+        uint64_t key_at = le32_to_cpu(l->entry[i].key_offset), value_at = le32_to_cpu(l->entry[i].value_offset);
+        uint32_t key_len = le16_to_cpu(l->entry[i].key_length);
+        *value_len = le16_to_cpu(l->entry[i].value_length);
         if (key_at + key_len > len || value_at + *value_len > len || !vhdx_key_is(locator + key_at, key_len, key))
             continue;
         *value = locator + value_at;
@@ -7830,13 +7921,6 @@ static const struct image_format vmdk_format = {
  * ******************************************************************************************************** */
 
 enum {
-    PRL_OFF_VERSION = 16,
-    PRL_OFF_CLUSTER = 28,           /* in sectors, as all sizes */
-    PRL_OFF_ENTRIES = 32,
-    PRL_OFF_SIZE = 36,              /* 8 bytes; without "Ext" only 4 of them count */
-    PRL_OFF_IN_USE = 44,
-    PRL_OFF_DATA = 48,
-    PRL_HEADER = 64,
     PRL_VERSION = 2,
     PRL_SECTOR = 512,
     PRL_MAX_CLUSTER = INT32_MAX / 513,  /* sectors: QEMU's limit */
@@ -7844,6 +7928,21 @@ enum {
     PRL_MAX_FILES = 1024,           /* of a bundle: 2 TiB in the usual pieces of 2 GiB */
     PRL_MAX_PATH = 256,             /* names of nested elements */
 };
+
+struct prl_header {
+    uint8_t magic[16];              /* 0x00: PRL_MAGIC, or PRL_MAGIC_EXT: BAT entries count clusters, not sectors */
+    le32 version;                   /* 0x10: 2 */
+    le32 heads;                     /* 0x14 */
+    le32 cylinders;                 /* 0x18 */
+    le32 cluster_sectors;           /* 0x1c: as all sizes in sectors of 512 bytes */
+    le32 n_entries;                 /* 0x20: of the BAT, which follows the header */
+    le64 sectors;                   /* 0x24: of the disk; without "Ext" only the lower 4 bytes count */
+    le32 in_use;                    /* 0x2c: PRL_IN_USE: not closed properly */
+    le32 data_sector;               /* 0x30: where the clusters begin */
+    uint8_t reserved[12];           /* 0x34 */
+};
+_Static_assert(sizeof(struct prl_header) == 64, "Parallels header");
+enum { PRL_HEADER = sizeof(struct prl_header) };
 #define PRL_IN_USE 0x746f6e59u
 #define PRL_MAGIC "WithoutFreeSpace"
 #define PRL_MAGIC_EXT "WithouFreSpacExt"
@@ -8170,9 +8269,9 @@ static int prl_bad(const struct file *f, const char *what, uint64_t value)
 }
 
 /* Where clusters may lie. A data offset that is none is not needed: anywhere behind the BAT then. */
-static void prl_find_data(struct prl_layer *l, const uint8_t *h, uint64_t entries)
+static void prl_find_data(struct prl_layer *l, const struct prl_header *h, uint64_t entries)
 {
-    uint64_t data = (uint64_t)util_le32(h + PRL_OFF_DATA) * PRL_SECTOR;
+    uint64_t data = (uint64_t)le32_to_cpu(h->data_sector) * PRL_SECTOR;
     bool usable = data >= PRL_HEADER + 4 * entries && data <= l->file->size;
 
     l->first = usable ? data : PRL_HEADER + 4 * entries;
@@ -8181,25 +8280,25 @@ static void prl_find_data(struct prl_layer *l, const uint8_t *h, uint64_t entrie
 
 static int prl_open_layer(struct image *im, struct prl_layer *l)
 {
-    uint8_t h[PRL_HEADER] = { 0 };
+    struct prl_header h = { .magic = { 0 } };
     uint64_t done, entries, sectors;
     uint32_t cluster;
     bool ext;
     int ret = 0;
 
     if (l->file->size >= PRL_HEADER)
-        ret = file_pread(l->file, h, PRL_HEADER, 0, &done);
+        ret = file_pread(l->file, (uint8_t *)&h, sizeof(h), 0, &done);
     if (ret)
         return ret;
-    ext = memcmp(h, PRL_MAGIC_EXT, 16) == 0;
-    if (!ext && memcmp(h, PRL_MAGIC, 16) != 0)
+    ext = memcmp(h.magic, PRL_MAGIC_EXT, 16) == 0;
+    if (!ext && memcmp(h.magic, PRL_MAGIC, 16) != 0)
         return msg_err(-EINVAL, "%s: is not a Parallels image", l->file->path);
-    if (util_le32(h + PRL_OFF_VERSION) != PRL_VERSION)
+    if (le32_to_cpu(h.version) != PRL_VERSION)
         return msg_err(-EOPNOTSUPP, "%s: Parallels image of unknown version %u, which is not supported", l->file->path,
-                       util_le32(h + PRL_OFF_VERSION));
-    cluster = util_le32(h + PRL_OFF_CLUSTER);
-    entries = util_le32(h + PRL_OFF_ENTRIES);
-    sectors = ext ? util_le64(h + PRL_OFF_SIZE) : util_le32(h + PRL_OFF_SIZE);
+                       le32_to_cpu(h.version));
+    cluster = le32_to_cpu(h.cluster_sectors);
+    entries = le32_to_cpu(h.n_entries);
+    sectors = ext ? le64_to_cpu(h.sectors) : (uint32_t)le64_to_cpu(h.sectors);
     if (cluster == 0 || cluster > PRL_MAX_CLUSTER)
         return prl_bad(l->file, "the cluster size", cluster);
     if (entries > (l->file->size - PRL_HEADER) / 4)
@@ -8209,8 +8308,8 @@ static int prl_open_layer(struct image *im, struct prl_layer *l)
     l->size = sectors * PRL_SECTOR;
     l->cluster = cluster * PRL_SECTOR;
     l->unit = ext ? l->cluster : PRL_SECTOR;
-    prl_find_data(l, h, entries);
-    if (util_le32(h + PRL_OFF_IN_USE) == PRL_IN_USE && !im->dirty) {
+    prl_find_data(l, &h, entries);
+    if (le32_to_cpu(h.in_use) == PRL_IN_USE && !im->dirty) {
         im->dirty = true;
         msg_say(MSG_NOTE, "%s: is marked as in use (not closed properly); reading it is safe", l->file->path);
     }
@@ -8816,7 +8915,7 @@ static int qcow2_read_extensions(struct image *im, struct qcow2 *q, const uint8_
 static int qcow2_check_header(struct image *im, struct qcow2 *q, uint32_t compression)
 {
     if (q->version != 2 && q->version != 3)
-        return msg_err(-EOPNOTSUPP, "%s: qcow2 version %u is not supported; versions 2 and 3 are", im->name,
+        return msg_err(-EOPNOTSUPP, "%s: qcow2 of unknown version %u, which is not supported; 2 and 3 are", im->name,
                        q->version);
     if (q->cluster_bits < 9 || q->cluster_bits > 21)
         return fmt_unsupported(im, "the cluster size, as a power of 2 from 9 to 21", q->cluster_bits);

@@ -5153,12 +5153,12 @@ r16 00|unknown VHDX region {8b7ca200-4790-4b9a-b8fe-575f050f886e}
 r48 00|unknown VHDX region {2dc27700-f623-4200-9d64-115e9bfd4a08}
 r48 0000 r76 00|no block table
 r48 06a27c8b90479a4bb8fe575f050f886e|region that is there twice
-r32 0100200000000000|place of a region
-r32 0000000000000000|place of a region
-r32 0000f0ffffffffff|place of a region
-r32 0000f0ffffffff7f|place of a region
-r40 00000000|place of a region
-r40 00100000|place of a region
+r32 0100200000000000|offset or length of a region
+r32 0000000000000000|offset or length of a region
+r32 0000f0ffffffffff|offset or length of a region
+r32 0000f0ffffffff7f|offset or length of a region
+r40 00000000|offset or length of a region
+r40 00100000|offset or length of a region
 r32 0000300000000000|regions that overlap
 r32 0000100000000000|a region in the log
 r64 0000100000000000|a region in the log
@@ -5182,10 +5182,10 @@ m10 0000|lacks the file parameters
 m160 11|unknown VHDX metadata item {cda34811-445d-4471-9cc9-e9885251c556}
 m32 11|unknown VHDX metadata item {caa16711-fa36-4d43-b3b6-33f0aa44e76b}
 m56 05|unknown VHDX metadata item {caa16737-fa36-4d43-b3b6-33f0aa44e76b}
-m48 00000000|place of a metadata item
-m48 ffffffff|place of a metadata item
-m48 00001000|place of a metadata item
-m52 ffffffff|place of a metadata item
+m48 00000000|offset of a metadata item
+m48 ffffffff|offset of a metadata item
+m48 00001000|offset of a metadata item
+m52 ffffffff|offset of a metadata item
 m52 04000000|the file parameters
 m160 3767a1ca36fa434db3b633f0aa44e76b|the file parameters
 m65536 00000000|the block size
