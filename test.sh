@@ -7210,7 +7210,7 @@ static void unit_epochs(void)
 
     for (unsigned i = 0; i < UNIT_THREADS; i++)
         UNIT(pthread_create(&thread[i], NULL, unit_use_cell, NULL) == 0);
-    for (unsigned n = 0; n < 3000 || unit_rounds < 100000; n++) {
+    for (unsigned n = 0; n < 3000 || unit_rounds < 20000; n++) {
         unsigned old = unit_current;
         unit_cell[!old] = 2 * n;
         unit_current = !old;
