@@ -5724,7 +5724,7 @@ static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, uint8_t page[VHDX_L
 
 static bool vhdx_entry_header(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
 {
-    uint8_t page[VHDX_LOG_PAGE];
+    uint8_t page[VHDX_LOG_PAGE] = { 0 };
     const struct vhdx_log_header *h = (const void *)page;
 
     if (!vhdx_log_read(log, at, page) || memcmp(h->signature, "loge", 4) != 0 || memcmp(h->guid, log->guid, 16) != 0)
