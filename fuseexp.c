@@ -3372,6 +3372,8 @@ static void ext_map(struct image *im, uint64_t offset, uint64_t length, bool exa
     for (unsigned n = 1; ext->length < length; n++) {
         if (n == (ext->kind == EXT_BACKING ? EXT_MAX_BACKING_BLOCKS : EXT_MAX_BLOCKS))
             break;
+        if (ext->kind == EXT_BACKING && im->cluster_size && ext->length / im->cluster_size >= EXT_MAX_BACKING_BLOCKS)
+            break;                  /* the hole of a whole table counts as its blocks */
         im->format->map(im, offset + ext->length, length - ext->length, &next);
         if (!ext_continues(ext, &next, exact))
             break;
