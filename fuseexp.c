@@ -53,7 +53,7 @@
  *   cache.set_lock       refilling table slots of a set; readers take none
  *   writer.changes.lock  the words that the file lacks (qcow2)
  *   decoded.lock         the list of decoded clusters; not held while decoding
- *   img_streams.lock, lost_list.lock   who reads in order; what could not be read
+ *   img_streams.lock, lost_list.lock   sequential readers; ranges that could not be read
  *   pool.lock            parking, waking, jobs; taken around operations that may sleep
  *   everything else is immutable once the workers run, or an atomic of its own, or belongs to one worker
  *
@@ -680,36 +680,47 @@ static iconv_t text_open_encoding(const char *encoding)
     return iconv_open("UTF-8", page);
 }
 
-/* len bytes in an encoding as UTF-8. False: the encoding is unknown, the text is not in it, or does not fit. */
-static bool text_decode(const char *encoding, const void *from, size_t len, char *to, size_t size)
+/*
+ * Decodes len bytes to UTF-8. unit: bytes of an invalid character, which becomes U+FFFD; 0: invalid text is refused.
+ * False: the encoding is unknown, the text is not in it, or does not fit.
+ */
+static bool text_decode(const char *encoding, const void *from, size_t len, size_t unit, char *to, size_t size)
 {
     char *in = (char *)(uintptr_t)from;
-    size_t out_left = size - 1;
+    size_t out_left = size - 1, ret;
     iconv_t cd = text_open_encoding(encoding);
-    bool good;
 
     if (cd == (iconv_t)-1)
         return false;
-    good = iconv(cd, &in, &len, &to, &out_left) == 0 && len == 0;   /* > 0: replaced characters */
+    for (;;) {
+        ret = iconv(cd, &in, &len, &to, &out_left);
+        if (ret != (size_t)-1 || errno == E2BIG || !unit || len < unit || out_left < 3)
+            break;
+        memcpy(to, "\xef\xbf\xbd", 3);
+        to += 3;
+        out_left -= 3;
+        in += unit;
+        len -= unit;
+    }
     *to = 0;
     iconv_close(cd);
-    return good;
+    return ret == 0 && len == 0;    /* > 0: replaced characters */
 }
 
 /* A string in an encoding as VMware names it ("windows-1252"). */
 static bool text_to_utf8(const char *encoding, const char *from, char *to, size_t size)
 {
-    return text_decode(encoding, from, strlen(from), to, size);
+    return text_decode(encoding, from, strlen(from), 0, to, size);
 }
 
-/* len bytes of UTF-16, or up to a zero. */
+/* len bytes of UTF-16, or up to a zero. NTFS allows half a surrogate pair in a name: it becomes U+FFFD. */
 static bool text_from_utf16(const uint8_t *from, size_t len, bool big, char *text, size_t size)
 {
     size_t n = 0;
 
     while (n + 2 <= len && (from[n] || from[n + 1]))
         n += 2;
-    return text_decode(big ? "UTF-16BE" : "UTF-16LE", from, n, text, size);
+    return text_decode(big ? "UTF-16BE" : "UTF-16LE", from, n, 2, text, size);
 }
 
 /* ******************************************************************************************************** *
@@ -1684,7 +1695,7 @@ static int file_lock_bytes(struct file *f, int op, short type, int use, int unsh
             continue;
         *byte = (i < PERM_BITS ? use : unshare) + i % PERM_BITS;
         lock = (struct flock){ .l_type = type, .l_whence = SEEK_SET, .l_start = *byte, .l_len = 1 };
-        if (op == F_OFD_SETLK && util_fault("lock"))
+        if (type == F_RDLCK && util_fault("lock"))
             return -EIO;
         if (fcntl(f->fd, op, &lock) < 0)
             return -errno;
@@ -1698,25 +1709,27 @@ enum { FILE_LOCK_TRIES = 50, FILE_LOCK_PAUSE = 20 /* milliseconds */ };
 
 /*
  * QEMU's protocol: first hold our bytes (shared, so this never waits), then look whether anybody holds one that
- * excludes us. Both sides do it in this order, so of two newcomers at least one sees the other. We keep our bytes
- * while we look again: whoever comes meanwhile sees us. Example of why we look again: after umount(8) the server of
- * the old mount still flushes, and holds its locks until it exits.
+ * excludes us. Both sides do it in this order, so of two newcomers at least one sees the other. Before we look again we
+ * drop our bytes: nothing is ours yet, and a QEMU that has the image open may want to write to it meanwhile. Example of
+ * why we look again: after umount(8) the server of the old mount still flushes, and holds its locks until it exits.
  */
 static int file_lock_image(struct file *f)
 {
-    int byte, ret = file_lock_bytes(f, F_OFD_SETLK, F_RDLCK, LOCK_USES, LOCK_UNSHARED, &byte);
+    int byte, ret;
 
-    if (ret == -EINVAL || ret == -ENOLCK || ret == -EOPNOTSUPP || ret == -ENOSYS) {
-        msg_say(MSG_NOTE, "%s: this file system has no locks; make sure that nothing else writes to the image",
-                f->path);
-        return 0;
-    }
-    if (ret)
-        return msg_err(ret, "%s: cannot lock: %s", f->path, strerror(-ret));
     for (unsigned tries = 0;; tries++) {
+        ret = file_lock_bytes(f, F_OFD_SETLK, F_RDLCK, LOCK_USES, LOCK_UNSHARED, &byte);
+        if (ret == -EINVAL || ret == -ENOLCK || ret == -EOPNOTSUPP || ret == -ENOSYS) {
+            msg_say(MSG_NOTE, "%s: this file system has no locks; make sure that nothing else writes to the image",
+                    f->path);
+            return 0;
+        }
+        if (ret)
+            return msg_err(ret, "%s: cannot lock: %s", f->path, strerror(-ret));
         ret = file_lock_bytes(f, F_OFD_GETLK, F_WRLCK, LOCK_UNSHARED, LOCK_USES, &byte);
         if (ret != -EAGAIN || tries == FILE_LOCK_TRIES || util_interrupted())
             break;
+        (void)file_lock_bytes(f, F_OFD_SETLK, F_UNLCK, LOCK_USES, LOCK_UNSHARED, &byte);
         (void)poll(NULL, 0, FILE_LOCK_PAUSE);
     }
     if (ret == -EAGAIN)
@@ -3970,10 +3983,11 @@ static int img_change(struct image *im, const void *buf, int mode, uint64_t len,
 static int img_write_zeros(struct image *im, int mode, uint64_t len, uint64_t offset, uint64_t *done)
 {
     static const uint8_t zeros[65536];
-    struct extent ext;
+    struct extent ext = { .kind = EXT_BAD };
 
-    ext_map(im, offset, len, false, &ext);
-    if ((mode & FALLOC_FL_PUNCH_HOLE) && ext.kind == EXT_DATA && ext.owned) {
+    if (mode & FALLOC_FL_PUNCH_HOLE)
+        ext_map(im, offset, len, false, &ext);
+    if (ext.kind == EXT_DATA && ext.owned) {
         *done = util_min(len, ext.length);
         if (file_fallocate(ext.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, ext.offset, *done) == 0)
             return 0;
@@ -9857,19 +9871,19 @@ static int qcow2_reserve(struct image *im, struct file *f, uint64_t end)
 }
 
 /* Fills a host cluster with zeros, for a table. Its refcount is up to the caller. */
-static int qcow2_clear_cluster(struct image *im, uint64_t cluster)
+static int qcow2_clear_clusters(struct image *im, uint64_t first, uint64_t n)
 {
     struct qcow2 *q = im->state;
-    uint64_t size = qcow2_cluster(q), offset = cluster * size;
-    int ret = qcow2_reserve(im, &im->files[0], offset + size);
+    uint64_t offset = first * qcow2_cluster(q), length = n * qcow2_cluster(q);
+    int ret = qcow2_reserve(im, &im->files[0], offset + length);
 
     if (ret)
         return ret;
     if (offset < q->w->top || im->files[0].is_blk)
-        ret = file_write_zeros(&im->files[0], offset, size);
-    if (offset + size > q->w->top)
-        q->w->top = offset + size;
-    return ret ? ret : qcow2_reload_locked(im, offset, size);
+        ret = file_write_zeros(&im->files[0], offset, length);
+    if (offset + length > q->w->top)
+        q->w->top = offset + length;
+    return ret ? ret : qcow2_reload_locked(im, offset, length);
 }
 
 /* True: the range reads as zeros now, and its space is free. */
@@ -9914,7 +9928,7 @@ static void qcow2_undo_tables_locked(struct image *im, uint64_t first, uint64_t 
 static int qcow2_make_block_locked(struct image *im, uint64_t cluster)
 {
     struct qcow2 *q = im->state;
-    int ret = qcow2_clear_cluster(im, cluster);
+    int ret = qcow2_clear_clusters(im, cluster, 1);
 
     if (!ret)                       /* first (I1), or the allocator could hand it out */
         ret = qcow2_put_refcount(im, cluster * qcow2_cluster(q), cluster, 1);
@@ -9987,8 +10001,8 @@ static int qcow2_grow_table_locked(struct image *im)
     table = ((old * 2 > old + blocks ? old * 2 : old + blocks) * 8 + size - 1) / size;
     if (table * size > QCOW2_MAX_REFCOUNT_TABLE)
         return msg_serving(-EFBIG, "%s: the refcount table cannot grow beyond 8 MiB", im->name);
-    for (uint64_t i = 0; i < blocks + table && !ret; i++)
-        ret = qcow2_clear_cluster(im, start + i);
+    if (!ret)
+        ret = qcow2_clear_clusters(im, start, blocks + table);
     for (uint64_t i = 0; i < blocks && !ret; i++) {
         word = htobe64((start + i) * size);
         ret = file_pwrite(&im->files[0], &word, 8, (start + blocks) * size + (old + i) * 8, &done);
@@ -10255,7 +10269,7 @@ static int qcow2_own_l2_locked(struct image *im, uint64_t offset, uint64_t *l2)
         return 0;
     ret = qcow2_allocate_locked(im, 1, &first, &got);
     if (!ret)
-        ret = qcow2_clear_cluster(im, first);
+        ret = qcow2_clear_clusters(im, first, 1);
     *l2 = first << q->cluster_bits;
     if (!ret && old)
         ret = qcow2_copy_table_locked(im, old, *l2, qcow2_cluster(q) / 8);
@@ -10764,7 +10778,7 @@ static int qcow2_allocate_row_locked(struct image *im, uint64_t n, uint64_t *fir
         return ret;
     w->top = at << q->cluster_bits;
     for (uint64_t c = start + n; c < at && !ret; c++)
-        ret = qcow2_clear_cluster(im, c);
+        ret = qcow2_clear_clusters(im, c, 1);
     /* Counted before they are named (I1): block by block of the row, the new one or the one that is there. */
     for (uint64_t c = start, next = start + n, block_at; c < at && !ret; c += per - c % per) {
         ret = qcow2_find_block(im, c, &block);
@@ -10812,8 +10826,7 @@ static int qcow2_grow_l1_locked(struct image *im, uint64_t entries)
     } while (ret == -ENOBUFS);
     if (ret)
         return ret;
-    for (uint64_t i = 0; i < n && !ret; i++)
-        ret = qcow2_clear_cluster(im, first + i);
+    ret = qcow2_clear_clusters(im, first, n);
     if (!ret)
         ret = qcow2_copy_table_locked(im, old_offset, first * size, old);
     if (!ret)
@@ -17066,8 +17079,6 @@ static int run_mount(struct run *r)
         return msg_err(-EPERM,
                        "--mode %o is of no use without --allow-other=on: nobody else reaches the mount",
                        r->srv.mode);
-    if ((r->srv.mode & 0222) && !o->writable)
-        return msg_err(-EROFS, "--mode %o on a read-only export: add -w", r->srv.mode);
     return 0;
 }
 
@@ -17961,7 +17972,7 @@ static void cmd_check_lines(const struct image *im, const struct check *c, uint6
 {
     if (corruptions_fixed || leaks_fixed) {
         out_plain(im->name);
-        printf(" (%s): %" PRIu64 " corruptions and %" PRIu64 " leaked clusters were mended\n", im->format->name,
+        printf(" (%s): %" PRIu64 " corruptions and %" PRIu64 " leaked clusters were repaired\n", im->format->name,
                corruptions_fixed, leaks_fixed);
     }
     out_plain(im->name);
