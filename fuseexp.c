@@ -4487,18 +4487,18 @@ static int vdi_check_header(struct image *im, const struct vdi *v)
     if ((v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF) && im->parent_id.known[ID_IMAGE])
         return fmt_unsupported(im, "the image type", v->type);
     if (v->block_size < VDI_MIN_BLOCK || v->block_size > VDI_MAX_BLOCK || (v->block_size & (v->block_size - 1)))
-        return fmt_refuse(im, "the block size", v->block_size);
+        return fmt_refuse(im, "the block size, a power of two from 512 bytes to 1 GiB", v->block_size);
     if (v->extra > v->block_size || (v->extra & (v->extra - 1)))
-        return fmt_refuse(im, "the size of the extra data per block", v->extra);
-    /* Version 0.2 has no such fields; since then VirtualBox aligns both, and so does whoever else writes them. */
+        return fmt_refuse(im, "the extra data per block, 0 or a power of two up to the block size", v->extra);
+    /* Version 0.2 has neither field. In version 1.1 all programs that write VDI align both. */
     if (v->version != VDI_VERSION_0 && (v->map % 512 || v->map < v->header_size))
-        return fmt_refuse(im, "the place of the block map", v->map);
+        return fmt_refuse(im, "the offset of the block map, in whole sectors behind the header", v->map);
     if (v->version != VDI_VERSION_0 && v->data % 512)
-        return fmt_refuse(im, "the place of the data", v->data);
+        return fmt_refuse(im, "the offset of the data, in whole sectors", v->data);
     if (v->map > file_size || 4ull * v->n_blocks > file_size - v->map)
         return fmt_refuse(im, "the number of blocks, whose map does not fit into the file", v->n_blocks);
     if (v->data < v->map + 4ull * v->n_blocks)
-        return fmt_refuse(im, "the place of the data, inside the block map", v->data);
+        return fmt_refuse(im, "the offset of the data, inside the block map", v->data);
     if (v->disk_size > (uint64_t)v->n_blocks * v->block_size)
         return fmt_refuse(im, "the disk size, larger than all blocks together", v->disk_size);
     if (!v->differencing && im->parent_id.known[ID_IMAGE])

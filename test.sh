@@ -3704,23 +3704,23 @@ t_vdi_damaged_headers_are_refused() {
     local rows='
 68 01000000 unknown version 0.1
 68 00000200 unknown version 2.0
-340 00000000 place of the block map (0x0)
-340 02020000 place of the block map (0x202)
+340 00000000 the offset of the block map, in whole sectors behind the header (0x0)
+340 02020000 the offset of the block map, in whole sectors behind the header (0x202)
 340 00feffff number of blocks
-340 04020000 place of the block map (0x204)
-340 00010000 place of the block map (0x100)
-344 00020000 place of the data, inside the block map (0x200)
-344 00000000 place of the data
-344 01000200 place of the data (0x20001)
-344 00011000 place of the data (0x100100)
+340 04020000 the offset of the block map, in whole sectors behind the header (0x204)
+340 00010000 the offset of the block map, in whole sectors behind the header (0x100)
+344 00020000 the offset of the data, inside the block map (0x200)
+344 00000000 the offset of the data
+344 01000200 the offset of the data, in whole sectors (0x20001)
+344 00011000 the offset of the data, in whole sectors (0x100100)
 368 0100000400000000 the disk size, larger than all blocks together (0x4000001)
 368 ffffffffffffffff the disk size
-376 00000000 the block size (0x0)
-376 00011000 the block size (0x100100)
-376 00010000 the block size (0x100)
-376 00000080 the block size (0x80000000)
-380 00002000 extra data per block (0x200000)
-380 00030000 extra data per block (0x300)
+376 00000000 the block size, a power of two from 512 bytes to 1 GiB (0x0)
+376 00011000 the block size, a power of two from 512 bytes to 1 GiB (0x100100)
+376 00010000 the block size, a power of two from 512 bytes to 1 GiB (0x100)
+376 00000080 the block size, a power of two from 512 bytes to 1 GiB (0x80000000)
+380 00002000 the extra data per block, 0 or a power of two up to the block size (0x200000)
+380 00030000 the extra data per block, 0 or a power of two up to the block size (0x300)
 384 00000080 number of blocks, whose map does not fit
 384 ffffffff number of blocks, whose map does not fit
 384 3f000000 the disk size
