@@ -5449,162 +5449,152 @@ static const struct image_format vhd_format = {
  *
  * [MS-VHDX] "Virtual Hard Disk v2 File Format", for reading. All numbers are little-endian.
  *
- *   identifier | two headers | two region tables | (at 1 MiB:) log, metadata, block table (BAT), blocks, in any order
+ *   identifier | at 64 and 128 KiB: headers | at 192 and 256 KiB: region tables | from 1 MiB on, in any order: the log,
+ *   the metadata, the block table (BAT), blocks
  *   BAT: the entries of a chunk (2^23 sectors), then one for the sector bitmap block of the chunk, and so on
  *
- * A log that is still to be replayed is replayed in memory: what it replaces becomes patches of the file, which every
- * reader sees from there on; the file itself stays as it is. So the log comes right after the headers, which alone
- * are never in it.
+ * A log that was not replayed on disk is replayed in memory: its pages become patches of the file (file_patch()), which
+ * every reader sees from then on; the file is not changed. The log may replace anything but the headers and itself, so
+ * it is replayed right after the headers are read and before anything else is.
  * ******************************************************************************************************** */
 
 enum {
-    VHDX_MIB = 1 << 20,             /* everything behind the headers is aligned to it */
+    VHDX_MIB = 1 << 20,             /* what follows the region tables is aligned to it */
     VHDX_HEADER_AT = 64 << 10,      /* the second one lies 64 KiB further; likewise the region tables */
-    VHDX_HEADER = 4096,
     VHDX_REGIONS_AT = 192 << 10,
     VHDX_TABLE = 64 << 10,          /* a region table, or the metadata table */
     VHDX_MAX_ENTRIES = 2047,        /* of either */
+    VHDX_PAGE = 4096,               /* of the log */
+    VHDX_LOG_SPARE = 64 << 20,      /* read at most 16 times the log and this: a whole ring takes 8 times */
     VHDX_MIN_BLOCK = 1 << 20,
     VHDX_MAX_BLOCK = 256 << 20,
     VHDX_CHUNK_BITS = 23,           /* log2 of the sectors of a chunk */
-    VHDX_LOG_PAGE = 4096,
-    VHDX_LOG_SPARE = 64 << 20,      /* read at most 16 times the log and this: a whole ring takes 8 times */
-    VHDX_ENTRY_RESERVED = 0xffff8,
-    VHDX_MAX_LOCATOR = 64 << 10,
 };
+#define VHDX_MAX_SIZE (64ull << 40)
 
-struct vhdx_header {                /* fills 4 KiB */
+struct vhdx_header {
     uint8_t signature[4];           /* 0x00: "head" */
-    le32 checksum;                  /* 0x04: CRC-32C of the 4 KiB, this field as zeros */
-    le64 sequence;                  /* 0x08: the header with the higher one counts */
+    le32 checksum;                  /* 0x04: CRC-32C of the whole with zeros here; so in all that have one */
+    le64 sequence;                  /* 0x08: the header with the higher one is current */
     uint8_t file_write_guid[16];    /* 0x10 */
-    uint8_t data_write_guid[16];    /* 0x20: changes with the data: what children record */
-    uint8_t log_guid[16];           /* 0x30: zeros: nothing to replay */
+    uint8_t data_write_guid[16];    /* 0x20: changes with the data: what children remember of their parent */
+    uint8_t log_guid[16];           /* 0x30: of the entries to replay; zeros: none */
     le16 log_version;               /* 0x40: 0 */
     le16 version;                   /* 0x42: 1 */
     le32 log_length;                /* 0x44 */
     le64 log_offset;                /* 0x48 */
+    uint8_t reserved[4016];         /* 0x50 */
 };
-_Static_assert(sizeof(struct vhdx_header) == 80, "VHDX header");
+_Static_assert(sizeof(struct vhdx_header) == 4096, "VHDX header");
 
-struct vhdx_region_table {          /* fills 64 KiB; the metadata table is alike */
+struct vhdx_region {
+    uint8_t guid[16];               /* 0x00 */
+    le64 offset;                    /* 0x10: in the file */
+    le32 length;                    /* 0x18 */
+    le32 flags;                     /* 0x1c: 1: required */
+};
+struct vhdx_region_table {
     uint8_t signature[4];           /* 0x00: "regi" */
-    le32 checksum;                  /* 0x04: CRC-32C of the 64 KiB, this field as zeros */
+    le32 checksum;                  /* 0x04 */
     le32 n_entries;                 /* 0x08 */
     uint8_t reserved[4];            /* 0x0c */
-    struct vhdx_region {
-        uint8_t guid[16];           /* 0x00 */
-        le64 offset;                /* 0x10 */
-        le32 length;                /* 0x18 */
-        le32 required;              /* 0x1c: bit 0: who does not know it must not open the image */
-    } entry[];
+    struct vhdx_region entry[VHDX_MAX_ENTRIES]; /* 0x10 */
+    uint8_t rest[16];               /* 0xfff0 */
 };
-_Static_assert(sizeof(struct vhdx_region_table) == 16 && sizeof(struct vhdx_region) == 32, "VHDX region table");
+_Static_assert(sizeof(struct vhdx_region_table) == VHDX_TABLE, "VHDX region table");
 
+struct vhdx_metadata_entry {
+    uint8_t guid[16];               /* 0x00 */
+    le32 offset;                    /* 0x10: in the region */
+    le32 length;                    /* 0x14 */
+    le32 flags;                     /* 0x18: VHDX_META_... */
+    uint8_t reserved[4];            /* 0x1c */
+};
 struct vhdx_metadata_table {
     uint8_t signature[8];           /* 0x00: "metadata" */
     uint8_t reserved[2];            /* 0x08 */
     le16 n_entries;                 /* 0x0a */
     uint8_t reserved2[20];          /* 0x0c */
-    struct vhdx_metadata {
-        uint8_t guid[16];           /* 0x00 */
-        le32 offset;                /* 0x10: from the start of the metadata region */
-        le32 length;                /* 0x14 */
-        le32 flags;                 /* 0x18: VHDX_META_... */
-        uint8_t reserved[4];        /* 0x1c */
-    } entry[];
+    struct vhdx_metadata_entry entry[VHDX_MAX_ENTRIES]; /* 0x20 */
 };
-_Static_assert(sizeof(struct vhdx_metadata_table) == 32 && sizeof(struct vhdx_metadata) == 32, "VHDX metadata table");
+_Static_assert(sizeof(struct vhdx_metadata_table) == VHDX_TABLE, "VHDX metadata table");
 enum { VHDX_META_USER = 1, VHDX_META_REQUIRED = 4 };
 
-struct vhdx_parameters {            /* the metadata item */
+struct vhdx_parameters {            /* a metadata item */
     le32 block_size;                /* 0x00 */
     le32 flags;                     /* 0x04: VHDX_HAS_PARENT */
 };
 enum { VHDX_HAS_PARENT = 2 };
 
-struct vhdx_locator {               /* the metadata item; its strings are UTF-16, at offsets from its start */
-    uint8_t type[16];               /* 0x00: vhdx_guid_locator */
+struct vhdx_locator_entry {         /* offsets in the locator; UTF-16, lengths in bytes */
+    le32 key_offset, value_offset;  /* 0x00, 0x04 */
+    le16 key_length, value_length;  /* 0x08, 0x0a */
+};
+struct vhdx_locator {               /* a metadata item */
+    uint8_t type[16];               /* 0x00 */
     uint8_t reserved[2];            /* 0x10 */
     le16 n_entries;                 /* 0x12 */
-    struct vhdx_locator_entry {
-        le32 key_offset;            /* 0x00 */
-        le32 value_offset;          /* 0x04 */
-        le16 key_length;            /* 0x08: bytes */
-        le16 value_length;          /* 0x0a */
-    } entry[];
+    struct vhdx_locator_entry entry[];  /* 0x14 */
 };
-_Static_assert(sizeof(struct vhdx_locator) == 20 && sizeof(struct vhdx_locator_entry) == 12, "VHDX parent locator");
+_Static_assert(sizeof(struct vhdx_locator_entry) == 12 && sizeof(struct vhdx_locator) == 20, "VHDX parent locator");
 
-struct vhdx_log_header {            /* of an entry, which is a multiple of 4 KiB long */
+struct vhdx_log_header {            /* of an entry of the log; descriptors follow */
     uint8_t signature[4];           /* 0x00: "loge" */
-    le32 checksum;                  /* 0x04: CRC-32C of the entry, this field as zeros */
-    le32 length;                    /* 0x08: of the entry */
-    le32 tail;                      /* 0x0c: where its sequence begins, in the log */
+    le32 checksum;                  /* 0x04: of the whole entry */
+    le32 length;                    /* 0x08: of the whole entry, whole pages */
+    le32 tail;                      /* 0x0c: where in the log the oldest entry to replay begins */
     le64 sequence;                  /* 0x10 */
     le32 n_descriptors;             /* 0x18 */
     uint8_t reserved[4];            /* 0x1c */
-    uint8_t guid[16];               /* 0x20: the header's log_guid, or it is an old one */
-    le64 flushed;                   /* 0x30: the file had so many bytes when it was written */
-    le64 last;                      /* 0x38: so many bytes the file needs */
+    uint8_t guid[16];               /* 0x20: the header's log_guid */
+    le64 flushed;                   /* 0x30: length of the file that was on disk before this entry was written */
+    le64 last;                      /* 0x38: length of the file that all it refers to fits into */
 };
-_Static_assert(sizeof(struct vhdx_log_header) == 64, "VHDX log entry");
-
-struct vhdx_log_descriptor {
-    uint8_t signature[4];           /* 0x00: "desc", or "zero" */
-    uint8_t trailing[4];            /* 0x04: desc: the last bytes of the page; zero: reserved */
+struct vhdx_descriptor {
+    uint8_t signature[4];           /* 0x00: "zero": a range of zeros; "desc": a page, whose data is in the entry */
+    uint8_t trailing[4];            /* 0x04: desc: the last bytes of the page */
     union {
+        le64 length;                /* 0x08: zero: bytes, whole pages */
         uint8_t leading[8];         /* 0x08: desc: the first bytes of the page */
-        le64 length;                /* 0x08: zero: how much is zeroed */
     };
     le64 offset;                    /* 0x10: in the file */
-    le64 sequence;                  /* 0x18: the entry's */
+    le64 sequence;                  /* 0x18: that of the entry */
 };
-_Static_assert(sizeof(struct vhdx_log_descriptor) == 32, "VHDX log descriptor");
+_Static_assert(sizeof(struct vhdx_log_header) == 64 && sizeof(struct vhdx_descriptor) == 32, "VHDX log entry");
+enum { VHDX_HEADER_SLOTS = 2, VHDX_PAGE_SLOTS = 128 };  /* in units of a descriptor */
 
-struct vhdx_log_data {              /* a page of data: its first and last bytes are in the descriptor */
-    uint8_t signature[4];           /* 0x0000: "data" */
-    le32 sequence_high;             /* 0x0004 */
-    uint8_t data[4084];             /* 0x0008 */
-    le32 sequence_low;              /* 0x0ffc */
+struct vhdx_data_page {             /* the pages of data follow the pages of descriptors, one for each "desc" */
+    uint8_t signature[4];           /* 0x000: "data" */
+    le32 sequence_high;             /* 0x004: that of the entry */
+    uint8_t data[4084];             /* 0x008: the page without its first and last bytes */
+    le32 sequence_low;              /* 0xffc */
 };
-_Static_assert(sizeof(struct vhdx_log_data) == 4096, "VHDX log data page");
-
-#define VHDX_MAX_SIZE (64ull << 40)
+_Static_assert(sizeof(struct vhdx_data_page) == VHDX_PAGE, "VHDX log data");
 
 /*
  * States of payload blocks; a sector bitmap block is present (6) or not (0). UNMAPPED_095: what the draft of version
  * 0.95 had for UNMAPPED.
  */
 enum { VHDX_ABSENT, VHDX_UNDEFINED, VHDX_ZERO, VHDX_UNMAPPED, VHDX_UNMAPPED_095 = 5, VHDX_PRESENT, VHDX_PARTIAL };
+enum { VHDX_ENTRY_STATE = 7, VHDX_ENTRY_RESERVED = 0xffff8 };   /* bits of a BAT entry; the rest is the offset */
 
-/* GUIDs as they lie in the file. */
-static const uint8_t vhdx_guid_bat[] = { 0x66, 0x77, 0xc2, 0x2d, 0x23, 0xf6, 0x00, 0x42,
-                                         0x9d, 0x64, 0x11, 0x5e, 0x9b, 0xfd, 0x4a, 0x08 };
-static const uint8_t vhdx_guid_metadata[] = { 0x06, 0xa2, 0x7c, 0x8b, 0x90, 0x47, 0x9a, 0x4b,
-                                              0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e };
-static const uint8_t vhdx_guid_locator[] = { 0xb7, 0xef, 0x4a, 0xb0, 0x9e, 0xd1, 0x81, 0x4a,
-                                             0xb7, 0x89, 0x25, 0xb8, 0xe9, 0x44, 0x59, 0x13 };
+#define VHDX_GUID_BAT "2dc27766-f623-4200-9d64-115e9bfd4a08"
+#define VHDX_GUID_METADATA "8b7ca206-4790-4b9a-b8fe-575f050f886e"
+#define VHDX_GUID_LOCATOR "b04aefb7-d19e-4a81-b789-25b8e9445913"
 
-enum vhdx_item { VHDX_PARAMETERS, VHDX_SIZE, VHDX_SECTOR, VHDX_PHYSICAL, VHDX_ID, VHDX_LOCATOR, VHDX_ITEMS };
+enum vhdx_item { VHDX_PARAMETERS, VHDX_SIZE, VHDX_SECTOR, VHDX_LOCATOR, VHDX_PHYSICAL, VHDX_ID, VHDX_ITEMS };
 static const struct {
-    uint8_t guid[16];
-    uint32_t length;                /* at least */
-    bool needed;
+    const char *guid;
+    uint32_t min_length;
+    enum { VHDX_NEEDED, VHDX_USED, VHDX_IGNORED } use;
     const char *what;
 } vhdx_items[VHDX_ITEMS] = {
-    { { 0x37, 0x67, 0xa1, 0xca, 0x36, 0xfa, 0x43, 0x4d, 0xb3, 0xb6, 0x33, 0xf0, 0xaa, 0x44, 0xe7, 0x6b }, 8, true,
-      "the file parameters" },
-    { { 0x24, 0x42, 0xa5, 0x2f, 0x1b, 0xcd, 0x76, 0x48, 0xb2, 0x11, 0x5d, 0xbe, 0xd8, 0x3b, 0xf4, 0xb8 }, 8, true,
-      "the disk's size" },
-    { { 0x1d, 0xbf, 0x41, 0x81, 0x6f, 0xa9, 0x09, 0x47, 0xba, 0x47, 0xf2, 0x33, 0xa8, 0xfa, 0xab, 0x5f }, 4, true,
-      "the sector size" },
-    { { 0xc7, 0x48, 0xa3, 0xcd, 0x5d, 0x44, 0x71, 0x44, 0x9c, 0xc9, 0xe9, 0x88, 0x52, 0x51, 0xc5, 0x56 }, 4, false,
-      "the physical sector size" },
-    { { 0xab, 0x12, 0xca, 0xbe, 0xe6, 0xb2, 0x23, 0x45, 0x93, 0xef, 0xc3, 0x09, 0xe0, 0x00, 0xc7, 0x46 }, 16, false,
-      "the disk's id" },
-    { { 0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c }, 20, false,
-      "the parent locator" },
+    [VHDX_PARAMETERS] = { "caa16737-fa36-4d43-b3b6-33f0aa44e76b", 8, VHDX_NEEDED, "the file parameters" },
+    [VHDX_SIZE] = { "2fa54224-cd1b-4876-b211-5dbed83bf4b8", 8, VHDX_NEEDED, "the disk's size" },
+    [VHDX_SECTOR] = { "8141bf1d-a96f-4709-ba47-f233a8faab5f", 4, VHDX_NEEDED, "the sector size" },
+    [VHDX_LOCATOR] = { "a8d35f2d-b30b-454d-abf7-d3d84834ab0c", 20, VHDX_USED, "the parent locator" },
+    [VHDX_PHYSICAL] = { "cda348c7-445d-4471-9cc9-e9885251c556", 0, VHDX_IGNORED, "the physical sector size" },
+    [VHDX_ID] = { "beca12ab-b2e6-4523-93ef-c309e000c746", 0, VHDX_IGNORED, "the disk's id" },
 };
 
 struct vhdx_range {
@@ -5613,10 +5603,10 @@ struct vhdx_range {
 
 struct vhdx {
     uint32_t block_bits, sector_bits, chunk_bits;   /* chunk_bits: log2 of the blocks of a chunk */
-    uint32_t version, log_version;
+    uint32_t log_version;
     uint8_t log_guid[16];
     struct vhdx_range log, metadata, bat, item[VHDX_ITEMS];
-    uint64_t flushed;               /* the log's last word on how long the file was; 0: there was none */
+    uint64_t flushed;               /* the length of the file by the log; 0: no log was replayed */
     bool has_parent;
 };
 
@@ -5625,20 +5615,25 @@ static int vhdx_probe(const struct probe *p)
     return p->head_len >= 8 && memcmp(p->head, "vhdxfile", 8) == 0 ? 100 : 0;
 }
 
-static int vhdx_unknown(const struct image *im, const char *what, const uint8_t *guid)
+/* A GUID of the file as the specification prints it. */
+static void vhdx_guid(const uint8_t guid[16], char text[37])
 {
-    uint8_t uuid[16];
-    char text[37];
+    uint8_t swapped[16];
 
-    text_swap_guid(guid, uuid);
-    text_uuid(uuid, text);
-    return msg_err(-EOPNOTSUPP, "%s: needs an unknown VHDX %s {%s}, which is not supported", im->name, what, text);
+    text_swap_guid(guid, swapped);
+    text_uuid(swapped, text);
 }
 
-/* CRC-32C (Castagnoli), bit by bit reversed; begins with ~0 and is inverted at the end. */
-static uint32_t vhdx_crc(uint32_t crc, const uint8_t *bytes, size_t len)
+static int vhdx_unknown(const struct image *im, const char *what, const char *guid)
+{
+    return msg_err(-EOPNOTSUPP, "%s: needs an unknown VHDX %s {%s}, which is not supported", im->name, what, guid);
+}
+
+/* CRC-32C (Castagnoli), least significant bit first; begins with ~0 and is inverted at the end. */
+static uint32_t vhdx_crc(uint32_t crc, const void *data, size_t len)
 {
     static uint32_t table[256];     /* filled at open, by the only thread there is then */
+    const uint8_t *bytes = data;
 
     for (uint32_t i = 0; !table[255] && i < 256; i++) {
         uint32_t c = i;
@@ -5651,49 +5646,57 @@ static uint32_t vhdx_crc(uint32_t crc, const uint8_t *bytes, size_t len)
     return crc;
 }
 
-/* Signature, then the checksum of all with the checksum itself as zeros. */
-static bool vhdx_is_good(const uint8_t *bytes, size_t len, const char *signature)
+/* Reads a header or region table. False: it is not there, or has another signature or checksum. */
+static bool vhdx_read_sealed(struct file *f, uint64_t offset, uint8_t *bytes, size_t len, const char *signature)
 {
     static const uint8_t zeros[4];
+    uint64_t done;
 
-    return memcmp(bytes, signature, 4) == 0 &&
+    return offset + len <= f->size && file_pread(f, bytes, len, offset, &done) == 0 &&
+           memcmp(bytes, signature, 4) == 0 &&
            ~vhdx_crc(vhdx_crc(vhdx_crc(~0u, bytes, 4), zeros, 4), bytes + 8, len - 8) == util_le32(bytes + 4);
 }
 
-/* Two headers: the good one with the higher sequence number is the current one. room: 64 KiB */
-static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
+static int vhdx_no_header(const struct image *im)
 {
     struct file *f = &im->files[0];
-    const size_t used = offsetof(struct vhdx_header, data_write_guid);  /* what reading needs, to the end */
-    const struct vhdx_header *h = NULL, *candidate;
-    uint8_t uuid[16];
+    uint8_t identifier[8] = { 0 };
     uint64_t done;
 
-    for (uint64_t i = 0; i < 2; i++) {
-        uint8_t *page = room + i * VHDX_HEADER;
-        uint64_t at = VHDX_HEADER_AT + i * VHDX_TABLE;
-        if (at + VHDX_HEADER > f->size || file_pread(f, page, VHDX_HEADER, at, &done) ||
-            !vhdx_is_good(page, VHDX_HEADER, "head"))
+    if (file_pread(f, identifier, util_min(8, f->size), 0, &done) || memcmp(identifier, "vhdxfile", 8) != 0)
+        return msg_err(-EINVAL, "%s: is not a VHDX image", im->name);
+    if (f->size < VHDX_HEADER_AT + 2 * VHDX_TABLE)
+        return fmt_refuse_table(im, f, "the offset of its headers", VHDX_HEADER_AT, 2ull * VHDX_TABLE);
+    return msg_err(-EINVAL, "%s: damaged VHDX: neither of its headers has a good checksum", im->name);
+}
+
+/* Of the good headers, the one with the higher sequence number is current. Two with one number must say the same. */
+static int vhdx_read_headers(struct image *im, struct vhdx *v)
+{
+    const size_t used = offsetof(struct vhdx_header, data_write_guid), end = offsetof(struct vhdx_header, reserved);
+    const struct vhdx_header *h = NULL;
+    struct vhdx_header both[2];
+    uint8_t uuid[16];
+
+    for (size_t i = 0; i < 2; i++) {
+        const struct vhdx_header *other = &both[i];
+        if (!vhdx_read_sealed(&im->files[0], VHDX_HEADER_AT + i * VHDX_TABLE, (uint8_t *)&both[i], sizeof(both[i]),
+                              "head"))
             continue;
-        candidate = (const void *)page;
-        if (h && le64_to_cpu(candidate->sequence) == le64_to_cpu(h->sequence) &&
-            memcmp(page + used, (const uint8_t *)h + used, sizeof(*h) - used) != 0)
+        if (h && le64_to_cpu(other->sequence) == le64_to_cpu(h->sequence) &&
+            memcmp((const uint8_t *)other + used, (const uint8_t *)h + used, end - used) != 0)
             return fmt_refuse(im, "two different headers with one sequence number", le64_to_cpu(h->sequence));
-        if (!h || le64_to_cpu(candidate->sequence) > le64_to_cpu(h->sequence))
-            h = candidate;
+        if (!h || le64_to_cpu(other->sequence) > le64_to_cpu(h->sequence))
+            h = other;
     }
     if (!h)
-        return file_pread(f, room, util_min(8, f->size), 0, &done) || memcmp(room, "vhdxfile", 8) != 0
-                   ? msg_err(-EINVAL, "%s: is not a VHDX image", im->name)
-                   : f->size < VHDX_HEADER_AT + 2 * VHDX_TABLE
-                   ? fmt_refuse_table(im, f, "the place of its headers", VHDX_HEADER_AT, 2ull * VHDX_TABLE)
-                   : msg_err(-EINVAL, "%s: damaged VHDX: neither of its headers has a good checksum", im->name);
-    v->log_version = le16_to_cpu(h->log_version);
-    v->version = le16_to_cpu(h->version);
-    if (v->version != 1)
-        return msg_err(-EOPNOTSUPP, "%s: VHDX of unknown version %u, which is not supported", im->name, v->version);
+        return vhdx_no_header(im);
+    if (le16_to_cpu(h->version) != 1)
+        return msg_err(-EOPNOTSUPP, "%s: VHDX of unknown version %u, which is not supported", im->name,
+                       le16_to_cpu(h->version));
     text_swap_guid(h->data_write_guid, uuid);
     ext_set_id(&im->id, ID_IMAGE, uuid);
+    v->log_version = le16_to_cpu(h->log_version);
     memcpy(v->log_guid, h->log_guid, sizeof(v->log_guid));
     v->log = (struct vhdx_range){ .offset = le64_to_cpu(h->log_offset), .length = le32_to_cpu(h->log_length) };
     im->dirty = !text_is_null_id(v->log_guid);
@@ -5703,21 +5706,27 @@ static int vhdx_read_headers(struct image *im, struct vhdx *v, uint8_t *room)
 /* -- the log -- */
 
 /*
- * A ring of entries, each a header with descriptors and then pages of data, in units of 4 KiB. Entries with the
- * header's log GUID and consecutive sequence numbers form a sequence; a sequence is whole when its last entry's tail
- * lies in it. Of the whole ones that with the highest number counts, from its tail on.
+ * The log is a ring of entries: a header, descriptors, and a page of data for each "desc" of them. A writer appends an
+ * entry, flushes, and only then changes the metadata in the file. So an entry that is not complete has changed nothing
+ * yet. The tail in an entry says from which one on changes may still be missing in the file.
+ *
+ * Entries with the header's log GUID, a good checksum and consecutive sequence numbers form a run. A run counts if the
+ * tail of its last entry is one of its entries: else the first ones to replay are lost. If several runs count, that
+ * with the highest number is current. It is applied from the tail to the last entry, in this order, since a later
+ * entry may replace a page of an earlier one. Example (offset in the log: sequence number, tail):
+ *
+ *   8 KiB: 4, 8 KiB | 16 KiB: 5, 16 KiB | 24 KiB: 6, 16 KiB | 32 KiB: 7, torn      the run is 4, 5, 6; 5, 6 are applied
  */
 struct vhdx_log {
     struct image *im;
-    const uint8_t *guid;
-    uint64_t offset, length;
-    uint64_t budget;                /* bytes that may still be read: garbage must not keep us for ever; see spent */
+    const struct vhdx *vhdx;
+    uint64_t budget;                /* bytes that may still be read, so that garbage does not take for ever */
     bool spent;                     /* the budget did not suffice: what was found so far may not be all */
 };
 
 struct vhdx_entry {
-    uint64_t sequence, flushed, last, at, length, tail;
-    uint32_t checksum, descriptors;
+    uint64_t at, length, tail, sequence, flushed, last;     /* at, tail: offsets in the log */
+    uint32_t checksum, n_descriptors;
 };
 
 static int vhdx_log_bad(const struct image *im, const char *what)
@@ -5726,137 +5735,137 @@ static int vhdx_log_bad(const struct image *im, const char *what)
                    "is there without it", im->name, what);
 }
 
-/* at: may be past the end of the ring */
-static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, uint8_t page[VHDX_LOG_PAGE])
+/* Reads a page of the ring. at: an offset in the log, may be past its end */
+static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, void *page)
 {
+    const struct vhdx_range *ring = &log->vhdx->log;
     uint64_t done;
 
-    log->spent |= log->budget < VHDX_LOG_PAGE || (log->budget % VHDX_MIB == 0 && util_interrupted());
+    log->spent |= log->budget < VHDX_PAGE || (log->budget % VHDX_MIB == 0 && util_interrupted());
     if (log->spent)
         return false;
-    log->budget -= VHDX_LOG_PAGE;
-    return file_pread(&log->im->files[0], page, VHDX_LOG_PAGE, log->offset + at % log->length, &done) == 0;
+    log->budget -= VHDX_PAGE;
+    return file_pread(&log->im->files[0], page, VHDX_PAGE, ring->offset + at % ring->length, &done) == 0;
 }
 
+/* Reads the header of the entry at `at`. False: there is none of this log. */
 static bool vhdx_entry_header(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
 {
-    uint8_t page[VHDX_LOG_PAGE] = { 0 };
-    const struct vhdx_log_header *h = (const void *)page;
+    union {
+        struct vhdx_log_header header;
+        uint8_t page[VHDX_PAGE];
+    } u = { 0 };
+    const struct vhdx_log_header *h = &u.header;
+    uint64_t ring = log->vhdx->log.length;
 
-    if (!vhdx_log_read(log, at, page) || memcmp(h->signature, "loge", 4) != 0 || memcmp(h->guid, log->guid, 16) != 0)
+    if (!vhdx_log_read(log, at, &u) || memcmp(h->signature, "loge", 4) != 0 ||
+        memcmp(h->guid, log->vhdx->log_guid, 16) != 0)
         return false;
     *e = (struct vhdx_entry){
-        .at = at % log->length, .checksum = le32_to_cpu(h->checksum), .length = le32_to_cpu(h->length),
+        .at = at % ring, .checksum = le32_to_cpu(h->checksum), .length = le32_to_cpu(h->length),
         .tail = le32_to_cpu(h->tail), .sequence = le64_to_cpu(h->sequence),
-        .descriptors = le32_to_cpu(h->n_descriptors), .flushed = le64_to_cpu(h->flushed), .last = le64_to_cpu(h->last),
+        .n_descriptors = le32_to_cpu(h->n_descriptors), .flushed = le64_to_cpu(h->flushed),
+        .last = le64_to_cpu(h->last),
     };
-    return e->length && e->length <= log->length && e->length % VHDX_LOG_PAGE == 0 && e->tail < log->length &&
-           e->tail % VHDX_LOG_PAGE == 0 && e->sequence &&
-           sizeof(*h) + e->descriptors * sizeof(struct vhdx_log_descriptor) <= e->length;
+    return e->length && e->length <= ring && e->length % VHDX_PAGE == 0 && e->tail < ring &&
+           e->tail % VHDX_PAGE == 0 && e->sequence &&
+           (VHDX_HEADER_SLOTS + (uint64_t)e->n_descriptors) * sizeof(struct vhdx_descriptor) <= e->length;
 }
 
 static bool vhdx_entry_sum(struct vhdx_log *log, const struct vhdx_entry *e)
 {
-    uint8_t page[VHDX_LOG_PAGE];
+    uint8_t page[VHDX_PAGE];
     uint32_t crc = ~0u;
 
-    for (uint64_t done = 0; done < e->length; done += VHDX_LOG_PAGE) {
+    for (uint64_t done = 0; done < e->length; done += VHDX_PAGE) {
         if (!vhdx_log_read(log, e->at + done, page))
             return false;
         if (done == 0)
-            memset(((struct vhdx_log_header *)page)->checksum.byte, 0, 4);
-        crc = vhdx_crc(crc, page, VHDX_LOG_PAGE);
+            memset(page + offsetof(struct vhdx_log_header, checksum), 0, 4);
+        crc = vhdx_crc(crc, page, VHDX_PAGE);
     }
     return ~crc == e->checksum;
 }
 
-static int vhdx_apply_zeros(struct file *f, uint64_t offset, uint64_t length)
+/* Checks a "desc", whose page of data is at `at` in the entry, or applies it. */
+static int vhdx_entry_page(struct vhdx_log *log, const struct vhdx_entry *e, uint64_t at,
+                           const struct vhdx_descriptor *d, bool apply)
 {
-    int ret = 0;
+    union {
+        struct vhdx_data_page data;
+        uint8_t page[VHDX_PAGE];
+    } u = { 0 };
 
-    for (; length && !ret; offset += VHDX_LOG_PAGE, length -= VHDX_LOG_PAGE)
-        ret = file_patch(f, offset, NULL);
-    return ret;
+    if (at + VHDX_PAGE > e->length || !vhdx_log_read(log, e->at + at, &u) ||
+        memcmp(u.data.signature, "data", 4) != 0 || le32_to_cpu(u.data.sequence_high) != e->sequence >> 32 ||
+        le32_to_cpu(u.data.sequence_low) != (uint32_t)e->sequence)
+        return -EINVAL;
+    memcpy(u.page, d->leading, sizeof(d->leading));
+    memcpy(u.page + VHDX_PAGE - sizeof(d->trailing), d->trailing, sizeof(d->trailing));
+    return apply ? file_patch(&log->im->files[0], le64_to_cpu(d->offset), u.page) : 0;
 }
 
-/*
- * The page of data that belongs to a descriptor. Its own first and last bytes, which the sequence number replaced,
- * are in the descriptor. -EINVAL: it is not of this entry.
- */
-static int vhdx_data_page(struct vhdx_log *log, const struct vhdx_entry *e, uint64_t at,
-                          const struct vhdx_log_descriptor *d, uint8_t page[VHDX_LOG_PAGE])
+/* Checks a "zero", or applies it. */
+static int vhdx_entry_zeros(struct vhdx_log *log, const struct vhdx_descriptor *d, bool apply)
 {
-    const struct vhdx_log_data *data = (const void *)page;
+    uint64_t offset = le64_to_cpu(d->offset), length = le64_to_cpu(d->length);
+    int ret = 0;
 
-    if (at + VHDX_LOG_PAGE > e->length || !vhdx_log_read(log, e->at + at, page) ||
-        memcmp(data->signature, "data", 4) != 0 || le32_to_cpu(data->sequence_high) != e->sequence >> 32 ||
-        le32_to_cpu(data->sequence_low) != (uint32_t)e->sequence)
+    if (memcmp(d->signature, "zero", 4) != 0 || length % VHDX_PAGE || length > (uint64_t)MAX_IMAGE_SIZE / 2)
         return -EINVAL;
-    memcpy(page, d->leading, 8);
-    memcpy(page + VHDX_LOG_PAGE - 4, d->trailing, 4);
-    return 0;
+    for (uint64_t i = 0; apply && i < length && !ret; i += VHDX_PAGE)
+        ret = file_patch(&log->im->files[0], offset + i, NULL);
+    return ret;
 }
 
 /* Goes through the descriptors of an entry, to check them or to apply them. -EINVAL: the entry is not valid. */
 static int vhdx_entry_walk(struct vhdx_log *log, const struct vhdx_entry *e, bool apply)
 {
-    uint8_t page[VHDX_LOG_PAGE], data[VHDX_LOG_PAGE];
-    const struct vhdx_log_descriptor *d;
-    uint64_t at = sizeof(struct vhdx_log_header), end = at + e->descriptors * sizeof(*d), offset, length;
-    uint64_t data_at = (end + VHDX_LOG_PAGE - 1) / VHDX_LOG_PAGE * VHDX_LOG_PAGE;
-    struct file *f = &log->im->files[0];
+    struct vhdx_descriptor page[VHDX_PAGE_SLOTS];
+    uint64_t end = VHDX_HEADER_SLOTS + (uint64_t)e->n_descriptors, offset;
+    uint64_t data = (end + VHDX_PAGE_SLOTS - 1) / VHDX_PAGE_SLOTS * VHDX_PAGE;
     int ret = 0;
 
-    for (bool first = true; at < end && !ret; at += sizeof(*d), first = false) {
-        if ((first || at % VHDX_LOG_PAGE == 0) && !vhdx_log_read(log, e->at + at / VHDX_LOG_PAGE * VHDX_LOG_PAGE, page))
+    for (uint64_t i = VHDX_HEADER_SLOTS; i < end && !ret; i++) {
+        const struct vhdx_descriptor *d = &page[i % VHDX_PAGE_SLOTS];
+        if ((i == VHDX_HEADER_SLOTS || i % VHDX_PAGE_SLOTS == 0) &&
+            !vhdx_log_read(log, e->at + i / VHDX_PAGE_SLOTS * VHDX_PAGE, page))
             return -EINVAL;
-        d = (const void *)(page + at % VHDX_LOG_PAGE);
         offset = le64_to_cpu(d->offset);
-        length = le64_to_cpu(d->length);
-        if (le64_to_cpu(d->sequence) != e->sequence || offset % VHDX_LOG_PAGE || offset > (uint64_t)MAX_IMAGE_SIZE / 2)
+        if (le64_to_cpu(d->sequence) != e->sequence || offset % VHDX_PAGE || offset > (uint64_t)MAX_IMAGE_SIZE / 2)
             return -EINVAL;
-        if (memcmp(d->signature, "zero", 4) == 0) {
-            if (length % VHDX_LOG_PAGE || length > (uint64_t)MAX_IMAGE_SIZE / 2)
-                return -EINVAL;
-            ret = apply ? vhdx_apply_zeros(f, offset, length) : 0;
-        } else if (memcmp(d->signature, "desc", 4) == 0) {
-            ret = vhdx_data_page(log, e, data_at, d, data);
-            data_at += VHDX_LOG_PAGE;
-            if (!ret && apply)
-                ret = file_patch(f, offset, data);
+        if (memcmp(d->signature, "desc", 4) == 0) {
+            ret = vhdx_entry_page(log, e, data, d, apply);
+            data += VHDX_PAGE;
         } else {
-            return -EINVAL;
+            ret = vhdx_entry_zeros(log, d, apply);
         }
     }
     return ret;
 }
 
-static bool vhdx_entry_valid(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
-{
-    return vhdx_entry_header(log, at, e) && vhdx_entry_sum(log, e) && vhdx_entry_walk(log, e, false) == 0;
-}
-
 /* The length of the run of consecutive entries from start on; 0: none. *last is its last one. */
 static uint64_t vhdx_log_run(struct vhdx_log *log, uint64_t start, struct vhdx_entry *last)
 {
+    uint64_t length = 0, ring = log->vhdx->log.length;
     struct vhdx_entry e;
-    uint64_t length = 0;
 
-    while (length < log->length && vhdx_entry_valid(log, start + length, &e) &&
-           (!length || e.sequence == last->sequence + 1) && e.length <= log->length - length) {
+    while (length < ring && vhdx_entry_header(log, start + length, &e) && vhdx_entry_sum(log, &e) &&
+           vhdx_entry_walk(log, &e, false) == 0 && (!length || e.sequence == last->sequence + 1) &&
+           e.length <= ring - length) {
         *last = e;
         length += e.length;
     }
     return length;
 }
 
-/* Is the tail of the run's last entry one of its entries? */
-static bool vhdx_log_is_whole(struct vhdx_log *log, uint64_t start, uint64_t length, uint64_t tail)
+/* Does an entry of the run begin at `tail`? */
+static bool vhdx_log_has_tail(struct vhdx_log *log, uint64_t start, uint64_t length, uint64_t tail)
 {
     struct vhdx_entry e;
 
     for (uint64_t at = 0; at < length; at += e.length) {
-        if ((start + at) % log->length == tail)
+        if ((start + at) % log->vhdx->log.length == tail)
             return true;
         if (!vhdx_entry_header(log, start + at, &e))
             return false;
@@ -5864,18 +5873,17 @@ static bool vhdx_log_is_whole(struct vhdx_log *log, uint64_t start, uint64_t len
     return false;
 }
 
-/* The last entry of the active sequence. False: there is none. */
+/* The last entry of the run to replay. False: there is none. */
 static bool vhdx_log_find(struct vhdx_log *log, struct vhdx_entry *head)
 {
     struct vhdx_entry last = { 0 };
     bool found = false;
     uint64_t run;
 
-    /* No whole sequence begins inside of a run: it would end where the run does, with the same tail. */
-    for (uint64_t start = 0; start < log->length; start += run ? run : VHDX_LOG_PAGE) {
+    /* No run that counts begins inside of another one: it would end with the same entry, and have the same tail. */
+    for (uint64_t start = 0; start < log->vhdx->log.length; start += run ? run : VHDX_PAGE) {
         run = vhdx_log_run(log, start, &last);
-        if (run && (!found || last.sequence > head->sequence) &&
-            vhdx_log_is_whole(log, start, run, last.tail)) {
+        if (run && (!found || last.sequence > head->sequence) && vhdx_log_has_tail(log, start, run, last.tail)) {
             *head = last;
             found = true;
         }
@@ -5884,18 +5892,18 @@ static bool vhdx_log_find(struct vhdx_log *log, struct vhdx_entry *head)
 }
 
 /* Applies the entries from the tail of `head` up to itself. */
-static int vhdx_log_apply(struct vhdx_log *log, const struct vhdx_entry *head)
+static int vhdx_log_apply(struct vhdx_log *log, struct vhdx *v, const struct vhdx_entry *head)
 {
     struct file *f = &log->im->files[0];
-    uint64_t flushed = 0, last = 0, total = 0;
     struct vhdx_entry e = { .at = UINT64_MAX };
+    uint64_t last = 0, total = 0;
     unsigned n = 0;
     int ret = 0;
 
-    log->budget = 4 * log->length + VHDX_MIB;       /* also what ends this, should the file change underneath */
+    log->budget = 4 * v->log.length + VHDX_MIB;     /* also ends this loop, should the file change underneath */
     for (; !ret && e.at != head->at; total += e.length, n++) {
         ret = vhdx_entry_header(log, head->tail + total, &e) ? vhdx_entry_walk(log, &e, true) : -EINVAL;
-        flushed = e.flushed > flushed ? e.flushed : flushed;
+        v->flushed = e.flushed > v->flushed ? e.flushed : v->flushed;
         last = e.last > last ? e.last : last;
     }
     if (ret == -ENOMEM)
@@ -5906,17 +5914,16 @@ static int vhdx_log_apply(struct vhdx_log *log, const struct vhdx_entry *head)
         return vhdx_log_bad(log->im, "it was changed meanwhile");
     msg_say(MSG_NOTE, "%s: was not closed properly: its log (%u entries, %u pages) is replayed in memory; the file is "
             "not changed", log->im->name, n, f->n_patches);
-    ((struct vhdx *)log->im->state)->flushed = flushed;
-    if (last > f->size && flushed <= f->size)
-        file_extend(f, last);       /* with zeros, as whoever replays the log on disk does */
+    /* A replay on disk makes the file longer, with zeros. A file shorter than `flushed` was cut off: no zeros. */
+    if (last > f->size && v->flushed <= f->size)
+        file_extend(f, last);
     return 0;
 }
 
-static int vhdx_replay(struct image *im, const struct vhdx *v)
+static int vhdx_replay(struct image *im, struct vhdx *v)
 {
     struct file *f = &im->files[0];
-    struct vhdx_log log = { .im = im, .guid = v->log_guid, .offset = v->log.offset, .length = v->log.length,
-                            .budget = 16 * v->log.length + VHDX_LOG_SPARE };
+    struct vhdx_log log = { .im = im, .vhdx = v, .budget = 16 * v->log.length + VHDX_LOG_SPARE };
     struct vhdx_entry head = { 0 };
     bool found;
 
@@ -5927,48 +5934,69 @@ static int vhdx_replay(struct image *im, const struct vhdx *v)
     }
     if (v->log_version)
         return vhdx_log_bad(im, "it is of an unknown version");
-    if (!log.length || log.length % VHDX_MIB || log.offset % VHDX_MIB || log.offset < VHDX_MIB ||
-        log.offset > f->size || log.length > f->size - log.offset)
+    if (!v->log.length || v->log.length % VHDX_MIB || v->log.offset % VHDX_MIB || v->log.offset < VHDX_MIB ||
+        v->log.offset > f->size || v->log.length > f->size - v->log.offset)
         return vhdx_log_bad(im, "it is not where it should be");
     found = vhdx_log_find(&log, &head);
     if (util_interrupted())
         return msg_err(-EINTR, "interrupted");
     if (!found || log.spent)
         return vhdx_log_bad(im, log.spent ? "too much garbage in it" : "no whole sequence in it");
-    return vhdx_log_apply(&log, &head);
+    return vhdx_log_apply(&log, v, &head);
 }
 
 /* -- regions, metadata -- */
+
+/* What is read at open, one after the other, into one buffer. */
+union vhdx_table {
+    struct vhdx_region_table regions;
+    struct vhdx_metadata_table metadata;
+    struct vhdx_locator locator;
+    uint8_t bytes[VHDX_TABLE];
+};
 
 static bool vhdx_overlaps(const struct vhdx_range *r, uint64_t offset, uint64_t length)
 {
     return offset < r->offset + r->length && r->offset < offset + length;
 }
 
-static int vhdx_check_regions(struct image *im, struct vhdx *v, const struct vhdx_region_table *table)
+static int vhdx_check_region(struct image *im, struct vhdx *v, const struct vhdx_region *e)
 {
-    uint32_t n = le32_to_cpu(table->n_entries);
+    uint64_t offset = le64_to_cpu(e->offset), length = le32_to_cpu(e->length);
+    struct vhdx_range *r;
+    char guid[37];
 
+    vhdx_guid(e->guid, guid);
+    r = strcmp(guid, VHDX_GUID_BAT) == 0 ? &v->bat : strcmp(guid, VHDX_GUID_METADATA) == 0 ? &v->metadata : NULL;
+    if (!r)
+        return le32_to_cpu(e->flags) & 1 ? vhdx_unknown(im, "region", guid) : 0;
+    if (r->length)
+        return fmt_refuse(im, "a region that is there twice", offset);
+    if (!length || length % VHDX_MIB)
+        return fmt_refuse(im, "the length of a region, in whole MiB", length);
+    if (offset % VHDX_MIB || offset < VHDX_MIB || offset > (uint64_t)MAX_IMAGE_SIZE - length)
+        return fmt_refuse(im, "the offset of a region, in whole MiB from 1 MiB on", offset);
+    *r = (struct vhdx_range){ offset, length };
+    return 0;
+}
+
+static int vhdx_read_regions(struct image *im, struct vhdx *v, union vhdx_table *t)
+{
+    bool good = false;
+    uint32_t n;
+    int ret = 0;
+
+    for (uint64_t i = 0; i < 2 && !good; i++)
+        good = vhdx_read_sealed(&im->files[0], VHDX_REGIONS_AT + i * VHDX_TABLE, t->bytes, VHDX_TABLE, "regi");
+    if (!good)
+        return msg_err(-EINVAL, "%s: damaged VHDX: neither of its region tables has a good checksum", im->name);
+    n = le32_to_cpu(t->regions.n_entries);
     if (n > VHDX_MAX_ENTRIES)
-        return fmt_refuse(im, "the number of regions", n);
-    for (uint32_t i = 0; i < n; i++) {
-        const struct vhdx_region *e = &table->entry[i];
-        uint64_t offset = le64_to_cpu(e->offset), length = le32_to_cpu(e->length);
-        struct vhdx_range *r = memcmp(e->guid, vhdx_guid_bat, 16) == 0        ? &v->bat
-                               : memcmp(e->guid, vhdx_guid_metadata, 16) == 0 ? &v->metadata
-                                                                              : NULL;
-        if (!r && le32_to_cpu(e->required) & 1)
-            return vhdx_unknown(im, "region", e->guid);
-        if (!r)
-            continue;
-        if (r->length)
-            return fmt_refuse(im, "a region that is there twice", offset);
-        if (!length || length % VHDX_MIB || offset % VHDX_MIB || offset < VHDX_MIB ||
-            offset > (uint64_t)MAX_IMAGE_SIZE - length)
-            return fmt_refuse(im, "the offset or length of a region, multiples of 1 MiB",
-                              length % VHDX_MIB || !length ? length : offset);
-        *r = (struct vhdx_range){ offset, length };
-    }
+        return fmt_refuse(im, "the number of regions, at most 2047", n);
+    for (uint32_t i = 0; i < n && !ret; i++)
+        ret = vhdx_check_region(im, v, &t->regions.entry[i]);
+    if (ret)
+        return ret;
     if (!v->bat.length || !v->metadata.length)
         return fmt_refuse(im, v->bat.length ? "no metadata region" : "no block table", n);
     if (vhdx_overlaps(&v->bat, v->metadata.offset, v->metadata.length))
@@ -5980,91 +6008,60 @@ static int vhdx_check_regions(struct image *im, struct vhdx *v, const struct vhd
     return 0;
 }
 
-static int vhdx_read_regions(struct image *im, struct vhdx *v, uint8_t *room)
-{
-    struct file *f = &im->files[0];
-    uint64_t done;
-
-    for (uint64_t i = 0; i < 2; i++) {
-        uint64_t at = VHDX_REGIONS_AT + i * VHDX_TABLE;
-        if (at + VHDX_TABLE <= f->size && file_pread(f, room, VHDX_TABLE, at, &done) == 0 &&
-            vhdx_is_good(room, VHDX_TABLE, "regi"))
-            return vhdx_check_regions(im, v, (const void *)room);
-    }
-    return msg_err(-EINVAL, "%s: damaged VHDX: neither of its region tables has a good checksum", im->name);
-}
-
-static int vhdx_check_item(struct image *im, struct vhdx *v, const struct vhdx_metadata *e)
+static int vhdx_check_item(struct image *im, struct vhdx *v, const struct vhdx_metadata_entry *e)
 {
     uint64_t offset = le32_to_cpu(e->offset), length = le32_to_cpu(e->length);
     uint32_t flags = le32_to_cpu(e->flags);
+    char guid[37];
     size_t i = 0;
 
-    while (i < VHDX_ITEMS && (flags & VHDX_META_USER || memcmp(e->guid, vhdx_items[i].guid, 16) != 0))
+    vhdx_guid(e->guid, guid);
+    while (i < VHDX_ITEMS && (flags & VHDX_META_USER || strcmp(guid, vhdx_items[i].guid) != 0))
         i++;
     if (i == VHDX_ITEMS)
-        return flags & VHDX_META_REQUIRED ? vhdx_unknown(im, "metadata item", e->guid) : 0;
-    if (i == VHDX_PHYSICAL || i == VHDX_ID)
-        return 0;                   /* reading needs neither, whatever they say */
+        return flags & VHDX_META_REQUIRED ? vhdx_unknown(im, "metadata item", guid) : 0;
+    if (vhdx_items[i].use == VHDX_IGNORED)
+        return 0;
     if (offset < VHDX_TABLE || offset > v->metadata.length || length > v->metadata.length - offset)
-        return fmt_refuse(im, "the offset of a metadata item", offset);
-    if (length < vhdx_items[i].length || v->item[i].length)
+        return fmt_refuse(im, "the offset of a metadata item, outside of its region or in its table", offset);
+    if (length < vhdx_items[i].min_length || v->item[i].length)
         return fmt_refuse(im, vhdx_items[i].what, length);
     v->item[i] = (struct vhdx_range){ v->metadata.offset + offset, length };
     return 0;
 }
 
-static int vhdx_read_metadata(struct image *im, struct vhdx *v, uint8_t *room)
+static int vhdx_read_metadata(struct image *im, struct vhdx *v, union vhdx_table *t)
 {
-    const struct vhdx_metadata_table *table = (const void *)room;
     struct file *f = &im->files[0];
     uint64_t done;
     uint32_t n;
-    int ret = 0;
+    int ret;
 
     if (v->metadata.offset > f->size || f->size - v->metadata.offset < VHDX_TABLE)
         return fmt_refuse(im, "the metadata lies past the end of the file", v->metadata.offset);
-    if (file_pread(f, room, VHDX_TABLE, v->metadata.offset, &done))
-        return -EIO;
-    n = le16_to_cpu(table->n_entries);
-    if (memcmp(table->signature, "metadata", 8) != 0 || n > VHDX_MAX_ENTRIES)
-        return fmt_refuse(im, "the metadata table", n);
+    ret = file_pread(f, t, VHDX_TABLE, v->metadata.offset, &done);
+    if (ret)
+        return ret;
+    n = le16_to_cpu(t->metadata.n_entries);
+    if (memcmp(t->metadata.signature, "metadata", 8) != 0 || n > VHDX_MAX_ENTRIES)
+        return fmt_refuse(im, "the metadata table: no signature, or more than 2047 entries", n);
     for (uint32_t i = 0; i < n && !ret; i++)
-        ret = vhdx_check_item(im, v, &table->entry[i]);
+        ret = vhdx_check_item(im, v, &t->metadata.entry[i]);
     for (size_t i = 0; i < VHDX_ITEMS && !ret; i++)
-        if (vhdx_items[i].needed && !v->item[i].length)
+        if (vhdx_items[i].use == VHDX_NEEDED && !v->item[i].length)
             ret = msg_err(-EINVAL, "%s: damaged VHDX: lacks %s", im->name, vhdx_items[i].what);
     return ret;
 }
 
-/* The first `len` bytes (at most) of an item; zeros where there is none. */
-static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item item, void *bytes, uint64_t len)
+/* Reads the first `len` bytes of an item, which has as many. */
+static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item item, void *to, uint64_t len)
 {
     struct file *f = &im->files[0];
     uint64_t done, offset = v->item[item].offset;
 
-    memset(bytes, 0, len);
-    len = util_min(len, v->item[item].length);
     if (offset > f->size || len > f->size - offset)
         return fmt_refuse(im, "a metadata item lies past the end of the file", offset);
-    return file_pread(f, bytes, len, offset, &done);
-}
-
-static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, uint64_t size, uint32_t sector)
-{
-    if (block < VHDX_MIN_BLOCK || block > VHDX_MAX_BLOCK || block & (block - 1))
-        return fmt_refuse(im, "the block size; 1 to 256 MiB, powers of two", block);
-    if (sector != 512 && sector != 4096)
-        return fmt_refuse(im, "the sector size", sector);
-    if (size > VHDX_MAX_SIZE || size % sector)
-        return fmt_refuse(im, "the disk's size", size);
-    v->block_bits = (uint32_t)__builtin_ctz(block);
-    v->sector_bits = (uint32_t)__builtin_ctz(sector);
-    v->chunk_bits = VHDX_CHUNK_BITS + v->sector_bits - v->block_bits;
-    im->size = size;
-    im->cluster_size = block;
-    im->sector_size = sector;
-    return 0;
+    return file_pread(f, to, len, offset, &done);
 }
 
 /* Entries that the block table must have. */
@@ -6077,14 +6074,26 @@ static uint64_t vhdx_bat_entries(const struct image *im, const struct vhdx *v)
     return blocks ? blocks + ((blocks - 1) >> v->chunk_bits) : 0;
 }
 
-/* The block table must be whole, and large enough for the size. */
-static int vhdx_check_bat(struct image *im, const struct vhdx *v)
+static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, uint64_t size, uint32_t sector)
 {
-    uint64_t entries = vhdx_bat_entries(im, v);
+    uint64_t bat;
 
-    if (entries * 8 > v->bat.length)
+    if (block < VHDX_MIN_BLOCK || block > VHDX_MAX_BLOCK || block & (block - 1))
+        return fmt_refuse(im, "the block size, a power of two from 1 MiB to 256 MiB", block);
+    if (sector != 512 && sector != 4096)
+        return fmt_refuse(im, "the sector size, 512 or 4096 bytes", sector);
+    if (size > VHDX_MAX_SIZE || size % sector)
+        return fmt_refuse(im, "the disk's size, in whole sectors and at most 64 TiB", size);
+    v->block_bits = (uint32_t)__builtin_ctz(block);
+    v->sector_bits = (uint32_t)__builtin_ctz(sector);
+    v->chunk_bits = VHDX_CHUNK_BITS + v->sector_bits - v->block_bits;
+    im->size = size;
+    im->cluster_size = block;
+    im->sector_size = sector;
+    bat = vhdx_bat_entries(im, v) * 8;
+    if (bat > v->bat.length)
         return fmt_refuse(im, "the block table is too small for the size", v->bat.length);
-    if (v->bat.offset > im->files[0].size || entries * 8 > im->files[0].size - v->bat.offset)
+    if (v->bat.offset > im->files[0].size || bat > im->files[0].size - v->bat.offset)
         return fmt_refuse(im, "the block table lies past the end of the file", v->bat.offset);
     return 0;
 }
@@ -6103,121 +6112,95 @@ static int vhdx_read_items(struct image *im, struct vhdx *v)
     if (ret)
         return ret;
     v->has_parent = le32_to_cpu(parameters.flags) & VHDX_HAS_PARENT || v->item[VHDX_LOCATOR].length;
-    ret = vhdx_check_sizes(im, v, le32_to_cpu(parameters.block_size), le64_to_cpu(size), le32_to_cpu(sector));
-    return ret ? ret : vhdx_check_bat(im, v);
+    return vhdx_check_sizes(im, v, le32_to_cpu(parameters.block_size), le64_to_cpu(size), le32_to_cpu(sector));
 }
 
 /* -- parents -- */
 
-static bool vhdx_key_is(const uint8_t *key, size_t len, const char *name)
+/* The value of a key in a locator of `len` bytes, as text. False: it is not there, or lies outside of the locator. */
+static bool vhdx_locator_text(const struct vhdx_locator *l, uint64_t len, const char *key, char *text, size_t size)
 {
-    size_t n = strlen(name);
+    const uint8_t *bytes = (const uint8_t *)l;
+    char name[64];
 
-    if (len != 2 * n)
-        return false;
-    for (size_t i = 0; i < n; i++)
-        if (util_le16(key + 2 * i) != (unsigned char)name[i])
-            return false;
-    return true;
-}
-
-/* Key and value of entry i of the locator. False: they do not lie in it. */
-static bool vhdx_locator_value(const uint8_t *locator, uint64_t len, const char *key, const uint8_t **value,
-                               size_t *value_len)
-{
-    const struct vhdx_locator *l = (const void *)locator;
-    uint32_t n = le16_to_cpu(l->n_entries);
-
-    for (uint32_t i = 0; i < n && sizeof(*l) + (i + 1) * sizeof(*l->entry) <= len; i++) {
-        uint64_t key_at = le32_to_cpu(l->entry[i].key_offset), value_at = le32_to_cpu(l->entry[i].value_offset);
-        uint32_t key_len = le16_to_cpu(l->entry[i].key_length);
-        *value_len = le16_to_cpu(l->entry[i].value_length);
-        if (key_at + key_len > len || value_at + *value_len > len || !vhdx_key_is(locator + key_at, key_len, key))
-            continue;
-        *value = locator + value_at;
-        return true;
+    for (size_t i = 0; i < le16_to_cpu(l->n_entries) && sizeof(*l) + (i + 1) * sizeof(*l->entry) <= len; i++) {
+        const struct vhdx_locator_entry *e = &l->entry[i];
+        uint64_t key_offset = le32_to_cpu(e->key_offset), value_offset = le32_to_cpu(e->value_offset);
+        size_t key_len = le16_to_cpu(e->key_length), value_len = le16_to_cpu(e->value_length);
+        if (key_offset + key_len <= len && value_offset + value_len <= len && key_len == 2 * strlen(key) &&
+            text_from_utf16(bytes + key_offset, key_len, false, name, sizeof(name)) && strcmp(name, key) == 0)
+            return text_from_utf16(bytes + value_offset, value_len, false, text, size);
     }
     return false;
 }
 
-/* The value of a key as text. */
-static bool vhdx_locator_text(const uint8_t *locator, uint64_t len, const char *key, char *text, size_t room)
-{
-    const uint8_t *value;
-    size_t n;
-
-    return vhdx_locator_value(locator, len, key, &value, &n) && text_from_utf16(value, n, false, text, room);
-}
-
-static int vhdx_parse_locator(struct image *im, const uint8_t *locator, uint64_t len)
+static int vhdx_parse_locator(struct image *im, const struct vhdx_locator *l, uint64_t len)
 {
     static const char *const paths[] = { "relative_path", "volume_path", "absolute_win32_path" };
-    char text[3072];
+    char text[3072], type[37];
     uint8_t uuid[16];
     int ret = 0;
 
-    if (memcmp(locator, vhdx_guid_locator, 16) != 0)
-        return vhdx_unknown(im, "parent locator", locator);
+    vhdx_guid(l->type, type);
+    if (strcmp(type, VHDX_GUID_LOCATOR) != 0)
+        return vhdx_unknown(im, "parent locator", type);
     ext_set_parent(im, "vhdx");
-    if (vhdx_locator_text(locator, len, "parent_linkage", text, sizeof(text)) && text_parse_guid(text, uuid))
+    if (vhdx_locator_text(l, len, "parent_linkage", text, sizeof(text)) && text_parse_guid(text, uuid))
         ext_set_id(&im->parent_id, ID_IMAGE, uuid);
-    im->has_other_parent = vhdx_locator_text(locator, len, "parent_linkage2", text, sizeof(text)) &&
+    im->has_other_parent = vhdx_locator_text(l, len, "parent_linkage2", text, sizeof(text)) &&
                            text_parse_guid(text, im->other_parent) && !text_is_null_id(im->other_parent);
     for (size_t i = 0; i < ARRAY_LEN(paths) && !ret; i++)
-        if (vhdx_locator_text(locator, len, paths[i], text, sizeof(text)))
+        if (vhdx_locator_text(l, len, paths[i], text, sizeof(text)))
             ret = ext_add_hint(im, text);
     return ret;
 }
 
-static int vhdx_read_parent(struct image *im, const struct vhdx *v, uint8_t *room)
+static int vhdx_read_parent(struct image *im, const struct vhdx *v, union vhdx_table *t)
 {
     uint64_t len = v->item[VHDX_LOCATOR].length;
     int ret;
 
     if (!v->has_parent)
         return 0;
-    if (!len || len > VHDX_MAX_LOCATOR)
-        return fmt_refuse(im, "the length of the parent locator", len);
-    ret = vhdx_read_item(im, v, VHDX_LOCATOR, room, len);
-    return ret ? ret : vhdx_parse_locator(im, room, len);
+    if (!len || len > sizeof(*t))
+        return fmt_refuse(im, "the length of the parent locator, 20 bytes to 64 KiB", len);
+    ret = vhdx_read_item(im, v, VHDX_LOCATOR, t, len);
+    return ret ? ret : vhdx_parse_locator(im, &t->locator, len);
 }
 
 static int vhdx_identify(struct image *im)
 {
     struct vhdx v = { 0 };
-    uint8_t *room = malloc(VHDX_TABLE);
-    int ret = room ? vhdx_read_headers(im, &v, room) : -ENOMEM;
 
-    free(room);
-    return ret;
+    return vhdx_read_headers(im, &v);
 }
 
 static int vhdx_open(struct image *im)
 {
     struct vhdx *v = im->state;
-    uint8_t *room = util_fault("vhdx") ? NULL : malloc(VHDX_TABLE);
+    union vhdx_table *t = util_fault("vhdx") ? NULL : malloc(sizeof(*t));
     int ret;
 
-    if (!room)
+    if (!t)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = vhdx_read_headers(im, v, room);
+    ret = vhdx_read_headers(im, v);
     if (!ret && im->dirty)
         ret = vhdx_replay(im, v);
     if (!ret)
-        ret = vhdx_read_regions(im, v, room);
+        ret = vhdx_read_regions(im, v, t);
     if (!ret)
-        ret = vhdx_read_metadata(im, v, room);
+        ret = vhdx_read_metadata(im, v, t);
     if (!ret)
         ret = vhdx_read_items(im, v);
     if (!ret)
-        ret = vhdx_read_parent(im, v, room);
-    free(room);
+        ret = vhdx_read_parent(im, v, t);
+    free(t);
     return ret;
 }
 
 /* -- reading -- */
 
-/* Where a block may not lie. NULL: there. */
+/* Why no block or bitmap can begin at `offset` of the file. NULL: it can, but its end may be cut off. */
 static const char *vhdx_misplaced(const struct image *im, const struct vhdx *v, uint64_t offset, uint64_t length)
 {
     if (offset < VHDX_MIB)
@@ -6245,81 +6228,76 @@ static void vhdx_map_data(struct image *im, const struct vhdx *v, uint64_t host,
                                 .offset = host + in_block };
 }
 
+static int vhdx_read_entry(const struct image *im, const struct vhdx *v, uint64_t i, uint64_t *entry)
+{
+    return cache_le64(&im->files[0], v->bat.offset + i * 8, entry);
+}
+
 /* A block of which only those sectors are here whose bits in the chunk's sector bitmap are set. */
 static void vhdx_map_partial(struct image *im, const struct vhdx *v, uint64_t block, uint64_t host, uint64_t in_block,
                              uint64_t length, struct extent *ext)
 {
-    uint64_t chunk = block >> v->chunk_bits, in_chunk = block & ((1ull << v->chunk_bits) - 1), bitmap, first, n;
-    uint64_t index = (chunk + 1) * ((1ull << v->chunk_bits) + 1) - 1, sector = 1ull << v->sector_bits;
+    uint64_t chunk = block >> v->chunk_bits, in_chunk = block & ((1ull << v->chunk_bits) - 1), entry, bitmap, first;
+    uint64_t n = ((in_block + length - 1) >> v->sector_bits) - (in_block >> v->sector_bits) + 1;
     const char *why;
     bool here;
 
-    if (cache_le64(&im->files[0], v->bat.offset + index * 8, &bitmap)) {
+    if (vhdx_read_entry(im, v, (chunk + 1) * ((1ull << v->chunk_bits) + 1) - 1, &entry)) {
         ext_bad(ext, length, "the block table cannot be read");
         return;
     }
-    why = vhdx_misplaced(im, v, bitmap & -(uint64_t)VHDX_MIB, VHDX_MIB);
-    if ((bitmap & (VHDX_MIB - 1)) != VHDX_PRESENT)
-        why = "its sector bitmap is not there";
-    else if (!why && im->files[0].size - (bitmap & -(uint64_t)VHDX_MIB) < VHDX_MIB)
-        why = "its sector bitmap lies past the end of the file";
+    bitmap = entry & -(uint64_t)VHDX_MIB;
+    why = vhdx_misplaced(im, v, bitmap, VHDX_MIB);
     first = (in_chunk << (v->block_bits - v->sector_bits)) + (in_block >> v->sector_bits);
-    n = ((in_block + length - 1) >> v->sector_bits) - (in_block >> v->sector_bits) + 1;
-    if (!why && cache_bits(&im->files[0], bitmap & -(uint64_t)VHDX_MIB, first, n, false, &here, &n))
+    if ((entry & (VHDX_MIB - 1)) != VHDX_PRESENT)
+        why = "its sector bitmap is not there";
+    else if (!why && im->files[0].size - bitmap < VHDX_MIB)
+        why = "its sector bitmap lies past the end of the file";
+    else if (!why && cache_bits(&im->files[0], bitmap, first, n, false, &here, &n))
         why = "its sector bitmap cannot be read";
     if (why) {
         ext_bad(ext, length, why);
         return;
     }
-    length = util_min(length, n * sector - (in_block & (sector - 1)));
+    length = util_min(length, (n << v->sector_bits) - (in_block & ((1ull << v->sector_bits) - 1)));
     if (here)
         vhdx_map_data(im, v, host, in_block, length, ext);
     else
         *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
 }
 
-/*
- * Blocks whose contents are "undefined" or "unmapped" may read as anything but the parent's data: zeros, as with
- * everyone else.
- */
-static void vhdx_map_entry(struct image *im, const struct vhdx *v, uint64_t block, uint64_t entry, uint64_t in_block,
-                           uint64_t length, struct extent *ext)
+static void vhdx_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
 {
-    uint32_t state = entry & 7;
-    uint64_t host = entry & -(uint64_t)VHDX_MIB;
+    const struct vhdx *v = im->state;
+    uint64_t block = offset >> v->block_bits, in_block = offset & ((1ull << v->block_bits) - 1), entry, host;
+    uint32_t state;
 
-    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
+    length = util_min(length, (1ull << v->block_bits) - in_block);
+    if (vhdx_read_entry(im, v, block + (block >> v->chunk_bits), &entry)) {
+        ext_bad(ext, length, "the block table cannot be read");
+        return;
+    }
+    state = entry & VHDX_ENTRY_STATE;
+    host = entry & -(uint64_t)VHDX_MIB;
     if (entry & VHDX_ENTRY_RESERVED)
         ext_bad(ext, length, "its block table entry has reserved bits set");
-    else if (state == VHDX_ABSENT && v->has_parent)
-        ext->kind = EXT_BACKING;
-    else if (state <= VHDX_UNMAPPED || state == VHDX_UNMAPPED_095)
-        ;
     else if (state == VHDX_PRESENT)
         vhdx_map_data(im, v, host, in_block, length, ext);
     else if (state == VHDX_PARTIAL && v->has_parent)
         vhdx_map_partial(im, v, block, host, in_block, length, ext);
+    else if (state == VHDX_ABSENT && v->has_parent)
+        *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
+    else if (state <= VHDX_UNMAPPED || state == VHDX_UNMAPPED_095)
+        *ext = (struct extent){ .kind = EXT_ZERO, .length = length };  /* also undefined: never the parent's data */
     else
-        ext_bad(ext, length, "its block is in a state that cannot be");
-}
-
-static void vhdx_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
-{
-    const struct vhdx *v = im->state;
-    uint64_t block = offset >> v->block_bits, in_block = offset & ((1ull << v->block_bits) - 1), entry;
-
-    length = util_min(length, (1ull << v->block_bits) - in_block);
-    if (cache_le64(&im->files[0], v->bat.offset + (block + (block >> v->chunk_bits)) * 8, &entry))
-        ext_bad(ext, length, "the block table cannot be read");
-    else
-        vhdx_map_entry(im, v, block, entry, in_block, length, ext);
+        ext_bad(ext, length, "its block is in a state that does not exist");
 }
 
 static void vhdx_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
 {
     const struct vhdx *v = by;
     uint64_t entry = util_le64(bytes), chunk = (1ull << v->chunk_bits) + 1, host = entry & -(uint64_t)VHDX_MIB;
-    uint64_t start = (i - i / chunk) << v->block_bits, state = entry & 7;
+    uint64_t start = (i - i / chunk) << v->block_bits, state = entry & VHDX_ENTRY_STATE;
 
     if (entry & VHDX_ENTRY_RESERVED || host > (uint64_t)MAX_IMAGE_SIZE)
         return;

@@ -5158,20 +5158,20 @@ t_vhdx_damaged_headers_are_refused() {
 200000 01 270000 01|neither of its region tables
 h66 0000|unknown version 0
 h66 0200|unknown version 2
-r8 00080000|number of regions
-r8 ffffffff|number of regions
+r8 00080000|the number of regions, at most 2047
+r8 ffffffff|the number of regions, at most 2047
 r8 01000000|no block table
 r8 00000000|no block table
 r16 00|unknown VHDX region {8b7ca200-4790-4b9a-b8fe-575f050f886e}
 r48 00|unknown VHDX region {2dc27700-f623-4200-9d64-115e9bfd4a08}
 r48 0000 r76 00|no block table
 r48 06a27c8b90479a4bb8fe575f050f886e|region that is there twice
-r32 0100200000000000|offset or length of a region
-r32 0000000000000000|offset or length of a region
-r32 0000f0ffffffffff|offset or length of a region
-r32 0000f0ffffffff7f|offset or length of a region
-r40 00000000|offset or length of a region
-r40 00100000|offset or length of a region
+r32 0100200000000000|the offset of a region, in whole MiB from 1 MiB on
+r32 0000000000000000|the offset of a region, in whole MiB from 1 MiB on
+r32 0000f0ffffffffff|the offset of a region, in whole MiB from 1 MiB on
+r32 0000f0ffffffff7f|the offset of a region, in whole MiB from 1 MiB on
+r40 00000000|the length of a region, in whole MiB
+r40 00100000|the length of a region, in whole MiB
 r32 0000300000000000|regions that overlap
 r32 0000100000000000|a region in the log
 r64 0000100000000000|a region in the log
@@ -5195,25 +5195,25 @@ m10 0000|lacks the file parameters
 m160 11|unknown VHDX metadata item {cda34811-445d-4471-9cc9-e9885251c556}
 m32 11|unknown VHDX metadata item {caa16711-fa36-4d43-b3b6-33f0aa44e76b}
 m56 05|unknown VHDX metadata item {caa16737-fa36-4d43-b3b6-33f0aa44e76b}
-m48 00000000|offset of a metadata item
-m48 ffffffff|offset of a metadata item
-m48 00001000|offset of a metadata item
-m52 ffffffff|offset of a metadata item
+m48 00000000|the offset of a metadata item
+m48 ffffffff|the offset of a metadata item
+m48 00001000|the offset of a metadata item
+m52 ffffffff|the offset of a metadata item
 m52 04000000|the file parameters
 m160 3767a1ca36fa434db3b633f0aa44e76b|the file parameters
-m65536 00000000|the block size
-m65536 00000800|the block size
-m65536 00003000|the block size
-m65536 00000020|the block size
-m65536 ffffffff|the block size
-m65568 00000000|the sector size
-m65568 00040000|the sector size
-m65568 00200000|the sector size
-m65544 0102000000000000|the disk.s size
-m65544 00020000000000ff|the disk.s size
-m65544 0002000000400000|the disk.s size
+m65536 00000000|the block size, a power of two from 1 MiB to 256 MiB
+m65536 00000800|the block size, a power of two from 1 MiB to 256 MiB
+m65536 00003000|the block size, a power of two from 1 MiB to 256 MiB
+m65536 00000020|the block size, a power of two from 1 MiB to 256 MiB
+m65536 ffffffff|the block size, a power of two from 1 MiB to 256 MiB
+m65568 00000000|the sector size, 512 or 4096 bytes
+m65568 00040000|the sector size, 512 or 4096 bytes
+m65568 00200000|the sector size, 512 or 4096 bytes
+m65544 0102000000000000|the disk.s size, in whole sectors and at most 64 TiB
+m65544 00020000000000ff|the disk.s size, in whole sectors and at most 64 TiB
+m65544 0002000000400000|the disk.s size, in whole sectors and at most 64 TiB
 m65544 0000000000400000|block table is too small
-m65540 02000000|length of the parent locator
+m65540 02000000|the length of the parent locator, 20 bytes to 64 KiB
 EOF
 }
 
