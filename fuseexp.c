@@ -3013,6 +3013,9 @@ static int cache_bits(struct file *f, uint64_t offset, uint64_t first, uint64_t 
  * A list in the order of use, in what the tables leave of the budget. A cluster is decoded once: a thread that wants
  * one that another thread is decoding waits for it. An entry with users is not dropped. If what is being decoded
  * fills the budget, further clusters wait, so the budget holds whatever the number of threads.
+ *
+ * These waits do not tell the pool: what they wait for is a processor, not a disk. Another worker in their place would
+ * take one from the thread that decodes (measured: sequential zlib and zstd at three quarters of the speed).
  * ******************************************************************************************************** */
 
 enum { DECODED_BUCKETS = 8192 };
@@ -3203,7 +3206,7 @@ static int decoded_read(const struct extent *ext, uint8_t *buf, uint64_t len, un
 
     pthread_mutex_lock(&decoded.lock);
     while (!(c = decoded_find_locked(ext)) && decoded_is_full_locked(ext))
-        pool_wait(&decoded.changed, &decoded.lock);
+        pthread_cond_wait(&decoded.changed, &decoded.lock);
     *hit = c;
     if (c && c->state == DECODED_BUSY && !(how & DECODED_WAIT)) {
         pthread_mutex_unlock(&decoded.lock);
@@ -3219,7 +3222,7 @@ static int decoded_read(const struct extent *ext, uint8_t *buf, uint64_t len, un
             decoded_fill_unlocked(c, ext);
     }
     while (c && c->state == DECODED_BUSY)
-        pool_wait(&decoded.changed, &decoded.lock);
+        pthread_cond_wait(&decoded.changed, &decoded.lock);
     pthread_mutex_unlock(&decoded.lock);
     if (!c)
         return -ENOMEM;
