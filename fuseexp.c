@@ -206,6 +206,26 @@ static uint64_t util_min(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
+static bool util_is_power_of_2(uint64_t value, uint64_t min, uint64_t max)
+{
+    return value >= min && value <= max && (value & (value - 1)) == 0;
+}
+
+/* How many of n ascending numbers, `stride` bytes apart, are at most `value`; also the index of the first above it. */
+static unsigned util_count_up_to(const uint64_t *number, size_t stride, unsigned n, uint64_t value)
+{
+    unsigned low = 0, high = n;
+
+    while (low < high) {
+        unsigned mid = (low + high) / 2;
+        if (number[mid * stride / sizeof(*number)] > value)
+            high = mid;
+        else
+            low = mid + 1;
+    }
+    return low;
+}
+
 /* FNV-1a of a string and its terminator: distinguishes, but is no proof against intent. */
 #define UTIL_HASH_START 0xcbf29ce484222325u
 static void util_hash(uint64_t *hash, const char *text)
@@ -283,16 +303,7 @@ static bool util_parse_size(const char *text, uint64_t *value)
 /* The first range that ends after offset; r->n: none does. */
 static unsigned util_range_after(const struct ranges *r, uint64_t offset)
 {
-    unsigned low = 0, high = r->n;
-
-    while (low < high) {
-        unsigned mid = (low + high) / 2;
-        if (r->range[mid].end > offset)
-            high = mid;
-        else
-            low = mid + 1;
-    }
-    return low;
+    return r->n ? util_count_up_to(&r->range->end, sizeof(*r->range), r->n, offset) : 0;
 }
 
 /* Adds [start, end); ranges that touch become one. False: the list is full. */
@@ -2128,16 +2139,8 @@ static int file_pread_stored(struct file *f, void *buf, uint64_t len, uint64_t o
 /* The first patch that ends after offset; n_patches: none does. */
 static uint32_t file_patch_after(const struct file *f, uint64_t offset)
 {
-    uint32_t low = 0, high = f->n_patches;
-
-    while (low < high) {
-        uint32_t mid = (low + high) / 2;
-        if (f->patches[mid].offset + FILE_PATCH > offset)
-            high = mid;
-        else
-            low = mid + 1;
-    }
-    return low;
+    return f->n_patches && offset >= FILE_PATCH
+               ? util_count_up_to(&f->patches->offset, sizeof(*f->patches), f->n_patches, offset - FILE_PATCH) : 0;
 }
 
 /* In pieces: what a patch replaces, what is stored, and what file_extend() added. */
@@ -3289,6 +3292,16 @@ static int fmt_refuse_table(const struct image *im, const struct file *f, const 
                    (uint64_t)f->size);
 }
 
+/* Reads `what` at offset of f, one of the image's files. */
+static int fmt_read(const struct image *im, struct file *f, uint64_t offset, void *buf, uint64_t len, const char *what)
+{
+    uint64_t done;
+
+    if (offset > f->size || len > f->size - offset)
+        return fmt_refuse_table(im, f, what, offset, len);
+    return file_pread(f, buf, len, offset, &done);
+}
+
 /* Refuses a valid image of a kind that is not supported. */
 static int fmt_unsupported_in(const struct image *im, const char *path, const char *what, uint64_t value)
 {
@@ -3319,6 +3332,16 @@ static void ext_bad(struct extent *ext, uint64_t length, const char *why)
 static void ext_past(struct extent *ext, uint64_t length, const char *why, struct file *f, uint64_t end)
 {
     *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why, .file = f, .offset = end };
+}
+
+/* Data of f at offset, as far as f goes; bad from its end on. */
+static void ext_data(struct extent *ext, uint64_t length, struct file *f, uint64_t offset)
+{
+    if (offset >= f->size)
+        ext_past(ext, length, "its data lies past the end of the file", f, offset + length);
+    else
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - offset), .file = f,
+                                .offset = offset };
 }
 
 /* Has the time limit of this walk over the tables passed? */
@@ -4332,18 +4355,11 @@ static int raw_open(struct image *im)
 static void raw_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
 {
     const uint64_t *start = im->state;
-    unsigned low = 0, high = im->n_files;
+    unsigned i = util_count_up_to(start, sizeof(*start), im->n_files, offset) - 1;
 
-    while (high - low > 1) {
-        unsigned mid = (low + high) / 2;
-        if (start[mid] <= offset)
-            low = mid;
-        else
-            high = mid;
-    }
-    if (low + 1 < im->n_files)      /* the last may have grown since */
-        length = util_min(length, start[low + 1] - offset);
-    *ext = (struct extent){ .kind = EXT_DATA, .length = length, .file = &im->files[low], .offset = offset - start[low],
+    if (i + 1 < im->n_files)        /* the last may have grown since */
+        length = util_min(length, start[i + 1] - offset);
+    *ext = (struct extent){ .kind = EXT_DATA, .length = length, .file = &im->files[i], .offset = offset - start[i],
                             .owned = true, .sparse = true };
 }
 
@@ -4489,9 +4505,9 @@ static int vdi_check_header(struct image *im, const struct vdi *v)
 
     if ((v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF) && im->parent_id.known[ID_IMAGE])
         return fmt_unsupported(im, "the image type", v->type);
-    if (v->block_size < VDI_MIN_BLOCK || v->block_size > VDI_MAX_BLOCK || (v->block_size & (v->block_size - 1)))
+    if (!util_is_power_of_2(v->block_size, VDI_MIN_BLOCK, VDI_MAX_BLOCK))
         return fmt_refuse(im, "the block size, a power of two from 512 bytes to 1 GiB", v->block_size);
-    if (v->extra > v->block_size || (v->extra & (v->extra - 1)))
+    if (!util_is_power_of_2(v->extra, 0, v->block_size))
         return fmt_refuse(im, "the extra data per block, 0 or a power of two up to the block size", v->extra);
     /* Version 0.2 has neither field. In version 1.1 all programs that write VDI align both. */
     if (v->version != VDI_VERSION_0 && (v->map % 512 || v->map < v->header_size))
@@ -4589,28 +4605,21 @@ static bool vdi_is_wiped(const struct image *im, uint64_t i)
 static void vdi_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
 {
     const struct vdi *v = im->state;
-    struct file *f = &im->files[0];
-    uint64_t i = offset / v->block_size, in_block = offset % v->block_size, host;
+    uint64_t i = offset / v->block_size, in_block = offset % v->block_size;
     uint32_t entry;
 
     length = util_min(length, v->block_size - in_block);
-    *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
-    if (vdi_read_entry(im, i, &entry)) {
+    if (vdi_read_entry(im, i, &entry))
         ext_bad(ext, length, "the block map cannot be read");
-    } else if (entry == VDI_ENTRY_NONE) {
-        ext->kind = v->differencing ? EXT_BACKING : EXT_ZERO;
-    } else if (entry == VDI_ENTRY_ZERO) {
-        ext->zeroed = true;
-    } else if (entry == 0 && vdi_is_wiped(im, i)) {
+    else if (entry == VDI_ENTRY_NONE)
+        *ext = (struct extent){ .kind = ext_hole(im), .length = length };
+    else if (entry == VDI_ENTRY_ZERO)
+        *ext = (struct extent){ .kind = EXT_ZERO, .length = length, .zeroed = true };
+    else if (entry == 0 && vdi_is_wiped(im, i))
         ext_bad(ext, length, "its map entry was wiped: its neighbour has block 0, too");
-    } else {
-        host = v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block;
-        if (host >= f->size)
-            ext_bad(ext, length, "its block lies past the end of the file");
-        else
-            *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host), .file = f,
-                                    .offset = host };
-    }
+    else
+        ext_data(ext, length, &im->files[0],
+                 v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block);
 }
 
 static void vdi_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
@@ -4707,11 +4716,6 @@ static int qed_probe(const struct probe *p)
     return p->head_len >= sizeof(struct qed_header) && memcmp(p->head, "QED", 4) == 0 ? 100 : 0;
 }
 
-static bool qed_is_power_of_2(uint32_t value, uint32_t min, uint32_t max)
-{
-    return value >= min && value <= max && (value & (value - 1)) == 0;
-}
-
 static int qed_check_features(const struct image *im, uint64_t features)
 {
     uint64_t unknown = features & ~(uint64_t)(QED_BACKING | QED_NEED_CHECK | QED_BACKING_RAW);
@@ -4760,9 +4764,9 @@ static int qed_read_header(struct image *im, struct qed *q, struct qed_header *h
     ret = qed_check_features(im, q->features);
     if (ret)
         return ret;
-    if (!qed_is_power_of_2(cluster, QED_MIN_CLUSTER, QED_MAX_CLUSTER))
+    if (!util_is_power_of_2(cluster, QED_MIN_CLUSTER, QED_MAX_CLUSTER))
         return fmt_refuse(im, "the cluster size: 4 KiB to 64 MiB, a power of 2", cluster);
-    if (!qed_is_power_of_2(table, 1, QED_MAX_TABLE))
+    if (!util_is_power_of_2(table, 1, QED_MAX_TABLE))
         return fmt_refuse(im, "the table size: 1 to 16 clusters, a power of 2", table);
     if (!header_clusters)
         return fmt_refuse(im, "the header's size: 1 cluster at least", header_clusters);
@@ -4827,7 +4831,7 @@ static void qed_map(struct image *im, uint64_t offset, uint64_t length, struct e
     struct file *f = &im->files[0];
     uint64_t table_mask = (1ull << q->table_bits) - 1, cluster_mask = (1ull << q->cluster_bits) - 1;
     uint64_t covers = (table_mask + 1) << q->cluster_bits, in_cluster = offset & cluster_mask, l2 = 0, host = 0;
-    uint64_t table = (table_mask + 1) * 8, end = 0;
+    uint64_t table = (table_mask + 1) * 8;
     const char *why;
 
     length = util_min(length, covers - (offset & (covers - 1)));
@@ -4845,15 +4849,10 @@ static void qed_map(struct image *im, uint64_t offset, uint64_t length, struct e
     else if (!why && host > QED_ENTRY_ZERO &&
              (host + cluster_mask - q->l1 < table + cluster_mask || host + cluster_mask - l2 < table + cluster_mask))
         why = "its cluster lies in the image's own tables";
-    else if (!why && host > QED_ENTRY_ZERO && (host >= f->size || in_cluster >= f->size - host)) {
-        end = util_min(host, MAX_IMAGE_SIZE) + in_cluster + length;
-        why = "its cluster lies past the end of the file";
-    }
     if (why)
-        ext_past(ext, length, why, end ? f : NULL, end);
+        ext_bad(ext, length, why);
     else if (host > QED_ENTRY_ZERO)
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_cluster), .file = f,
-                                .offset = host + in_cluster };
+        ext_data(ext, length, f, util_min(host, MAX_IMAGE_SIZE) + in_cluster);
     else
         *ext = (struct extent){ .kind = host == QED_ENTRY_ZERO ? EXT_ZERO : ext_hole(im), .length = length,
                                 .zeroed = host == QED_ENTRY_ZERO };
@@ -5132,7 +5131,7 @@ static int vhd_check_header(struct image *im, struct vhd *v, const struct vhd_he
         return fmt_refuse(im, "the offset of the dynamic header, which is not there", v->header);
     if (be32_to_cpu(h->version) >> 16 != 1)
         return fmt_unsupported(im, "the version of the dynamic header, not 0x0001xxxx", be32_to_cpu(h->version));
-    if (block < VHD_SECTOR || block & (block - 1))
+    if (!util_is_power_of_2(block, VHD_SECTOR, UINT32_MAX))
         return fmt_refuse(im, "the block size, which is no power of two of 512 bytes or more", block);
     v->table = be64_to_cpu(h->table);
     v->entries = be32_to_cpu(h->entries);
@@ -6081,7 +6080,7 @@ static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, ui
 {
     uint64_t bat;
 
-    if (block < VHDX_MIN_BLOCK || block > VHDX_MAX_BLOCK || block & (block - 1))
+    if (!util_is_power_of_2(block, VHDX_MIN_BLOCK, VHDX_MAX_BLOCK))
         return fmt_refuse(im, "the block size, a power of two from 1 MiB to 256 MiB", block);
     if (sector != 512 && sector != 4096)
         return fmt_refuse(im, "the sector size, 512 or 4096 bytes", sector);
@@ -6219,16 +6218,12 @@ static const char *vhdx_misplaced(const struct image *im, const struct vhdx *v, 
 static void vhdx_map_data(struct image *im, const struct vhdx *v, uint64_t host, uint64_t in_block, uint64_t length,
                           struct extent *ext)
 {
-    struct file *f = &im->files[0];
     const char *why = vhdx_misplaced(im, v, host, 1ull << v->block_bits);
 
-    if (!why && in_block >= f->size - host)
-        why = "its block lies past the end of the file";
     if (why)
         ext_bad(ext, length, why);
     else
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - host - in_block), .file = f,
-                                .offset = host + in_block };
+        ext_data(ext, length, &im->files[0], host + in_block);
 }
 
 static int vhdx_read_entry(const struct image *im, const struct vhdx *v, uint64_t i, uint64_t *entry)
@@ -6893,11 +6888,7 @@ static int vmdk_bad(const struct image *im, const struct vmdk_extent *e, const c
 static int vmdk_read(const struct image *im, const struct vmdk_extent *e, uint64_t offset, void *buf, uint64_t len,
                      const char *what)
 {
-    uint64_t done;
-
-    if (offset > e->file->size || len > e->file->size - offset)
-        return fmt_refuse_table(im, e->file, what, offset, len);
-    return file_pread(e->file, buf, len, offset, &done);
+    return fmt_read(im, e->file, offset, buf, len, what);
 }
 
 static uint64_t vmdk_table_size(const struct vmdk_extent *e)
@@ -6921,20 +6912,15 @@ static uint32_t vmdk_log2(uint64_t value)
     return 63 - (uint32_t)__builtin_clzll(value);
 }
 
-static bool vmdk_is_power(uint64_t value, uint64_t min, uint64_t max)
-{
-    return value >= min && value <= max && !(value & (value - 1));
-}
-
 /* What all sparse headers say: the sectors of the extent and of a grain, the entries of a table. */
 static int vmdk_set_geometry(const struct image *im, struct vmdk_extent *e, uint64_t capacity, uint64_t grain,
                              uint64_t entries)
 {
     if (!capacity || capacity > VMDK_MAX_SECTORS)
         return vmdk_bad(im, e, "the capacity in sectors is 0, or more than 8 EiB", capacity);
-    if (!vmdk_is_power(grain, e->kind == VMDK_HOSTED ? VMDK_HOSTED_MIN_GRAIN : 1, VMDK_MAX_GRAIN))
+    if (!util_is_power_of_2(grain, e->kind == VMDK_HOSTED ? VMDK_HOSTED_MIN_GRAIN : 1, VMDK_MAX_GRAIN))
         return vmdk_bad(im, e, "the grain size in sectors is not 1 (hosted: 8) to 131072, a power of two", grain);
-    if (!vmdk_is_power(entries, 1, e->kind == VMDK_HOSTED ? VMDK_HOSTED_ENTRIES : VMDK_MAX_ENTRIES))
+    if (!util_is_power_of_2(entries, 1, e->kind == VMDK_HOSTED ? VMDK_HOSTED_ENTRIES : VMDK_MAX_ENTRIES))
         return vmdk_bad(im, e, "the size of a grain table in entries is not 1 to 512, a power of two", entries);
     e->capacity = capacity * VMDK_SECTOR;
     e->grain_bits = vmdk_log2(grain * VMDK_SECTOR);
@@ -7751,28 +7737,16 @@ static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e,
 
 static void vmdk_map_flat(const struct vmdk_extent *e, uint64_t offset, uint64_t length, struct extent *ext)
 {
-    offset += e->offset;
-    if (offset >= e->file->size)
-        ext_bad(ext, length, "past the end of a truncated extent");
-    else
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, e->file->size - offset), .file = e->file,
-                                .offset = offset, .sparse = true };
+    ext_data(ext, length, e->file, e->offset + offset);
+    ext->sparse = ext->kind == EXT_DATA;
 }
 
 static void vmdk_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
 {
     const struct vmdk *v = im->state;
-    const struct vmdk_extent *e;
-    unsigned low = 0, high = v->n_extents;
+    const struct vmdk_extent *e =
+        v->extents + util_count_up_to(&v->extents->start, sizeof(*e), v->n_extents, offset) - 1;
 
-    while (high - low > 1) {
-        unsigned mid = (low + high) / 2;
-        if (v->extents[mid].start <= offset)
-            low = mid;
-        else
-            high = mid;
-    }
-    e = &v->extents[low];
     offset -= e->start;
     length = util_min(length, e->size - offset);
     if (e->kind == VMDK_BAD)
@@ -8537,11 +8511,8 @@ static void prl_close(struct image *im)
 
 static void prl_map_plain(const struct prl_layer *l, uint64_t offset, uint64_t length, struct extent *ext)
 {
-    if (offset >= l->file->size)
-        ext_bad(ext, length, "lies past the end of its plain file");
-    else
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, l->file->size - offset), .file = l->file,
-                                .offset = offset, .owned = true, .sparse = true };
+    ext_data(ext, length, l->file, offset);
+    ext->owned = ext->sparse = ext->kind == EXT_DATA;
 }
 
 /* One cluster of one layer, or the rest of it; offset counts from the storage's start. */
@@ -8563,31 +8534,19 @@ static void prl_map_layer(const struct prl_layer *l, uint64_t offset, uint64_t l
         return;
     if (host < l->first || (l->aligned && (host - l->first) % l->cluster))
         ext_bad(ext, length, "its BAT entry is damaged");
-    else if (host >= l->file->size || in_cluster >= l->file->size - host)
-        ext_bad(ext, length, "its cluster lies past the end of the file");
     else
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, l->file->size - host - in_cluster),
-                                .file = l->file, .offset = host + in_cluster };
+        ext_data(ext, length, l->file, host + in_cluster);
 }
 
 /* The first layer of the storage that has it. */
 static void prl_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
 {
     const struct prl *p = im->state;
-    const struct prl_layer *l;
-    unsigned low = 0, high = p->n_storages - 1, mid;
-    uint64_t start;
+    unsigned storage = util_count_up_to(p->end, sizeof(*p->end), p->n_storages - 1, offset);
+    const struct prl_layer *l = p->layers + (size_t)storage * p->n_layers;
+    uint64_t start = storage ? p->end[storage - 1] : 0;
 
-    while (low < high) {
-        mid = (low + high) / 2;
-        if (offset < p->end[mid])
-            high = mid;
-        else
-            low = mid + 1;
-    }
-    start = low ? p->end[low - 1] : 0;
-    length = util_min(length, p->end[low] - offset);
-    l = p->layers + (size_t)low * p->n_layers;
+    length = util_min(length, p->end[storage] - offset);
     *ext = (struct extent){ .length = length };
     for (unsigned i = 0; i < p->n_layers; i++, l++) {
         if (l->plain)
@@ -8826,11 +8785,7 @@ static int qcow2_probe(const struct probe *p)
 
 static int qcow2_read(struct image *im, uint64_t offset, void *buf, uint64_t len, const char *what)
 {
-    uint64_t done;
-
-    if (offset > im->files[0].size || len > im->files[0].size - offset)
-        return fmt_refuse_table(im, &im->files[0], what, offset, len);
-    return file_pread(&im->files[0], buf, len, offset, &done);
+    return fmt_read(im, &im->files[0], offset, buf, len, what);
 }
 
 /* Names unknown incompatible features, from the image's own table where it has one. */
