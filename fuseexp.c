@@ -14165,21 +14165,25 @@ enum { FOP_BUF = FX_HEAD_ROOM + FX_MAX_IO };
 
 struct request {
     const struct fuse_in_header *head;
+    const struct view *view;        /* of the node; NULL: the directory, or no such node */
     const void *arg;
     size_t arg_len;
-    uint8_t *out;                   /* FX_MAX_IO bytes; a struct fuse_out_header fits in front of it */
-    size_t out_len;
+    uint8_t *out;                   /* FX_MAX_IO bytes; overlaps the data of a WRITE */
+    size_t out_len;                 /* fop.out_len, unless the operation sets it */
 };
 
 typedef int fop_fn(struct worker *w, struct request *rq);
 
 static void fop_count(_Atomic uint64_t *counter, uint64_t n)
 {
-    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n,
-                          memory_order_relaxed);
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
 }
 
-/* The view behind a node; NULL for the directory and for nodes that do not exist. */
+static bool fop_is_dir(const struct server *srv, uint64_t node)
+{
+    return srv->is_dir && node == FUSE_ROOT_ID;
+}
+
 static const struct view *fop_view(const struct server *srv, uint64_t node)
 {
     uint64_t i = node - (srv->is_dir ? 2 : 1);
@@ -14221,32 +14225,28 @@ static bool fop_growable(const struct server *srv, const struct view *v)
     return srv->growable && fop_resizable(srv, v);
 }
 
-static void fop_fill_times(const struct server *srv, struct fuse_attr *attr)
-{
-    const struct file *f = &srv->im->files[0];
-    struct stat st = srv->writable ? file_stat(f) : f->st;
-
-    attr->atime = (uint64_t)st.st_atim.tv_sec;
-    attr->mtime = (uint64_t)st.st_mtim.tv_sec;
-    attr->ctime = (uint64_t)st.st_ctim.tv_sec;
-    attr->atimensec = (uint32_t)st.st_atim.tv_nsec;
-    attr->mtimensec = (uint32_t)st.st_mtim.tv_nsec;
-    attr->ctimensec = (uint32_t)st.st_ctim.tv_nsec;
-}
-
 static int fop_fill_attr(const struct server *srv, uint64_t node, struct fuse_attr *attr)
 {
     const struct view *v = fop_view(srv, node);
+    const struct file *f = &srv->im->files[0];
+    struct stat st;
     uint32_t mode = srv->mode;
 
-    memset(attr, 0, sizeof(*attr));
-    if (!v && !(srv->is_dir && node == FUSE_ROOT_ID))
+    if (!v && !fop_is_dir(srv, node))
         return -ENOENT;
-    attr->ino = node;
-    attr->uid = srv->uid;
-    attr->gid = srv->gid;
-    attr->blksize = 4096;
-    fop_fill_times(srv, attr);
+    st = srv->writable ? file_stat(f) : f->st;
+    *attr = (struct fuse_attr){
+        .ino = node,
+        .uid = srv->uid,
+        .gid = srv->gid,
+        .blksize = 4096,
+        .atime = (uint64_t)st.st_atim.tv_sec,
+        .mtime = (uint64_t)st.st_mtim.tv_sec,
+        .ctime = (uint64_t)st.st_ctim.tv_sec,
+        .atimensec = (uint32_t)st.st_atim.tv_nsec,
+        .mtimensec = (uint32_t)st.st_mtim.tv_nsec,
+        .ctimensec = (uint32_t)st.st_ctim.tv_nsec,
+    };
     if (v) {
         attr->mode = S_IFREG | mode;
         attr->nlink = 1;
@@ -14261,10 +14261,9 @@ static int fop_fill_attr(const struct server *srv, uint64_t node, struct fuse_at
 
 static int fop_fill_entry(const struct server *srv, uint64_t node, struct fuse_entry_out *out)
 {
-    memset(out, 0, sizeof(*out));
-    out->nodeid = node;
-    out->attr_valid = srv->attr_valid;
-    out->entry_valid = 3600;        /* names never change */
+    *out = (struct fuse_entry_out){
+        .nodeid = node, .attr_valid = srv->attr_valid, .entry_valid = 3600  /* names never change */
+    };
     return fop_fill_attr(srv, node, &out->attr);
 }
 
@@ -14273,14 +14272,11 @@ static int fop_lookup(struct worker *w, struct request *rq)
     const struct server *srv = w->srv;
     const char *name = rq->arg;
 
-    if (!srv->is_dir || rq->head->nodeid != FUSE_ROOT_ID || name[rq->arg_len - 1] != 0)
+    if (!fop_is_dir(srv, rq->head->nodeid) || name[rq->arg_len - 1] != 0)
         return -ENOENT;
-    for (unsigned i = 0; i < srv->n_views; i++) {
-        if (strcmp(name, srv->views[i].name) != 0)
-            continue;
-        rq->out_len = sizeof(struct fuse_entry_out);
-        return fop_fill_entry(srv, i + 2, (struct fuse_entry_out *)rq->out);
-    }
+    for (unsigned i = 0; i < srv->n_views; i++)
+        if (strcmp(name, srv->views[i].name) == 0)
+            return fop_fill_entry(srv, i + 2, (struct fuse_entry_out *)rq->out);
     return -ENOENT;
 }
 
@@ -14288,33 +14284,30 @@ static int fop_getattr(struct worker *w, struct request *rq)
 {
     struct fuse_attr_out *out = (struct fuse_attr_out *)rq->out;
 
-    memset(out, 0, sizeof(*out));
-    out->attr_valid = w->srv->attr_valid;
-    rq->out_len = sizeof(*out);
+    *out = (struct fuse_attr_out){ .attr_valid = w->srv->attr_valid };
     return fop_fill_attr(w->srv, rq->head->nodeid, &out->attr);
 }
 
 static int fop_statx(struct worker *w, struct request *rq)
 {
-    struct fx_statx_out *out = (struct fx_statx_out *)rq->out;
-    struct fuse_attr attr;
+    struct fuse_attr attr = { 0 };
     int ret = fop_fill_attr(w->srv, rq->head->nodeid, &attr);
 
-    memset(out, 0, sizeof(*out));
-    out->attr_valid = w->srv->attr_valid;
-    out->mask = FX_STATX_BASIC;
-    out->blksize = attr.blksize;
-    out->nlink = attr.nlink;
-    out->uid = attr.uid;
-    out->gid = attr.gid;
-    out->mode = (uint16_t)attr.mode;
-    out->ino = attr.ino;
-    out->size = attr.size;
-    out->blocks = attr.blocks;
-    out->atime = (struct fx_sx_time){ .sec = (int64_t)attr.atime, .nsec = attr.atimensec };
-    out->mtime = (struct fx_sx_time){ .sec = (int64_t)attr.mtime, .nsec = attr.mtimensec };
-    out->ctime = (struct fx_sx_time){ .sec = (int64_t)attr.ctime, .nsec = attr.ctimensec };
-    rq->out_len = sizeof(*out);
+    *(struct fx_statx_out *)rq->out = (struct fx_statx_out){
+        .attr_valid = w->srv->attr_valid,
+        .mask = FX_STATX_BASIC,
+        .blksize = attr.blksize,
+        .nlink = attr.nlink,
+        .uid = attr.uid,
+        .gid = attr.gid,
+        .mode = (uint16_t)attr.mode,
+        .ino = attr.ino,
+        .size = attr.size,
+        .blocks = attr.blocks,
+        .atime = { .sec = (int64_t)attr.atime, .nsec = attr.atimensec },
+        .mtime = { .sec = (int64_t)attr.mtime, .nsec = attr.mtimensec },
+        .ctime = { .sec = (int64_t)attr.ctime, .nsec = attr.ctimensec },
+    };
     return ret;
 }
 
@@ -14330,10 +14323,7 @@ static int fop_set_size(const struct server *srv, const struct view *v, uint64_t
     return fop_resizable(srv, v) ? img_resize(srv->im, size, unique) : -EOPNOTSUPP;
 }
 
-/*
- * QEMU's rules: no +w on a read-only export, and no permissions for group and others unless --allow-other lets them
- * in.
- */
+/* QEMU's rules: no +w on a read-only export; permissions for group and others only with --allow-other. */
 static int fop_setattr(struct worker *w, struct request *rq)
 {
     const uint32_t harmless = FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME | FATTR_KILL_SUIDGID;
@@ -14350,7 +14340,7 @@ static int fop_setattr(struct worker *w, struct request *rq)
     if ((set & FATTR_MODE) && !srv->writable && (in->mode & 0222))
         return -EROFS;
     if (set & FATTR_SIZE) {
-        ret = fop_set_size(srv, fop_view(srv, rq->head->nodeid), in->size, rq->head->unique);
+        ret = fop_set_size(srv, rq->view, in->size, rq->head->unique);
         if (ret)
             return ret;
     }
@@ -14406,32 +14396,27 @@ static int fop_open(struct worker *w, struct request *rq)
     struct fx_open_out *out = (struct fx_open_out *)rq->out;
     const struct fuse_open_in *in = rq->arg;
     struct server *srv = w->srv;
-    const struct view *v = fop_view(srv, rq->head->nodeid);
+    const struct view *v = rq->view;
     int ret;
 
-    if (!v)
-        return -EISDIR;
     if (!srv->writable && (in->flags & O_ACCMODE) != O_RDONLY)
         return -EROFS;
     if ((in->flags & O_TRUNC) && fop_size(srv, v)) {
-        ret = fop_growable(srv, v)
-                  ? fop_set_size(srv, v, 0, rq->head->unique)
-                  : msg_serving(-EPERM,
-                                "%s: opened to be emptied, refused: write without truncating (dd "
-                                "conv=notrunc), or use --growable",
-                                srv->im->name);
+        ret = fop_growable(srv, v) ? fop_set_size(srv, v, 0, rq->head->unique)
+                                   : msg_serving(-EPERM, "%s: opened to be emptied, refused: write without truncating "
+                                                 "(dd conv=notrunc), or use --growable", srv->im->name);
         if (ret)
             return ret;
     }
-    memset(out, 0, sizeof(*out));
-    rq->out_len = sizeof(*out);
+    *out = (struct fx_open_out){ .fh = FOP_FH_PLAIN };
     if (srv->direct_io) {
         out->open_flags = FOPEN_DIRECT_IO | FX_OPEN_PARALLEL_DIRECT_WRITES;
     } else if (srv->backing_id > 0 && v == srv->views && !img_resized_underneath(srv->im)) {
         out->open_flags = FX_OPEN_PASSTHROUGH;
         out->backing_id = srv->backing_id;
     } else {
-        out->fh = srv->writers_direct ? fop_count_open(srv, in->flags) : FOP_FH_PLAIN;
+        if (srv->writers_direct)
+            out->fh = fop_count_open(srv, in->flags);
         out->open_flags = out->fh == FOP_FH_DIRECT ? FOPEN_DIRECT_IO | FX_OPEN_PARALLEL_DIRECT_WRITES
                           : srv->keep_cache        ? FOPEN_KEEP_CACHE
                                                    : 0;
@@ -14468,15 +14453,13 @@ static int fop_read(struct worker *w, struct request *rq)
 {
     const struct fuse_read_in *in = rq->arg;
     const struct server *srv = w->srv;
-    const struct view *v = fop_view(srv, rq->head->nodeid);
+    const struct view *v = rq->view;
     /* Only a direct read carries a lock owner. O_DIRECT does not tell: the kernel may fall back to the cache. */
     struct reference ref = { .front_will_do = in->read_flags & FUSE_READ_LOCKOWNER };
     struct extent ext = { .kind = EXT_BAD };
     uint64_t size, inside;
     int ret;
 
-    if (!v)
-        return -EISDIR;
     file_tries_again = ref.front_will_do;
     size = fop_size(srv, v);
     if (in->offset >= size)
@@ -14493,9 +14476,8 @@ static int fop_read(struct worker *w, struct request *rq)
     if (inside < ref.length && srv->im->opt->zero_errors)
         return fop_read_padded(w, rq, v->start + in->offset, inside, ref.length);
     if (inside && inside < ref.length && !ref.front_will_do) /* the kernel retries larger ones page by page */
-        return ref.length > 4096
-                   ? -EIO
-                   : msg_serving(-EIO, "%s: %s: ends at %" PRIu64, srv->im->name, v->name, v->inside);
+        return ref.length > 4096 ? -EIO
+                                 : msg_serving(-EIO, "%s: %s: ends at %" PRIu64, srv->im->name, v->name, v->inside);
     if (inside == 0)
         return -EIO;
     ref.length = inside;
@@ -14520,13 +14502,10 @@ static int fop_write(struct worker *w, struct request *rq)
 {
     const struct fuse_write_in *in = rq->arg;
     const struct server *srv = w->srv;
-    const struct view *v = fop_view(srv, rq->head->nodeid);
-    struct fuse_write_out *out = (struct fuse_write_out *)rq->out;
+    const struct view *v = rq->view;
     uint64_t size, len = in->size, done = 0;
     int ret;
 
-    if (!v)
-        return -EISDIR;
     if (!srv->writable)
         return -EROFS;
     if (len > rq->arg_len - sizeof(*in))
@@ -14550,9 +14529,7 @@ static int fop_write(struct worker *w, struct request *rq)
     fop_count(&w->count->write_bytes, done);
     if (ret && !done)
         return ret;
-    memset(out, 0, sizeof(*out));
-    out->size = (uint32_t)done;
-    rq->out_len = sizeof(*out);
+    *(struct fuse_write_out *)rq->out = (struct fuse_write_out){ .size = (uint32_t)done };
     return 0;
 }
 
@@ -14585,12 +14562,10 @@ static int fop_fallocate(struct worker *w, struct request *rq)
     const int known = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE;
     const struct fuse_fallocate_in *in = rq->arg;
     const struct server *srv = w->srv;
-    const struct view *v = fop_view(srv, rq->head->nodeid);
+    const struct view *v = rq->view;
     uint64_t len = in->length, size;
     int mode = (int)in->mode;
 
-    if (!v)
-        return -EISDIR;
     if (!srv->writable)
         return -EROFS;
     if ((mode & ~known) || ((mode & FALLOC_FL_PUNCH_HOLE) && !(mode & FALLOC_FL_KEEP_SIZE)))
@@ -14614,8 +14589,7 @@ static int fop_fallocate(struct worker *w, struct request *rq)
 static int fop_lseek(struct worker *w, struct request *rq)
 {
     const struct fuse_lseek_in *in = rq->arg;
-    struct fuse_lseek_out *out = (struct fuse_lseek_out *)rq->out;
-    const struct view *v = fop_view(w->srv, rq->head->nodeid);
+    const struct view *v = rq->view;
     uint64_t size, at = in->offset;
     struct extent ext;
 
@@ -14634,30 +14608,23 @@ static int fop_lseek(struct worker *w, struct request *rq)
     }
     if (at >= size && in->whence == SEEK_DATA)
         return -ENXIO;
-    out->offset = util_min(at, size);
-    rq->out_len = sizeof(*out);
+    *(struct fuse_lseek_out *)rq->out = (struct fuse_lseek_out){ .offset = util_min(at, size) };
     return 0;
 }
 
 static int fop_statfs(struct worker *w, struct request *rq)
 {
-    struct fuse_statfs_out *out = (struct fuse_statfs_out *)rq->out;
-
-    memset(out, 0, sizeof(*out));
-    out->st.bsize = out->st.frsize = 4096;
-    out->st.blocks = fop_size(w->srv, w->srv->views) / 4096;
-    out->st.files = w->srv->n_views;
-    out->st.namelen = 255;
-    rq->out_len = sizeof(*out);
+    *(struct fuse_statfs_out *)rq->out = (struct fuse_statfs_out){
+        .st = { .bsize = 4096, .frsize = 4096, .blocks = fop_size(w->srv, w->srv->views) / 4096,
+                .files = w->srv->n_views, .namelen = 255 }
+    };
     return 0;
 }
 
 static int fop_opendir(struct worker *w, struct request *rq)
 {
-    if (!w->srv->is_dir || rq->head->nodeid != FUSE_ROOT_ID)
-        return -ENOTDIR;
-    memset(rq->out, 0, sizeof(struct fx_open_out));
-    rq->out_len = sizeof(struct fx_open_out);
+    (void)w;
+    *(struct fx_open_out *)rq->out = (struct fx_open_out){ .fh = FOP_FH_PLAIN };
     return 0;
 }
 
@@ -14677,12 +14644,7 @@ static int fop_readdir(struct worker *w, struct request *rq)
     uint64_t node;
     const char *name;
 
-    if (!w->srv->is_dir || rq->head->nodeid != FUSE_ROOT_ID)
-        return -ENOTDIR;
-    for (uint64_t i = in->offset; i < MAX_VIEWS + 2; i++) {
-        name = fop_dir_name(w->srv, i, &node);
-        if (!name)
-            break;
+    for (uint64_t i = in->offset; (name = fop_dir_name(w->srv, i, &node)); i++) {
         size_t len = strlen(name), need = head + FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + len);
         struct fuse_dirent *d = (struct fuse_dirent *)(rq->out + rq->out_len + head);
         if (need > max - rq->out_len)
@@ -14699,61 +14661,48 @@ static int fop_readdir(struct worker *w, struct request *rq)
     return 0;
 }
 
-static int fop_ok(struct worker *w, struct request *rq)
-{
-    (void)w;
-    (void)rq;
-    return 0;
-}
-
-/* Refuses to create, rename and remove: the directory is fixed. */
-static int fop_not_permitted(struct worker *w, struct request *rq)
-{
-    (void)w;
-    (void)rq;
-    return -EPERM;
-}
-
 /*
  * Requests that are not in the table get -ENOSYS; the kernel then handles them alone or stops asking (POLL, ACCESS,
- * xattrs, locks, INTERRUPT, IOCTL, COPY_FILE_RANGE).
+ * xattrs, locks, INTERRUPT, IOCTL, COPY_FILE_RANGE). To create, rename and remove is refused: the directory is fixed.
  */
 static const struct fop {
     const char *name;
-    fop_fn *fn;
-    uint16_t min_arg;
+    fop_fn *fn;                     /* NULL: the answer is always `error` */
+    uint16_t min_arg, out_len;
+    enum { FOP_ANY, FOP_FILE, FOP_DIR } node;       /* what it needs, else -EISDIR or -ENOTDIR */
+    int error;
     bool no_reply;
 } fop_table[] = {
-    [FUSE_LOOKUP] = { "LOOKUP", fop_lookup, 1, false },
-    [FUSE_FORGET] = { "FORGET", fop_ok, 0, true },
-    [FUSE_BATCH_FORGET] = { "BATCH_FORGET", fop_ok, 0, true },
-    [FUSE_GETATTR] = { "GETATTR", fop_getattr, 0, false },
-    [FUSE_SETATTR] = { "SETATTR", fop_setattr, sizeof(struct fuse_setattr_in), false },
-    [FX_STATX] = { "STATX", fop_statx, sizeof(struct fx_statx_in), false },
-    [FUSE_OPEN] = { "OPEN", fop_open, sizeof(struct fuse_open_in), false },
-    [FUSE_READ] = { "READ", fop_read, sizeof(struct fuse_read_in), false },
-    [FUSE_WRITE] = { "WRITE", fop_write, sizeof(struct fuse_write_in), false },
-    [FUSE_FLUSH] = { "FLUSH", fop_flush, 0, false },
-    [FUSE_RELEASE] = { "RELEASE", fop_release, sizeof(struct fuse_release_in), false },
-    [FUSE_FSYNC] = { "FSYNC", fop_fsync, 0, false },
-    [FUSE_FALLOCATE] = { "FALLOCATE", fop_fallocate, sizeof(struct fuse_fallocate_in), false },
-    [FUSE_LSEEK] = { "LSEEK", fop_lseek, sizeof(struct fuse_lseek_in), false },
-    [FUSE_STATFS] = { "STATFS", fop_statfs, 0, false },
-    [FUSE_OPENDIR] = { "OPENDIR", fop_opendir, 0, false },
-    [FUSE_READDIR] = { "READDIR", fop_readdir, sizeof(struct fuse_read_in), false },
-    [FUSE_READDIRPLUS] = { "READDIRPLUS", fop_readdir, sizeof(struct fuse_read_in), false },
-    [FUSE_RELEASEDIR] = { "RELEASEDIR", fop_ok, 0, false },
-    [FUSE_FSYNCDIR] = { "FSYNCDIR", fop_ok, 0, false },
-    [FUSE_DESTROY] = { "DESTROY", fop_ok, 0, false },
-    [FUSE_SYMLINK] = { "SYMLINK", fop_not_permitted, 0, false },
-    [FUSE_MKNOD] = { "MKNOD", fop_not_permitted, 0, false },
-    [FUSE_MKDIR] = { "MKDIR", fop_not_permitted, 0, false },
-    [FUSE_UNLINK] = { "UNLINK", fop_not_permitted, 0, false },
-    [FUSE_RMDIR] = { "RMDIR", fop_not_permitted, 0, false },
-    [FUSE_RENAME] = { "RENAME", fop_not_permitted, 0, false },
-    [FUSE_RENAME2] = { "RENAME2", fop_not_permitted, 0, false },
-    [FUSE_LINK] = { "LINK", fop_not_permitted, 0, false },
-    [FUSE_CREATE] = { "CREATE", fop_not_permitted, 0, false },
+    [FUSE_LOOKUP] = { "LOOKUP", fop_lookup, 1, sizeof(struct fuse_entry_out) },
+    [FUSE_FORGET] = { "FORGET", .no_reply = true },
+    [FUSE_BATCH_FORGET] = { "BATCH_FORGET", .no_reply = true },
+    [FUSE_GETATTR] = { "GETATTR", fop_getattr, 0, sizeof(struct fuse_attr_out) },
+    [FUSE_SETATTR] = { "SETATTR", fop_setattr, sizeof(struct fuse_setattr_in), sizeof(struct fuse_attr_out) },
+    [FX_STATX] = { "STATX", fop_statx, sizeof(struct fx_statx_in), sizeof(struct fx_statx_out) },
+    [FUSE_OPEN] = { "OPEN", fop_open, sizeof(struct fuse_open_in), sizeof(struct fx_open_out), .node = FOP_FILE },
+    [FUSE_READ] = { "READ", fop_read, sizeof(struct fuse_read_in), .node = FOP_FILE },
+    [FUSE_WRITE] = { "WRITE", fop_write, sizeof(struct fuse_write_in), sizeof(struct fuse_write_out), FOP_FILE },
+    [FUSE_FLUSH] = { "FLUSH", fop_flush },
+    [FUSE_RELEASE] = { "RELEASE", fop_release, sizeof(struct fuse_release_in) },
+    [FUSE_FSYNC] = { "FSYNC", fop_fsync },
+    [FUSE_FALLOCATE] = { "FALLOCATE", fop_fallocate, sizeof(struct fuse_fallocate_in), .node = FOP_FILE },
+    [FUSE_LSEEK] = { "LSEEK", fop_lseek, sizeof(struct fuse_lseek_in), sizeof(struct fuse_lseek_out) },
+    [FUSE_STATFS] = { "STATFS", fop_statfs, 0, sizeof(struct fuse_statfs_out) },
+    [FUSE_OPENDIR] = { "OPENDIR", fop_opendir, 0, sizeof(struct fx_open_out), .node = FOP_DIR },
+    [FUSE_READDIR] = { "READDIR", fop_readdir, sizeof(struct fuse_read_in), .node = FOP_DIR },
+    [FUSE_READDIRPLUS] = { "READDIRPLUS", fop_readdir, sizeof(struct fuse_read_in), .node = FOP_DIR },
+    [FUSE_RELEASEDIR] = { "RELEASEDIR" },
+    [FUSE_FSYNCDIR] = { "FSYNCDIR" },
+    [FUSE_DESTROY] = { "DESTROY" },
+    [FUSE_SYMLINK] = { "SYMLINK", .error = -EPERM },
+    [FUSE_MKNOD] = { "MKNOD", .error = -EPERM },
+    [FUSE_MKDIR] = { "MKDIR", .error = -EPERM },
+    [FUSE_UNLINK] = { "UNLINK", .error = -EPERM },
+    [FUSE_RMDIR] = { "RMDIR", .error = -EPERM },
+    [FUSE_RENAME] = { "RENAME", .error = -EPERM },
+    [FUSE_RENAME2] = { "RENAME2", .error = -EPERM },
+    [FUSE_LINK] = { "LINK", .error = -EPERM },
+    [FUSE_CREATE] = { "CREATE", .error = -EPERM },
 };
 
 _Static_assert(sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in) == 80, "WRITE's headers");
@@ -14775,36 +14724,46 @@ static size_t fop_finish(struct worker *w, uint64_t unique, int ret, size_t out_
 
     if (ret == -EIO)
         fop_count(&w->count->errors, 1);
-    *reply = (struct fuse_out_header){ .len = (uint32_t)(sizeof(*reply) + (ret ? 0 : out_len)),
-                                       .error = ret,
-                                       .unique = unique };
+    *reply = (struct fuse_out_header){
+        .len = (uint32_t)(sizeof(*reply) + (ret ? 0 : out_len)), .error = ret, .unique = unique
+    };
     return reply->len;
 }
 
-/*
- * Handles the request of n bytes at fop_request(). Returns the length of the reply, 0: none. If w->ref is set, the
- * reply's data is what it refers to.
- */
+static int fop_run(struct worker *w, const struct fop *op, struct request *rq)
+{
+    if (!op->name)
+        return -ENOSYS;
+    if (rq->arg_len < op->min_arg)
+        return -EINVAL;
+    if (op->node == FOP_FILE && !rq->view)
+        return -EISDIR;
+    if (op->node == FOP_DIR && !fop_is_dir(w->srv, rq->head->nodeid))
+        return -ENOTDIR;
+    return op->fn ? op->fn(w, rq) : op->error;
+}
+
+/* Handles the n bytes at fop_request(). Returns the reply's length, 0: none. With w->ref its data is a reference. */
 static size_t fop_handle(struct worker *w, size_t n)
 {
     const struct fuse_in_header *head = fop_request(w);
     struct request rq = { .head = head, .arg = head + 1, .out = w->buf + FX_HEAD_ROOM };
     const struct fop *op;
-    uint64_t unique;
     int ret;
 
     if (n < sizeof(*head) || head->len != n) {
         msg_serving(0, "malformed request of %zu bytes from the kernel, ignored", n);
         return 0;
     }
-    unique = head->unique;
-    rq.arg_len = n - sizeof(*head);
     op = head->opcode < ARRAY_LEN(fop_table) ? &fop_table[head->opcode] : &fop_table[0];
-    ret = !op->fn ? -ENOSYS : rq.arg_len < op->min_arg ? -EINVAL : op->fn(w, &rq);
+    rq.view = fop_view(w->srv, head->nodeid);
+    rq.arg_len = n - sizeof(*head);
+    rq.out_len = op->out_len;
+    ret = fop_run(w, op, &rq);
     if (w->srv->debug)
         msg_say(MSG_DEBUG, "%s(%u) node %" PRIu64 ": %s, %zu bytes", op->name ? op->name : "op", head->opcode,
-                head->nodeid, ret ? strerror(-ret) : "ok", rq.out_len);
-    return op->no_reply ? 0 : fop_finish(w, unique, ret, rq.out_len);
+                head->nodeid, ret ? strerror(-ret) : "ok", ret ? 0 : rq.out_len);
+    return op->no_reply ? 0 : fop_finish(w, head->unique, ret, rq.out_len);
 }
 
 /* The reference could not be sent: reads its data into the buffer. Returns the reply's length. */
@@ -14847,25 +14806,21 @@ struct loop {
 /* For SIGUSR1. The supervisor prints them, so no worker has to leave its read(2). */
 static void loop_print_counters(const struct counters *counters, unsigned n, const char *name)
 {
-    uint64_t sum[5] = { 0 };
+    struct counters sum = { .reads = 0 };
 
-    for (unsigned i = 0; i < n; i++) {
-        const struct counters *c = &counters[i];
-        sum[0] += atomic_load_explicit(&c->reads, memory_order_relaxed);
-        sum[1] += atomic_load_explicit(&c->read_bytes, memory_order_relaxed);
-        sum[2] += atomic_load_explicit(&c->writes, memory_order_relaxed);
-        sum[3] += atomic_load_explicit(&c->write_bytes, memory_order_relaxed);
-        sum[4] += atomic_load_explicit(&c->errors, memory_order_relaxed);
+    for (const struct counters *c = counters; c < counters + n; c++) {
+        sum.reads += c->reads;
+        sum.read_bytes += c->read_bytes;
+        sum.writes += c->writes;
+        sum.write_bytes += c->write_bytes;
+        sum.errors += c->errors;
     }
-    msg_say(MSG_ERROR,
-            "%s: %" PRIu64 " reads (%" PRIu64 " bytes), %" PRIu64 " writes (%" PRIu64 " bytes), %" PRIu64
-            " errors, %u threads%s",
-            name, sum[0], sum[1], sum[2], sum[3], sum[4], n, counters[0].passthrough ? ", passthrough" : "");
+    msg_say(MSG_ERROR, "%s: %" PRIu64 " reads (%" PRIu64 " bytes), %" PRIu64 " writes (%" PRIu64 " bytes), %" PRIu64
+            " errors, %u threads%s", name, sum.reads, sum.read_bytes, sum.writes, sum.write_bytes, sum.errors, n,
+            counters->passthrough ? ", passthrough" : "");
 }
 
-/*
- * Sends header and data through the worker's pipe, without copying the data. False: the pipe is empty again.
- */
+/* Sends header and data through the worker's pipe, without copying the data. False: the pipe is empty again. */
 static bool loop_send_reference(struct loop_worker *l, size_t len)
 {
     const struct fuse_out_header *reply = fop_reply(&l->w);
@@ -14889,35 +14844,34 @@ static bool loop_send(struct loop_worker *l, size_t len)
     return write(l->fd, fop_reply(&l->w), len) >= 0;
 }
 
-/* ECONNABORTED: the connection was closed while a request was being read. */
-static bool loop_unmounted(int error)
+/*
+ * What a failed read or write of /dev/fuse means: 0: go on, the request was interrupted (ENOENT: so was its caller);
+ * 1: unmounted (ECONNABORTED: while a request was being read); < 0: broken.
+ */
+static int loop_error(const char *what)
 {
-    return error == ENODEV || error == ECONNABORTED;
+    if (errno == EINTR || errno == EAGAIN || errno == ENOENT)
+        return 0;
+    if (errno == ENODEV || errno == ECONNABORTED)
+        return 1;
+    return msg_err(-errno, "%s /dev/fuse: %s", what, strerror(errno));
 }
 
-/* 0: another request may follow, 1: unmounted, < 0: broken. */
+/* As loop_error(); 0 also after success. */
 static int loop_once(struct loop_worker *l)
 {
-    ssize_t n;
+    ssize_t n = read(l->fd, fop_request(&l->w), FX_REQUEST_MAX);
     size_t len;
     bool sent;
 
-    n = read(l->fd, fop_request(&l->w), FX_REQUEST_MAX);
-    if (n < 0) {
-        if (errno == EINTR || errno == EAGAIN || errno == ENOENT)   /* ENOENT: the request was interrupted */
-            return 0;
-        return loop_unmounted(errno) ? 1 : msg_err(-errno, "reading from /dev/fuse: %s", strerror(errno));
-    }
+    if (n < 0)
+        return loop_error("reading from");
     l->w.ref.length = 0;
     epoch_enter();
     len = fop_handle(&l->w, (size_t)n);
     sent = len == 0 || loop_send(l, len);
     epoch_leave();
-    if (sent)
-        return 0;
-    if (errno == ENOENT || errno == EINTR)                          /* the caller was interrupted */
-        return 0;
-    return loop_unmounted(errno) ? 1 : msg_err(-errno, "writing to /dev/fuse: %s", strerror(errno));
+    return sent ? 0 : loop_error("writing to");
 }
 
 static void *loop_worker(void *arg)
@@ -15008,10 +14962,9 @@ static void loop_release_counters(struct loop *loop, unsigned n)
 static void loop_fill_init(const struct server *srv, const struct fuse_init_in *in, uint64_t offered,
                            bool passthrough, struct fx_init_out *out)
 {
-    uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS |
-                    FUSE_ATOMIC_O_TRUNC | FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO | FUSE_MAX_PAGES |
-                    FUSE_EXPLICIT_INVAL_DATA | FUSE_INIT_EXT |
-                    (srv->direct_io || srv->writable ? FX_DIRECT_IO_ALLOW_MMAP : 0) |
+    uint64_t want = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_ATOMIC_O_TRUNC |
+                    FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO | FUSE_MAX_PAGES | FUSE_EXPLICIT_INVAL_DATA |
+                    FUSE_INIT_EXT | (srv->direct_io || srv->writable ? FX_DIRECT_IO_ALLOW_MMAP : 0) |
                     (passthrough ? FX_PASSTHROUGH : 0);
 
     want &= offered;
@@ -15040,7 +14993,7 @@ static int loop_handshake(struct loop *loop, int fd, bool *passthrough)
     uint64_t offered;
     ssize_t n;
 
-    for (;;) {
+    do {                            /* a newer major sees ours in the first reply, and asks again */
         do
             n = util_fault("INIT") ? -1 : read(fd, head, FX_REQUEST_MAX);
         while (n < 0 && errno == EINTR);
@@ -15051,28 +15004,21 @@ static int loop_handshake(struct loop *loop, int fd, bool *passthrough)
             return msg_err(-EPROTO, "the kernel did not begin with FUSE_INIT");
         memcpy(&in, head + 1, util_min((size_t)n - sizeof(*head), sizeof(in)));
         if (in.major < FUSE_KERNEL_VERSION || (in.major == FUSE_KERNEL_VERSION && in.minor < FX_MIN_MINOR))
-            return msg_err(-EPROTO,
-                           "this kernel speaks FUSE %u.%u; 7.%d (Linux 3.15) is the oldest that will do",
+            return msg_err(-EPROTO, "this kernel speaks FUSE %u.%u; 7.%d (Linux 3.15) is the oldest that will do",
                            in.major, in.minor, FX_MIN_MINOR);
         offered = in.flags | (in.flags & FUSE_INIT_EXT ? (uint64_t)in.flags2 << 32 : 0);
-        memset(&reply, 0, sizeof(reply));
         loop_fill_init(srv, &in, offered, *passthrough, &reply.out);
         reply.head = (struct fuse_out_header){ .len = sizeof(reply), .unique = head->unique };
         if (write(fd, &reply, sizeof(reply)) < 0)
             return msg_err(-errno, "cannot answer FUSE_INIT: %s", strerror(errno));
-        if (in.major == FUSE_KERNEL_VERSION)
-            break;                  /* a newer major has now seen ours and asks again */
-    }
+    } while (in.major != FUSE_KERNEL_VERSION);
     *passthrough = reply.out.flags2 & (uint32_t)(FX_PASSTHROUGH >> 32);
     /* Without mmap of direct handles, cached handles are the lesser evil. */
     srv->writers_direct = srv->writable && reply.out.flags2 & (uint32_t)(FX_DIRECT_IO_ALLOW_MMAP >> 32);
     return 0;
 }
 
-/*
- * Lets the kernel serve the image. Needs CAP_SYS_ADMIN, Linux 6.9 and a file system that supports it; else workers
- * serve.
- */
+/* Lets the kernel serve the image, if it can: CAP_SYS_ADMIN, Linux 6.9 and a file system that supports it. */
 static void loop_pass_through(struct loop *loop, int fd)
 {
     struct image *im = loop->srv->im;
@@ -15090,7 +15036,7 @@ static void loop_pass_through(struct loop *loop, int fd)
 static int loop_run(struct loop *loop)
 {
     unsigned started = 1;
-    bool broken = false;
+    bool broken;
     void *result;
     int ret;
 
@@ -15114,10 +15060,9 @@ static int loop_run(struct loop *loop)
 /* ******************************************************************************************************** *
  * 31. Sandbox
  *
- * What the server gives up before its workers start: core dumps, new privileges, all capabilities, the file
- * system (Landlock) and every system call but the few that serving takes (seccomp). Descriptors that are open
- * go on working; a hostile image that took over a decoder could still write garbage to the reader, and no
- * more.
+ * What the server drops before its workers start: core dumps, new privileges, all capabilities, the file system
+ * (Landlock) and every system call but the few that serving needs (seccomp). Open descriptors keep working, so a
+ * hostile image that takes over a decoder can still show garbage to the reader, and nothing else.
  * ******************************************************************************************************** */
 
 enum box_mode { BOX_AUTO, BOX_OFF, BOX_REQUIRE };
@@ -15140,28 +15085,19 @@ static int box_drop_capabilities(void)
 
 static int box_landlock(void)
 {
-    struct fx_landlock_ruleset rules = { .handled_fs = FX_LANDLOCK_FS_V1 };
     long abi = syscall(SYS_landlock_create_ruleset, NULL, 0, 1u);
-    size_t size = sizeof(rules.handled_fs);
+    /* An older kernel accepts the longer struct, as what it does not know is 0. */
+    struct fx_landlock_ruleset rules = {
+        .handled_fs = FX_LANDLOCK_FS_V1 | (abi >= 2 ? FX_LANDLOCK_REFER : 0) | (abi >= 3 ? FX_LANDLOCK_TRUNCATE : 0) |
+                      (abi >= 5 ? FX_LANDLOCK_IOCTL_DEV : 0),
+        .handled_net = abi >= 4 ? FX_LANDLOCK_NET : 0,
+        .scoped = abi >= 6 ? FX_LANDLOCK_SCOPED : 0,
+    };
     int fd, ret = 0;
 
     if (abi < 1)
         return abi < 0 ? -errno : -ENOSYS;
-    if (abi >= 2)
-        rules.handled_fs |= FX_LANDLOCK_REFER;
-    if (abi >= 3)
-        rules.handled_fs |= FX_LANDLOCK_TRUNCATE;
-    if (abi >= 4) {
-        rules.handled_net = FX_LANDLOCK_NET;
-        size += sizeof(rules.handled_net);
-    }
-    if (abi >= 5)
-        rules.handled_fs |= FX_LANDLOCK_IOCTL_DEV;
-    if (abi >= 6) {
-        rules.scoped = FX_LANDLOCK_SCOPED;
-        size += sizeof(rules.scoped);
-    }
-    fd = (int)syscall(SYS_landlock_create_ruleset, &rules, size, 0u);
+    fd = (int)syscall(SYS_landlock_create_ruleset, &rules, sizeof(rules), 0u);
     if (fd < 0)
         return -errno;
     if (syscall(SYS_landlock_restrict_self, fd, 0u) < 0)
@@ -15176,9 +15112,9 @@ static int box_landlock(void)
 #define BOX_ARCH AUDIT_ARCH_AARCH64
 #endif
 
-#define BOX_JUMP(op, k, yes, no) \
-    ((struct sock_filter)BPF_JUMP(BPF_JMP | (op) | BPF_K, (uint32_t)(k), (uint8_t)(yes), (uint8_t)(no)))
-#define BOX_STMT(op, k) ((struct sock_filter)BPF_STMT((op), (uint32_t)(k)))
+#define BOX_LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
+#define BOX_JUMP(op, value, yes, no) BPF_JUMP(BPF_JMP | (op) | BPF_K, (uint32_t)(value), yes, no)
+#define BOX_RETURN(verdict) BPF_STMT(BPF_RET | BPF_K, verdict)
 #ifndef SYS_clone3
 #define SYS_clone3 435
 #endif
@@ -15192,12 +15128,10 @@ static int box_seccomp(void)
 {
 #ifdef BOX_ARCH
     static const int allowed[] = {
-        SYS_read,       SYS_write,      SYS_pread64,         SYS_preadv2,        SYS_splice,
-        SYS_pwrite64,   SYS_pwritev2,   SYS_lseek,  SYS_fstat,           SYS_fallocate,      SYS_ftruncate,
-        SYS_fdatasync,  SYS_fsync,      SYS_close,           SYS_futex,          SYS_munmap,
-        SYS_madvise,    SYS_brk,        SYS_mremap,          SYS_rt_sigprocmask, SYS_rt_sigreturn,
-        SYS_exit,       SYS_exit_group, SYS_clock_gettime,   SYS_gettid,         SYS_getpid,
-        SYS_writev,     SYS_set_robust_list, SYS_sched_yield, SYS_restart_syscall,
+        SYS_read, SYS_write, SYS_pread64, SYS_preadv2, SYS_splice, SYS_pwrite64, SYS_pwritev2, SYS_lseek, SYS_fstat,
+        SYS_fallocate, SYS_ftruncate, SYS_fdatasync, SYS_fsync, SYS_close, SYS_futex, SYS_munmap, SYS_madvise,
+        SYS_brk, SYS_mremap, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_exit, SYS_exit_group, SYS_clock_gettime,
+        SYS_gettid, SYS_getpid, SYS_writev, SYS_set_robust_list, SYS_sched_yield, SYS_restart_syscall,
 #ifdef __GLIBC__
         SYS_newfstatat,     /* fstat(3) of glibc, in builds for tests; it could ask for a path as well */
 #endif
@@ -15208,38 +15142,39 @@ static int box_seccomp(void)
         SYS_rseq,
 #endif
     };
-    /*
-     * The program: HEAD, one jump per allowed call, SPECIAL jumps, three checks of an argument, three
-     * verdicts.
-     */
-    enum { N = ARRAY_LEN(allowed), HEAD = 4, SPECIAL = 5 };
-    enum { PROT = HEAD + N + SPECIAL, CLONE = PROT + 2, SELF = CLONE + 2, DENY = SELF + 2, NOSYS, ALLOW, LEN };
-    const uint32_t low_arg0 = offsetof(struct seccomp_data, args[0]),
-                   low_arg2 = offsetof(struct seccomp_data, args[2]);
-    struct sock_filter code[LEN];
-    struct sock_fprog prog = { .len = LEN, .filter = code };
-    unsigned i = 0;
+    const struct sock_filter others[] = {   /* BOX_LOAD of an argument takes its low 32 bits */
+        BOX_JUMP(BPF_JEQ, SYS_clone3, 0, 1),
+        BOX_RETURN(SECCOMP_RET_ERRNO | ENOSYS),             /* the C library tries clone then */
+        BOX_JUMP(BPF_JEQ, SYS_mmap, 1, 0),
+        BOX_JUMP(BPF_JEQ, SYS_mprotect, 0, 4),
+        BOX_LOAD(args[2]),
+        BOX_JUMP(BPF_JSET, PROT_EXEC, 1, 0),
+        BOX_RETURN(SECCOMP_RET_ALLOW),
+        BOX_RETURN(SECCOMP_RET_ERRNO | EPERM),
+        BOX_JUMP(BPF_JEQ, SYS_clone, 0, 4),
+        BOX_LOAD(args[0]),
+        BOX_JUMP(BPF_JSET, 0x10000 /* CLONE_THREAD */, 0, 1),
+        BOX_RETURN(SECCOMP_RET_ALLOW),
+        BOX_RETURN(SECCOMP_RET_ERRNO | EPERM),
+        BOX_JUMP(BPF_JEQ, SYS_tgkill, 0, 3),
+        BOX_LOAD(args[0]),
+        BOX_JUMP(BPF_JEQ, getpid(), 0, 1),
+        BOX_RETURN(SECCOMP_RET_ALLOW),
+        BOX_RETURN(SECCOMP_RET_ERRNO | EPERM),
+    };
+    struct sock_filter code[4 + 2 * ARRAY_LEN(allowed) + ARRAY_LEN(others)] = {
+        BOX_LOAD(arch),
+        BOX_JUMP(BPF_JEQ, BOX_ARCH, 1, 0),
+        BOX_RETURN(SECCOMP_RET_KILL_PROCESS),
+        BOX_LOAD(nr),
+    }, *next = code + 4;
+    struct sock_fprog prog = { .len = ARRAY_LEN(code), .filter = code };
 
-    code[i++] = BOX_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch));
-    code[i++] = BOX_JUMP(BPF_JEQ, BOX_ARCH, 1, 0);
-    code[i++] = BOX_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS);
-    code[i++] = BOX_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr));
-    for (; i < HEAD + N; i++)
-        code[i] = BOX_JUMP(BPF_JEQ, allowed[i - HEAD], ALLOW - i - 1, 0);
-    code[i++] = BOX_JUMP(BPF_JEQ, SYS_mmap, PROT - (HEAD + N) - 1, 0);
-    code[i++] = BOX_JUMP(BPF_JEQ, SYS_mprotect, PROT - (HEAD + N) - 2, 0);
-    code[i++] = BOX_JUMP(BPF_JEQ, SYS_clone3, NOSYS - (HEAD + N) - 3, 0);
-    code[i++] = BOX_JUMP(BPF_JEQ, SYS_tgkill, SELF - (HEAD + N) - 4, 0);
-    code[i++] = BOX_JUMP(BPF_JEQ, SYS_clone, CLONE - (HEAD + N) - 5, DENY - (HEAD + N) - 5);
-    code[i++] = BOX_STMT(BPF_LD | BPF_W | BPF_ABS, low_arg2);
-    code[i++] = BOX_JUMP(BPF_JSET, PROT_EXEC, DENY - PROT - 2, ALLOW - PROT - 2);
-    code[i++] = BOX_STMT(BPF_LD | BPF_W | BPF_ABS, low_arg0);
-    code[i++] = BOX_JUMP(BPF_JSET, 0x10000 /* CLONE_THREAD */, ALLOW - CLONE - 2, DENY - CLONE - 2);
-    code[i++] = BOX_STMT(BPF_LD | BPF_W | BPF_ABS, low_arg0);
-    code[i++] = BOX_JUMP(BPF_JEQ, getpid(), ALLOW - SELF - 2, DENY - SELF - 2);
-    code[i++] = BOX_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM);
-    code[i++] = BOX_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS);
-    code[i++] = BOX_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    for (size_t i = 0; i < ARRAY_LEN(allowed); i++) {
+        *next++ = (struct sock_filter)BOX_JUMP(BPF_JEQ, allowed[i], 0, 1);
+        *next++ = (struct sock_filter)BOX_RETURN(SECCOMP_RET_ALLOW);
+    }
+    memcpy(next, others, sizeof(others));
     return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &prog, 0, 0) < 0 ? -errno : 0;
 #else
     return -ENOSYS;
@@ -15272,9 +15207,8 @@ static int box_enter(enum box_mode mode)
     };
     int ret;
 
-#ifdef PR_SET_IO_FLUSHER
-    (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0,
-                0); /* a loop device above us must not wait for memory that only our writes can free */
+#ifdef PR_SET_IO_FLUSHER    /* a loop device above us must not wait for memory that only our writes can free */
+    (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
 #endif
     for (size_t i = 0; mode != BOX_OFF && i < ARRAY_LEN(step); i++) {
         ret = util_fault(step[i].name) ? -EIO : step[i].enter();
