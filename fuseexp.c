@@ -256,47 +256,28 @@ UTIL_ENDIAN(be, 64)
 
 static be32 cpu_to_be32(uint32_t v)
 {
-    be32 b;
-
-    v = htobe32(v);
-    memcpy(b.byte, &v, sizeof(v));
-    return b;
+    return (union { uint32_t v; be32 b; }){ htobe32(v) }.b;
 }
 
 static be64 cpu_to_be64(uint64_t v)
 {
-    be64 b;
-
-    v = htobe64(v);
-    memcpy(b.byte, &v, sizeof(v));
-    return b;
+    return (union { uint64_t v; be64 b; }){ htobe64(v) }.b;
 }
 
-/*
- * "4096", "0x1000", "4k", "10G": powers of 1024. False on anything else, on a sign, and past MAX_IMAGE_SIZE.
- */
+/* "4096", "0x1000", "4k", "10G": powers of 1024. False on anything else, on a sign, and past MAX_IMAGE_SIZE. */
 static bool util_parse_size(const char *text, uint64_t *value)
 {
-    static const char units[] = "kmgtpe";
-    unsigned shift = 0;
+    static const char units[] = "\0kmgtpe";
     const char *unit;
     char *end;
 
     if (!isdigit((unsigned char)*text))
         return false;
-    errno = 0;
     *value = strtoull(text, &end, text[0] == '0' && (text[1] | 0x20) == 'x' ? 16 : 10);
-    if (errno)
+    unit = memchr(units, tolower((unsigned char)*end), sizeof(units) - 1);
+    if (!unit || (*end && end[1]) || *value > (uint64_t)MAX_IMAGE_SIZE >> 10 * (unit - units))
         return false;
-    if (*end) {
-        unit = strchr(units, tolower((unsigned char)*end));
-        if (!unit || end[1])
-            return false;
-        shift = 10 * ((unsigned)(unit - units) + 1);
-    }
-    if (*value > (uint64_t)MAX_IMAGE_SIZE >> shift)
-        return false;
-    *value <<= shift;
+    *value <<= 10 * (unit - units);
     return true;
 }
 
@@ -471,55 +452,39 @@ static int util_read_file(const char *path, char *text, size_t size)
 static int util_write_file(const char *path, const char *text)
 {
     int fd = open(path, O_WRONLY | O_CLOEXEC);
-    int ret = 0;
+    int ret = fd < 0 || write(fd, text, strlen(text)) < 0 ? -errno : 0;
 
-    if (fd < 0)
-        return -errno;
-    if (write(fd, text, strlen(text)) < 0)
-        ret = -errno;
-    close(fd);
+    util_close(&fd);
     return ret;
 }
 
 /*
- * Fault injection, only in builds with FUSEEXP_FAULTS. FUSEEXP_FAIL_AT=n makes the n-th acquisition of the
- * start fail (counted on through fork; the server counts on its own from there). FUSEEXP_FAIL_OP=name fails
- * each operation of that name on a host file, with FUSEEXP_FAIL_ERRNO.
+ * Fault injection, only in builds with FUSEEXP_FAULTS. FUSEEXP_FAIL_AT=n makes the n-th acquisition of the start fail
+ * (counted on through fork; the server counts on its own from there). FUSEEXP_FAIL_OP=name fails each operation of that
+ * name on a host file, FUSEEXP_FAIL_NTH=n the n-th change of a host file or barrier, both with FUSEEXP_FAIL_ERRNO.
  */
 #ifdef FUSEEXP_FAULTS
 static bool util_fault(const char *what)
 {
     static int step, fail_at = -1;
     const char *env = getenv("FUSEEXP_FAIL_AT");
-    unsigned hushed;
 
     if (fail_at < 0)
         fail_at = env ? atoi(env) : 0;
     if (fail_at == 0 || ++step != fail_at)
         return false;
-    hushed = msg_hushed;
-    msg_hushed = 0;
-    msg_say(MSG_ERROR, "FAULT %d: %s", step, what);
-    msg_hushed = hushed;
+    dprintf(STDERR_FILENO, "fuseexp: FAULT %d: %s\n", step, what);
     errno = EIO;
     return true;
 }
 
-/* FUSEEXP_FAIL_NTH=n: the n-th change of a host file, or barrier, fails, with FUSEEXP_FAIL_ERRNO too. */
-static bool util_fault_nth(const char *what)
-{
-    static _Atomic unsigned long count;
-    const char *env = getenv("FUSEEXP_FAIL_NTH");
-
-    return env && (strcmp(what, "write") == 0 || strcmp(what, "sync") == 0 || strcmp(what, "truncate") == 0 ||
-                   strcmp(what, "fallocate") == 0) && ++count == strtoul(env, NULL, 10);
-}
-
 static bool util_fault_op(const char *what)
 {
-    const char *env = getenv("FUSEEXP_FAIL_OP"), *err = getenv("FUSEEXP_FAIL_ERRNO");
+    static _Atomic unsigned long changes;
+    const char *op = getenv("FUSEEXP_FAIL_OP"), *nth = getenv("FUSEEXP_FAIL_NTH"), *err = getenv("FUSEEXP_FAIL_ERRNO");
 
-    if ((!env || strcmp(env, what) != 0) && !util_fault_nth(what))
+    if (!(op && strcmp(op, what) == 0) &&
+        !(nth && strstr("write sync truncate fallocate", what) && ++changes == strtoul(nth, NULL, 10)))
         return false;
     errno = err ? atoi(err) : EIO;
     return true;
@@ -553,7 +518,7 @@ static void util_record(char op, unsigned file, uint64_t offset, uint64_t len, c
         errno = record_errno; \
     } while (0)
 
-/* FUSEEXP_BAD_SECTORS=offset,length: a place of every host file that cannot be read. */
+/* FUSEEXP_BAD_SECTORS=offset,length: a range that cannot be read, in every host file. */
 static bool util_fault_at(uint64_t offset, uint64_t len)
 {
     const char *env = getenv("FUSEEXP_BAD_SECTORS");
@@ -752,87 +717,63 @@ struct out {
     bool json;
     bool dash;                      /* for people: a list's "-" stands on this line, waiting for what follows */
     unsigned depth;
-    struct { char end; bool filled, flat; } level[OUT_DEPTH];   /* flat: on one line of JSON */
+    struct out_level { char end; bool filled, flat; } level[OUT_DEPTH];     /* flat: on one line of JSON */
 };
 
-static bool out_is_control(uint32_t c)
+/*
+ * JSON: a quoted string, in which bytes that are not UTF-8 become U+FFFD. For people: these, and what would steer the
+ * terminal, become "?".
+ */
+static void out_string(const char *text, bool json)
 {
-    return c < ' ' || (c >= 0x7f && c < 0xa0);
-}
+    const char *quote = json ? "\"" : "";
 
-/* For people: what is no character or would steer the terminal becomes "?". */
-static void out_plain(const char *text)
-{
-    uint32_t c;
-
+    fputs(quote, stdout);
     for (const char *p = text; *p; p = text) {
-        c = text_utf8_next(&text);
-        if (c & TEXT_NOT_UTF8 || out_is_control(c))
+        uint32_t c = text_utf8_next(&text);
+        bool control = c < ' ' || (c >= 0x7f && c < 0xa0);
+        if (!json && (control || c & TEXT_NOT_UTF8))
             putchar('?');
-        else
-            fwrite(p, 1, (size_t)(text - p), stdout);
-    }
-}
-
-/* A JSON string; bytes that are not UTF-8 become U+FFFD. */
-static void out_string(const char *text)
-{
-    uint32_t c;
-
-    putchar('"');
-    for (const char *p = text; *p; p = text) {
-        c = text_utf8_next(&text);
-        if (c & TEXT_NOT_UTF8)
+        else if (c & TEXT_NOT_UTF8)
             fputs("\\ufffd", stdout);
-        else if (c == '"' || c == '\\')
-            printf("\\%c", (char)c);
-        else if (out_is_control(c))
+        else if (control)
             printf("\\u%04x", c);
-        else
+        else {
+            if (json && (c == '"' || c == '\\'))
+                putchar('\\');
             fwrite(p, 1, (size_t)(text - p), stdout);
+        }
     }
-    putchar('"');
+    fputs(quote, stdout);
 }
 
-static void out_indent(unsigned depth)
+/* JSON: ends a line that an object or a list breaks, and indents the next. `flat`: all is on one line. */
+static void out_break(bool flat, unsigned depth)
 {
-    printf("%*s", (int)(4 * depth), "");
+    printf("%s%*s", flat ? " " : "\n", flat ? 0 : (int)(4 * depth), "");
 }
 
 /* What comes before every value: the comma, the new line, the indentation and the name (NULL: in a list). */
 static void out_key(struct out *o, const char *key)
 {
+    struct out_level *level;
+
     if (!o->depth)
         return;                     /* the document itself */
+    level = &o->level[o->depth - 1];
     if (o->json) {
-        fputs(o->level[o->depth - 1].filled ? "," : "", stdout);
-        putchar(o->level[o->depth - 1].flat ? ' ' : '\n');
-        out_indent(o->level[o->depth - 1].flat ? 0 : o->depth);
+        fputs(level->filled ? "," : "", stdout);
+        out_break(level->flat, o->depth);
         if (key)
             printf("\"%s\": ", key);
     } else {
-        out_indent(o->dash ? 0 : o->depth - 1);
+        printf("%*s", o->dash ? 0 : (int)(4 * (o->depth - 1)), "");
         for (const char *p = key; p && *p; p++)
             putchar(*p == '-' ? ' ' : *p);
         fputs(key ? ":" : "-   ", stdout);
         o->dash = !key;
     }
-    o->level[o->depth - 1].filled = true;
-}
-
-/* The same before one value and not a list or an object; for people in columns. */
-static void out_value(struct out *o, const char *key)
-{
-    out_key(o, key);
-    if (!o->json && key)
-        printf("%*s", strlen(key) + 1 < OUT_COLUMN ? (int)(OUT_COLUMN - strlen(key) - 1) : 1, "");
-    o->dash = false;
-}
-
-static void out_end_line(const struct out *o)
-{
-    if (!o->json)
-        putchar('\n');
+    level->filled = true;
 }
 
 /* bracket: { or [ */
@@ -843,26 +784,21 @@ static void out_open(struct out *o, const char *key, char bracket, bool flat)
         putchar(bracket);
     else if (o->depth && key)
         putchar('\n');
-    o->level[o->depth].end = bracket == '{' ? '}' : ']';
-    o->level[o->depth].flat = flat;
-    o->level[o->depth++].filled = false;
+    o->level[o->depth++] = (struct out_level){ .end = bracket == '{' ? '}' : ']', .flat = flat };
 }
 
 static void out_close(struct out *o)
 {
-    bool filled = o->level[--o->depth].filled, flat = o->level[o->depth].flat;
+    const struct out_level *level = &o->level[--o->depth];
 
     if (!o->json) {
-        if (o->dash)
-            putchar('\n');
+        fputs(o->dash ? "\n" : "", stdout);
         o->dash = false;
         return;
     }
-    if (filled)
-        putchar(flat ? ' ' : '\n');
-    if (filled && !flat)
-        out_indent(o->depth);
-    putchar(o->level[o->depth].end);
+    if (level->filled)
+        out_break(level->flat, o->depth);
+    putchar(level->end);
     if (!o->depth)
         putchar('\n');
 }
@@ -877,57 +813,64 @@ static int out_finish(int status)
     return msg_err(EXIT_FAILED, "cannot write to standard output: %s", strerror(error));
 }
 
+/* A value that is not a list or an object; for people in columns. literal: not a string of JSON. */
+static void out_value(struct out *o, const char *key, const char *text, bool literal)
+{
+    out_key(o, key);
+    if (!o->json && key)
+        printf("%*s", strlen(key) + 1 < OUT_COLUMN ? (int)(OUT_COLUMN - strlen(key) - 1) : 1, "");
+    o->dash = false;
+    if (literal)
+        fputs(text, stdout);
+    else
+        out_string(text, o->json);
+    fputs(o->json ? "" : "\n", stdout);
+}
+
+static void out_text(struct out *o, const char *key, const char *value)
+{
+    out_value(o, key, value, false);
+}
+
+static void out_flag(struct out *o, const char *key, bool value)
+{
+    out_value(o, key, value ? "true" : "false", true);
+}
+
 static void out_number(struct out *o, const char *key, uint64_t value)
 {
-    out_value(o, key);
-    printf("%" PRIu64, value);
-    out_end_line(o);
+    char text[24];
+
+    snprintf(text, sizeof(text), "%" PRIu64, value);
+    out_value(o, key, text, true);
 }
 
 /* Bytes: for people also in the largest unit that leaves a number. */
 static void out_size(struct out *o, const char *key, uint64_t value)
 {
-    static const char *const units[] = { "KiB", "MiB", "GiB", "TiB", "PiB", "EiB" };
     unsigned unit = 0;
+    char text[48];
+    int n = snprintf(text, sizeof(text), "%" PRIu64, value);
 
-    out_value(o, key);
-    printf("%" PRIu64, value);
-    while (value >> (10 * unit + 10) >= 1024)
+    while (value >> 10 * unit >= 1024)
         unit++;
-    if (!o->json && value >= 1024)
-        printf(" (%.4g %s)", (double)value / (double)(1ull << (10 * unit + 10)), units[unit]);
-    out_end_line(o);
+    if (!o->json && unit)
+        snprintf(text + n, sizeof(text) - (size_t)n, " (%.4g %ciB)", (double)value / (double)(1ull << 10 * unit),
+                 " KMGTPE"[unit]);
+    out_value(o, key, text, true);
 }
 
 /* Seconds since 1970; for people also as a date. */
 static void out_time(struct out *o, const char *key, uint32_t value)
 {
     time_t when = (time_t)value;
-    char text[32] = "";
     struct tm tm;
+    char text[48];
+    int n = snprintf(text, sizeof(text), "%" PRIu32, value);
 
-    out_value(o, key);
-    printf("%" PRIu32, value);
-    if (!o->json && gmtime_r(&when, &tm) && strftime(text, sizeof(text), "%Y-%m-%d %H:%M:%S", &tm))
-        printf(" (%s UTC)", text);
-    out_end_line(o);
-}
-
-static void out_text(struct out *o, const char *key, const char *value)
-{
-    out_value(o, key);
-    if (o->json)
-        out_string(value);
-    else
-        out_plain(value);
-    out_end_line(o);
-}
-
-static void out_flag(struct out *o, const char *key, bool value)
-{
-    out_value(o, key);
-    fputs(value ? "true" : "false", stdout);
-    out_end_line(o);
+    if (!o->json && gmtime_r(&when, &tm))
+        strftime(text + n, sizeof(text) - (size_t)n, " (%Y-%m-%d %H:%M:%S UTC)", &tm);
+    out_value(o, key, text, true);
 }
 
 /* Percents on a terminal. on is set before the sandbox closes, which knows no isatty(3). */
@@ -990,14 +933,12 @@ __attribute__((format(printf, 5, 6))) static void out_finding(struct check *c, c
  * worker did in that request.
  * ******************************************************************************************************** */
 
-struct epoch_count {
-    _Atomic uint64_t n;             /* odd: inside a request */
-    char padding[56];               /* a cache line each */
-};
 struct epoch_grace {
     uint64_t n[MAX_THREADS];
 };
-static struct epoch_count epoch_count[MAX_THREADS];
+static struct {
+    _Alignas(64) _Atomic uint64_t n;    /* odd: inside a request; a cache line each */
+} epoch_count[MAX_THREADS];
 static _Atomic unsigned epoch_n_threads;
 static _Thread_local unsigned epoch_self;       /* index + 1; 0: no request yet */
 
@@ -13720,36 +13661,31 @@ static int part_read(const struct part_scan *ps, uint64_t lba, void *buf, uint64
 
 static void part_add(struct part_scan *ps, unsigned number, uint64_t first_lba, uint64_t n_lba)
 {
-    uint64_t max = (uint64_t)MAX_IMAGE_SIZE / ps->sector;
+    uint64_t max = ((uint64_t)MAX_IMAGE_SIZE - ps->base) / ps->sector, start = first_lba * ps->sector;
     struct view *v = &ps->views[ps->n_views];
 
-    if (first_lba > max || n_lba > max ||
-        (first_lba + n_lba) * ps->sector > (uint64_t)MAX_IMAGE_SIZE - ps->base ||
-        first_lba >= ps->size / ps->sector) {
-        msg_say(MSG_NOTE, "%s: partition %u starts past the end of the disk, left out", ps->im->name, number);
+    if (first_lba >= ps->size / ps->sector || n_lba > max - first_lba || ps->n_views == MAX_VIEWS) {
+        msg_say(MSG_NOTE, "%s: partition %u %s, left out", ps->im->name, number,
+                first_lba >= ps->size / ps->sector ? "starts past the end of the disk"
+                : ps->n_views < MAX_VIEWS ? "is larger than any file" : "is one too many");
         return;
     }
-    if (ps->n_views == MAX_VIEWS) {
-        msg_say(MSG_NOTE, "%s: partition %u is one too many, left out", ps->im->name, number);
-        return;
-    }
-    if ((first_lba + n_lba) * ps->sector > ps->size)
-        msg_say(MSG_NOTE,
-                "%s: partition %u reaches %" PRIu64 " bytes past the end of the disk: those read as errors",
-                ps->im->name, number, (first_lba + n_lba) * ps->sector - ps->size);
     snprintf(v->name, sizeof(v->name), "p%u", number);
     v->number = (int)number;
-    v->start = ps->base + first_lba * ps->sector;
+    v->start = ps->base + start;
     v->size = n_lba * ps->sector;
-    v->inside = util_min(v->size, ps->size - first_lba * ps->sector);
+    v->inside = util_min(v->size, ps->size - start);
     ps->n_views++;
+    if (v->inside < v->size)
+        msg_say(MSG_NOTE, "%s: partition %u reaches %" PRIu64 " bytes past the end of the disk: those read as errors",
+                ps->im->name, number, v->size - v->inside);
 }
 
 /* An entry of an MBR or EBR. */
 struct part_entry {
     uint8_t status, type;
-    bool used, extended;
-    uint64_t start, count;          /* sectors; in an EBR, start is relative */
+    bool extended;
+    uint64_t start, count;          /* sectors; in an EBR, start is relative; count 0: unused */
 };
 
 static struct part_entry part_parse_entry(const struct mbr *mbr, size_t i)
@@ -13758,8 +13694,7 @@ static struct part_entry part_parse_entry(const struct mbr *mbr, size_t i)
     struct part_entry e = { .status = raw->status, .type = raw->type,
                             .start = le32_to_cpu(raw->first_lba), .count = le32_to_cpu(raw->sectors) };
 
-    e.used = e.count;               /* Linux shows entries of type 00, too: isohybrid writes one */
-    e.extended = e.used && e.type && strchr(MBR_EXTENDED_TYPES, e.type);
+    e.extended = e.count && e.type && strchr(MBR_EXTENDED_TYPES, e.type);
     return e;
 }
 
@@ -13792,7 +13727,7 @@ static bool part_is_logical(const struct part_chain *c, size_t slot, const struc
 {
     uint64_t end = c->ebr + e->start + e->count;
 
-    return e->used && !e->extended &&
+    return e->count && !e->extended &&
            (slot < 2 || (e->start + e->count <= c->ebr_lba && end <= c->first + c->n_lba));
 }
 
@@ -13804,8 +13739,8 @@ static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_
 {
     struct part_chain c = { .first = first, .n_lba = n_lba, .ebr = first, .ebr_lba = n_lba, .n_seen = 1 };
     struct mbr ebr;
+    struct part_entry e, link;
     const char *wrong;
-    size_t link;
 
     do {
         wrong = part_next_ebr(ps, &c, &ebr);
@@ -13814,20 +13749,17 @@ static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_
                     "partition %u", ps->im->name, c.ebr, wrong, *number - 1);
             return;
         }
-        link = 4;
+        link = (struct part_entry){ .extended = false };
         for (size_t i = 0; i < 4; i++) {
-            struct part_entry e = part_parse_entry(&ebr, i);
+            e = part_parse_entry(&ebr, i);
             if (part_is_logical(&c, i, &e))
                 part_add(ps, (*number)++, c.ebr + e.start, e.count);
-            if (e.extended && link == 4)
-                link = i;
+            if (!link.extended)
+                link = e;
         }
-        if (link < 4) {
-            struct part_entry e = part_parse_entry(&ebr, link);
-            c.ebr = first + e.start;
-            c.ebr_lba = e.count;
-        }
-    } while (link < 4);
+        c.ebr = first + link.start;
+        c.ebr_lba = link.count;
+    } while (link.extended);
 }
 
 enum part_table { PART_NONE, PART_MBR, PART_PROTECTIVE, PART_HYBRID };
@@ -13859,9 +13791,9 @@ static bool part_is_aix(const struct part_scan *ps, const struct mbr *mbr)
 }
 
 /*
- * Is this sector an MBR, and whose? A boot sector ends in 55 AA as well, but has code where the entries would be:
- * Linux tells them by the status bytes. In a boot sector, and beside a protective entry (grub writes a dummy with
- * the boot flag there), an entry of type 00 does not count.
+ * Is this sector an MBR, and whose? A boot sector ends in 55 AA as well, but has code where the entries would be: Linux
+ * tells them by the status bytes. Linux shows entries of type 00, too (isohybrid writes one). They do not count in a
+ * boot sector, nor beside a protective entry: grub writes a dummy with the boot flag there.
  */
 static enum part_table part_probe_mbr(const struct part_scan *ps, const struct mbr *mbr)
 {
@@ -13873,9 +13805,9 @@ static enum part_table part_probe_mbr(const struct part_scan *ps, const struct m
         struct part_entry e = part_parse_entry(mbr, i);
         if (e.status & 0x7f)
             return PART_NONE;
-        used |= e.used;
+        used |= e.count > 0;
         gpt |= e.type == MBR_TYPE_GPT;
-        typed |= e.used && e.type && e.type != MBR_TYPE_GPT;
+        typed |= e.count && e.type && e.type != MBR_TYPE_GPT;
     }
     if (gpt)
         return typed ? PART_HYBRID : PART_PROTECTIVE;
@@ -13888,7 +13820,7 @@ static void part_scan_mbr(struct part_scan *ps, const struct mbr *mbr, enum part
 
     for (unsigned i = 0; i < 4; i++) {
         struct part_entry e = part_parse_entry(mbr, i);
-        if (e.used && !e.extended && (kind == PART_MBR || (e.type && e.type != MBR_TYPE_GPT)))
+        if (e.count && !e.extended && (kind == PART_MBR || (e.type && e.type != MBR_TYPE_GPT)))
             part_add(ps, i + 1, e.start, e.count);
     }
     for (unsigned i = 0; i < 4; i++) {
@@ -13925,18 +13857,6 @@ static const char *part_read_gpt(const struct part_scan *ps, uint64_t lba, uint8
     return NULL;
 }
 
-static void part_add_gpt(struct part_scan *ps, unsigned number, const struct gpt_entry *e)
-{
-    uint64_t first = le64_to_cpu(e->first_lba), last = le64_to_cpu(e->last_lba);
-
-    if (text_is_null_id(e->type_guid))
-        return;
-    if (last < first || last == UINT64_MAX)
-        msg_say(MSG_NOTE, "%s: partition %u ends before it starts, left out", ps->im->name, number);
-    else
-        part_add(ps, number, first, last - first + 1);
-}
-
 /*
  * Adds the partitions of the GPT whose header is at lba. Returns NULL, or what is wrong with it. *other: where the
  * header says that the other copy is, even if it is damaged; 0: it has no signature.
@@ -13959,8 +13879,16 @@ static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba, uint64_t *o
         wrong = "its table cannot be read";
     else if (libdeflate_crc32(0, table, (size_t)n * entry) != le32_to_cpu(h->entries_crc))
         wrong = "its table's checksum is wrong";
-    for (uint32_t i = 0; i < n && !wrong; i++)
-        part_add_gpt(ps, i + 1, (const struct gpt_entry *)(table + (size_t)i * entry));
+    for (uint32_t i = 0; i < n && !wrong; i++) {
+        const struct gpt_entry *e = (const struct gpt_entry *)(table + (size_t)i * entry);
+        uint64_t first = le64_to_cpu(e->first_lba), end = le64_to_cpu(e->last_lba) + 1;
+        if (text_is_null_id(e->type_guid))
+            continue;
+        if (end <= first)
+            msg_say(MSG_NOTE, "%s: partition %u ends before it starts, left out", ps->im->name, i + 1);
+        else
+            part_add(ps, i + 1, first, end - first);
+    }
     free(table);
     return wrong;
 }
@@ -13970,12 +13898,10 @@ static void part_say_backup(const struct part_scan *ps, uint64_t backup)
 {
     uint64_t last = ps->size / ps->sector - 1;
 
-    if (backup < last)
-        msg_say(MSG_NOTE, "%s: its backup GPT is at sector %" PRIu64 ", not at its end (%" PRIu64 "): the disk was "
-                "smaller once", ps->im->name, backup, last);
-    else if (backup > last)
-        msg_say(MSG_NOTE, "%s: its backup GPT is at sector %" PRIu64 ", past its end (%" PRIu64 "): the disk was "
-                "larger once, or the image is cut off", ps->im->name, backup, last);
+    if (backup != last)
+        msg_say(MSG_NOTE, "%s: its backup GPT is at sector %" PRIu64 ", %s its end (%" PRIu64 "): the disk was %s",
+                ps->im->name, backup, backup < last ? "not at" : "past", last,
+                backup < last ? "smaller once" : "larger once, or the image is cut off");
 }
 
 /*
@@ -13984,32 +13910,27 @@ static void part_say_backup(const struct part_scan *ps, uint64_t backup)
  */
 static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector, const struct mbr *mbr)
 {
-    uint64_t last = ps->size / sector - 1, lbas[3] = { last }, other, none;
+    uint64_t last = ps->size / sector - 1, lbas[2 + 4] = { last }, none;
     const char *wrong;
-    unsigned n = 1;
 
     ps->sector = sector;
     if (ps->size / sector < 3)
         return "the disk is too small";
-    wrong = part_scan_gpt(ps, 1, &other);
+    wrong = part_scan_gpt(ps, 1, &lbas[1]);
     if (!wrong) {
-        part_say_backup(ps, other);
+        part_say_backup(ps, lbas[1]);
         return NULL;
     }
-    if (other > 1 && other < last)
-        lbas[n++] = other;
-    for (size_t i = 0; i < 4 && n < ARRAY_LEN(lbas); i++) {
+    for (size_t i = 0; i < 4; i++) {
         struct part_entry e = part_parse_entry(mbr, i);
-        if (e.type == MBR_TYPE_GPT && e.start + e.count - 1 > 1 && e.start + e.count - 1 < last)
-            lbas[n++] = e.start + e.count - 1;
+        lbas[2 + i] = e.type == MBR_TYPE_GPT ? e.start + e.count - 1 : 0;
     }
-    for (unsigned i = 0; i < n; i++) {
-        if (part_scan_gpt(ps, lbas[i], &none))
+    for (size_t i = 0; i < ARRAY_LEN(lbas); i++) {
+        if (lbas[i] < 2 || part_scan_gpt(ps, lbas[i], &none))
             continue;
         msg_say(MSG_NOTE, "%s: the primary GPT is damaged (%s), using the backup at sector %" PRIu64 "%s", ps->im->name,
                 wrong, lbas[i], i ? "" : ", the end of the disk");
-        if (i)
-            part_say_backup(ps, lbas[i]);
+        part_say_backup(ps, lbas[i]);
         return NULL;
     }
     return wrong;
@@ -14018,27 +13939,24 @@ static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector, const s
 /* Adds the partitions to ps->views. `sector` 0: try both sizes. NULL, or why there are none. */
 static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
 {
-    const char *wrong = part_no_table;
+    uint32_t first_try = sector ? sector : 512;
     enum part_table kind = PART_NONE;
     struct mbr first = { 0 };
+    const char *wrong = NULL;
 
-    ps->sector = sector ? sector : 512;
+    ps->sector = first_try;
     if (ps->size >= sizeof(first) && part_read(ps, 0, &first, sizeof(first)) == 0)
         kind = part_probe_mbr(ps, &first);
-    if (kind == PART_MBR) {
-        part_scan_mbr(ps, &first, kind);
-        return NULL;
+    if (kind != PART_MBR) {
+        wrong = part_scan_gpts(ps, first_try, &first);
+        if (!wrong || (!sector && !part_scan_gpts(ps, 4096, &first)))
+            return NULL;
+        if (kind != PART_HYBRID)
+            return kind == PART_NONE ? part_no_table : wrong;
+        msg_say(MSG_NOTE, "%s: the GPT is damaged (%s): shows the partitions of its hybrid MBR instead", ps->im->name,
+                wrong);
     }
-    if (sector != 4096 && !part_scan_gpts(ps, 512, &first))
-        return NULL;
-    if (sector != 512 && !part_scan_gpts(ps, 4096, &first))
-        return NULL;
-    if (kind != PART_NONE)
-        wrong = part_scan_gpts(ps, sector ? sector : 512, &first);
-    if (kind != PART_HYBRID)
-        return wrong ? wrong : part_no_table;
-    msg_say(MSG_NOTE, "%s: the GPT is damaged (%s): shown are the partitions that its hybrid MBR lists, numbered as "
-            "there", ps->im->name, wrong);
+    ps->sector = first_try;
     part_scan_mbr(ps, &first, kind);
     return NULL;
 }
@@ -14054,33 +13972,24 @@ static uint32_t part_device_sector(const struct image *im)
     return sector == 512 || sector == 4096 ? sector : 0;
 }
 
-/* "1, 2, 5": for the message that says what could have been chosen. */
-static void part_list(const struct view *views, unsigned n, char *text, size_t len)
-{
-    size_t at = 0;
-
-    text[0] = 0;
-    for (unsigned i = 1; i < n && at < len; i++)
-        at += (size_t)snprintf(text + at, len - at, "%s%d", i > 1 ? ", " : "", views[i].number);
-}
-
 /* Leaves the chosen partition as views[0] (and the only one). */
 static int part_choose(struct image *im, struct view *views, unsigned *n, unsigned number, const char *wrong)
 {
-    char list[256];
+    char list[256] = "none";
+    size_t len = 0;
 
     for (unsigned i = 1; i < *n; i++) {
-        if (views[i].number != (int)number)
-            continue;
-        views[0] = views[i];
-        *n = 1;
-        return 0;
+        if (views[i].number == (int)number) {
+            views[0] = views[i];
+            *n = 1;
+            return 0;
+        }
+        if (len < sizeof(list))
+            len += (size_t)snprintf(list + len, sizeof(list) - len, "%s%d", len ? ", " : "", views[i].number);
     }
     if (wrong)
         return msg_err(-ENXIO, "%s: no partition %u: %s", im->name, number, wrong);
-    part_list(views, *n, list, sizeof(list));
-    return msg_err(-ENXIO, "%s: no partition %u (there %s %s)", im->name, number,
-                   *n == 1 ? "is" : "are", *n == 1 ? "none" : list);
+    return msg_err(-ENXIO, "%s: no partition %u (there %s %s)", im->name, number, *n == 1 ? "is" : "are", list);
 }
 
 struct part_wanted {
@@ -14095,12 +14004,11 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
     struct part_scan ps = { .im = im, .base = want->offset, .views = views, .n_views = 1 };
     const char *wrong = NULL;
 
-    if (want->offset > im->size || (want->offset == im->size && want->offset > 0))
-        return msg_err(-EINVAL, "%s: --offset %" PRIu64 " is past the end (%" PRIu64 ")", im->name,
-                       want->offset, (uint64_t)im->size);
+    if (want->offset && want->offset >= im->size)
+        return msg_err(-EINVAL, "%s: --offset %" PRIu64 " is past the end (%" PRIu64 ")", im->name, want->offset,
+                       (uint64_t)im->size);
     if (want->size > im->size - want->offset)
-        return msg_err(-EINVAL,
-                       "%s: --size %" PRIu64 " reaches past the end (%" PRIu64 " are left at the offset)",
+        return msg_err(-EINVAL, "%s: --size %" PRIu64 " reaches past the end (%" PRIu64 " are left at the offset)",
                        im->name, want->size, im->size - want->offset);
     ps.size = want->size ? want->size : im->size - want->offset;
     util_copy(views[0].name, sizeof(views[0].name), "disk");
@@ -17767,7 +17675,7 @@ static void cmd_map_line(uint64_t start, const struct extent *ext)
            ext->kind == EXT_DATA         ? offset
            : ext->kind == EXT_COMPRESSED ? "compressed"
                                          : "UNREADABLE");
-    out_plain(ext->kind == EXT_BAD ? ext->why : ext->file->path);
+    out_string(ext->kind == EXT_BAD ? ext->why : ext->file->path, false);
     putchar('\n');
 }
 
@@ -17841,11 +17749,11 @@ static void cmd_check_lines(const struct image *im, const struct check *c, uint6
                             uint64_t leaks_fixed)
 {
     if (corruptions_fixed || leaks_fixed) {
-        out_plain(im->name);
+        out_string(im->name, false);
         printf(" (%s): %" PRIu64 " corruptions and %" PRIu64 " leaked clusters were repaired\n", im->format->name,
                corruptions_fixed, leaks_fixed);
     }
-    out_plain(im->name);
+    out_string(im->name, false);
     printf(" (%s): ", im->format->name);
     if (c->errors)
         printf("%" PRIu64 " errors while looking, so there may be more; ", c->errors);
@@ -17860,7 +17768,7 @@ static void cmd_check_lines(const struct image *im, const struct check *c, uint6
     printf("its last used cluster ends at %" PRIu64 "\n", c->image_end);
     if (*im->backing_name) {
         printf("it is a part of its disk; the rest, not looked at, is in its backing file ");
-        out_plain(im->backing_name);
+        out_string(im->backing_name, false);
         printf("\n");
     }
 }
