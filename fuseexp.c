@@ -2549,68 +2549,43 @@ static int file_sync_directory(const char *directory)
  * no size in a hostile stream is allocated. Each thread has its own decoder and its own buffer for coded bytes.
  * ******************************************************************************************************** */
 
-enum { CODEC_KEEP = 128 << 10 };    /* bytes of a thread's buffer that stay with it */
+enum { CODEC_KEEP = 128 << 10 };
 
 static _Thread_local struct {
     struct libdeflate_decompressor *deflate;
     ZSTD_DCtx *zstd;
-    uint8_t *coded;
-    size_t size;                    /* bytes of coded, at most MAX_CLUSTER + 512 */
+    uint8_t *coded;                 /* CODEC_KEEP bytes: a larger buffer per thread would be more than the cache */
 } codec_own;
 
-static bool codec_prepare(enum codec codec, size_t len)
-{
-    if (codec_own.size < len) {
-        free(codec_own.coded);
-        codec_own.size = len > CODEC_KEEP ? len : CODEC_KEEP;
-        codec_own.coded = malloc(codec_own.size);
-        codec_own.size = codec_own.coded ? codec_own.size : 0;
-    }
-    if (codec != CODEC_ZSTD && !codec_own.deflate)
-        codec_own.deflate = libdeflate_alloc_decompressor();
-    if (codec == CODEC_ZSTD && !codec_own.zstd)
-        codec_own.zstd = ZSTD_createDCtx();
-    return codec_own.coded && (codec == CODEC_ZSTD ? (void *)codec_own.zstd : (void *)codec_own.deflate);
-}
-
-/* Frees a large buffer: one per thread would be more memory than the cache. */
-static void codec_let_go(void)
-{
-    if (codec_own.size <= CODEC_KEEP)
-        return;
-    free(codec_own.coded);
-    codec_own.coded = NULL;
-    codec_own.size = 0;
-}
-
 /* Frame by frame: there may be several, and padding after the last. */
-static bool codec_zstd(const uint8_t *in, size_t in_len, uint8_t *out, size_t out_len)
+static int codec_zstd(const uint8_t *in, size_t in_len, uint8_t *out, size_t out_len)
 {
     size_t done = 0, frame, n;
 
+    if (!codec_own.zstd && !(codec_own.zstd = ZSTD_createDCtx()))
+        return -ENOMEM;
     while (done < out_len) {
         frame = ZSTD_findFrameCompressedSize(in, in_len);
         if (ZSTD_isError(frame))
-            return false;
+            return -EINVAL;
         n = ZSTD_decompressDCtx(codec_own.zstd, out + done, out_len - done, in, frame);
         if (ZSTD_isError(n))
-            return false;
+            return -EINVAL;
         done += n;
         in += frame;
         in_len -= frame;
     }
-    return true;
+    return 0;
 }
 
-static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t out_len)
+static int codec_deflate(enum codec codec, const uint8_t *in, size_t in_len, uint8_t *out, size_t out_len)
 {
-    size_t used = 0, got = 0;
+    size_t used, got = 0;
 
-    if (codec == CODEC_ZSTD)
-        return codec_zstd(codec_own.coded, in_len, out, out_len);
+    if (!codec_own.deflate && !(codec_own.deflate = libdeflate_alloc_decompressor()))
+        return -ENOMEM;
     return (codec == CODEC_ZLIB ? libdeflate_zlib_decompress_ex : libdeflate_deflate_decompress_ex)(
-               codec_own.deflate, codec_own.coded, in_len, out, out_len, &used, &got) == LIBDEFLATE_SUCCESS &&
-           got == out_len;
+               codec_own.deflate, in, in_len, out, out_len, &used, &got) || got != out_len ? -EINVAL : 0;
 }
 
 /*
@@ -2619,14 +2594,19 @@ static bool codec_decode(enum codec codec, size_t in_len, uint8_t *out, size_t o
  */
 static int codec_read(struct file *f, uint64_t offset, size_t in_len, enum codec codec, uint8_t *out, size_t out_len)
 {
+    uint8_t *coded, *large = in_len > CODEC_KEEP ? malloc(in_len) : NULL;
     uint64_t done;
     int ret = -ENOMEM;
 
-    if (codec_prepare(codec, in_len))
-        ret = file_pread(f, codec_own.coded, in_len, offset, &done) ? -EIO : 0;
-    if (!ret && !codec_decode(codec, in_len, out, out_len))
-        ret = -EINVAL;
-    codec_let_go();
+    if (in_len <= CODEC_KEEP && !codec_own.coded)
+        codec_own.coded = malloc(CODEC_KEEP);
+    coded = in_len > CODEC_KEEP ? large : codec_own.coded;
+    if (coded)
+        ret = file_pread(f, coded, in_len, offset, &done) ? -EIO : 0;
+    if (!ret)
+        ret = (codec == CODEC_ZSTD ? codec_zstd(coded, in_len, out, out_len)
+                                   : codec_deflate(codec, coded, in_len, out, out_len));
+    free(large);
     return ret;
 }
 
@@ -2829,27 +2809,26 @@ static int cache_load(struct file *f, uint64_t start, uint64_t *slice)
 static int cache_words(struct file *f, uint64_t offset, uint64_t *value, size_t n)
 {
     uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, set = cache_set(f, start), tag = cache_tag(f, start);
-    uint64_t slice[CACHE_WORDS];
+    uint64_t slice[CACHE_WORDS], done;
     size_t word = (size_t)(offset - start) / 8;
-    uint64_t done;
-    bool alone;
-    int ret;
+    int failed, ret;
 
     for (uint64_t way = 0; way < CACHE_WAYS; way++)
         if (cache_peek(set * CACHE_WAYS + way, tag, word, value, n))
             return 0;
     if (f->newer)
         pool_lock(cache_lock_of(set));
-    ret = cache_load(f, start, slice);
-    /* The bad sector of a slice need not be the one that is asked for. */
-    alone = ret && offset + 8 * n <= f->size && file_pread(f, slice + word, 8 * n, offset, &done) == 0;
+    ret = failed = cache_load(f, start, slice);
+    if (failed && offset + 8 * n <= f->size)    /* the bad sector of a slice need not be the one that is asked for */
+        ret = file_pread(f, slice + word, 8 * n, offset, &done);
     if (!f->newer)
         pthread_mutex_lock(cache_lock_of(set));
-    if (!ret)
+    if (!failed)
         cache_fill_locked(set, tag, slice);
     pthread_mutex_unlock(cache_lock_of(set));
-    memcpy(value, slice + word, ret && !alone ? 0 : 8 * n);
-    return alone ? 0 : ret;
+    if (!ret)
+        memcpy(value, slice + word, 8 * n);
+    return ret;
 }
 
 static int cache_word(struct file *f, uint64_t offset, uint64_t *value)
@@ -2857,42 +2836,19 @@ static int cache_word(struct file *f, uint64_t offset, uint64_t *value)
     return cache_words(f, offset, value, 1);
 }
 
-static int cache_be64(struct file *f, uint64_t offset, uint64_t *value)
-{
-    uint64_t word;
-    int ret = cache_word(f, offset, &word);
-
-    *value = ret ? 0 : util_be64((const uint8_t *)&word);
-    return ret;
-}
-
-static int cache_le64(struct file *f, uint64_t offset, uint64_t *value)
-{
-    uint64_t word;
-    int ret = cache_word(f, offset, &word);
-
-    *value = ret ? 0 : util_le64((const uint8_t *)&word);
-    return ret;
-}
-
-/* Four bytes at a multiple of 4. */
-static int cache_le32(struct file *f, uint64_t offset, uint32_t *value)
-{
-    uint64_t word;
-    int ret = cache_word(f, offset & ~7ull, &word);
-
-    *value = ret ? 0 : util_le32((const uint8_t *)&word + (offset & 4));
-    return ret;
-}
-
-static int cache_be32(struct file *f, uint64_t offset, uint32_t *value)
-{
-    uint64_t word;
-    int ret = cache_word(f, offset & ~7ull, &word);
-
-    *value = ret ? 0 : util_be32((const uint8_t *)&word + (offset & 4));
-    return ret;
-}
+/* cache_be64(f, offset, &value) and so on: a number at a multiple of its size; 0 if it cannot be read. */
+#define CACHE_ENDIAN(order, bits) \
+    static int cache_##order##bits(struct file *f, uint64_t offset, uint##bits##_t *value) \
+    { \
+        uint64_t word; \
+        int ret = cache_word(f, offset & ~7ull, &word); \
+        *value = ret ? 0 : util_##order##bits((const uint8_t *)&word + (offset & (8 - bits / 8))); \
+        return ret; \
+    }
+CACHE_ENDIAN(le, 32)
+CACHE_ENDIAN(le, 64)
+CACHE_ENDIAN(be, 32)
+CACHE_ENDIAN(be, 64)
 
 /* Changes n words in the slots that hold the slice at start; n 0: these become empty. */
 static void cache_change(const struct file *f, uint64_t start, size_t word, const uint64_t *words, size_t n)
@@ -2993,20 +2949,13 @@ static void decoded_unlink_locked(struct decoded_cluster *c)
     *(c->older ? &c->older->newer : &decoded.oldest) = c->newer;
 }
 
-static void decoded_link_newest_locked(struct decoded_cluster *c)
+/* As the newest, or as the oldest, which is the first to be dropped. */
+static void decoded_link_locked(struct decoded_cluster *c, bool oldest)
 {
-    c->newer = NULL;
-    c->older = decoded.newest;
-    *(decoded.newest ? &decoded.newest->newer : &decoded.oldest) = c;
-    decoded.newest = c;
-}
-
-static void decoded_link_oldest_locked(struct decoded_cluster *c)
-{
-    c->older = NULL;
-    c->newer = decoded.oldest;
-    *(decoded.oldest ? &decoded.oldest->older : &decoded.newest) = c;
-    decoded.oldest = c;
+    c->newer = oldest ? decoded.oldest : NULL;
+    c->older = oldest ? NULL : decoded.newest;
+    *(c->newer ? &c->newer->older : &decoded.newest) = c;
+    *(c->older ? &c->older->newer : &decoded.oldest) = c;
 }
 
 static uint64_t decoded_bytes(uint64_t length)
@@ -3086,15 +3035,11 @@ static struct decoded_cluster *decoded_add_locked(const struct extent *ext)
         c = malloc(sizeof(*c) + ext->decoded_length);
     if (!c)
         return NULL;
-    *c = (struct decoded_cluster){ .hash_next = *bucket,
-                                   .file = ext->file,
-                                   .offset = ext->offset,
-                                   .length = ext->decoded_length,
-                                   .coded_length = ext->coded_length,
-                                   .users = 1,
-                                   .state = DECODED_BUSY };
+    *c = (struct decoded_cluster){ .hash_next = *bucket, .file = ext->file, .offset = ext->offset,
+                                   .length = ext->decoded_length, .coded_length = ext->coded_length,
+                                   .users = 1, .state = DECODED_BUSY };
     *bucket = c;
-    decoded_link_newest_locked(c);
+    decoded_link_locked(c, false);
     decoded.used += decoded_bytes(c->length);
     return c;
 }
@@ -3159,11 +3104,9 @@ static int decoded_read(const struct extent *ext, uint8_t *buf, uint64_t len, un
     if (c) {
         c->users++;
         decoded_unlink_locked(c);
-        decoded_link_newest_locked(c);
-    } else {
-        c = decoded_add_locked(ext);
-        if (c)
-            decoded_fill_unlocked(c, ext);
+        decoded_link_locked(c, false);
+    } else if ((c = decoded_add_locked(ext))) {
+        decoded_fill_unlocked(c, ext);
     }
     while (c && c->state == DECODED_BUSY)
         pthread_cond_wait(&decoded.changed, &decoded.lock);
@@ -3176,7 +3119,7 @@ static int decoded_read(const struct extent *ext, uint8_t *buf, uint64_t len, un
     pthread_mutex_lock(&decoded.lock);
     if ((how & DECODED_PASSING) && ext->skip + len == c->length) {
         decoded_unlink_locked(c);
-        decoded_link_oldest_locked(c);
+        decoded_link_locked(c, true);
     }
     decoded_put_locked(c);
     pthread_mutex_unlock(&decoded.lock);
@@ -3186,12 +3129,10 @@ static int decoded_read(const struct extent *ext, uint8_t *buf, uint64_t len, un
 /* Decodes ahead of readers, unless the cluster is there, or on its way, or the budget is full. */
 static void decoded_prefetch(const struct extent *ext)
 {
-    struct decoded_cluster *c = NULL;
+    struct decoded_cluster *c;
 
     pthread_mutex_lock(&decoded.lock);
-    if (!decoded_find_locked(ext) && !decoded_is_full_locked(ext))
-        c = decoded_add_locked(ext);
-    if (c) {
+    if (!decoded_find_locked(ext) && !decoded_is_full_locked(ext) && (c = decoded_add_locked(ext))) {
         decoded_fill_unlocked(c, ext);
         decoded_put_locked(c);
     }
