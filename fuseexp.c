@@ -1249,15 +1249,15 @@ static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size
     char found[NAME_MAX + 1] = "";
     struct dirent *e;
     struct stat st;
+    char proc[40];
     unsigned n = 0;
     size_t used = 0;
     DIR *d;
-    int fd;
 
     if (fstatat(dir, part, &st, AT_SYMLINK_NOFOLLOW) == 0)
         return 0;
-    fd = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    d = fd < 0 ? NULL : fdopendir(fd);
+    snprintf(proc, sizeof(proc), "/proc/self/fd/%d", dir);
+    d = opendir(proc);
     while (d && (e = readdir(d)))
         if (text_same_but_case(e->d_name, part)) {
             util_copy(found, sizeof(found), e->d_name);
@@ -1266,8 +1266,6 @@ static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size
         }
     if (d)
         closedir(d);
-    else
-        util_close(&fd);
     if (n == 1)
         util_copy(part, NAME_MAX + 1, found);
     return n == 1 ? 0 : n ? -ENOTUNIQ : -ENOENT;
@@ -1280,28 +1278,22 @@ static int file_find_entry(int dir, char part[NAME_MAX + 1], char *matches, size
  */
 static int file_fix_case(const char *directory, const char *name, char fixed[PATH_MAX], char *matches, size_t size)
 {
-    int dir = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC), next, ret = dir < 0 ? -errno : 0;
+    int dir = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC), parent, ret = 0;
     char part[NAME_MAX + 1];
     size_t len, used = 0;
 
-    while (!ret && *name) {
+    for (; !ret && *name; name += len + strspn(name + len, "/")) {
         len = strcspn(name, "/");
-        if (len > NAME_MAX || used + NAME_MAX + 2 > PATH_MAX)
+        if (len > NAME_MAX || used + NAME_MAX + 2 > PATH_MAX) {
             ret = -ENAMETOOLONG;
-        else
-            snprintf(part, sizeof(part), "%.*s", (int)len, name);
-        name += len + strspn(name + len, "/");
-        if (!ret)
-            ret = strcmp(part, "..") == 0 ? -ENOENT : file_find_entry(dir, part, matches, size);
-        if (ret)
             break;
-        used += (size_t)snprintf(fixed + used, PATH_MAX - used, "%s%s", used ? "/" : "", part);
-        if (*name) {
-            next = openat(dir, part, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-            ret = next < 0 ? -errno : 0;
-            util_close(&dir);
-            dir = next;
         }
+        snprintf(part, sizeof(part), "%.*s", (int)len, name);
+        ret = strcmp(part, "..") == 0 ? -ENOENT : file_find_entry(dir, part, matches, size);
+        used += (size_t)snprintf(fixed + used, PATH_MAX - used, "%s%s", used ? "/" : "", part);
+        parent = dir;
+        dir = openat(parent, part, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        util_close(&parent);
     }
     util_close(&dir);
     return ret;
@@ -1379,29 +1371,26 @@ static int file_adopt(struct file *f, const char *path, int fd, bool writable)
 {
     int ret;
 
-    f->path = strdup(path);
+    *f = (struct file){ .path = strdup(path), .fd = fd, .direct_fd = -1, .gone = UINT64_MAX, .trouble = UINT64_MAX,
+                        .writable = writable };
     if (!f->path) {
         close(fd);
         return msg_err(-ENOMEM, "%s: out of memory", path);
     }
     pthread_mutex_init(&f->lock, NULL);
     pthread_cond_init(&f->changed, NULL);
-    f->fd = fd;
-    f->direct_fd = -1;
-    f->gone = f->trouble = UINT64_MAX;
     f->id = file_ids++;
-    f->writable = writable;
     if (f->id >= MAX_FILES)
         return msg_err(-EMFILE, "%s: more than %d files", path, MAX_FILES);
     ret = file_measure(f);
     if (!ret)
         ret = file_check_kind(path, &f->st);
-    if (ret)
-        return ret;
-    if (f->size > (uint64_t)MAX_IMAGE_SIZE)
-        return msg_err(-EFBIG, "%s: too large (%" PRIu64 " bytes)", path, f->size);
-    file_ask_sleep(f);
-    return 0;
+    if (!ret && f->size > (uint64_t)MAX_IMAGE_SIZE)
+        ret = msg_err(-EFBIG, "%s: too large (%" PRIu64 " bytes); up to %" PRId64 " are accepted", path, f->size,
+                      MAX_IMAGE_SIZE);
+    if (!ret)
+        file_ask_sleep(f);
+    return ret;
 }
 
 /* Leaves the access time alone where that is permitted: reading must change nothing. */
@@ -1635,23 +1624,25 @@ static int file_check_loops(const struct file *f)
 
 /* -- locks -- */
 
-/* Asks (F_OFD_GETLK) or sets a lock on each byte of our permissions; *byte: the one at which it failed. */
-static int file_lock_bytes(struct file *f, int op, short type, int use, int unshare, int *byte)
+/*
+ * F_RDLCK, F_UNLCK: locks or unlocks a byte for each permission that we use, and for each that we deny others.
+ * F_WRLCK: -EAGAIN if somebody else uses what we deny, or denies what we use, by a lock on *byte.
+ */
+static int file_lock_bytes(struct file *f, short type, int *byte)
 {
-    const unsigned change = 1u << PERM_WRITE | 1u << PERM_RESIZE;
-    const unsigned bits[2] = { 1u << PERM_READ | (f->writable ? change : 0), change };
+    static const int held[] = { LOCK_USES + PERM_READ, LOCK_UNSHARED + PERM_WRITE, LOCK_UNSHARED + PERM_RESIZE,
+                                LOCK_USES + PERM_WRITE, LOCK_USES + PERM_RESIZE };      /* a reader has three */
+    const int other = LOCK_UNSHARED - LOCK_USES;
     struct flock lock;
 
-    for (int i = 0; i < 2 * PERM_BITS; i++) {
-        if (!(bits[i / PERM_BITS] >> i % PERM_BITS & 1))
-            continue;
-        *byte = (i < PERM_BITS ? use : unshare) + i % PERM_BITS;
+    for (unsigned i = 0; i < (f->writable ? 5 : 3); i++) {
+        *byte = type != F_WRLCK ? held[i] : held[i] < LOCK_UNSHARED ? held[i] + other : held[i] - other;
         lock = (struct flock){ .l_type = type, .l_whence = SEEK_SET, .l_start = *byte, .l_len = 1 };
         if (type == F_RDLCK && util_fault("lock"))
             return -EIO;
-        if (fcntl(f->fd, op, &lock) < 0)
+        if (fcntl(f->fd, type == F_WRLCK ? F_OFD_GETLK : F_OFD_SETLK, &lock) < 0)
             return -errno;
-        if (op == F_OFD_GETLK && lock.l_type != F_UNLCK)
+        if (type == F_WRLCK && lock.l_type != F_UNLCK)
             return -EAGAIN;
     }
     return 0;
@@ -1670,7 +1661,7 @@ static int file_lock_image(struct file *f)
     int byte, ret;
 
     for (unsigned tries = 0;; tries++) {
-        ret = file_lock_bytes(f, F_OFD_SETLK, F_RDLCK, LOCK_USES, LOCK_UNSHARED, &byte);
+        ret = file_lock_bytes(f, F_RDLCK, &byte);
         if (ret == -EINVAL || ret == -ENOLCK || ret == -EOPNOTSUPP || ret == -ENOSYS) {
             msg_say(MSG_NOTE, "%s: this file system has no locks; make sure that nothing else writes to the image",
                     f->path);
@@ -1678,10 +1669,10 @@ static int file_lock_image(struct file *f)
         }
         if (ret)
             return msg_err(ret, "%s: cannot lock: %s", f->path, strerror(-ret));
-        ret = file_lock_bytes(f, F_OFD_GETLK, F_WRLCK, LOCK_UNSHARED, LOCK_USES, &byte);
+        ret = file_lock_bytes(f, F_WRLCK, &byte);
         if (ret != -EAGAIN || tries == FILE_LOCK_TRIES || util_interrupted())
             break;
-        (void)file_lock_bytes(f, F_OFD_SETLK, F_UNLCK, LOCK_USES, LOCK_UNSHARED, &byte);
+        (void)file_lock_bytes(f, F_UNLCK, &byte);
         (void)poll(NULL, 0, FILE_LOCK_PAUSE);
     }
     if (ret == -EAGAIN)
@@ -1756,21 +1747,19 @@ static void file_tell_bad(const struct file *f)
 
 static void file_line_bad(const struct file *f, uint64_t start, uint64_t end, int error)
 {
-    bool left, other;
-
     pthread_mutex_lock(&file_line.lock);
-    left = file_line.good_file == f && file_line.good_end == start;
-    other = file_line.file != f || start > file_line.end || end < file_line.start;
-    if (other) {
+    if (file_line.file != f || start > file_line.end || end < file_line.start) {
         file_tell_bad_locked();
         file_line.file = f;
         file_line.error = error;
+        file_line.start = UINT64_MAX;
+        file_line.end = 0;
     }
-    if (other || start < file_line.start) {
+    if (start < file_line.start) {
         file_line.start = start;
-        file_line.left = left;
+        file_line.left = file_line.good_file == f && file_line.good_end == start;
     }
-    if (other || end > file_line.end) {
+    if (end > file_line.end) {
         file_line.end = end;
         file_line.right = false;
     }
@@ -1809,15 +1798,6 @@ static void file_open_direct(struct file *f)
         f->direct_fd = file_open_fd(proc, O_RDONLY | O_DIRECT | O_NONBLOCK | O_CLOEXEC);
     if (f->direct_fd >= 0)
         f->sector = sector;
-}
-
-static void file_expire_bad_locked(struct file *f)
-{
-    if (util_now() - f->bad_time > FILE_FORGET) {
-        f->bad.n = 0;
-        f->trouble = UINT64_MAX;
-        f->troubled = false;
-    }
 }
 
 /* Something near `at` cannot be read. */
@@ -1859,20 +1839,6 @@ static void file_forget_bad(struct file *f, uint64_t start, uint64_t end, bool w
     pthread_mutex_unlock(&f->lock);
 }
 
-static bool file_is_near_bad(struct file *f, uint64_t offset, uint64_t len)
-{
-    uint64_t from = offset - util_min(offset, FILE_NEAR), to = offset + len + FILE_NEAR;
-    unsigned i;
-    bool near;
-
-    pthread_mutex_lock(&f->lock);
-    file_expire_bad_locked(f);
-    i = util_range_after(&f->bad, from);
-    near = (i < f->bad.n && f->bad.range[i].start < to) || (f->trouble >= from && f->trouble < to);
-    pthread_mutex_unlock(&f->lock);
-    return near;
-}
-
 /* How much of the front of a range is not known to be bad; and of the rest, if any, how much is (*bad). */
 static uint64_t file_find_bad(struct file *f, uint64_t offset, uint64_t len, uint64_t *bad)
 {
@@ -1890,6 +1856,20 @@ static uint64_t file_find_bad(struct file *f, uint64_t offset, uint64_t len, uin
     }
     pthread_mutex_unlock(&f->lock);
     return front;
+}
+
+static bool file_is_near_bad(struct file *f, uint64_t offset, uint64_t len)
+{
+    uint64_t from = offset - util_min(offset, FILE_NEAR), near = offset + len + FILE_NEAR - from, bad;
+
+    pthread_mutex_lock(&f->lock);
+    if (util_now() - f->bad_time > FILE_FORGET) {
+        f->bad.n = 0;
+        f->trouble = UINT64_MAX;
+        f->troubled = false;
+    }
+    pthread_mutex_unlock(&f->lock);
+    return (f->trouble >= from && f->trouble < from + near) || file_find_bad(f, from, near, &bad) < near;
 }
 
 /* A read has failed at offset: how much of the range cannot be read, as far as is known. */
@@ -2131,28 +2111,26 @@ static int file_patch(struct file *f, uint64_t offset, const uint8_t *page)
 {
     uint32_t i = file_patch_after(f, offset);
     bool there = i < f->n_patches && f->patches[i].offset == offset;
-    uint8_t *copy = NULL, *old;
+    uint8_t *copy = NULL;
 
     if (!there && f->n_patches == FILE_MAX_PATCHES)
         return -E2BIG;
     if (!f->patches)
         f->patches = calloc(FILE_MAX_PATCHES, sizeof(*f->patches));
-    if (page)
-        copy = util_fault("patch") ? NULL : malloc(FILE_PATCH);
-    if (!f->patches || (page && !copy)) {
-        free(copy);
+    if (!f->patches)
         return -ENOMEM;
-    }
-    if (page)
+    if (page) {
+        copy = util_fault("patch") ? NULL : malloc(FILE_PATCH);
+        if (!copy)
+            return -ENOMEM;
         memcpy(copy, page, FILE_PATCH);
-    file_overlay(f);
-    old = there ? f->patches[i].page : NULL;
-    if (!there) {
-        memmove(f->patches + i + 1, f->patches + i, (f->n_patches - i) * sizeof(*f->patches));
-        f->n_patches++;
     }
+    file_overlay(f);
+    if (there)
+        free(f->patches[i].page);   /* NOLINT(clang-analyzer-unix.Malloc): it mistakes one patch for another */
+    else
+        memmove(f->patches + i + 1, f->patches + i, (f->n_patches++ - i) * sizeof(*f->patches));
     f->patches[i] = (struct file_patch){ offset, copy };
-    free(old);  /* NOLINT(clang-analyzer-unix.Malloc): it mistakes one patch for another */
     return 0;
 }
 
@@ -2388,14 +2366,11 @@ static void file_close(struct file *f)
         return;
     file_tell_bad(f);
     util_close(&f->direct_fd);
+    util_close(&f->fd);
     free(f->bad.range);
-    f->bad = (struct ranges){ NULL, 0 };
     for (uint32_t i = 0; i < f->n_patches; i++)
         free(f->patches[i].page);
     free(f->patches);
-    f->patches = NULL;
-    f->n_patches = 0;
-    util_close(&f->fd);
     free(f->path);
     f->path = NULL;
 }
@@ -2432,22 +2407,16 @@ static bool file_is_unsupported(int ret)
            ret == -EMLINK || ret == -EXDEV || ret == -ENOENT;
 }
 
-/* Returns a descriptor of a file without a name, or -errno. So do the next two. */
-static int file_make_unnamed(const char *directory)
-{
-    int fd = util_fault("temporary file") ? -1 : open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-
-    return fd < 0 ? -errno : fd;
-}
-
-/* The file is gone when it is closed. On FAT and NFS it has a name for a moment. */
-static int file_make_temporary(const char *directory)
+/* Returns a descriptor of a file without a name, or -errno. temporary: on FAT and NFS it has a name for a moment. */
+static int file_make_unnamed(const char *directory, bool temporary)
 {
     char name[PATH_MAX];
-    int fd = file_make_unnamed(directory);
+    int fd = util_fault("temporary file") ? -1 : open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 
-    if (fd >= 0 || !file_is_unsupported(fd))
+    if (fd >= 0)
         return fd;
+    if (!temporary || !file_is_unsupported(-errno))
+        return -errno;
     if ((size_t)snprintf(name, sizeof(name), "%s/.fuseexp-XXXXXX", directory) >= sizeof(name))
         return -ENAMETOOLONG;
     fd = mkostemp(name, O_CLOEXEC);
@@ -2460,8 +2429,9 @@ static int file_make_temporary(const char *directory)
 }
 
 /*
- * Makes and locks the file `name`. First removes one that a killed process has left, which shows by its lock being
- * free. That lock is kept until the new file is locked, so that a third process does not remove the new one.
+ * Makes and locks the file `name`: returns its descriptor, or -errno. First removes one that a killed process has left,
+ * which shows by its lock being free. That lock is kept until the new file is locked, so that a third process does not
+ * remove the new one.
  */
 static int file_make_working(const char *name)
 {
@@ -2580,12 +2550,10 @@ static int codec_zstd(const uint8_t *in, size_t in_len, uint8_t *out, size_t out
 
 static int codec_deflate(enum codec codec, const uint8_t *in, size_t in_len, uint8_t *out, size_t out_len)
 {
-    size_t used, got = 0;
-
     if (!codec_own.deflate && !(codec_own.deflate = libdeflate_alloc_decompressor()))
         return -ENOMEM;
-    return (codec == CODEC_ZLIB ? libdeflate_zlib_decompress_ex : libdeflate_deflate_decompress_ex)(
-               codec_own.deflate, in, in_len, out, out_len, &used, &got) || got != out_len ? -EINVAL : 0;
+    return (codec == CODEC_ZLIB ? libdeflate_zlib_decompress : libdeflate_deflate_decompress)(
+               codec_own.deflate, in, in_len, out, out_len, NULL) == LIBDEFLATE_SUCCESS ? 0 : -EINVAL;
 }
 
 /*
@@ -13502,7 +13470,7 @@ static int overlay_make(struct image *im, struct image *base, const char *path, 
     snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(path) - path), path);
     if (!*directory)
         util_copy(directory, sizeof(directory), ".");
-    fd = temporary ? file_make_temporary(directory) : file_make_unnamed(directory);
+    fd = file_make_unnamed(directory, temporary);
     if (fd < 0 && (temporary || !file_is_unsupported(fd) || fd == -ENOENT))
         return msg_err(fd, "%s: cannot make %s: %s", path, temporary ? "a file there" : "the overlay", strerror(-fd));
     ret = fd < 0 ? fd : overlay_fill(im, base, path, temporary, fd);
