@@ -281,6 +281,16 @@ static bool util_parse_size(const char *text, uint64_t *value)
     return true;
 }
 
+/* A decimal number of sectors of 512 bytes, MAX_IMAGE_SIZE at most. False on anything else. */
+static bool util_parse_sectors(const char *text, uint64_t *sectors)
+{
+    char *end = NULL;
+
+    errno = 0;
+    *sectors = isdigit((unsigned char)*text) ? strtoull(text, &end, 10) : 0;
+    return end && !*end && !errno && *sectors <= (uint64_t)MAX_IMAGE_SIZE / 512;
+}
+
 /* The first range that ends after offset; r->n: none does. */
 static unsigned util_range_after(const struct ranges *r, uint64_t offset)
 {
@@ -559,6 +569,19 @@ static void text_swap_guid(const uint8_t from[16], uint8_t to[16])
 
     for (size_t i = 0; i < 16; i++)
         to[i] = from[order[i]];
+}
+
+/* Cuts white space off both ends, in place. */
+static char *text_trim(char *text)
+{
+    static const char blanks[] = " \t\r\n";
+    size_t len;
+
+    text += strspn(text, blanks);
+    len = strlen(text);
+    while (len && strchr(blanks, text[len - 1]))
+        text[--len] = 0;
+    return text;
 }
 
 /* 32 hexadecimal digits, whatever braces and dashes are around them. */
@@ -7736,9 +7759,9 @@ static const struct image_format vmdk_format = {
  *   a bundle:  directory NAME.hdd with DiskDescriptor.xml, which lists storages, each a range of the disk, for each
  *              storage one image per snapshot, and the snapshots with their parents
  *
- * A cluster's place is in sectors, or in clusters where the magic ends in "Ext". What an image does not have is in
- * the same storage's image of the parent snapshot: a stack of layers that never leaves this driver. An image by
- * itself is a disk of one storage and one layer. Format extensions (dirty bitmaps) do not matter for reading.
+ * A BAT entry is the offset of a cluster in the file: in sectors, or in clusters if the magic ends in "Ext". 0: the
+ * cluster is in the same storage's image of the parent snapshot. This driver opens all images of a bundle as a stack
+ * of layers. A single image is a disk of one storage and one layer. Format extensions (dirty bitmaps) are ignored.
  * ******************************************************************************************************** */
 
 enum {
@@ -7770,39 +7793,51 @@ enum { PRL_HEADER = sizeof(struct prl_header) };
 #define PRL_XML_NAME "DiskDescriptor.xml"
 #define PRL_XML_ROOT "/Parallels_disk_image"
 
-struct prl_layer {
+struct prl_layer {                  /* one image of a storage */
     struct file *file;
-    bool plain;                     /* a raw file: nothing of what follows but size */
-    uint64_t size;                  /* bytes it speaks about; UINT64_MAX: of all */
-    uint64_t first;                 /* no cluster lies before this, */
-    bool aligned;                   /* and all lie whole clusters behind it */
-    uint32_t cluster, unit;         /* bytes; unit: of the BAT's numbers */
+    bool plain;                     /* a raw file: only `file` and `start` are set */
+    uint64_t start;                 /* offset of its storage in the disk */
+    uint64_t size;                  /* bytes; UINT64_MAX: plain */
+    uint64_t first;                 /* no cluster has a lower offset in the file */
+    bool aligned;                   /* all clusters are whole clusters away from `first` */
+    uint32_t cluster, unit;         /* bytes; unit: of BAT entries */
 };
 
 struct prl {
-    unsigned n_storages, n_layers;
-    uint64_t *end;                  /* [n_storages]: bytes; storages follow each other */
-    struct prl_layer *layers;       /* [n_storages][n_layers], the top snapshot first */
+    struct ranges storages;         /* of the disk, without gaps */
+    unsigned n_layers;
+    struct prl_layer *layers;       /* [storages.n][n_layers], the top snapshot first */
 };
 
 /* -- the descriptor -- */
 
+struct prl_guid {
+    bool known;
+    uint8_t value[16];
+};
+
+struct prl_storage {
+    uint64_t start, end;            /* sectors */
+};
+
 struct prl_image {
-    unsigned storage;
-    bool plain, has_guid, has_type;
-    uint8_t guid[16];
-    const char *file;               /* in the text */
+    unsigned storage;               /* index */
+    struct prl_guid guid;           /* of its snapshot */
+    const char *file, *type;        /* in the text; NULL: the descriptor does not say */
+};
+
+struct prl_shot {
+    struct prl_guid guid, parent;
 };
 
 struct prl_xml {
-    char *text;
-    uint64_t disk_size;             /* sectors, as start and end */
-    bool has_top;
-    uint8_t top[16];
-    unsigned n_storages, n_images, n_shots;
-    struct { uint64_t start, end; } storages[PRL_MAX_FILES];
-    struct prl_image images[PRL_MAX_FILES];
-    struct { uint8_t guid[16], parent[16]; bool has_guid, has_parent; } shots[PRL_MAX_FILES];
+    char text[PRL_MAX_XML + 1];
+    uint64_t disk_size;             /* sectors */
+    struct prl_guid top;
+    unsigned n_storages, n_images, n_shots;     /* the arrays begin at [1]: index 0 means none */
+    struct prl_storage storages[1 + PRL_MAX_FILES];
+    struct prl_image images[1 + PRL_MAX_FILES];
+    struct prl_shot shots[1 + PRL_MAX_FILES];
 };
 
 static int prl_xml_bad(const struct image *im, const char *what, const char *value)
@@ -7831,91 +7866,56 @@ static bool prl_xml_unescape(char *text)
     return true;
 }
 
-static int prl_xml_number(const struct image *im, const char *text, uint64_t *value)
+/* Handles what is neither a number of sectors nor a GUID. */
+static int prl_xml_text(struct image *im, struct prl_image *image, const char *path, char *text)
 {
-    char *end = NULL;
+    uint8_t engine[16];
+    char how[80];
 
-    errno = 0;
-    *value = isdigit((unsigned char)*text) ? strtoull(text, &end, 10) : 0;
-    if (!end || *end || errno || *value > (uint64_t)MAX_IMAGE_SIZE / PRL_SECTOR)
-        return prl_xml_bad(im, "a number of sectors", text);
-    return 0;
-}
-
-static int prl_xml_guid(const struct image *im, const char *text, uint8_t guid[16])
-{
-    return text_parse_guid(text, guid) ? 0 : prl_xml_bad(im, "a GUID", text);
-}
-
-static int prl_xml_image_value(const struct image *im, struct prl_image *i, const char *field, char *text)
-{
-    if (strcmp(field, "GUID") == 0) {
-        i->has_guid = true;
-        return prl_xml_guid(im, text, i->guid);
-    }
-    if (strcmp(field, "File") == 0) {
-        i->file = text;
+    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Image/File") == 0) {
+        image->file = text;
         return *text && prl_xml_unescape(text) ? 0 : prl_xml_bad(im, "a file's name", text);
     }
-    if (strcmp(field, "Type") == 0) {
-        i->has_type = true;
-        i->plain = strcmp(text, "Plain") == 0;
-        return i->plain || strcmp(text, "Compressed") == 0
-                   ? 0 : msg_err(-EOPNOTSUPP, "%s: unknown type of an image ('%.60s'), which is not supported",
-                                 im->name, text);
+    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Image/Type") == 0) {
+        image->type = text;
+        return strcmp(text, "Plain") == 0 || strcmp(text, "Compressed") == 0
+                   ? 0 : msg_err(-EOPNOTSUPP, "%s: unknown type of an image ('%.60s'), which is not supported; Plain "
+                                 "and Compressed are", im->name, text);
     }
-    return 0;
-}
-
-static int prl_xml_parameter(struct image *im, struct prl_xml *x, const char *field, const char *text)
-{
-    char how[80];
-    uint8_t guid[16] = { 0 };
-
-    if (strcmp(field, "Disk_size") == 0)
-        return prl_xml_number(im, text, &x->disk_size);
-    if (strcmp(field, "Padding") == 0 && strcmp(text, "0") != 0)
+    if (strcmp(path, PRL_XML_ROOT "/Disk_Parameters/Padding") == 0 && strcmp(text, "0") != 0)
         return msg_err(-EOPNOTSUPP, "%s: disks with padding are not supported ('%.60s')", im->name, text);
     snprintf(how, sizeof(how), "by %.60s", text);
-    if (strcmp(field, "Encryption/Engine") == 0 && *text && !(text_parse_guid(text, guid) && text_is_null_id(guid)))
+    if (strcmp(path, PRL_XML_ROOT "/Disk_Parameters/Encryption/Engine") == 0 && *text &&
+        !(text_parse_guid(text, engine) && text_is_null_id(engine)))
         return fmt_encrypted(im, how, "Parallels Desktop");
     return 0;
 }
 
-/* What follows the prefix, or NULL. */
-static const char *prl_after(const char *path, const char *prefix)
-{
-    size_t len = strlen(prefix);
-
-    return strncmp(path, prefix, len) == 0 ? path + len : NULL;
-}
-
-/* An element without others in it: its path and its text. */
+/* Stores the text of an element that has no others in it. */
 static int prl_xml_value(struct image *im, struct prl_xml *x, const char *path, char *text)
 {
-    const char *field;
+    struct prl_storage *storage = &x->storages[x->n_storages];
+    struct prl_image *image = &x->images[x->n_images];
+    struct prl_shot *shot = &x->shots[x->n_shots];
+    const struct { const char *path; uint64_t *sectors; struct prl_guid *guid; } fields[] = {
+        { PRL_XML_ROOT "/Disk_Parameters/Disk_size", &x->disk_size, NULL },
+        { PRL_XML_ROOT "/StorageData/Storage/Start", &storage->start, NULL },
+        { PRL_XML_ROOT "/StorageData/Storage/End", &storage->end, NULL },
+        { PRL_XML_ROOT "/StorageData/Storage/Image/GUID", NULL, &image->guid },
+        { PRL_XML_ROOT "/Snapshots/Shot/GUID", NULL, &shot->guid },
+        { PRL_XML_ROOT "/Snapshots/Shot/ParentGUID", NULL, &shot->parent },
+        { PRL_XML_ROOT "/Snapshots/TopGUID", NULL, &x->top },
+    };
+    size_t i;
 
-    if ((field = prl_after(path, PRL_XML_ROOT "/Disk_Parameters/")))
-        return prl_xml_parameter(im, x, field, text);
-    if ((field = prl_after(path, PRL_XML_ROOT "/StorageData/Storage/Image/")) && x->n_images)
-        return prl_xml_image_value(im, &x->images[x->n_images - 1], field, text);
-    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/Start") == 0)
-        return prl_xml_number(im, text, &x->storages[x->n_storages - 1].start);
-    if (strcmp(path, PRL_XML_ROOT "/StorageData/Storage/End") == 0)
-        return prl_xml_number(im, text, &x->storages[x->n_storages - 1].end);
-    if (strcmp(path, PRL_XML_ROOT "/Snapshots/Shot/GUID") == 0) {
-        x->shots[x->n_shots - 1].has_guid = true;
-        return prl_xml_guid(im, text, x->shots[x->n_shots - 1].guid);
-    }
-    if (strcmp(path, PRL_XML_ROOT "/Snapshots/Shot/ParentGUID") == 0) {
-        x->shots[x->n_shots - 1].has_parent = true;
-        return prl_xml_guid(im, text, x->shots[x->n_shots - 1].parent);
-    }
-    if (strcmp(path, PRL_XML_ROOT "/Snapshots/TopGUID") == 0 && *text) {
-        x->has_top = true;
-        return prl_xml_guid(im, text, x->top);
-    }
-    return 0;
+    for (i = 0; i < ARRAY_LEN(fields) && strcmp(path, fields[i].path) != 0; i++)
+        continue;
+    if (i == ARRAY_LEN(fields))
+        return prl_xml_text(im, image, path, text);
+    if (fields[i].sectors)
+        return util_parse_sectors(text, fields[i].sectors) ? 0 : prl_xml_bad(im, "a number of sectors", text);
+    fields[i].guid->known = text_parse_guid(text, fields[i].guid->value);
+    return fields[i].guid->known || (fields[i].guid == &x->top && !*text) ? 0 : prl_xml_bad(im, "a GUID", text);
 }
 
 static int prl_xml_begin(const struct image *im, struct prl_xml *x, const char *path)
@@ -7929,9 +7929,9 @@ static int prl_xml_begin(const struct image *im, struct prl_xml *x, const char *
         return 0;
     if (*n == PRL_MAX_FILES)
         return prl_xml_bad(im, "too many of an element", util_basename(path));
+    ++*n;
     if (n == &x->n_images)
-        x->images[x->n_images].storage = x->n_storages - 1;
-    (*n)++;
+        x->images[*n].storage = x->n_storages;
     return 0;
 }
 
@@ -7944,20 +7944,9 @@ static char *prl_xml_tag_end(char *p)
     return p && *p ? p : NULL;
 }
 
-static char *prl_xml_trim(char *text)
-{
-    char *end;
-
-    text += strspn(text, " \t\r\n");
-    for (end = text + strlen(text); end > text && strchr(" \t\r\n", end[-1]); end--)
-        continue;
-    *end = 0;
-    return text;
-}
-
 /*
- * One tag, from its '<' on; returns the place behind it in *next. path: the open elements, each after a slash.
- * *text: where the text of the innermost one began, NULL once it had another in it.
+ * Parses one tag, from its '<' on; *next: what follows it. path: the open elements, each after a slash. *text: the
+ * text of the innermost one; NULL: it has others in it.
  */
 static int prl_xml_tag(struct image *im, struct prl_xml *x, char *path, char *tag, char **text, char **next)
 {
@@ -7975,7 +7964,7 @@ static int prl_xml_tag(struct image *im, struct prl_xml *x, char *path, char *ta
             return prl_xml_bad(im, "the wrong element ends", tag);
         *tag = 0;
         if (*text)
-            ret = prl_xml_value(im, x, path, prl_xml_trim(*text));
+            ret = prl_xml_value(im, x, path, text_trim(*text));
         *last = 0;
         *text = NULL;
         return ret;
@@ -7985,12 +7974,12 @@ static int prl_xml_tag(struct image *im, struct prl_xml *x, char *path, char *ta
     snprintf(path + open, PRL_MAX_PATH - open, "/%.*s", (int)len, name);
     ret = prl_xml_begin(im, x, path);
     if (empty)
-        path[open] = 0;             /* no value is like no element */
+        path[open] = 0;             /* as if it were not there */
     *text = empty ? NULL : *next;
     return ret;
 }
 
-/* No document types, no entities of its own, no CDATA: what Parallels writes has none. */
+/* Parallels writes no document types, no entities of its own, no CDATA. */
 static int prl_xml_parse(struct image *im, struct prl_xml *x)
 {
     char path[PRL_MAX_PATH] = "", *tag, *next = x->text, *text = NULL;
@@ -7998,7 +7987,7 @@ static int prl_xml_parse(struct image *im, struct prl_xml *x)
 
     while (!ret && (tag = strchr(next, '<'))) {
         if (tag[1] == '?' || strncmp(tag, "<!--", 4) == 0) {
-            next = strstr(tag, tag[1] == '?' ? "?>" : "-->");   /* stays in the text around it: no value then */
+            next = strstr(tag, tag[1] == '?' ? "?>" : "-->");   /* remains in the text around it */
             if (!next)
                 return prl_xml_bad(im, "has no end", tag);
         } else if (tag[1] == '!') {
@@ -8018,10 +8007,8 @@ static int prl_xml_load(struct image *im, struct prl_xml *x)
     int ret;
 
     if (f->size > PRL_MAX_XML)
-        return msg_err(-EFBIG, "%s: too large for a " PRL_XML_NAME " (%" PRIu64 " bytes)", im->name, f->size);
-    x->text = calloc(1, f->size + 1);
-    if (!x->text)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+        return msg_err(-EFBIG, "%s: too large for a " PRL_XML_NAME " (%" PRIu64 " bytes); 1 MiB is accepted", im->name,
+                       (uint64_t)f->size);
     ret = file_pread(f, x->text, f->size, 0, &done);
     if (!ret && memchr(x->text, 0, f->size))
         ret = msg_err(-EINVAL, "%s: " PRL_XML_NAME " is not in UTF-8", im->name);
@@ -8030,12 +8017,13 @@ static int prl_xml_load(struct image *im, struct prl_xml *x)
 
 /* -- from the descriptor to layers -- */
 
-static int prl_find_shot(const struct prl_xml *x, const uint8_t guid[16])
+/* The index of a snapshot; 0: there is none. */
+static unsigned prl_find_shot(const struct prl_xml *x, const uint8_t guid[16])
 {
-    for (unsigned i = 0; i < x->n_shots; i++)
-        if (memcmp(x->shots[i].guid, guid, 16) == 0)
-            return (int)i;
-    return -1;
+    for (unsigned i = 1; i <= x->n_shots; i++)
+        if (memcmp(x->shots[i].guid.value, guid, 16) == 0)
+            return i;
+    return 0;
 }
 
 /* The snapshot to show: the user's, or the current state, which is named in one of two ways. */
@@ -8046,12 +8034,12 @@ static int prl_find_top(const struct image *im, const struct prl_xml *x, uint8_t
     const char *wanted = im->depth == 0 ? im->opt->snapshot : NULL;
 
     if (wanted)
-        return text_parse_guid(wanted, guid) && prl_find_shot(x, guid) >= 0
+        return text_parse_guid(wanted, guid) && prl_find_shot(x, guid)
                    ? 0 : msg_err(-ENOENT, "%s: has no snapshot '%s' (it has %u)", im->name, wanted, x->n_shots);
-    if (x->has_top || prl_find_shot(x, current) >= 0)
-        memcpy(guid, x->has_top ? x->top : current, 16);
+    if (x->top.known || prl_find_shot(x, current))
+        memcpy(guid, x->top.known ? x->top.value : current, 16);
     else if (x->n_shots == 1)
-        memcpy(guid, x->shots[0].guid, 16);
+        memcpy(guid, x->shots[1].guid.value, 16);
     else
         return msg_err(-EINVAL, "%s: does not say which of its %u snapshots is the current one; --snapshot GUID does",
                        im->name, x->n_shots);
@@ -8061,48 +8049,35 @@ static int prl_find_top(const struct image *im, const struct prl_xml *x, uint8_t
 /* The chain of snapshots from the one to show down to the root. */
 static int prl_find_chain(const struct image *im, const struct prl_xml *x, uint8_t chain[MAX_CHAIN][16], unsigned *n)
 {
+    const struct prl_shot *shot;
     char hex[33];
-    int shot, ret;
+    int ret;
 
     *n = 0;
     if (!x->n_shots && x->n_images == x->n_storages && (im->depth || !im->opt->snapshot)) {
-        memcpy(chain[(*n)++], x->images[0].guid, 16);
+        memcpy(chain[(*n)++], x->images[1].guid.value, 16);
         return 0;
     }
     ret = prl_find_top(im, x, chain[0]);
     while (!ret) {
         text_hex(chain[*n], 16, hex);
-        shot = prl_find_shot(x, chain[(*n)++]);
-        if (shot < 0 || !x->shots[shot].has_guid || !x->shots[shot].has_parent)
+        shot = &x->shots[prl_find_shot(x, chain[(*n)++])];
+        if (!shot->guid.known || !shot->parent.known)
             return prl_xml_bad(im, "no snapshot, or not all of it, for this GUID", hex);
-        if (text_is_null_id(x->shots[shot].parent))
+        if (text_is_null_id(shot->parent.value))
             return 0;
         if (*n > x->n_shots || *n == MAX_CHAIN)
             return prl_xml_bad(im, "snapshots in a circle, or too many, from", hex);
-        memcpy(chain[*n], x->shots[shot].parent, 16);
+        memcpy(chain[*n], shot->parent.value, 16);
     }
     return ret;
 }
 
-static int prl_bad(const struct file *f, const char *what, uint64_t value)
-{
-    return msg_err(-EINVAL, "%s: damaged or hostile Parallels image: %s (0x%" PRIx64 ")", f->path, what, value);
-}
-
-/* Where clusters may lie. A data offset that is none is not needed: anywhere behind the BAT then. */
-static void prl_find_data(struct prl_layer *l, const struct prl_header *h, uint64_t entries)
-{
-    uint64_t data = (uint64_t)le32_to_cpu(h->data_sector) * PRL_SECTOR;
-    bool usable = data >= PRL_HEADER + 4 * entries && data <= l->file->size;
-
-    l->first = usable ? data : PRL_HEADER + 4 * entries;
-    l->aligned = usable && l->unit != l->cluster;
-}
-
 static int prl_open_layer(struct image *im, struct prl_layer *l)
 {
+    const char *path = l->file->path;
     struct prl_header h = { .magic = { 0 } };
-    uint64_t done, entries, sectors;
+    uint64_t done, entries, sectors, data;
     uint32_t cluster;
     bool ext;
     int ret = 0;
@@ -8113,26 +8088,31 @@ static int prl_open_layer(struct image *im, struct prl_layer *l)
         return ret;
     ext = memcmp(h.magic, PRL_MAGIC_EXT, 16) == 0;
     if (!ext && memcmp(h.magic, PRL_MAGIC, 16) != 0)
-        return msg_err(-EINVAL, "%s: is not a Parallels image", l->file->path);
+        return msg_err(-EINVAL, "%s: is not a Parallels image", path);
     if (le32_to_cpu(h.version) != PRL_VERSION)
-        return msg_err(-EOPNOTSUPP, "%s: Parallels image of unknown version %u, which is not supported", l->file->path,
+        return msg_err(-EOPNOTSUPP, "%s: Parallels image of unknown version %u, which is not supported; 2 is", path,
                        le32_to_cpu(h.version));
     cluster = le32_to_cpu(h.cluster_sectors);
     entries = le32_to_cpu(h.n_entries);
     sectors = ext ? le64_to_cpu(h.sectors) : (uint32_t)le64_to_cpu(h.sectors);
     if (cluster == 0 || cluster > PRL_MAX_CLUSTER)
-        return prl_bad(l->file, "the cluster size", cluster);
+        return fmt_refuse_in(im, path, "not 1 to 4186127 sectors: the cluster size", cluster);
     if (entries > (l->file->size - PRL_HEADER) / 4)
-        return prl_bad(l->file, "the number of clusters, whose table does not fit into the file", entries);
+        return fmt_refuse_in(im, path, "the number of clusters, whose table does not fit into the file", entries);
     if (sectors > entries * cluster || sectors > (uint64_t)MAX_IMAGE_SIZE / PRL_SECTOR)
-        return prl_bad(l->file, "the size, larger than all clusters together", sectors);
+        return fmt_refuse_in(im, path, "the size, larger than all clusters together", sectors);
     l->size = sectors * PRL_SECTOR;
     l->cluster = cluster * PRL_SECTOR;
     l->unit = ext ? l->cluster : PRL_SECTOR;
-    prl_find_data(l, &h, entries);
+    l->first = PRL_HEADER + 4 * entries;
+    data = (uint64_t)le32_to_cpu(h.data_sector) * PRL_SECTOR;
+    if (data >= l->first && data <= l->file->size) {    /* an invalid one is not needed */
+        l->first = data;
+        l->aligned = !ext;
+    }
     if (le32_to_cpu(h.in_use) == PRL_IN_USE && !im->dirty) {
         im->dirty = true;
-        msg_say(MSG_NOTE, "%s: is marked as in use (not closed properly); reading it is safe", l->file->path);
+        msg_say(MSG_NOTE, "%s: is marked as in use (not closed properly); reading it is safe", path);
     }
     return 0;
 }
@@ -8141,11 +8121,11 @@ static int prl_alloc(struct image *im, unsigned storages, unsigned layers)
 {
     struct prl *p = im->state;
 
-    p->n_storages = storages;
+    p->storages.n = storages;
+    p->storages.range = util_fault("parallels storages") ? NULL : calloc(storages, sizeof(*p->storages.range));
     p->n_layers = layers;
-    p->end = util_fault("parallels storages") ? NULL : calloc(storages, sizeof(*p->end));
     p->layers = calloc((size_t)storages * layers, sizeof(*p->layers));
-    return p->end && p->layers ? 0 : msg_err(-ENOMEM, "%s: out of memory", im->name);
+    return p->storages.range && p->layers ? 0 : msg_err(-ENOMEM, "%s: out of memory", im->name);
 }
 
 /* Opens a storage's image of one snapshot. Only the root may be a plain file: it has no holes. */
@@ -8157,20 +8137,20 @@ static int prl_open_image(struct image *im, const struct prl_xml *x, unsigned st
     int ret;
 
     text_hex(guid, 16, hex);
-    l->file = &im->files[im->n_files];
-    for (i = x->images; i < x->images + x->n_images; i++) {
-        if (i->storage != storage || memcmp(i->guid, guid, 16) != 0)
+    for (i = x->images + 1; i <= x->images + x->n_images; i++) {
+        if (i->storage != storage || memcmp(i->guid.value, guid, 16) != 0)
             continue;
-        if (found || !i->has_guid || !i->has_type || !i->file)
+        if (found || !i->guid.known || !i->type || !i->file)
             return prl_xml_bad(im, "a storage's image is there twice, or lacks a part, of snapshot", hex);
         found = i;
     }
     if (!found)
         return prl_xml_bad(im, "a storage has no image of snapshot", hex);
-    if (found->plain && !root)
+    l->plain = strcmp(found->type, "Plain") == 0;
+    if (l->plain && !root)
         return prl_xml_bad(im, "a snapshot that is a plain file but has a parent", found->file);
-    im->n_files++;
-    l->plain = found->plain;
+    l->file = &im->files[im->n_files++];
+    l->start = x->storages[storage].start * PRL_SECTOR;
     l->size = UINT64_MAX;
     ret = fmt_open_named(im, l->file, found->file, "image file", NULL);
     if (ret == -ENOENT)
@@ -8178,36 +8158,36 @@ static int prl_open_image(struct image *im, const struct prl_xml *x, unsigned st
     return ret || l->plain ? ret : prl_open_layer(im, l);
 }
 
-/* The storage that begins where the last one ended. */
-static int prl_find_storage(const struct image *im, const struct prl_xml *x, uint64_t start, unsigned *storage)
+/* The index of the storage that begins at `start`; 0: there is none. */
+static unsigned prl_find_storage(const struct prl_xml *x, uint64_t start)
 {
-    for (unsigned s = 0; s < x->n_storages; s++)
-        if (x->storages[s].start == start && x->storages[s].end > start) {
-            *storage = s;
-            return 0;
-        }
-    return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": no storage begins at sector %" PRIu64, im->name,
-                   start);
+    for (unsigned s = 1; s <= x->n_storages; s++)
+        if (x->storages[s].start == start && x->storages[s].end > start)
+            return s;
+    return 0;
 }
 
 static int prl_open_storages(struct image *im, const struct prl_xml *x, uint8_t chain[][16], unsigned n_chain)
 {
     struct prl *p = im->state;
     struct prl_layer *l = p->layers;
-    uint64_t start = 0;
-    unsigned s = 0;
+    uint64_t start = 0, end;
+    unsigned s;
     int ret = 0;
 
-    for (unsigned k = 0; k < p->n_storages && !ret; k++) {
-        ret = prl_find_storage(im, x, start, &s);
+    for (unsigned k = 0; k < p->storages.n; k++, start = end) {
+        s = prl_find_storage(x, start);
+        if (!s)
+            return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": no storage begins at sector %" PRIu64,
+                           im->name, start);
         for (unsigned i = 0; i < n_chain && !ret; i++)
             ret = prl_open_image(im, x, s, chain[i], i + 1 == n_chain, &l[i]);
         if (ret)
             return ret;
-        if (l->size / PRL_SECTOR < x->storages[s].end - start)
-            return prl_bad(l->file, "the size, smaller than its storage", l->size);
-        start = x->storages[s].end;
-        p->end[k] = start * PRL_SECTOR;
+        end = x->storages[s].end;
+        if (l->size / PRL_SECTOR < end - start)
+            return fmt_refuse_in(im, l->file->path, "the size, smaller than its storage", l->size);
+        p->storages.range[k] = (struct range){ start * PRL_SECTOR, end * PRL_SECTOR };
         l += n_chain;
     }
     if (!x->disk_size || x->disk_size > start)
@@ -8215,7 +8195,7 @@ static int prl_open_storages(struct image *im, const struct prl_xml *x, uint8_t 
                        "of %" PRIu64, im->name, x->disk_size, start);
     im->size = x->disk_size * PRL_SECTOR;
     im->cluster_size = p->layers->cluster;
-    return ret;
+    return 0;
 }
 
 static int prl_open_described(struct image *im, const struct prl_xml *x)
@@ -8245,51 +8225,59 @@ static int prl_open_bundle(struct image *im)
     ret = prl_xml_load(im, x);
     if (!ret)
         ret = prl_open_described(im, x);
-    free(x->text);
     free(x);
     return ret;
 }
 
-/*
- * Does the descriptor beside a single image say that it is a snapshot over another one? Then its holes are not zeros.
- * snapshot: that other one.
- */
-static bool prl_is_over_another(struct image *im, const char *beside, uint8_t snapshot[16])
+/* The snapshot below the image called `name`; NULL: none. */
+static const uint8_t *prl_find_parent(const struct prl_xml *x, const char *name)
+{
+    const uint8_t *parent;
+
+    for (unsigned i = 1; i <= x->n_images; i++) {
+        parent = x->shots[prl_find_shot(x, x->images[i].guid.value)].parent.value;
+        if (x->images[i].file && strcmp(util_basename(x->images[i].file), name) == 0 && !text_is_null_id(parent))
+            return parent;
+    }
+    return NULL;
+}
+
+/* A single image may be a snapshot over another one, as the descriptor beside it says: its holes are not zeros then. */
+static int prl_check_alone(struct image *im)
 {
     struct prl_xml *x = util_fault("parallels snapshot") ? NULL : calloc(1, sizeof(*x));
     struct file f = { 0 };
-    struct image text = { .format = im->format, .opt = im->opt, .files = &f, .n_files = 1, .name = beside };
-    const char *path = im->files[0].path;
-    char directory[PATH_MAX];
-    bool found = false;
-    int shot;
+    struct image beside = { .format = im->format, .opt = im->opt, .files = &f, .n_files = 1 };
+    const uint8_t *parent = NULL;
+    char uuid[37];
+    int ret = 0;
 
-    snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(path) - path), path);
+    if (!x)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
     msg_hushed++;
-    if (x && file_open_beneath(&f, *directory ? directory : ".", PRL_XML_NAME, beside, false) == 0)
-        prl_xml_load(&text, x);     /* of a damaged one what comes before the damage */
-    msg_hushed--;
-    for (unsigned i = 0; x && i < x->n_images && !found; i++) {
-        if (!x->images[i].file || strcmp(util_basename(x->images[i].file), util_basename(path)) != 0)
-            continue;
-        shot = prl_find_shot(x, x->images[i].guid);
-        found = shot >= 0 && !text_is_null_id(x->shots[shot].parent);
-        if (found)
-            memcpy(snapshot, x->shots[shot].parent, 16);
+    if (fmt_open_named(im, &f, PRL_XML_NAME, "descriptor", NULL) == 0) {
+        beside.name = f.path;
+        (void)prl_xml_load(&beside, x);     /* of a damaged one, what comes before the damage */
+        parent = prl_find_parent(x, util_basename(im->files[0].path));
     }
-    if (x)
-        free(x->text);
+    msg_hushed--;
+    if (parent) {
+        text_uuid(parent, uuid);
+        snprintf(im->backing_name, sizeof(im->backing_name), "snapshot {%s}", uuid);
+        if (!im->opt->no_backing && !im->opt->top_only)
+            ret = msg_err(-EINVAL, "%s: holds only what changed since %s; its directory, as IMAGE, is the whole disk; "
+                          "--no-backing shows what is in it, with errors for the rest", im->name, im->backing_name);
+    } else if (file_is_open(&f) && im->depth == 0) {
+        msg_say(MSG_NOTE, "%s: shown alone; its directory, as IMAGE, is the whole disk with its snapshots", im->name);
+    }
     free(x);
     file_forget(&f);
-    return found;
+    return ret;
 }
 
 static int prl_open_single(struct image *im)
 {
     struct prl *p = im->state;
-    const char *path = im->files[0].path;
-    char beside[PATH_MAX], uuid[37];
-    uint8_t snapshot[16];
     int ret;
 
     if (im->opt->snapshot && im->depth == 0)
@@ -8301,34 +8289,18 @@ static int prl_open_single(struct image *im)
     ret = prl_open_layer(im, p->layers);
     if (ret)
         return ret;
-    im->size = p->end[0] = p->layers->size;
+    im->size = p->storages.range->end = p->layers->size;
     im->cluster_size = p->layers->cluster;
-    if ((size_t)snprintf(beside, sizeof(beside), "%.*s" PRL_XML_NAME, (int)(util_basename(path) - path), path) >=
-            sizeof(beside) || !file_exists(beside))
-        return 0;
-    if (prl_is_over_another(im, beside, snapshot)) {
-        text_uuid(snapshot, uuid);
-        snprintf(im->backing_name, sizeof(im->backing_name), "snapshot {%s}", uuid);
-        if (!im->opt->no_backing && !im->opt->top_only)
-            return msg_err(-EINVAL, "%s: holds only what changed since %s; its directory, as IMAGE, is the whole disk; "
-                           "--no-backing shows what is in it, with errors for the rest", im->name, im->backing_name);
-    } else if (im->depth == 0) {
-        msg_say(MSG_NOTE, "%s: shown alone; its directory, as IMAGE, is the whole disk with its snapshots", im->name);
-    }
-    return 0;
+    return prl_check_alone(im);
 }
 
 static bool prl_is_xml(const uint8_t *head, size_t len)
 {
-    if (len >= 3 && memcmp(head, "\xef\xbb\xbf", 3) == 0) {
-        head += 3;
-        len -= 3;
-    }
-    while (len && (*head == ' ' || *head == '\t' || *head == '\r' || *head == '\n')) {
-        head++;
-        len--;
-    }
-    return len && *head == '<' && memmem(head, len, PRL_XML_ROOT + 1, strlen(PRL_XML_ROOT) - 1);
+    size_t i = len >= 3 && memcmp(head, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+
+    while (i < len && memchr(" \t\r\n", head[i], 4))
+        i++;
+    return i < len && head[i] == '<' && memmem(head + i, len - i, PRL_XML_ROOT + 1, strlen(PRL_XML_ROOT) - 1);
 }
 
 static int prl_probe(const struct probe *p)
@@ -8353,27 +8325,27 @@ static void prl_close(struct image *im)
 {
     struct prl *p = im->state;
 
-    free(p->end);
+    free(p->storages.range);
     free(p->layers);
 }
 
 /* -- mapping -- */
 
-static void prl_map_plain(const struct prl_layer *l, uint64_t offset, uint64_t length, struct extent *ext)
-{
-    ext_data(ext, length, l->file, offset);
-    ext->owned = ext->sparse = ext->kind == EXT_DATA;
-}
-
 /* One cluster of one layer, or the rest of it; offset counts from the storage's start. */
 static void prl_map_layer(const struct prl_layer *l, uint64_t offset, uint64_t length, struct extent *ext)
 {
-    uint64_t in_cluster = offset % l->cluster, host;
+    uint64_t in_cluster, host;
     uint32_t entry;
 
+    if (l->plain) {
+        ext_data(ext, length, l->file, offset);
+        ext->sparse = ext->kind == EXT_DATA;
+        return;
+    }
     *ext = (struct extent){ .kind = EXT_BACKING, .length = length };
     if (offset >= l->size)
         return;                     /* a snapshot from when the disk was smaller */
+    in_cluster = offset % l->cluster;
     ext->length = length = util_min(util_min(length, l->size - offset), l->cluster - in_cluster);
     if (cache_le32(l->file, PRL_HEADER + offset / l->cluster * 4, &entry)) {
         ext_bad(ext, length, "the BAT cannot be read");
@@ -8392,17 +8364,12 @@ static void prl_map_layer(const struct prl_layer *l, uint64_t offset, uint64_t l
 static void prl_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
 {
     const struct prl *p = im->state;
-    unsigned storage = util_count_up_to(p->end, sizeof(*p->end), p->n_storages - 1, offset);
-    const struct prl_layer *l = p->layers + (size_t)storage * p->n_layers;
-    uint64_t start = storage ? p->end[storage - 1] : 0;
+    unsigned storage = util_range_after(&p->storages, offset);
+    const struct prl_layer *l = &p->layers[(size_t)storage * p->n_layers];
 
-    length = util_min(length, p->end[storage] - offset);
-    *ext = (struct extent){ .length = length };
+    length = util_min(length, p->storages.range[storage].end - offset);
     for (unsigned i = 0; i < p->n_layers; i++, l++) {
-        if (l->plain)
-            prl_map_plain(l, offset - start, length, ext);
-        else
-            prl_map_layer(l, offset - start, length, ext);
+        prl_map_layer(l, offset - l->start, length, ext);
         if (ext->kind != EXT_BACKING)
             return;
         length = ext->length;
@@ -8413,12 +8380,11 @@ static void prl_map(struct image *im, uint64_t offset, uint64_t length, struct e
 static void prl_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
 {
     const struct prl_layer *l = by;
-    uint32_t entry = util_le32(bytes);
+    uint64_t entry = util_le32(bytes), offset = i * l->cluster;
 
     (void)im;
     if (entry)
-        c->claim(c, l->file, (uint64_t)entry * l->unit, util_min(l->cluster, l->size - i * l->cluster), NULL,
-                 i * l->cluster);
+        c->claim(c, l->file, entry * l->unit, util_min(l->cluster, l->size - offset), NULL, l->start + offset);
 }
 
 static bool prl_claims(struct image *im, struct claims *c)
@@ -8426,10 +8392,10 @@ static bool prl_claims(struct image *im, struct claims *c)
     const struct prl *p = im->state;
     const struct prl_layer *l = p->layers;
 
-    for (unsigned i = 0; i < p->n_storages; i++)
+    for (unsigned i = 0; i < p->storages.n; i++)
         for (unsigned k = 0; k < p->n_layers; k++, l++) {
             if (l->plain) {
-                c->claim(c, l->file, 0, p->end[i] - (i ? p->end[i - 1] : 0), NULL, i ? p->end[i - 1] : 0);
+                c->claim(c, l->file, 0, p->storages.range[i].end - l->start, NULL, l->start);
                 continue;
             }
             uint64_t n = (l->size + l->cluster - 1) / l->cluster;
