@@ -11713,8 +11713,6 @@ static const struct image_format *const probe_formats[] = {
     &raw_format, &vhd_format, &vhdx_format, &qcow2_format, &vmdk_format, &vdi_format, &qed_format, &prl_format,
 };
 
-enum { PROBE_HEAD = 4096, PROBE_TAIL = 512 };
-
 /*
  * -- containers that are not supported --
  *
@@ -11824,16 +11822,21 @@ static bool probe_is_cpio(const struct probe *p)
                              : (p->head[5] == '1' || p->head[5] == '2') && probe_is_digits(p->head, 110, 16);
 }
 
-/* dump(8): 1 KiB of numbers, in either byte order, with a fixed sum. */
+/* dump(8): 1 KiB of numbers, in either byte order, with a magic (of one of two versions) and a fixed sum. */
 static bool probe_is_dump(const struct probe *p)
 {
-    uint32_t le = 0, be = 0;
+    uint32_t sum_le = 0, sum_be = 0, le, be;
 
-    for (size_t i = 0; i < 1024 && p->head_len >= 1024; i += 4) {
-        le += util_le32(p->head + i);
-        be += util_be32(p->head + i);
+    if (p->head_len < 1024)
+        return false;
+    for (size_t i = 0; i < 1024; i += 4) {
+        sum_le += util_le32(p->head + i);
+        sum_be += util_be32(p->head + i);
     }
-    return le == 84446 || be == 84446;
+    le = util_le32(p->head + 24);
+    be = util_be32(p->head + 24);
+    return (le == 60012 || be == 60012 || le == 0x19540119 || be == 0x19540119) &&
+           (sum_le == 84446 || sum_be == 84446);
 }
 
 static bool probe_is_fsarchiver(const struct probe *p)
@@ -11878,114 +11881,102 @@ static bool probe_is_mapfile(const struct probe *p)
 #define PROBE_CONVERT "qemu-img convert makes a raw image of it"
 #define PROBE_RESTORE "its own program restores the disk"
 
-static const struct {
-    const char *name;
-    const char *way_out;
-    const char *text;               /* if not NULL: text that contains this, and a magic is optional */
-    bool (*check)(const struct probe *p);   /* a further condition; NULL: none */
-    uint16_t offset;
-    uint8_t length;
+struct probe_container {
+    const char *name, *way_out, *magic;
+    size_t length, offset;          /* of magic */
     bool tail;                      /* offset counts from the start of the last 512 bytes */
-    const char *magic;
-} probe_foreign[] = {
-    { "a qcow image (version 1)", PROBE_CONVERT, NULL, NULL, 0, 4, false, "QFI\xfb" },
-    { "a VMDK descriptor in UTF-16", "save it in UTF-8", NULL, NULL, 0, 10, false, "\xff\xfe#\0 \0D\0i\0" },
-    { "a VMDK descriptor in UTF-16", "save it in UTF-8", NULL, NULL, 0, 10, false, "\xfe\xff\0#\0 \0D\0i" },
-    { "an EWF (E01, S01) image", "ewfmount or ewfexport shows the disk", NULL, NULL, 0, 8, false, "EVF\t\r\n\xff\0" },
-    { "an EWF delta file", PROBE_NAME_DISK, NULL, NULL, 0, 8, false, "MVF\t\r\n\xff\0" },
-    { "an EWF logical (L01) image", "it holds files, not a disk", NULL, NULL, 0, 8, false, "LVF\t\r\n\xff\0" },
-    { "an EWF2 (Ex01) image", "ewfmount or ewfexport of libewf shows the disk", NULL, NULL, 0, 8, false,
-      "EVF2\r\n\x81\0" },
-    { "an EWF2 logical (Lx01) image", "it holds files, not a disk", NULL, NULL, 0, 8, false, "LEF2\r\n\x81\0" },
-    { "an AFF image", "affuse or affconvert -r shows the disk", NULL, NULL, 0, 8, false, "AFF10\r\n\0" },
-    { "an AD1 image", "FTK Imager reads it; it holds files, not a disk", NULL, NULL, 0, 15, false, "ADSEGMENTEDFILE" },
-    { "an image that FTK encrypted", "FTK Imager decrypts it, given the key", NULL, NULL, 0, 8, false, "ADCRYPT\0" },
-    { "a Bochs image", PROBE_CONVERT, NULL, NULL, 0, 22, false, "Bochs Virtual HD Image" },
-    { "a cloop image", PROBE_CONVERT, NULL, NULL, 0, 12, false, "#!/bin/sh\n#V" },
-    { "a COW file of User Mode Linux or QEMU", "uml_moo merges it with its backing file", NULL, NULL, 0, 7, false,
-      "OOOM\0\0\0" },
-    { "a COW file of User Mode Linux", "uml_moo merges it with its backing file", NULL, NULL, 0, 8, false,
-      "MOOO\x01\0\0\0" },
-    { "an Apple sparse image", "hdiutil convert makes a raw image of it", NULL, NULL, 0, 8, false, "sprs\0\0\0\x03" },
-    { "an Apple ASIF image", "diskutil attaches it", NULL, NULL, 0, 7, false, "shdw\0\0\0" },
-    { "an encrypted Apple disk image", "hdiutil convert decrypts it, given the key", NULL, NULL, 0, 8, false,
-      "encrcdsa" },
-    { "an encrypted Apple disk image", "hdiutil convert decrypts it, given the key", NULL, NULL, 504, 8, true,
-      "cdsaencr" },
-    { "an Apple disk image (UDIF)", "dmg2img or qemu-img convert -f dmg makes a raw image of it", NULL, NULL, 0, 8,
-      true, "koly\0\0\0\x04" },
-    { "an Android sparse image", "simg2img makes a raw image of it", NULL, NULL, 0, 6, false,
-      "\x3a\xff\x26\xed\x01\0" },
-    { "a partclone image", "partclone.restore -W -s FILE -O RAW makes a raw image of it", NULL, NULL, 0, 15, false,
-      "partclone-image" },
-    { "an ntfsclone image", "ntfsclone -r -O RAW FILE makes a raw image of it", NULL, NULL, 0, 16, false,
-      "\0ntfsclone-image" },
-    { "a partimage image", PROBE_RESTORE, NULL, NULL, 0, 16, false, "PaRtImAgE-VoLuMe" },
-    { "an FSArchiver archive", PROBE_RESTORE, NULL, probe_is_fsarchiver, 0, 4, false, "FsA0" },
-    { "a dump of files", "restore(8) unpacks it", NULL, probe_is_dump, 24, 4, false, "\x6c\xea\0\0" },
-    { "a dump of files", "restore(8) unpacks it", NULL, probe_is_dump, 24, 4, false, "\0\0\xea\x6c" },
-    { "a dump of files", "restore(8) unpacks it", NULL, probe_is_dump, 24, 4, false, "\x19\x01\x54\x19" },
-    { "a dump of files", "restore(8) unpacks it", NULL, probe_is_dump, 24, 4, false, "\x19\x54\x01\x19" },
-    { "a Windows image (WIM, ESD)", "wimapply of wimlib unpacks it", NULL, NULL, 0, 8, false, "MSWIM\0\0\0" },
-    { "a Windows image (WIM, ESD)", "wimapply of wimlib unpacks it", NULL, NULL, 0, 8, false, "WLPWM\0\0\0" },
-    { "a Norton Ghost image", PROBE_RESTORE, NULL, probe_is_ghost, 0, 3, false, "\xfe\xef\x01" },
-    { "an Acronis True Image backup", PROBE_RESTORE, NULL, NULL, 0, 4, false, "\xb4nhD" },
-    { "an Acronis True Image backup", PROBE_RESTORE, NULL, NULL, 0, 8, false, "\xce\x24\xb9\xa2\x20\0\0\0" },
-    { "an Acronis True Image backup", PROBE_RESTORE, NULL, NULL, 0, 8, false, "\xcd\x20\xaa\xaa\x02\0\0\0" },
-    { "a Proxmox backup (VMA)", "vma extract unpacks it", NULL, NULL, 0, 8, false, "VMA\0\0\0\0\x01" },
-    { "a saved state of VMware", PROBE_NAME_DISK, NULL, NULL, 0, 4, false, "\xd0\xbe\xd0\xbe" },
-    { "a saved state of VMware", PROBE_NAME_DISK, NULL, NULL, 0, 4, false, "\xd1\xba\xd1\xba" },
-    { "a saved state of VMware", PROBE_NAME_DISK, NULL, NULL, 0, 4, false, "\xd2\xbe\xd2\xbe" },
-    { "a saved state of VMware", PROBE_NAME_DISK, NULL, NULL, 0, 4, false, "\xd3\xbe\xd3\xbe" },
-    { "a VMware .nvram file", PROBE_NAME_DISK, NULL, probe_is_nvram, 0, 4, false, "MRVN" },
-    { "a saved state of VirtualBox", PROBE_NAME_DISK, NULL, NULL, 0, 22, false, "\x7fVirtualBox SavedState" },
-    { "a saved state of QEMU", PROBE_NAME_DISK, NULL, NULL, 0, 7, false, "QEVM\0\0\0" },
-    { "a saved state of libvirt", PROBE_NAME_DISK, NULL, NULL, 0, 16, false, "LibvirtQemudSave" },
-    { "a tar archive with a virtual machine (OVA)", "tar -xf unpacks it; the .vmdk in it is the disk", NULL,
-      probe_is_ova,
-      0, 0, false, "" },
-    { "a tar archive with a virtual machine (XVA)", PROBE_UNPACK, NULL, probe_is_tar, 0, 8, false, "ova.xml\0" },
-    { "a tar archive", "tar -xf unpacks it", NULL, probe_is_tar, 0, 0, false, "" },
-    { "a cpio archive", PROBE_UNPACK, NULL, probe_is_cpio, 0, 4, false, "0707" },
-    { "an ar archive (.deb is one)", PROBE_UNPACK, NULL, NULL, 0, 8, false, "!<arch>\n" },
-    { "a rar archive", PROBE_UNPACK, NULL, NULL, 0, 6, false, "Rar!\x1a\x07" },
-    { "a 7z archive", PROBE_UNPACK, NULL, NULL, 0, 6, false, "7z\xbc\xaf\x27\x1c" },
-    { "a zip archive (AFF4 is one)", PROBE_UNPACK, NULL, NULL, 0, 4, false, "PK\x03\x04" },
-    { "a zip archive", PROBE_UNPACK, NULL, NULL, 0, 8, false, "PK\x07\x08PK\x03\x04" },
-    { "a cabinet archive", PROBE_UNPACK, NULL, NULL, 0, 8, false, "MSCF\0\0\0\0" },
-    { "a gzip-compressed file", "gunzip -k unpacks it", NULL, probe_is_gzip, 0, 3, false, "\x1f\x8b\x08" },
-    { "a bzip2-compressed file", "bunzip2 -k unpacks it", NULL, probe_is_bzip2, 0, 3, false, "BZh" },
-    { "an xz-compressed file", "unxz -k unpacks it", NULL, NULL, 0, 6, false, "\xfd" "7zXZ\0" },
-    { "an lzma-compressed file", "unlzma -k unpacks it", NULL, probe_is_lzma, 0, 3, false, "\x5d\0\0" },
-    { "a zstd-compressed file", "unzstd unpacks it", NULL, NULL, 0, 4, false, "\x28\xb5\x2f\xfd" },
-    { "a zstd- or lz4-compressed file", "unzstd or unlz4 unpacks it", NULL, probe_is_skippable, 1, 3, false,
-      "\x2a\x4d\x18" },
-    { "an lz4-compressed file", "unlz4 unpacks it", NULL, probe_is_lz4, 0, 4, false, "\x04\x22\x4d\x18" },
-    { "an lz4-compressed file", "unlz4 unpacks it", NULL, probe_is_lz4_legacy, 0, 4, false, "\x02\x21\x4c\x18" },
-    { "an lzop-compressed file", "lzop -d unpacks it", NULL, NULL, 0, 9, false, "\x89LZO\0\r\n\x1a\n" },
-    { "an lzip-compressed file", "lzip -dk unpacks it", NULL, probe_is_lzip, 0, 4, false, "LZIP" },
-    { "an lrzip-compressed file", "lrzip -d unpacks it", NULL, NULL, 0, 5, false, "LRZI\0" },
-    { "a compressed ISO image (ISZ)", PROBE_UNPACK, NULL, NULL, 0, 5, false, "IsZ!\x40" },
-    { "a file encrypted by openssl", "openssl enc -d decrypts it", NULL, NULL, 0, 8, false, "Salted__" },
-    { "a file encrypted by age", "age -d decrypts it", NULL, NULL, 0, 20, false, "age-encryption.org/v" },
-    { "a mapfile of GNU ddrescue", "name the image itself", NULL, probe_is_mapfile, 0, 0, false, "" },
-    { "a mapfile of GNU ddrescue", "name the image itself", "# Rescue Logfile. Created by", NULL, 0, 0, false, "" },
-    { "a .vmx file (settings of a VMware machine)", PROBE_NAME_DISK, "config.version", NULL, 0, 0, false, "" },
-    { "a .vmx file (settings of a VMware machine)", PROBE_NAME_DISK, "virtualHW.version", NULL, 0, 0, false, "" },
-    { "a .vmsd file (list of snapshots of VMware)", PROBE_NAME_DISK, "snapshot.", NULL, 0, 9, false, ".encoding" },
-    { "a file of settings of VMware", PROBE_NAME_DISK, "=", NULL, 0, 9, false, ".encoding" },
-    { "a .vmxf file (settings of VMware)", PROBE_NAME_DISK, "<Foundry", NULL, 0, 0, false, "" },
-    { "a .vbox file (settings of a VirtualBox machine)", PROBE_NAME_DISK, "<VirtualBox", NULL, 0, 0, false, "" },
-    { "a description of a virtual machine (OVF)", PROBE_NAME_DISK, "http://schemas.dmtf.org/ovf/", NULL, 0, 0, false,
-      "" },
-    { "a description of a virtual machine (OVF)", PROBE_NAME_DISK, "<Envelope", NULL, 0, 0, false, "" },
-    { "a file of settings of a Parallels machine", PROBE_NAME_DISK, "<ParallelsVirtualMachine", NULL, 0, 0, false, "" },
-    { "a description of a libvirt machine", PROBE_NAME_DISK, "<domain", NULL, 0, 1, false, "<" },
+    const char *text;               /* if not NULL: a text file that contains this */
+    bool (*check)(const struct probe *p);   /* a further condition; NULL: none */
+};
+#define PROBE_MAGIC(bytes) .magic = bytes, .length = sizeof(bytes) - 1
+
+static const struct probe_container probe_foreign[] = {
+    { "a qcow image (version 1)", PROBE_CONVERT, PROBE_MAGIC("QFI\xfb") },
+    { "a VMDK descriptor in UTF-16", "save it in UTF-8", PROBE_MAGIC("\xff\xfe#\0 \0D\0i\0") },
+    { "a VMDK descriptor in UTF-16", "save it in UTF-8", PROBE_MAGIC("\xfe\xff\0#\0 \0D\0i") },
+    { "an EWF (E01, S01) image", "ewfmount or ewfexport shows the disk", PROBE_MAGIC("EVF\t\r\n\xff\0") },
+    { "an EWF delta file", PROBE_NAME_DISK, PROBE_MAGIC("MVF\t\r\n\xff\0") },
+    { "an EWF logical (L01) image", "it holds files, not a disk", PROBE_MAGIC("LVF\t\r\n\xff\0") },
+    { "an EWF2 (Ex01) image", "ewfmount or ewfexport of libewf shows the disk", PROBE_MAGIC("EVF2\r\n\x81\0") },
+    { "an EWF2 logical (Lx01) image", "it holds files, not a disk", PROBE_MAGIC("LEF2\r\n\x81\0") },
+    { "an AFF image", "affuse or affconvert -r shows the disk", PROBE_MAGIC("AFF10\r\n\0") },
+    { "an AD1 image", "FTK Imager reads it; it holds files, not a disk", PROBE_MAGIC("ADSEGMENTEDFILE") },
+    { "an image that FTK encrypted", "FTK Imager decrypts it, given the key", PROBE_MAGIC("ADCRYPT\0") },
+    { "a Bochs image", PROBE_CONVERT, PROBE_MAGIC("Bochs Virtual HD Image") },
+    { "a cloop image", PROBE_CONVERT, PROBE_MAGIC("#!/bin/sh\n#V") },
+    { "a COW file of User Mode Linux or QEMU", "uml_moo merges it with its backing file", PROBE_MAGIC("OOOM\0\0\0") },
+    { "a COW file of User Mode Linux", "uml_moo merges it with its backing file", PROBE_MAGIC("MOOO\x01\0\0\0") },
+    { "an Apple sparse image", "hdiutil convert makes a raw image of it", PROBE_MAGIC("sprs\0\0\0\x03") },
+    { "an Apple ASIF image", "diskutil attaches it", PROBE_MAGIC("shdw\0\0\0") },
+    { "an encrypted Apple disk image", "hdiutil convert decrypts it, given the key", PROBE_MAGIC("encrcdsa") },
+    { "an encrypted Apple disk image", "hdiutil convert decrypts it, given the key",
+      PROBE_MAGIC("cdsaencr"), .offset = 504, .tail = true },
+    { "an Apple disk image (UDIF)", "dmg2img or qemu-img convert -f dmg makes a raw image of it",
+      PROBE_MAGIC("koly\0\0\0\x04"), .tail = true },
+    { "an Android sparse image", "simg2img makes a raw image of it", PROBE_MAGIC("\x3a\xff\x26\xed\x01\0") },
+    { "a partclone image", "partclone.restore -W -s FILE -O RAW makes a raw image of it",
+      PROBE_MAGIC("partclone-image") },
+    { "an ntfsclone image", "ntfsclone -r -O RAW FILE makes a raw image of it", PROBE_MAGIC("\0ntfsclone-image") },
+    { "a partimage image", PROBE_RESTORE, PROBE_MAGIC("PaRtImAgE-VoLuMe") },
+    { "an FSArchiver archive", PROBE_RESTORE, PROBE_MAGIC("FsA0"), .check = probe_is_fsarchiver },
+    { "a dump of files", "restore(8) unpacks it", .check = probe_is_dump },
+    { "a Windows image (WIM, ESD)", "wimapply of wimlib unpacks it", PROBE_MAGIC("MSWIM\0\0\0") },
+    { "a Windows image (WIM, ESD)", "wimapply of wimlib unpacks it", PROBE_MAGIC("WLPWM\0\0\0") },
+    { "a Norton Ghost image", PROBE_RESTORE, PROBE_MAGIC("\xfe\xef\x01"), .check = probe_is_ghost },
+    { "an Acronis True Image backup", PROBE_RESTORE, PROBE_MAGIC("\xb4nhD") },
+    { "an Acronis True Image backup", PROBE_RESTORE, PROBE_MAGIC("\xce\x24\xb9\xa2\x20\0\0\0") },
+    { "an Acronis True Image backup", PROBE_RESTORE, PROBE_MAGIC("\xcd\x20\xaa\xaa\x02\0\0\0") },
+    { "a Proxmox backup (VMA)", "vma extract unpacks it", PROBE_MAGIC("VMA\0\0\0\0\x01") },
+    { "a saved state of VMware", PROBE_NAME_DISK, PROBE_MAGIC("\xd0\xbe\xd0\xbe") },
+    { "a saved state of VMware", PROBE_NAME_DISK, PROBE_MAGIC("\xd1\xba\xd1\xba") },
+    { "a saved state of VMware", PROBE_NAME_DISK, PROBE_MAGIC("\xd2\xbe\xd2\xbe") },
+    { "a saved state of VMware", PROBE_NAME_DISK, PROBE_MAGIC("\xd3\xbe\xd3\xbe") },
+    { "a VMware .nvram file", PROBE_NAME_DISK, PROBE_MAGIC("MRVN"), .check = probe_is_nvram },
+    { "a saved state of VirtualBox", PROBE_NAME_DISK, PROBE_MAGIC("\x7fVirtualBox SavedState") },
+    { "a saved state of QEMU", PROBE_NAME_DISK, PROBE_MAGIC("QEVM\0\0\0") },
+    { "a saved state of libvirt", PROBE_NAME_DISK, PROBE_MAGIC("LibvirtQemudSave") },
+    { "a tar archive with a virtual machine (OVA)", "tar -xf unpacks it; the .vmdk in it is the disk",
+      .check = probe_is_ova },
+    { "a tar archive with a virtual machine (XVA)", PROBE_UNPACK, PROBE_MAGIC("ova.xml\0"), .check = probe_is_tar },
+    { "a tar archive", "tar -xf unpacks it", .check = probe_is_tar },
+    { "a cpio archive", PROBE_UNPACK, PROBE_MAGIC("0707"), .check = probe_is_cpio },
+    { "an ar archive (.deb is one)", PROBE_UNPACK, PROBE_MAGIC("!<arch>\n") },
+    { "a rar archive", PROBE_UNPACK, PROBE_MAGIC("Rar!\x1a\x07") },
+    { "a 7z archive", PROBE_UNPACK, PROBE_MAGIC("7z\xbc\xaf\x27\x1c") },
+    { "a zip archive (AFF4 is one)", PROBE_UNPACK, PROBE_MAGIC("PK\x03\x04") },
+    { "a zip archive", PROBE_UNPACK, PROBE_MAGIC("PK\x07\x08PK\x03\x04") },
+    { "a cabinet archive", PROBE_UNPACK, PROBE_MAGIC("MSCF\0\0\0\0") },
+    { "a gzip-compressed file", "gunzip -k unpacks it", PROBE_MAGIC("\x1f\x8b\x08"), .check = probe_is_gzip },
+    { "a bzip2-compressed file", "bunzip2 -k unpacks it", PROBE_MAGIC("BZh"), .check = probe_is_bzip2 },
+    { "an xz-compressed file", "unxz -k unpacks it", PROBE_MAGIC("\xfd" "7zXZ\0") },
+    { "an lzma-compressed file", "unlzma -k unpacks it", PROBE_MAGIC("\x5d\0\0"), .check = probe_is_lzma },
+    { "a zstd-compressed file", "unzstd unpacks it", PROBE_MAGIC("\x28\xb5\x2f\xfd") },
+    { "a zstd- or lz4-compressed file", "unzstd or unlz4 unpacks it", .check = probe_is_skippable },
+    { "an lz4-compressed file", "unlz4 unpacks it", PROBE_MAGIC("\x04\x22\x4d\x18"), .check = probe_is_lz4 },
+    { "an lz4-compressed file", "unlz4 unpacks it", PROBE_MAGIC("\x02\x21\x4c\x18"), .check = probe_is_lz4_legacy },
+    { "an lzop-compressed file", "lzop -d unpacks it", PROBE_MAGIC("\x89LZO\0\r\n\x1a\n") },
+    { "an lzip-compressed file", "lzip -dk unpacks it", PROBE_MAGIC("LZIP"), .check = probe_is_lzip },
+    { "an lrzip-compressed file", "lrzip -d unpacks it", PROBE_MAGIC("LRZI\0") },
+    { "a compressed ISO image (ISZ)", PROBE_UNPACK, PROBE_MAGIC("IsZ!\x40") },
+    { "a file encrypted by openssl", "openssl enc -d decrypts it", PROBE_MAGIC("Salted__") },
+    { "a file encrypted by age", "age -d decrypts it", PROBE_MAGIC("age-encryption.org/v") },
+    { "a mapfile of GNU ddrescue", "name the image itself", .check = probe_is_mapfile },
+    { "a mapfile of GNU ddrescue", "name the image itself", .text = "# Rescue Logfile. Created by" },
+    { "a .vmx file (settings of a VMware machine)", PROBE_NAME_DISK, .text = "config.version" },
+    { "a .vmx file (settings of a VMware machine)", PROBE_NAME_DISK, .text = "virtualHW.version" },
+    { "a .vmsd file (list of snapshots of VMware)", PROBE_NAME_DISK, PROBE_MAGIC(".encoding"), .text = "snapshot." },
+    { "a file of settings of VMware", PROBE_NAME_DISK, PROBE_MAGIC(".encoding"), .text = "=" },
+    { "a .vmxf file (settings of VMware)", PROBE_NAME_DISK, .text = "<Foundry" },
+    { "a .vbox file (settings of a VirtualBox machine)", PROBE_NAME_DISK, .text = "<VirtualBox" },
+    { "a description of a virtual machine (OVF)", PROBE_NAME_DISK, .text = "http://schemas.dmtf.org/ovf/" },
+    { "a description of a virtual machine (OVF)", PROBE_NAME_DISK, .text = "<Envelope" },
+    { "a file of settings of a Parallels machine", PROBE_NAME_DISK, .text = "<ParallelsVirtualMachine" },
+    { "a description of a libvirt machine", PROBE_NAME_DISK, PROBE_MAGIC("<"), .text = "<domain" },
     { "an Info.plist of an Apple sparse bundle", "hdiutil convert makes a raw image of it",
-      "com.apple.diskimage.sparsebundle", NULL, 0, 0, false, "" },
-    { "an XML file", PROBE_NAME_DISK, "<?xml", NULL, 0, 5, false, "<?xml" },
-    { "an XML file", PROBE_NAME_DISK, "<?xml", NULL, 0, 8, false, "\xef\xbb\xbf<?xml" },
-    { "an XML file in UTF-16", PROBE_NAME_DISK, NULL, NULL, 0, 12, false, "\xff\xfe<\0?\0x\0m\0l\0" },
+      .text = "com.apple.diskimage.sparsebundle" },
+    { "an XML file", PROBE_NAME_DISK, PROBE_MAGIC("<?xml"), .text = "<?xml" },
+    { "an XML file", PROBE_NAME_DISK, PROBE_MAGIC("\xef\xbb\xbf<?xml"), .text = "<?xml" },
+    { "an XML file in UTF-16", PROBE_NAME_DISK, PROBE_MAGIC("\xff\xfe<\0?\0x\0m\0l\0") },
 };
 
 /* The name of the piece after this one. False: the name is not one of a piece. */
@@ -12007,17 +11998,14 @@ static bool probe_next_piece(const char *path, char next[PATH_MAX])
            snprintf(next, PATH_MAX, "%.*s%c01", stem - 3, path, path[stem - 3]) < PATH_MAX;
 }
 
-/* Is it container i of probe_foreign? */
-static bool probe_is_foreign(const struct probe *p, size_t i)
+static bool probe_is_container(const struct probe *p, const struct probe_container *c)
 {
-    const uint8_t *bytes = probe_foreign[i].tail ? p->tail : p->head;
-    size_t len = probe_foreign[i].tail ? p->tail_len : p->head_len;
-    const char *text = probe_foreign[i].text;
+    const uint8_t *bytes = c->tail ? p->tail : p->head;
+    size_t len = c->tail ? p->tail_len : p->head_len;
 
-    return (size_t)probe_foreign[i].offset + probe_foreign[i].length <= len &&
-           memcmp(bytes + probe_foreign[i].offset, probe_foreign[i].magic, probe_foreign[i].length) == 0 &&
-           (!text || (probe_is_text(p) && memmem(p->head, p->head_len, text, strlen(text)))) &&
-           (!probe_foreign[i].check || probe_foreign[i].check(p));
+    return (!c->magic || (c->offset + c->length <= len && memcmp(bytes + c->offset, c->magic, c->length) == 0)) &&
+           (!c->text || (probe_is_text(p) && memmem(p->head, p->head_len, c->text, strlen(c->text)))) &&
+           (!c->check || c->check(p));
 }
 
 /* Refuses containers that are not supported. */
@@ -12026,18 +12014,14 @@ static int probe_check_foreign(const struct image *im, const struct probe *p)
     char next[PATH_MAX];
     bool piece = probe_next_piece(im->name, next) && file_exists(next);
 
-    for (size_t i = 0; i < ARRAY_LEN(probe_foreign); i++)
-        if (probe_is_foreign(p, i))
+    for (const struct probe_container *c = probe_foreign; c < probe_foreign + ARRAY_LEN(probe_foreign); c++)
+        if (probe_is_container(p, c))
             return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read: %s%s; --format raw shows "
-                           "its bytes", im->name, probe_foreign[i].name, probe_foreign[i].way_out,
-                           piece ? ", when its pieces are joined" : "");
+                           "its bytes", im->name, c->name, c->way_out, piece ? ", when its pieces are joined" : "");
     return 0;
 }
 
-/*
- * Prefix of a recorded format that QEMU must refuse. At most 15 bytes with the longest name: QEMU ignores longer
- * ones.
- */
+/* Prefix of a recorded format that QEMU must refuse. With the longest name 15 bytes: QEMU ignores longer ones. */
 static const char probe_not_for_qemu[] = "fx-";
 
 /* The recorded format of a backing file, without the prefix. */
@@ -12075,15 +12059,6 @@ static int probe_unknown_format(const char *name)
                    meant ? "; here it is called " : "", meant ? meant : "");
 }
 
-/* The format of overlays. */
-static const struct image_format *probe_overlay_format(void)
-{
-    for (size_t i = 0; i < ARRAY_LEN(probe_formats); i++)
-        if (probe_formats[i]->create)
-            return probe_formats[i];
-    return NULL;
-}
-
 /* Does a file of this name describe an image that is a directory? */
 static bool probe_is_directory_file(const char *name)
 {
@@ -12109,25 +12084,35 @@ static const struct image_format *probe_most_certain(const struct probe *p)
     return format;
 }
 
+/* Reads the front of `head` and the end of `tail`; either may be NULL. */
+static int probe_read(struct probe *p, struct file *head, struct file *tail)
+{
+    uint64_t done;
+    int ret = 0;
+
+    p->size = (head ? head : tail)->size;
+    p->head_len = head ? util_min(p->size, sizeof(p->head)) : 0;
+    p->tail_len = tail ? util_min(tail->size, sizeof(p->tail)) : 0;
+    if (head)
+        ret = file_pread(head, p->head, p->head_len, 0, &done);
+    if (tail && !ret)
+        ret = file_pread(tail, p->tail, p->tail_len, tail->size - p->tail_len, &done);
+    return ret;
+}
+
 /* Sets im->format: the one named, or the most certain. Says when raw is only assumed. */
 static int probe_image(struct image *im, const char *wanted)
 {
-    uint8_t head[PROBE_HEAD], tail[PROBE_TAIL];
-    struct file *first = &im->files[0], *last = &im->files[im->n_files - 1];
-    struct probe p = { head, tail, util_min(first->size, sizeof(head)), util_min(last->size, sizeof(tail)),
-                       first->size };
-    uint64_t done;
+    struct file *first = &im->files[0];
+    struct probe p;
 
-    if (wanted)
+    if (wanted) {
         im->format = probe_format_named(wanted);
-    if (wanted)
         return im->format ? 0 : probe_unknown_format(wanted);
-
+    }
     /* If the head cannot be read, do not guess: on a failing disk it may have been of any format. */
-    if (file_pread(first, head, p.head_len, 0, &done) ||
-        file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
-        return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it",
-                       im->name);
+    if (probe_read(&p, first, &im->files[im->n_files - 1]))
+        return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it", im->name);
     im->format = probe_most_certain(&p);
     if (!im->format->plain)
         return 0;
@@ -12139,6 +12124,12 @@ static int probe_image(struct image *im, const char *wanted)
     if (!first->is_blk && first->size)
         msg_say(MSG_NOTE, "%s: raw disk image assumed (--format raw silences this)", im->name);
     return 0;
+}
+
+/* inside: the path of the file `name` in this directory. False: there is none. */
+static bool probe_find_inside(const char *directory, const char *name, char inside[PATH_MAX])
+{
+    return name && snprintf(inside, PATH_MAX, "%s/%s", directory, name) < PATH_MAX && file_exists(inside);
 }
 
 /* Refuses directories that hold a disk in an unsupported format. */
@@ -12153,8 +12144,7 @@ static int probe_check_foreign_directory(const char *path)
     char inside[PATH_MAX];
 
     for (size_t i = 0; i < ARRAY_LEN(directories); i++)
-        if ((size_t)snprintf(inside, sizeof(inside), "%s/%s", path, directories[i].file) < sizeof(inside) &&
-            file_exists(inside))
+        if (probe_find_inside(path, directories[i].file, inside))
             return msg_err(-EMEDIUMTYPE, "%s: is %s, which this version does not read: %s", path, directories[i].name,
                            directories[i].way_out);
     return 0;
@@ -12166,26 +12156,24 @@ static int probe_check_foreign_directory(const char *path)
  */
 static int probe_add_file(struct image *im, const char *path)
 {
-    const char *main_file = NULL;
+    struct file *f = &im->files[im->n_files];
+    bool directory = file_is_directory(path);
     char inside[PATH_MAX];
+    size_t i = 0;
     int ret;
 
     if (im->n_files == MAX_PARTS)
         return msg_err(-E2BIG, "%s: more than %d parts", im->name, MAX_PARTS);
-    if (!file_is_directory(path))
-        return file_open(&im->files[im->n_files++], path, im->writable);
-    if (probe_check_foreign_directory(path))
+    if (directory && probe_check_foreign_directory(path))
         return -EMEDIUMTYPE;
-    for (size_t i = 0; i < ARRAY_LEN(probe_formats) && !main_file; i++) {
-        main_file = probe_formats[i]->directory_file;
-        if (main_file && ((size_t)snprintf(inside, sizeof(inside), "%s/%s", path, main_file) >= sizeof(inside) ||
-                          !file_exists(inside)))
-            main_file = NULL;
-    }
-    if (!main_file)
-        return file_open(&im->files[im->n_files++], path, im->writable);
-    ret = file_open_beneath(&im->files[im->n_files++], path, main_file, inside, false);
-    if (ret && !im->files[im->n_files - 1].path)
+    while (directory && i < ARRAY_LEN(probe_formats) &&
+           !probe_find_inside(path, probe_formats[i]->directory_file, inside))
+        i++;
+    im->n_files++;
+    if (!directory || i == ARRAY_LEN(probe_formats))
+        return file_open(f, path, im->writable);
+    ret = file_open_beneath(f, path, probe_formats[i]->directory_file, inside, false);
+    if (ret && !file_is_open(f))
         msg_err(ret, "%s: %s", inside,
                 ret == -EXDEV || ret == -ELOOP ? "leads out of its directory" : strerror(-ret));
     return ret;
@@ -12231,13 +12219,12 @@ static int probe_find_parts(struct image *im)
 /* Is there a next piece? It is no longer than this one and no image of its own, unlike numbered snapshots. */
 static bool probe_has_next_piece(const struct image *im, char next[PATH_MAX])
 {
-    uint8_t head[PROBE_HEAD];
-    struct probe p = { head, head, 0, 0, 0 };
+    struct probe p = { .tail_len = 0 };
 
     if (!probe_next_piece(im->name, next))
         return false;
-    p.head_len = file_peek(next, head, sizeof(head), &p.size);
-    return p.head_len > 0 && p.size <= im->files[0].size && probe_most_certain(&p) ->plain;
+    p.head_len = file_peek(next, p.head, sizeof(p.head), &p.size);
+    return p.head_len > 0 && p.size <= im->files[0].size && probe_most_certain(&p)->plain;
 }
 
 /*
@@ -12246,33 +12233,24 @@ static bool probe_has_next_piece(const struct image *im, char next[PATH_MAX])
  */
 static bool probe_are_pieces(const struct image *im)
 {
-    uint8_t head[PROBE_HEAD];
     bool each = true;
-    uint64_t done;
+    struct probe p;
 
     for (unsigned i = 0; i < im->n_files; i++) {
-        struct probe p = { head, head, util_min(im->files[i].size, sizeof(head)), 0, im->files[i].size };
-        if (p.size > im->files[0].size)
+        if (im->files[i].size > im->files[0].size)
             return false;
-        each = each && file_pread(&im->files[i], head, p.head_len, 0, &done) == 0 &&
-               probe_most_certain(&p) == im->format;
+        each = each && probe_read(&p, &im->files[i], NULL) == 0 && probe_most_certain(&p) == im->format;
     }
     return !each;
 }
 
-/*
- * Looks at the end of a split image, which is known only now that its parts are found: a fixed VHD has only a
- * footer.
- */
+/* Looks at the end of a split image, known only now that its parts are found: a fixed VHD has only a footer. */
 static int probe_check_end(const struct image *im)
 {
-    uint8_t tail[PROBE_TAIL];
-    struct file *last = &im->files[im->n_files - 1];
-    struct probe p = { tail, tail, 0, util_min(last->size, sizeof(tail)), last->size };
     const struct image_format *format;
-    uint64_t done;
+    struct probe p;
 
-    if (file_pread(last, tail, p.tail_len, last->size - p.tail_len, &done))
+    if (probe_read(&p, NULL, &im->files[im->n_files - 1]))
         return 0;                   /* read errors are reported when the range is read */
     format = probe_most_certain(&p);
     if (format->plain)
@@ -12334,25 +12312,9 @@ struct check_look {
     struct claims claims;           /* first: claim() gets its address */
     struct image *im;
     uint64_t *needed;               /* [n_files]: bytes that it should have */
-    struct check_range *ranges;
-    size_t n, max;
+    struct check_range *ranges;     /* [CHECK_MAX_RANGES], NULL: no memory */
+    size_t n;
 };
-
-static bool check_look_grow(struct check_look *l)
-{
-    size_t max = l->max ? 2 * l->max : 1024;
-    struct check_range *more;
-
-    if (l->ranges && l->n < l->max)
-        return true;
-    more = max <= CHECK_MAX_RANGES ? realloc(l->ranges, max * sizeof(*more)) : NULL;
-    l->claims.stopped |= !more;
-    if (!more)
-        return false;
-    l->ranges = more;
-    l->max = max;
-    return true;
-}
 
 /* Ranges far past the end come from damaged entries, which read as errors. */
 static void check_look_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
@@ -12372,8 +12334,10 @@ static void check_look_claim(struct claims *c, struct file *f, uint64_t offset, 
         return;
     if (last && last->file == f && last->end == offset)
         last->end = end;
-    else if (check_look_grow(l))
+    else if (l->ranges && l->n < CHECK_MAX_RANGES)
         l->ranges[l->n++] = (struct check_range){ f, offset, end };
+    else
+        c->stopped = true;
 }
 
 /* Reverses the bits of a stripe's number: 0, then the half, then the quarters ... */
@@ -12466,21 +12430,19 @@ static int check_look(struct image *im, uint64_t until)
     l.needed = util_fault("look") ? NULL : calloc(im->n_files, sizeof(*l.needed));
     if (!l.needed)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    l.ranges = util_map(CHECK_MAX_RANGES * sizeof(*l.ranges));
     sets = im->writable ? 0 : cache_narrow();
     if (!im->format->claims || !im->format->claims(im, &l.claims))
         check_look_at_map(&l);
     if (sets)
         cache_widen(sets);
     ret = check_look_tell(&l);
-    free(l.ranges);
+    util_unmap(l.ranges, CHECK_MAX_RANGES * sizeof(*l.ranges));
     free(l.needed);
     return ret;
 }
 
-/*
- * Looks at all images of a chain. Not without locks: a file that another program writes to has grown since it was
- * opened.
- */
+/* Not without locks: a file that another program writes to has grown since it was opened. */
 static int check_look_at_chain(struct image *im)
 {
     uint64_t until = util_clock() + check_look_ms * 1000000ull;
@@ -12511,30 +12473,32 @@ struct check_image {
     uint64_t after_offset;
 };
 
-static bool check_bitmap(struct check_image *k, unsigned file)
+static uint64_t check_bitmap_size(const struct file *f)
 {
-    uint64_t bytes = (k->im->files[file].size / 512 / 64 + 1) * 8;
-
-    if (!k->used[file])
-        k->used[file] = util_map(bytes);
-    return k->used[file];
+    return (f->size / 512 / 64 + 1) * 8;
 }
 
-/* Marks the sectors of [at, end) inside the file. Returns how many bytes were marked already. */
+static uint64_t check_clusters(const struct check_image *k, uint64_t bytes)
+{
+    return (bytes + k->unit - 1) / k->unit;
+}
+
+/* Marks the sectors [at, end) inside the file. Returns how many bytes were marked already. */
 static uint64_t check_mark(struct check_image *k, const struct file *f, uint64_t at, uint64_t end)
 {
-    unsigned file = (unsigned)(f - k->im->files);
-    uint64_t twice = 0, all = ~0ull;
+    uint64_t **used = &k->used[f - k->im->files], twice = 0;
 
-    if (!check_bitmap(k, file)) {
+    if (!*used)
+        *used = util_map(check_bitmap_size(f));
+    if (!*used) {
         k->c->errors++;
         return 0;
     }
     end = util_min(end, (f->size + 511) / 512);
     for (uint64_t n; at < end; at += n) {
-        uint64_t *word = &k->used[file][at / 64], mask;
+        uint64_t *word = &(*used)[at / 64], mask;
         n = util_min(64 - at % 64, end - at);
-        mask = all >> (64 - n) << at % 64;
+        mask = ~0ull >> (64 - n) << at % 64;
         twice += (uint64_t)__builtin_popcountll(*word & mask);
         *word |= mask;
     }
@@ -12542,21 +12506,20 @@ static uint64_t check_mark(struct check_image *k, const struct file *f, uint64_t
 }
 
 static void check_twice(struct check_image *k, uint64_t twice, const struct file *f, uint64_t offset, uint64_t length,
-                            const char *what, uint64_t guest)
+                        const char *what, uint64_t guest)
 {
-    uint64_t clusters = (twice + k->unit - 1) / k->unit;
+    char where[32];
 
-    if (twice && what)
-        out_finding(k->c, k->im->name, false, clusters, "%s, 0x%" PRIx64 " bytes: %s at 0x%" PRIx64 " is used for "
-                    "something else, too", what, length, util_basename(f->path), offset);
-    else if (twice)
-        out_finding(k->c, k->im->name, false, clusters, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: %s at 0x%" PRIx64
-                    " is used for something else, too", guest, length, util_basename(f->path), offset);
+    if (!twice)
+        return;
+    snprintf(where, sizeof(where), "guest 0x%" PRIx64, guest);
+    out_finding(k->c, k->im->name, false, check_clusters(k, twice), "%s, 0x%" PRIx64 " bytes: %s at 0x%" PRIx64
+                " is used for something else, too", what ? what : where, length, util_basename(f->path), offset);
 }
 
 /* Metadata owns its last sector as a whole; data marks only whole sectors. */
 static void check_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
-                            uint64_t guest)
+                        uint64_t guest)
 {
     struct check_image *k = (struct check_image *)c;
     uint64_t twice;
@@ -12571,11 +12534,11 @@ static void check_claim(struct claims *c, struct file *f, uint64_t offset, uint6
 
 static void check_extent(struct check_image *k, uint64_t at, const struct extent *ext)
 {
-    uint64_t clusters = (ext->length + k->unit - 1) / k->unit, twice;
+    uint64_t twice;
 
     if (ext->kind == EXT_BAD)
-        out_finding(k->c, k->im->name, false, clusters, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: %s", at,
-                    ext->length, ext->why);
+        out_finding(k->c, k->im->name, false, check_clusters(k, ext->length), "guest 0x%" PRIx64 ", 0x%" PRIx64
+                    " bytes: %s", at, ext->length, ext->why);
     if (ext->kind == EXT_COMPRESSED)
         k->compressed += ext->length;
     if (ext->kind != EXT_DATA && ext->kind != EXT_COMPRESSED)
@@ -12589,9 +12552,9 @@ static void check_extent(struct check_image *k, uint64_t at, const struct extent
         k->c->image_end = util_min(k->after_offset, ext->file->size);
     if (k->all_claimed)
         return;
-    twice = ext->kind == EXT_DATA ? check_mark(k, ext->file, (ext->offset + 511) / 512,
-                                                   (ext->offset + ext->length) / 512)
-                                  : check_mark(k, ext->file, ext->offset / 512, ext->offset / 512 + 1);
+    twice = ext->kind == EXT_DATA
+                ? check_mark(k, ext->file, (ext->offset + 511) / 512, (ext->offset + ext->length) / 512)
+                : check_mark(k, ext->file, ext->offset / 512, ext->offset / 512 + 1);
     check_twice(k, twice, ext->file, ext->offset, ext->length, NULL, at);
 }
 
@@ -12599,10 +12562,9 @@ static void check_extent(struct check_image *k, uint64_t at, const struct extent
 static int check_image(struct image *im, struct check *c)
 {
     struct check_image k = { .claims = { .claim = check_claim }, .im = im, .c = c,
-                           .unit = im->cluster_size ? im->cluster_size : 65536 };
+                             .unit = im->cluster_size ? im->cluster_size : 65536 };
     uint64_t size = im->size;
     struct extent ext;
-    int ret = 0;
 
     if (im->format->plain)
         return -EOPNOTSUPP;
@@ -12617,13 +12579,13 @@ static int check_image(struct image *im, struct check *c)
         check_extent(&k, at, &ext);
         out_progress_show(at, size);
     }
-    c->total = (size + k.unit - 1) / k.unit;
-    c->allocated = (k.allocated + k.unit - 1) / k.unit;
-    c->compressed = (k.compressed + k.unit - 1) / k.unit;
+    c->total = check_clusters(&k, size);
+    c->allocated = check_clusters(&k, k.allocated);
+    c->compressed = check_clusters(&k, k.compressed);
     for (unsigned i = 0; i < im->n_files; i++)
-        util_unmap(k.used[i], (im->files[i].size / 512 / 64 + 1) * 8);
+        util_unmap(k.used[i], check_bitmap_size(&im->files[i]));
     free(k.used);
-    return ret ? msg_err(ret, "%s: what lies where could not be found out: %s", im->name, strerror(-ret)) : 0;
+    return 0;
 }
 
 /* ******************************************************************************************************** *
@@ -12940,12 +12902,9 @@ static int chain_try_hints(struct image *im, struct image *base, char near[PATH_
 
 static bool chain_could_be(const struct image_format *format, struct file *f)
 {
-    uint8_t head[PROBE_HEAD], tail[PROBE_TAIL];
-    struct probe p = { head, tail, util_min(f->size, sizeof(head)), util_min(f->size, sizeof(tail)), f->size };
-    uint64_t done;
+    struct probe p;
 
-    return file_pread(f, head, p.head_len, 0, &done) == 0 &&
-           file_pread(f, tail, p.tail_len, f->size - p.tail_len, &done) == 0 && format->probe(&p);
+    return probe_read(&p, f, f) == 0 && format->probe(&p);
 }
 
 /*
@@ -13487,7 +13446,7 @@ static int overlay_open(struct image *im, struct image *base, const char *path, 
     int ret = chain_begin(im, path);
 
     im->opt = opt;
-    im->format = probe_overlay_format();
+    im->format = probe_format_named("qcow2");
     im->n_given = 1;
     if (!ret)
         ret = there ? probe_add_file(im, path) : overlay_make(im, base, path, temporary);

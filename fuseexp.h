@@ -172,9 +172,9 @@ struct extent {
 
 /* The first and last bytes of a file, for probing without I/O. */
 struct probe {
-    const uint8_t *head, *tail;     /* tail: the last tail_len bytes */
-    size_t head_len, tail_len;
-    uint64_t size;
+    uint8_t head[4096], tail[512];
+    size_t head_len, tail_len;      /* tail: the last tail_len bytes of the last file of a set */
+    uint64_t size;                  /* of the first */
 };
 
 struct out;
