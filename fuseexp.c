@@ -8803,14 +8803,15 @@ struct qcow2_snapshot {
     char id[256], name[1024];
 };
 
-/* The entry of the snapshot table at `at`; sn->next: where the next one lies. */
-static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t at, struct qcow2_snapshot *sn)
+/* Reads the entry of the snapshot table at sn->next, and sets sn->next to the offset of the one after it. */
+static int qcow2_next_snapshot(struct image *im, const struct qcow2 *q, struct qcow2_snapshot *sn)
 {
     static const char past_end[] = "the snapshot table reaches past the end";
     struct qcow2_snapshot_header h = { 0 };
     struct qcow2_snapshot_extra extra = { 0 };
     uint32_t id_len, name_len, extra_len;
-    int ret = qcow2_read(im, at, &h, sizeof(h), past_end);
+    uint64_t at = sn->next + sizeof(h);
+    int ret = qcow2_read(im, sn->next, &h, sizeof(h), past_end);
 
     if (ret)
         return ret;
@@ -8820,12 +8821,13 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     if (extra_len > 1024 || id_len >= sizeof(sn->id) || name_len >= sizeof(sn->name))
         return fmt_refuse(im, "a snapshot's entry: up to 1024 bytes of extra data, 255 of id and 1023 of name",
                           extra_len);
-    at += sizeof(h);
     ret = qcow2_read(im, at, &extra, util_min(extra_len, sizeof(extra)), past_end);
     if (!ret)
         ret = qcow2_read(im, at + extra_len, sn->id, id_len, past_end);
     if (!ret)
         ret = qcow2_read(im, at + extra_len + id_len, sn->name, name_len, past_end);
+    if (ret)
+        return ret;
     sn->id[id_len] = sn->name[name_len] = 0;
     sn->l1_offset = be64_to_cpu(h.l1_offset);
     sn->l1_entries = be32_to_cpu(h.l1_entries);
@@ -8837,7 +8839,7 @@ static int qcow2_read_snapshot(struct image *im, const struct qcow2 *q, uint64_t
     sn->size = extra_len >= 16 ? be64_to_cpu(extra.size) : q->size;
     sn->icount = extra_len >= 24 ? be64_to_cpu(extra.icount) : UINT64_MAX;
     sn->next = at + ((uint64_t)extra_len + id_len + name_len + 7) / 8 * 8;
-    return ret;
+    return 0;
 }
 
 /* By id first, then by name, as qemu-img does. */
@@ -8845,15 +8847,14 @@ static int qcow2_use_snapshot(struct image *im, struct qcow2 *q, const char *wan
 {
     struct qcow2_snapshot sn = { 0 };
     uint32_t n = q->n_snapshots;
-    uint64_t at;
     int ret;
 
     if (n > QCOW2_MAX_SNAPSHOTS)
-        return fmt_refuse(im, "the number of snapshots", n);
+        return fmt_refuse(im, "the number of snapshots, at most 65536", n);
     for (int by_name = 0; by_name < 2; by_name++) {
-        at = q->snapshots_offset;
-        for (uint32_t i = 0; i < n; i++, at = sn.next) {
-            ret = qcow2_read_snapshot(im, q, at, &sn);
+        sn.next = q->snapshots_offset;
+        for (uint32_t i = 0; i < n; i++) {
+            ret = qcow2_next_snapshot(im, q, &sn);
             if (ret)
                 return ret;
             if (strcmp(by_name ? sn.name : sn.id, wanted) != 0)
@@ -8916,29 +8917,18 @@ static bool qcow2_allocated(const struct qcow2 *q, uint64_t entry)
     return (entry & QCOW2_OFFSET) || ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
 }
 
-/*
- * Describes `length` bytes from `offset` of the cluster whose L2 entry is given; they are in one cluster (or
- * subcluster).
- */
-static void qcow2_map_plain(const struct qcow2 *q, uint64_t entry, enum extent_kind kind, bool zeroed,
-                            uint64_t in_cluster, uint64_t length, struct extent *ext)
+/* What is wrong with an L2 entry that is not compressed, whatever its offset; or NULL. */
+static const char *qcow2_check_entry(const struct qcow2 *q, uint64_t entry, uint64_t bitmap)
 {
-    uint64_t host = entry & QCOW2_OFFSET;
+    bool allocated = qcow2_allocated(q, entry);
 
-    *ext = (struct extent){ .kind = kind, .length = length, .zeroed = zeroed };
-    if (kind == EXT_DATA || host || (q->subclusters && qcow2_allocated(q, entry))) {
-        ext->file = q->data;
-        ext->offset = host + in_cluster;
-        ext->owned = entry & QCOW2_COPIED;
-    }
-    if (host % (1u << q->cluster_bits))
-        ext_bad(ext, length, "its L2 entry is not aligned");
-    else if (entry & QCOW2_L2_RESERVED)
-        ext_bad(ext, length, "its L2 entry has reserved bits set");
-    else if (kind == EXT_DATA && ext->offset >= q->data->size)
-        ext_past(ext, length, "its cluster lies past the end of the file", q->data, ext->offset + length);
-    else if (kind == EXT_DATA)
-        ext->length = util_min(length, q->data->size - ext->offset);
+    if (!q->subclusters)
+        return (entry & QCOW2_ZERO) && q->v2 ? "a zero cluster in a version 2 image" : NULL;
+    if (entry & QCOW2_ZERO)
+        return "its L2 entry has reserved bits set";
+    if (allocated && (bitmap >> 32 & bitmap & UINT32_MAX))
+        return "a subcluster is both allocated and zero";
+    return !allocated && (bitmap & UINT32_MAX) ? "a subcluster is allocated in no cluster" : NULL;
 }
 
 /* Where the data of a compressed cluster lies: from the returned offset to *end, which is the end of a sector. */
@@ -8968,50 +8958,45 @@ static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t
         };
 }
 
-/* One subcluster: bits 0..31 of the bitmap say allocated, 32..63 reads as zeros. */
-static void qcow2_map_subcluster(const struct image *im, const struct qcow2 *q, uint64_t entry,
-                                 uint64_t bitmap, uint64_t in_cluster, uint64_t length, struct extent *ext)
-{
-    uint32_t sub_bits = q->cluster_bits - 5, i = (uint32_t)(in_cluster >> sub_bits);
-    uint64_t state = (bitmap >> i & 1) | (bitmap >> (32 + i) & 1) << 1;
-    uint64_t end;
-
-    while (i < QCOW2_SUBCLUSTERS && ((bitmap >> i & 1) | (bitmap >> (32 + i) & 1) << 1) == state)
-        i++;
-    end = (uint64_t)i << sub_bits;
-    length = util_min(length, end - in_cluster);
-    if (state == 3)
-        ext_bad(ext, length, "a subcluster is both allocated and zero");
-    else if (state == 1 && !qcow2_allocated(q, entry))
-        ext_bad(ext, length, "a subcluster is allocated in no cluster");
-    else
-        qcow2_map_plain(q, entry,
-                        state == 1   ? EXT_DATA
-                        : state == 2 ? EXT_ZERO
-                                     : ext_hole(im),
-                        state == 2, in_cluster, length, ext);
-}
-
-/* What one L2 entry says about `length` bytes from in_cluster on, all in its cluster. */
+/*
+ * What one L2 entry says about `length` bytes from in_cluster on, all in its cluster. Of a subcluster, bits 0..31 of
+ * the bitmap say that it is allocated, bits 32..63 that it reads as zeros.
+ */
 static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint64_t entry, uint64_t bitmap,
                             uint64_t in_cluster, uint64_t length, struct extent *ext)
 {
-    bool allocated = qcow2_allocated(q, entry);
+    uint32_t sub_bits = q->cluster_bits - 5, i = (uint32_t)(in_cluster >> sub_bits);
+    uint64_t host = entry & QCOW2_OFFSET, both = 1ull << 32 | 1, state = bitmap >> i & both;
+    const char *why = qcow2_check_entry(q, entry, state);
+    bool zero = q->subclusters ? state >> 32 : entry & QCOW2_ZERO;
+    bool data = q->subclusters ? state & 1 : !zero && qcow2_allocated(q, entry);
 
-    if (entry & QCOW2_COMPRESSED)
+    if (entry & QCOW2_COMPRESSED) {
         qcow2_map_compressed(q, entry, in_cluster, length, ext);
-    else if (q->subclusters && (entry & 1))
+        return;
+    }
+    if (q->subclusters && !(entry & QCOW2_ZERO)) {
+        while (i < QCOW2_SUBCLUSTERS && (bitmap >> i & both) == state)
+            i++;
+        length = util_min(length, ((uint64_t)i << sub_bits) - in_cluster);
+    }
+    *ext = (struct extent){ .length = length, .zeroed = zero };
+    ext->kind = data ? EXT_DATA : zero ? EXT_ZERO : ext_hole(im);
+    if (data || host || (q->subclusters && qcow2_allocated(q, entry))) {
+        ext->file = q->data;
+        ext->offset = host + in_cluster;
+        ext->owned = entry & QCOW2_COPIED;
+    }
+    if (why)
+        ext_bad(ext, length, why);
+    else if (host % qcow2_cluster(q))
+        ext_bad(ext, length, "its L2 entry is not aligned");
+    else if (entry & QCOW2_L2_RESERVED)
         ext_bad(ext, length, "its L2 entry has reserved bits set");
-    else if (q->subclusters)
-        qcow2_map_subcluster(im, q, entry, bitmap, in_cluster, length, ext);
-    else if ((entry & 1) && q->v2)
-        ext_bad(ext, length, "a zero cluster in a version 2 image");
-    else
-        qcow2_map_plain(q, entry & ~1ull,
-                        entry & 1   ? EXT_ZERO
-                        : allocated ? EXT_DATA
-                                    : ext_hole(im),
-                        entry & 1, in_cluster, length, ext);
+    else if (data && ext->offset >= q->data->size)
+        ext_past(ext, length, "its cluster lies past the end of the file", q->data, ext->offset + length);
+    else if (data)
+        ext->length = util_min(length, q->data->size - ext->offset);
 }
 
 /* An L2 entry, with its bitmap where there are subclusters: both of one moment. */
@@ -9160,15 +9145,15 @@ static void qcow2_find_holes(struct image *im)
 static int qcow2_list_snapshots(struct image *im, struct out *out)
 {
     const struct qcow2 *q = im->state;
-    struct qcow2_snapshot sn = { 0 };
-    uint64_t at = q->snapshots_offset;
+    struct qcow2_snapshot sn = { .next = q->snapshots_offset };
     int ret = 0;
 
+    if (!q->n_snapshots)
+        return 0;
     if (q->n_snapshots > QCOW2_MAX_SNAPSHOTS)
-        return fmt_refuse(im, "the number of snapshots", q->n_snapshots);
-    if (q->n_snapshots)
-        out_open(out, "snapshots", '[', false);
-    for (uint32_t i = 0; i < q->n_snapshots && !(ret = qcow2_read_snapshot(im, q, at, &sn)); i++, at = sn.next) {
+        return fmt_refuse(im, "the number of snapshots, at most 65536", q->n_snapshots);
+    out_open(out, "snapshots", '[', false);
+    for (uint32_t i = 0; i < q->n_snapshots && !(ret = qcow2_next_snapshot(im, q, &sn)); i++) {
         out_open(out, NULL, '{', false);
         out_text(out, "id", sn.id);
         out_text(out, "name", sn.name);
@@ -9181,8 +9166,7 @@ static int qcow2_list_snapshots(struct image *im, struct out *out)
             out_number(out, "icount", sn.icount);
         out_close(out);
     }
-    if (q->n_snapshots)
-        out_close(out);
+    out_close(out);
     return ret;
 }
 
@@ -9193,11 +9177,11 @@ struct qcow2_bitmap {
     char name[1024];
 };
 
-/* The entry of the bitmap directory at `at`, all of it in the directory. b->next: where the next one lies. */
-static int qcow2_read_bitmap(struct image *im, const struct qcow2 *q, uint64_t at, struct qcow2_bitmap *b)
+/* Reads the entry at b->next, all of it in the bitmap directory, and sets b->next to the offset of the one after it. */
+static int qcow2_next_bitmap(struct image *im, const struct qcow2 *q, struct qcow2_bitmap *b)
 {
     static const char past_end[] = "the bitmap directory reaches past the end";
-    uint64_t end = q->bitmaps_offset + q->bitmaps_size;
+    uint64_t end = q->bitmaps_offset + q->bitmaps_size, at = b->next;
     struct qcow2_bitmap_header h = { .type = 0 };
     uint32_t name_len, extra_len;
     int ret;
@@ -9222,14 +9206,13 @@ static int qcow2_read_bitmap(struct image *im, const struct qcow2 *q, uint64_t a
 
 static void qcow2_list_bitmaps(struct image *im, const struct qcow2 *q, struct out *out)
 {
-    struct qcow2_bitmap b = { 0 };
-    uint64_t at = q->bitmaps_offset;
+    struct qcow2_bitmap b = { .next = q->bitmaps_offset };
+    uint64_t n = util_min(q->n_bitmaps, QCOW2_MAX_BITMAPS);
 
-    if (!q->n_bitmaps)
+    if (!n)
         return;
     out_open(out, "bitmaps", '[', false);
-    for (uint32_t i = 0; i < util_min(q->n_bitmaps, QCOW2_MAX_BITMAPS) && !qcow2_read_bitmap(im, q, at, &b);
-         i++, at = b.next) {
+    for (uint64_t i = 0; i < n && !qcow2_next_bitmap(im, q, &b); i++) {
         out_open(out, NULL, '{', false);
         out_text(out, "name", b.name);
         out_number(out, "granularity", 1ull << b.granularity_bits);
@@ -9244,15 +9227,6 @@ static void qcow2_list_bitmaps(struct image *im, const struct qcow2 *q, struct o
     out_close(out);
 }
 
-static void qcow2_info_crypt(const struct qcow2 *q, struct out *out)
-{
-    if (!q->crypt)
-        return;
-    out_open(out, "encrypt", '{', false);
-    out_text(out, "format", q->crypt == QCOW2_AES ? "aes" : "luks");
-    out_close(out);
-}
-
 static void qcow2_info(struct image *im, struct out *out)
 {
     const struct qcow2 *q = im->state;
@@ -9260,15 +9234,17 @@ static void qcow2_info(struct image *im, struct out *out)
     out_text(out, "compat", q->v2 ? "0.10" : "1.1");
     out_text(out, "compression-type", q->codec == CODEC_ZSTD ? "zstd" : "zlib");
     out_number(out, "refcount-bits", 1u << q->refcount_order);
-    if (q->v2) {
-        qcow2_info_crypt(q, out);
-        return;
+    if (!q->v2) {
+        out_flag(out, "lazy-refcounts", q->compatible & QCOW2_LAZY_REFCOUNTS);
+        out_flag(out, "corrupt", q->incompatible & QCOW2_CORRUPT);
+        out_flag(out, "extended-l2", q->subclusters);
     }
-    out_flag(out, "lazy-refcounts", q->compatible & QCOW2_LAZY_REFCOUNTS);
-    out_flag(out, "corrupt", q->incompatible & QCOW2_CORRUPT);
-    out_flag(out, "extended-l2", q->subclusters);
-    qcow2_info_crypt(q, out);
-    if (*q->data_name)
+    if (q->crypt) {
+        out_open(out, "encrypt", '{', false);
+        out_text(out, "format", q->crypt == QCOW2_AES ? "aes" : "luks");
+        out_close(out);
+    }
+    if (*q->data_name && !q->v2)
         out_text(out, "data-file", q->data_name);
     if (q->incompatible & QCOW2_DATA_FILE)
         out_flag(out, "data-file-raw", q->autoclear & QCOW2_RAW_DATA);
@@ -9356,8 +9332,8 @@ struct qcow2_range {
     uint64_t first, n;
 };
 struct qcow2_ranges {
-    struct qcow2_range *range;      /* QCOW2_MAX_FREED of them */
     unsigned n;
+    struct qcow2_range range[QCOW2_MAX_FREED];
 };
 
 /* The stages of a commit, in this order. A sector belongs to one table, so to one of them. */
@@ -9377,12 +9353,13 @@ struct qcow2_slice {
 
 /*
  * Buckets, and `now` of each slice: written with writer.lock and `lock`, so they are read with either of them. Readers
- * that fill the cache have only `lock`. `changed` and n: with writer.lock. The frozen list and frozen of each slice:
- * with commit_lock, so a commit writes them without another lock.
+ * that fill the cache have only `lock`. `changed` and n: with writer.lock. All that is frozen: with commit_lock, so a
+ * commit writes it without another lock.
  */
 struct qcow2_changes {
     pthread_mutex_t lock;           /* nothing but pool.lock is taken while it is held, and no I/O is done */
     struct qcow2_slice *bucket[QCOW2_BUCKETS], *frozen;
+    bool any_frozen[QCOW2_STAGES];  /* the stages that have something to write */
     unsigned n;                     /* slices */
 };
 
@@ -9396,9 +9373,10 @@ struct qcow2_writer {
     unsigned n_busy;
     uint64_t hint;                  /* below this host cluster none is free */
     uint64_t top;                   /* host bytes from here on were never used: they read as zeros */
-    struct qcow2_ranges freed;      /* by changes that are not in the file yet ... */
-    struct qcow2_ranges dropped;    /* ... that a running commit writes ... */
-    struct qcow2_ranges waiting;    /* ... that are durable: until `grace` is over (I4) */
+    struct qcow2_ranges *freed;     /* by changes that are not in the file yet ... */
+    struct qcow2_ranges *dropped;   /* ... that a running commit writes ... */
+    struct qcow2_ranges *waiting;   /* ... that are durable: until `grace` is over (I4) */
+    struct qcow2_ranges ranges[3];  /* these three; a commit swaps the first two */
     struct epoch_grace grace;
     struct qcow2_changes changes;
 };
@@ -9438,16 +9416,13 @@ static struct qcow2_slice *qcow2_get_slice_locked(struct image *im, uint64_t sta
 
     if (s)
         return s;
-    s = util_fault_op("table") ? NULL : malloc(sizeof(*s));
+    s = util_fault_op("table") ? NULL : calloc(1, sizeof(*s));
     if (!s || cache_load(&im->files[0], start, s->now)) {
         free(s);
         return NULL;
     }
     s->start = start;
-    memset(s->changed, 0, sizeof(s->changed));
-    memset(s->frozen_sectors, 0, sizeof(s->frozen_sectors));
     pthread_mutex_lock(&c->lock);
-    s->next = NULL;
     *p = s;
     pthread_mutex_unlock(&c->lock);
     c->n++;
@@ -9465,29 +9440,27 @@ static uint8_t qcow2_sectors(uint64_t start, uint64_t from, uint64_t to)
     return (uint8_t)bits;
 }
 
-/* Changes n words (1 or 2, as they lie in the file) at offset, a multiple of 8 * n. */
-static int qcow2_store_locked(struct image *im, uint64_t offset, const uint64_t *words, size_t n,
+/* Changes an entry of a table, of `width` bytes (8: without a bitmap, or 16), at offset, a multiple of width. */
+static int qcow2_store_locked(struct image *im, uint64_t offset, unsigned width, uint64_t entry, uint64_t bitmap,
                               enum qcow2_stage stage)
 {
     struct qcow2_changes *c = &((struct qcow2 *)im->state)->w->changes;
-    uint64_t start = offset / CACHE_SLICE * CACHE_SLICE;
+    uint64_t start = offset / CACHE_SLICE * CACHE_SLICE, words[2] = { htobe64(entry), htobe64(bitmap) };
     struct qcow2_slice *s = qcow2_get_slice_locked(im, start);
 
     if (!s)
         return -EIO;
     pthread_mutex_lock(&c->lock);
-    memcpy(s->now + (offset - start) / 8, words, 8 * n);
+    memcpy(s->now + (offset - start) / 8, words, width);
     pthread_mutex_unlock(&c->lock);
-    s->changed[stage] |= qcow2_sectors(start, offset, offset + 8 * n);
-    cache_patch(&im->files[0], offset, words, n);
+    s->changed[stage] |= qcow2_sectors(start, offset, offset + width);
+    cache_patch(&im->files[0], offset, words, width / 8);
     return 0;
 }
 
 static int qcow2_store_be64(struct image *im, uint64_t offset, uint64_t value, enum qcow2_stage stage)
 {
-    uint64_t word = htobe64(value);
-
-    return qcow2_store_locked(im, offset, &word, 1, stage);
+    return qcow2_store_locked(im, offset, 8, value, 0, stage);
 }
 
 /*
@@ -9516,74 +9489,6 @@ static int qcow2_reload_locked(struct image *im, uint64_t offset, uint64_t len)
     }
     cache_forget(&im->files[0], offset, len);
     return ret;
-}
-
-/* any[]: which stages have something to write. */
-static void qcow2_freeze_changes_locked(struct qcow2_changes *c, bool any[QCOW2_STAGES])
-{
-    memset(any, 0, QCOW2_STAGES * sizeof(*any));
-    for (size_t i = 0; i < QCOW2_BUCKETS; i++)
-        for (struct qcow2_slice *s = c->bucket[i]; s; s = s->next) {
-            memcpy(s->frozen, s->now, CACHE_SLICE);
-            memcpy(s->frozen_sectors, s->changed, sizeof(s->changed));
-            memset(s->changed, 0, sizeof(s->changed));
-            for (size_t stage = 0; stage < QCOW2_STAGES; stage++)
-                any[stage] |= s->frozen_sectors[stage] != 0;
-            s->next_frozen = c->frozen;
-            c->frozen = s;
-        }
-}
-
-static int qcow2_write_stage(struct image *im, enum qcow2_stage stage)
-{
-    const struct qcow2 *q = im->state;
-    uint64_t done;
-    int ret = 0;
-
-    for (const struct qcow2_slice *s = q->w->changes.frozen; s && !ret; s = s->next_frozen)
-        for (unsigned from = 0, to; from < CACHE_SLICE / 512 && !ret; from = to + 1) {
-            for (to = from; to < CACHE_SLICE / 512 && s->frozen_sectors[stage] >> to & 1; to++)
-                ;
-            if (to > from)
-                ret = file_pwrite(&im->files[0], (const uint8_t *)s->frozen + from * 512ul, (to - from) * 512ul,
-                                  s->start + from * 512ul, &done);
-        }
-    return ret;
-}
-
-/* A change that is not in the file for certain stays one. */
-static void qcow2_thaw_changes_locked(struct qcow2_changes *c, bool good)
-{
-    for (struct qcow2_slice *s; (s = c->frozen);) {
-        unsigned changed = 0;
-        c->frozen = s->next_frozen;
-        for (size_t stage = 0; stage < QCOW2_STAGES; stage++) {
-            s->changed[stage] |= good ? 0 : s->frozen_sectors[stage];
-            s->frozen_sectors[stage] = 0;
-            changed |= s->changed[stage];
-        }
-        if (changed)
-            continue;
-        pthread_mutex_lock(&c->lock);
-        *qcow2_find_slice(c, s->start) = s->next;
-        pthread_mutex_unlock(&c->lock);
-        free(s);
-        c->n--;
-    }
-}
-
-/* No request comes any more. Changes that no commit has written are lost. */
-static void qcow2_drop_changes(struct image *im)
-{
-    struct qcow2_changes *c = &((struct qcow2 *)im->state)->w->changes;
-
-    im->files[0].newer = NULL;
-    for (size_t i = 0; i < QCOW2_BUCKETS; i++)
-        for (struct qcow2_slice *s; (s = c->bucket[i]);) {
-            c->bucket[i] = s->next;
-            cache_forget(&im->files[0], s->start, CACHE_SLICE);
-            free(s);
-        }
 }
 
 /* -- refcounts -- */
@@ -9831,7 +9736,7 @@ static void qcow2_add_range(const struct image *im, struct qcow2_ranges *r, uint
 /* Queues a refcount decrement for after the commit (I4), under the lock that dropped the reference. */
 static void qcow2_free_locked(struct image *im, uint64_t first, uint64_t n)
 {
-    qcow2_add_range(im, &((struct qcow2 *)im->state)->w->freed, first, n);
+    qcow2_add_range(im, ((struct qcow2 *)im->state)->w->freed, first, n);
 }
 
 /* Frees what an L2 entry referred to. */
@@ -9878,24 +9783,63 @@ static int qcow2_reclaim_locked(struct image *im)
     uint64_t from = 0, to = 0;
     int ret = 0, r;
 
-    if (!w->waiting.n || !epoch_grace_over(&w->grace))
+    if (!w->waiting->n || !epoch_grace_over(&w->grace))
         return 0;
-    for (unsigned i = 0; i < w->waiting.n; i++)
-        for (uint64_t c = 0; c < w->waiting.range[i].n; c++) {
-            r = qcow2_reclaim_cluster_locked(im, w->waiting.range[i].first + c, &from, &to);
+    for (unsigned i = 0; i < w->waiting->n; i++)
+        for (uint64_t c = 0; c < w->waiting->range[i].n; c++) {
+            r = qcow2_reclaim_cluster_locked(im, w->waiting->range[i].first + c, &from, &to);
             ret = ret ? ret : r;
         }
     qcow2_punch(im, from, to);
-    w->waiting.n = 0;
+    w->waiting->n = 0;
     return ret;
 }
 
 /* -- commits -- */
 
-/* From F0 to B3, see the top of this room. */
-static int qcow2_write_stages(struct image *im, const bool any[QCOW2_STAGES])
+static void qcow2_freeze_locked(struct image *im)
+{
+    struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
+    struct qcow2_changes *c = &w->changes;
+    struct qcow2_ranges *empty = w->dropped;
+
+    memset(c->any_frozen, 0, sizeof(c->any_frozen));
+    for (size_t i = 0; i < QCOW2_BUCKETS; i++)
+        for (struct qcow2_slice *s = c->bucket[i]; s; s = s->next) {
+            memcpy(s->frozen, s->now, CACHE_SLICE);
+            memcpy(s->frozen_sectors, s->changed, sizeof(s->changed));
+            memset(s->changed, 0, sizeof(s->changed));
+            for (size_t stage = 0; stage < QCOW2_STAGES; stage++)
+                c->any_frozen[stage] |= s->frozen_sectors[stage] != 0;
+            s->next_frozen = c->frozen;
+            c->frozen = s;
+        }
+    w->dropped = w->freed;
+    w->freed = empty;
+}
+
+static int qcow2_write_stage(struct image *im, enum qcow2_stage stage)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t done;
+    int ret = 0;
+
+    for (const struct qcow2_slice *s = q->w->changes.frozen; s && !ret; s = s->next_frozen)
+        for (unsigned from = 0, to; from < CACHE_SLICE / 512 && !ret; from = to + 1) {
+            for (to = from; to < CACHE_SLICE / 512 && s->frozen_sectors[stage] >> to & 1; to++)
+                ;
+            if (to > from)
+                ret = file_pwrite(&im->files[0], (const uint8_t *)s->frozen + from * 512ul, (to - from) * 512ul,
+                                  s->start + from * 512ul, &done);
+        }
+    return ret;
+}
+
+/* From F0 to B3, see the top of this section. */
+static int qcow2_write_stages(struct image *im)
 {
     struct qcow2 *q = im->state;
+    const bool *any = q->w->changes.any_frozen;
     int ret = qcow2_write_stage(im, QCOW2_REFCOUNTS);
 
     if (!ret && any[QCOW2_REFCOUNT_TABLE])
@@ -9912,25 +9856,31 @@ static int qcow2_write_stages(struct image *im, const bool any[QCOW2_STAGES])
     return ret ? ret : file_sync(&im->files[0]);        /* B3 */
 }
 
-static void qcow2_freeze_locked(struct image *im, bool any[QCOW2_STAGES])
-{
-    struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
-    struct qcow2_ranges empty = w->dropped;
-
-    qcow2_freeze_changes_locked(&w->changes, any);
-    w->dropped = w->freed;
-    w->freed = empty;
-}
-
-/* A failed commit has not dropped any reference for certain: its ranges are freed with the next one. */
+/* Nothing of a failed commit is in the file for certain: its changes are written, its ranges freed with the next one. */
 static void qcow2_thaw_locked(struct image *im, bool good)
 {
     struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
+    struct qcow2_changes *c = &w->changes;
 
-    qcow2_thaw_changes_locked(&w->changes, good);
-    for (unsigned i = 0; i < w->dropped.n; i++)
-        qcow2_add_range(im, good ? &w->waiting : &w->freed, w->dropped.range[i].first, w->dropped.range[i].n);
-    w->dropped.n = 0;
+    for (struct qcow2_slice *s; (s = c->frozen);) {
+        unsigned changed = 0;
+        c->frozen = s->next_frozen;
+        for (size_t stage = 0; stage < QCOW2_STAGES; stage++) {
+            s->changed[stage] |= good ? 0 : s->frozen_sectors[stage];
+            s->frozen_sectors[stage] = 0;
+            changed |= s->changed[stage];
+        }
+        if (changed)
+            continue;
+        pthread_mutex_lock(&c->lock);
+        *qcow2_find_slice(c, s->start) = s->next;
+        pthread_mutex_unlock(&c->lock);
+        free(s);
+        c->n--;
+    }
+    for (unsigned i = 0; i < w->dropped->n; i++)
+        qcow2_add_range(im, good ? w->waiting : w->freed, w->dropped->range[i].first, w->dropped->range[i].n);
+    w->dropped->n = 0;
     if (good)
         epoch_begin_grace(&w->grace);
 }
@@ -9938,11 +9888,10 @@ static void qcow2_thaw_locked(struct image *im, bool good)
 /* With both locks held, so nothing changes meanwhile. */
 static int qcow2_commit_locked(struct image *im)
 {
-    bool any[QCOW2_STAGES];
     int ret;
 
-    qcow2_freeze_locked(im, any);
-    ret = qcow2_write_stages(im, any);
+    qcow2_freeze_locked(im);
+    ret = qcow2_write_stages(im);
     qcow2_thaw_locked(im, !ret);
     return ret;
 }
@@ -9973,7 +9922,6 @@ static int qcow2_sync(struct image *im, bool last)
 {
     struct qcow2 *q = im->state;
     struct qcow2_writer *w = q->w;
-    bool any[QCOW2_STAGES];
     uint64_t before;
     int ret;
 
@@ -9982,23 +9930,18 @@ static int qcow2_sync(struct image *im, bool last)
     pthread_mutex_unlock(&w->lock);
     pool_lock(&w->commit_lock);
     pool_lock(&w->lock);
-    if (w->commits > before && !last) {
-        ret = w->result;
+    if (w->commits == before || last) {
+        w->commits++;
+        ret = qcow2_reclaim_locked(im);
+        qcow2_freeze_locked(im);
         pthread_mutex_unlock(&w->lock);
-        pthread_mutex_unlock(&w->commit_lock);
-        return ret;
+        if (!ret)
+            ret = qcow2_write_stages(im);
+        pool_lock(&w->lock);
+        qcow2_thaw_locked(im, !ret);
+        w->result = last && !ret ? qcow2_end_locked(im) : ret;
     }
-    w->commits++;
-    ret = qcow2_reclaim_locked(im);
-    qcow2_freeze_locked(im, any);
-    pthread_mutex_unlock(&w->lock);
-    if (!ret)
-        ret = qcow2_write_stages(im, any);
-    pool_lock(&w->lock);
-    qcow2_thaw_locked(im, !ret);
-    if (last && !ret)
-        ret = qcow2_end_locked(im);
-    w->result = ret;
+    ret = w->result;
     pthread_mutex_unlock(&w->lock);
     pthread_mutex_unlock(&w->commit_lock);
     return ret;
@@ -10034,14 +9977,6 @@ static int qcow2_own_l2_locked(struct image *im, uint64_t offset, uint64_t *l2)
     return ret;
 }
 
-static int qcow2_store_entry(struct image *im, uint64_t at, uint64_t entry, uint64_t bitmap)
-{
-    const struct qcow2 *q = im->state;
-    uint64_t words[2] = { htobe64(entry), htobe64(bitmap) };
-
-    return qcow2_store_locked(im, at, words, q->subclusters ? 2 : 1, QCOW2_MAPPING);
-}
-
 /* -- writing -- */
 
 /* A piece of a write (I7): the guest's clusters, and where they go. */
@@ -10060,15 +9995,13 @@ static bool qcow2_is_empty(const struct qcow2 *q, uint64_t entry, uint64_t bitma
     return q->subclusters ? !entry && !(bitmap & UINT32_MAX) : !(entry & ~1ull);
 }
 
-/* The cells of cluster `guest` that [from, to) touches, a bit each. */
-static uint64_t qcow2_cells(const struct qcow2 *q, uint64_t guest, uint64_t from, uint64_t to)
+/* The subclusters of cluster `guest` that [from, to) touches, a bit each. */
+static uint64_t qcow2_subclusters(const struct qcow2 *q, uint64_t guest, uint64_t from, uint64_t to)
 {
-    uint64_t cell = qcow2_cluster(q) / QCOW2_SUBCLUSTERS, end = guest + qcow2_cluster(q), mask = 0;
+    uint64_t size = qcow2_cluster(q) / QCOW2_SUBCLUSTERS, mask = 0;
 
-    if (!q->subclusters)
-        return 1;
-    for (unsigned i = 0; i < QCOW2_SUBCLUSTERS; i++, guest += cell)
-        if (from < guest + cell && to > guest && guest < end)
+    for (unsigned i = 0; i < QCOW2_SUBCLUSTERS; i++, guest += size)
+        if (from < guest + size && to > guest)
             mask |= 1ull << i;
     return mask;
 }
@@ -10234,7 +10167,7 @@ static int qcow2_write_data(struct image *im, const struct qcow2_plan *p, const 
         return -ENOMEM;
     if (p->moved && q->subclusters)
         kept = p->old & QCOW2_COMPRESSED ? UINT32_MAX : p->old_bitmap & UINT32_MAX;
-    kept &= ~qcow2_cells(q, p->guest, offset, offset + len);
+    kept &= ~qcow2_subclusters(q, p->guest, offset, offset + len);
     for (unsigned i = 0; kept && i < QCOW2_SUBCLUSTERS && !ret; i++)
         if (kept >> i & 1)
             ret = qcow2_copy_old(im, p, p->guest + i * cell, p->guest + (i + 1) * cell);
@@ -10266,13 +10199,13 @@ static int qcow2_link_locked(struct image *im, const struct qcow2_plan *p, uint6
     for (uint64_t i = 0; i < p->n && !ret; i++) {
         *linked = i;
         ret = qcow2_read_entry(im, q, p->at + i * q->entry_size, &entry, &bitmap);
-        mask = qcow2_cells(q, p->guest + i * qcow2_cluster(q), offset, offset + len);
+        mask = qcow2_subclusters(q, p->guest + i * qcow2_cluster(q), offset, offset + len);
         if (i == 0 && (entry & QCOW2_COMPRESSED))
             mask = UINT32_MAX;
         bitmap = (bitmap | mask) & ~(mask << 32);
         if (!ret)
-            ret = qcow2_store_entry(im, p->at + i * q->entry_size, (p->host + i * qcow2_cluster(q)) | QCOW2_COPIED,
-                                    bitmap);
+            ret = qcow2_store_locked(im, p->at + i * q->entry_size, q->entry_size,
+                                     (p->host + i * qcow2_cluster(q)) | QCOW2_COPIED, bitmap, QCOW2_MAPPING);
     }
     if (!ret && p->moved)
         qcow2_free_entry_locked(im, p->old);
@@ -10285,18 +10218,19 @@ static bool qcow2_is_due_locked(const struct image *im)
 {
     const struct qcow2_writer *w = ((const struct qcow2 *)im->state)->w;
 
-    return w->changes.n > QCOW2_MAX_DIRTY || w->freed.n > QCOW2_MAX_FREED / 2;
+    return w->changes.n > QCOW2_MAX_DIRTY || w->freed->n > QCOW2_MAX_FREED / 2;
 }
 
-/* A request cannot go on before a commit, or before the refcount table is longer (grow). Then it is tried again. */
-static int qcow2_unblock(struct image *im, bool grow)
+/* Does what a request needs that ended with -EAGAIN (a commit) or -ENOBUFS (a longer refcount table): 0: it is retried. */
+static int qcow2_unblock(struct image *im, int ret)
 {
     struct qcow2 *q = im->state;
     struct qcow2_writer *w = q->w;
-    int ret;
 
-    if (!grow)
+    if (ret == -EAGAIN)
         return qcow2_sync(im, false);
+    if (ret != -ENOBUFS)
+        return ret;
     pool_lock(&w->commit_lock);
     pool_lock(&w->lock);
     ret = w->hint / qcow2_per_block(q) >= q->refcounts_entries ? qcow2_grow_table_locked(im) : 0;
@@ -10311,7 +10245,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
     struct qcow2_writer *w = q->w;
     uint64_t first = offset >> q->cluster_bits, linked = 0;
     struct qcow2_plan p;
-    int ret = 0;
+    int ret;
 
     *done = 0;
     pool_lock(&w->lock);
@@ -10321,10 +10255,8 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
     if (!ret && p.n)
         w->busy[w->n_busy++] = (struct qcow2_range){ first, p.n };
     pthread_mutex_unlock(&w->lock);
-    if (ret == -ENOBUFS || ret == -EAGAIN)
-        return qcow2_unblock(im, ret == -ENOBUFS);
     if (ret || !p.n)
-        return ret;
+        return qcow2_unblock(im, ret);
 
     len = util_min(len, p.end - offset);
     ret = qcow2_write_data(im, &p, buf, len, offset);
@@ -10364,7 +10296,7 @@ static int qcow2_zero_cluster_locked(struct image *im, uint64_t at, uint64_t gue
         entry = 1;
     if (p.old == entry && p.old_bitmap == bitmap)
         return 0;
-    ret = qcow2_store_entry(im, at, entry, bitmap);
+    ret = qcow2_store_locked(im, at, q->entry_size, entry, bitmap, QCOW2_MAPPING);
     if (!ret)
         qcow2_free_entry_locked(im, p.old);
     return ret;
@@ -10385,9 +10317,8 @@ static int qcow2_zero_locked(struct image *im, uint64_t len, uint64_t offset, ui
         ret = qcow2_own_l2_locked(im, offset, &l2);
     for (*done = 0; !ret && *done < len; *done += size) {
         if (qcow2_is_busy(q->w, (offset + *done) >> q->cluster_bits, 1)) {
-            if (*done)
-                return 0;
-            pool_wait(&q->w->idle, &q->w->lock);
+            if (!*done)
+                pool_wait(&q->w->idle, &q->w->lock);
             return 0;
         }
         ret = qcow2_zero_cluster_locked(
@@ -10407,23 +10338,20 @@ static int qcow2_zero(struct image *im, uint64_t len, uint64_t offset, uint64_t 
 {
     struct qcow2 *q = im->state;
     uint64_t size = qcow2_cluster(q), table = 1ull << (q->cluster_bits + q->l2_bits);
-    uint64_t left = size - (offset & (size - 1));
     uint64_t end = (im->size + size - 1) & ~(size - 1);
-    int ret = 0;
+    int ret;
 
-    *done = util_min(len, left);
+    *done = util_min(len, size - (offset & (size - 1)));
     if (offset + len == im->size)   /* a caller that zeroes up to the end holds size_lock: nobody writes behind it */
         len = end - offset;
     if (offset & (size - 1) || len < size)
         return qcow2_old_is_zero(im, offset, offset + *done) ? 0 : -EOPNOTSUPP;
     len = util_min(len & ~(size - 1), table - (offset & (table - 1)));
+    *done = 0;
     pool_lock(&q->w->lock);
     ret = qcow2_is_due_locked(im) ? -EAGAIN : qcow2_zero_locked(im, len, offset, done);
     pthread_mutex_unlock(&q->w->lock);
-    if (ret != -ENOBUFS && ret != -EAGAIN)
-        return ret;
-    *done = 0;
-    return qcow2_unblock(im, ret == -ENOBUFS);
+    return qcow2_unblock(im, ret);
 }
 
 /* -- starting and stopping, changing the size -- */
@@ -10457,36 +10385,33 @@ static int qcow2_start_writer(struct image *im)
     pthread_cond_init(&w->idle, NULL);
     im->files[0].newer_owner = &w->changes;
     im->files[0].newer = qcow2_newer;
-    w->freed.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
-    w->dropped.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
-    w->waiting.range = calloc(QCOW2_MAX_FREED, sizeof(*w->freed.range));
-    if (!w->freed.range || !w->dropped.range || !w->waiting.range)
-        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    w->freed = &w->ranges[0];
+    w->dropped = &w->ranges[1];
+    w->waiting = &w->ranges[2];
     w->top = (im->files[0].size + qcow2_cluster(q) - 1) & ~(qcow2_cluster(q) - 1);
     return 0;
 }
 
+/* No request comes any more. Changes that no commit has written are lost. Also image_format.close. */
 static void qcow2_stop_writer(struct image *im)
 {
     struct qcow2 *q = im->state;
 
     if (!q->w)
         return;
-    qcow2_drop_changes(im);
-    free(q->w->freed.range);
-    free(q->w->dropped.range);
-    free(q->w->waiting.range);
+    im->files[0].newer = NULL;
+    for (size_t i = 0; i < QCOW2_BUCKETS; i++)
+        for (struct qcow2_slice *s; (s = q->w->changes.bucket[i]);) {
+            q->w->changes.bucket[i] = s->next;
+            cache_forget(&im->files[0], s->start, CACHE_SLICE);
+            free(s);
+        }
     pthread_mutex_destroy(&q->w->lock);
     pthread_mutex_destroy(&q->w->commit_lock);
     pthread_mutex_destroy(&q->w->changes.lock);
     pthread_cond_destroy(&q->w->idle);
     free(q->w);
     q->w = NULL;
-}
-
-static void qcow2_close(struct image *im)
-{
-    qcow2_stop_writer(im);
 }
 
 /* Undoes the allocation of the row [start, start + n), and of the blocks behind it, up to `at`, that are not named. */
@@ -10912,20 +10837,6 @@ static void qcow2_check_copied(struct qcow2_check *k, uint64_t host, bool copied
                   copied ? "marked as used once" : "not marked as used once", refcount);
 }
 
-/* What is wrong with an entry of an L2 table by itself, or NULL. */
-static const char *qcow2_check_entry(const struct qcow2 *q, uint64_t entry, uint64_t bitmap)
-{
-    bool allocated = qcow2_allocated(q, entry);
-
-    if (!q->subclusters)
-        return (entry & QCOW2_ZERO) && q->v2 ? "a zero cluster in a version 2 image" : NULL;
-    if (entry & QCOW2_ZERO)
-        return "its L2 entry has reserved bits set";
-    if (allocated && (bitmap >> 32 & bitmap & UINT32_MAX))
-        return "a subcluster is both allocated and zero";
-    return !allocated && (bitmap & UINT32_MAX) ? "a subcluster is allocated in no cluster" : NULL;
-}
-
 static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest,
                                    uint64_t times, uint64_t active)
 {
@@ -11122,15 +11033,15 @@ static bool qcow2_check_snapshot(struct qcow2_check *k, const struct qcow2_snaps
 static void qcow2_check_tables(struct qcow2_check *k)
 {
     const struct qcow2 *q = k->q;
-    struct qcow2_snapshot sn = { 0 };
-    uint64_t at = q->snapshots_offset, sum = k->l1_entries * 8;
+    struct qcow2_snapshot sn = { .next = q->snapshots_offset };
+    uint64_t sum = k->l1_entries * 8;
 
     k->walked = k->to_walk = 0;
     qcow2_check_l1_table(k, k->l1_offset, k->l1_entries, 0);
     if (q->n_snapshots && (q->incompatible & QCOW2_DATA_FILE))
         qcow2_finding(k, 1, "snapshots in an image with an external data file");
-    for (uint32_t i = 1; i <= q->n_snapshots; i++, at = sn.next) {
-        if (i > QCOW2_MAX_SNAPSHOTS || sum > k->length || qcow2_read_snapshot(k->im, q, at, &sn)) {
+    for (uint32_t i = 1; i <= q->n_snapshots; i++) {
+        if (i > QCOW2_MAX_SNAPSHOTS || sum > k->length || qcow2_next_snapshot(k->im, q, &sn)) {
             k->unreadable = true;
             qcow2_finding(k, 1, "the snapshot table is damaged from entry %u on; what only these snapshots use seems "
                           "leaked", i);
@@ -11144,7 +11055,7 @@ static void qcow2_check_tables(struct qcow2_check *k)
     qcow2_check_refs(k);
     qcow2_count_table(k, q->crypt_offset, q->crypt_size, "the encryption header");
     if (q->n_snapshots)
-        qcow2_count_table(k, q->snapshots_offset, at - q->snapshots_offset, "the snapshot table");
+        qcow2_count_table(k, q->snapshots_offset, sn.next - q->snapshots_offset, "the snapshot table");
 }
 
 /* -- other tables -- */
@@ -11173,15 +11084,15 @@ static void qcow2_check_bitmap(struct qcow2_check *k, const struct qcow2_bitmap 
 static void qcow2_check_bitmaps(struct qcow2_check *k)
 {
     const struct qcow2 *q = k->q;
-    struct qcow2_bitmap b = { 0 };
-    uint64_t at = q->bitmaps_offset, sum = 0;
+    struct qcow2_bitmap b = { .next = q->bitmaps_offset };
     const char *why = NULL;
+    uint64_t sum = 0;
 
     if (!q->n_bitmaps)
         return;
     qcow2_count_table(k, q->bitmaps_offset, q->bitmaps_size, "the bitmap directory");
-    for (uint32_t i = 0; i < q->n_bitmaps && !why; i++, at = b.next) {
-        if (i == QCOW2_MAX_BITMAPS || qcow2_read_bitmap(k->im, q, at, &b))
+    for (uint32_t i = 0; i < q->n_bitmaps && !why; i++) {
+        if (i == QCOW2_MAX_BITMAPS || qcow2_next_bitmap(k->im, q, &b))
             why = "the bitmap directory is damaged";
         else if ((sum += (uint64_t)b.table_entries * 8) > k->length)
             why = "the tables of the bitmaps overlap";
@@ -11365,9 +11276,7 @@ static int qcow2_check(struct image *im, struct check *c)
 /* Near a bad sector an entry can be read, but not be changed: then it is left. */
 static void qcow2_repair_entry(struct qcow2_check *k, const struct qcow2_walk *w, uint64_t entry)
 {
-    uint64_t words[2] = { htobe64(entry), htobe64(w->bitmap) };
-
-    k->flags_set += !qcow2_store_locked(k->im, w->at, words, w->width / 8, QCOW2_MAPPING);
+    k->flags_set += !qcow2_store_locked(k->im, w->at, w->width, entry, w->bitmap, QCOW2_MAPPING);
 }
 
 /*
@@ -11696,7 +11605,7 @@ static const struct image_format qcow2_format = {
     .info = qcow2_info,
     .snapshots = qcow2_list_snapshots,
     .check = qcow2_check,
-    .close = qcow2_close,
+    .close = qcow2_stop_writer,
 };
 
 /* ******************************************************************************************************** *
