@@ -9666,12 +9666,10 @@ static int qcow2_grow_table_locked(struct image *im)
     }
     if (!ret)
         ret = qcow2_copy_table_locked(im, old_offset, (start + blocks) * size, old);
-    if (ret) {
-        qcow2_undo_tables_locked(im, start, blocks + table);
-        return ret;
+    if (!ret) {
+        q->refcounts_offset = (start + blocks) * size;
+        q->refcounts_entries = table * size / 8;
     }
-    q->refcounts_offset = (start + blocks) * size;
-    q->refcounts_entries = table * size / 8;
     for (uint64_t i = 0; i < blocks + table && !ret; i++)
         ret = qcow2_set_refcount(im, start + i, 1);
     if (!ret)
@@ -10737,17 +10735,6 @@ static void qcow2_end_walk(struct qcow2_check *k, const struct qcow2_walk *w, bo
 
 /* -- counting -- */
 
-static void qcow2_note_use(struct qcow2_check *k, uint64_t cluster, uint8_t use)
-{
-    uint8_t kinds = k->uses[cluster] & QCOW2_USE_KINDS;
-
-    if (kinds & (use == QCOW2_USE_OTHER ? 0xff : ~use)) {
-        use |= QCOW2_USE_MIXED;
-        k->mixed = true;
-    }
-    k->uses[cluster] |= use;
-}
-
 /* The active tables refer to a range that was counted. Two such references, one of which may be COPIED, share it. */
 static void qcow2_note_active(struct qcow2_check *k, uint64_t offset, uint64_t length, uint8_t use)
 {
@@ -10768,10 +10755,17 @@ static uint64_t qcow2_counted(const struct qcow2_check *k, uint64_t cluster)
                            : ((uint32_t *)k->counts)[cluster];
 }
 
-static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_t times)
+/* Counts `times` uses of a cluster. */
+static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_t times, uint8_t use)
 {
     uint64_t before = qcow2_counted(k, cluster), more = util_min(times, k->max - before), now = before + more;
+    uint8_t kinds = k->uses[cluster] & QCOW2_USE_KINDS;
 
+    k->uses[cluster] |= use;
+    if (kinds & (use == QCOW2_USE_OTHER ? 0xff : ~use)) {
+        k->uses[cluster] |= QCOW2_USE_MIXED;
+        k->mixed = true;
+    }
     if (k->width == 1)
         ((uint8_t *)k->counts)[cluster] = (uint8_t)now;
     else if (k->width == 2)
@@ -10806,10 +10800,8 @@ static void qcow2_count_range(struct qcow2_check *k, uint64_t offset, uint64_t l
                       what, length, offset);
         return;
     }
-    for (uint64_t i = offset / cluster; i <= (offset + length - 1) / cluster; i++) {
-        qcow2_count_cluster(k, i, times);
-        qcow2_note_use(k, i, use);
-    }
+    for (uint64_t i = offset / cluster; i <= (offset + length - 1) / cluster; i++)
+        qcow2_count_cluster(k, i, times, use);
 }
 
 /* A table that has one user. */
@@ -11121,8 +11113,7 @@ static void qcow2_check_blocks(struct qcow2_check *k)
             qcow2_finding(k, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64 " lies past the end of the file", w.i,
                           w.entry);
         } else {
-            qcow2_count_cluster(k, cluster, 1);
-            qcow2_note_use(k, cluster, QCOW2_USE_OTHER);
+            qcow2_count_cluster(k, cluster, 1, QCOW2_USE_OTHER);
             if (qcow2_counted(k, cluster) != 1)
                 qcow2_finding(k, 1, "refcount block %" PRIu64 " at host 0x%" PRIx64 " is used for something else, too",
                               w.i, w.entry);
@@ -11159,14 +11150,6 @@ static void qcow2_report_run(struct qcow2_check *k, const struct qcow2_run *r)
         qcow2_suspect(k, r->first + i);
 }
 
-/* A cluster whose refcount is right, but of which one user or the other is wrong. (QEMU does not look for that.) */
-static void qcow2_report_mixed(struct qcow2_check *k, uint64_t cluster)
-{
-    qcow2_finding(k, 1, "host 0x%" PRIx64 " is used as %s and as something else", cluster << k->q->cluster_bits,
-                  k->uses[cluster] & QCOW2_USE_L2 ? "an L2 table" : "a table");
-    qcow2_suspect(k, cluster);
-}
-
 static void qcow2_compare_counts(struct qcow2_check *k)
 {
     uint64_t per = qcow2_per_block(k->q), block = 0, last = 0;
@@ -11187,8 +11170,12 @@ static void qcow2_compare_counts(struct qcow2_check *k)
         } else if (stored || counted) {
             last = i;
         }
-        if ((k->uses[i] & (QCOW2_USE_MIXED | QCOW2_USE_OVERFLOW)) == QCOW2_USE_MIXED && stored == counted)
-            qcow2_report_mixed(k, i);
+        /* The refcount is right, but one user or the other is wrong. (QEMU does not look for that.) */
+        if ((k->uses[i] & (QCOW2_USE_MIXED | QCOW2_USE_OVERFLOW)) == QCOW2_USE_MIXED && stored == counted) {
+            qcow2_finding(k, 1, "host 0x%" PRIx64 " is used as %s and as something else", i << k->q->cluster_bits,
+                          k->uses[i] & QCOW2_USE_L2 ? "an L2 table" : "a table");
+            qcow2_suspect(k, i);
+        }
         if (stored != run.stored || counted != run.counted) {
             qcow2_report_run(k, &run);
             run = (struct qcow2_run){ i, 0, stored, counted };
@@ -11305,15 +11292,14 @@ static bool qcow2_is_l2(const struct qcow2_check *k, uint64_t l2)
 {
     const struct qcow2 *q = k->q;
     struct qcow2_walk w = { .table = l2, .n = 1ull << q->l2_bits, .width = q->entry_size };
-    uint64_t good = 0, bad = 0;
     struct extent ext;
+    int balance = 0;                /* good entries minus bad ones */
 
     while (qcow2_walk(k, &w)) {
         qcow2_map_entry(k->im, q, w.entry, w.bitmap, 0, qcow2_cluster(q), &ext);
-        bad += ext.kind == EXT_BAD;
-        good += ext.kind != EXT_BAD;
+        balance += ext.kind == EXT_BAD ? -1 : 1;
     }
-    return good >= bad;
+    return balance >= 0;
 }
 
 static int qcow2_repair_l2(struct qcow2_check *k, uint64_t l2)
