@@ -9854,7 +9854,7 @@ static int qcow2_write_stages(struct image *im)
     return ret ? ret : file_sync(&im->files[0]);        /* B3 */
 }
 
-/* Nothing of a failed commit is in the file for certain: its changes are written, its ranges freed with the next one. */
+/* A failed commit: nothing of it is in the file for certain, so its changes and freed ranges go to the next one. */
 static void qcow2_thaw_locked(struct image *im, bool good)
 {
     struct qcow2_writer *w = ((struct qcow2 *)im->state)->w;
@@ -10219,7 +10219,7 @@ static bool qcow2_is_due_locked(const struct image *im)
     return w->changes.n > QCOW2_MAX_DIRTY || w->freed->n > QCOW2_MAX_FREED / 2;
 }
 
-/* Does what a request needs that ended with -EAGAIN (a commit) or -ENOBUFS (a longer refcount table): 0: it is retried. */
+/* Does what a request needs that ended with -EAGAIN (a commit) or -ENOBUFS (a longer refcount table). 0: retry it. */
 static int qcow2_unblock(struct image *im, int ret)
 {
     struct qcow2 *q = im->state;
