@@ -211,6 +211,11 @@ static bool util_is_power_of_2(uint64_t value, uint64_t min, uint64_t max)
     return value >= min && value <= max && (value & (value - 1)) == 0;
 }
 
+static bool util_overlap(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
+{
+    return a < b + b_len && b < a + a_len;
+}
+
 /* How many of n ascending numbers, `stride` bytes apart, are at most `value`; also the index of the first above it. */
 static unsigned util_count_up_to(const uint64_t *number, size_t stride, unsigned n, uint64_t value)
 {
@@ -2122,6 +2127,14 @@ static int file_pread(struct file *f, void *buf, uint64_t len, uint64_t offset, 
                        : file_pread_stored(f, buf, len, offset, done);
 }
 
+/* As file_pread(), for callers that can do nothing with a part. */
+static int file_read(struct file *f, void *buf, uint64_t len, uint64_t offset)
+{
+    uint64_t done;
+
+    return file_pread(f, buf, len, offset, &done);
+}
+
 static void file_overlay(struct file *f)
 {
     if (!f->overlaid)
@@ -3168,11 +3181,8 @@ static int fmt_refuse_table(const struct image *im, const struct file *f, const 
 /* Reads `what` at offset of f, one of the image's files. */
 static int fmt_read(const struct image *im, struct file *f, uint64_t offset, void *buf, uint64_t len, const char *what)
 {
-    uint64_t done;
-
-    if (offset > f->size || len > f->size - offset)
-        return fmt_refuse_table(im, f, what, offset, len);
-    return file_pread(f, buf, len, offset, &done);
+    return offset > f->size || len > f->size - offset ? fmt_refuse_table(im, f, what, offset, len)
+                                                      : file_read(f, buf, len, offset);
 }
 
 /* Refuses a valid image of a kind that is not supported. */
@@ -3207,13 +3217,13 @@ static void ext_past(struct extent *ext, uint64_t length, const char *why, struc
     *ext = (struct extent){ .kind = EXT_BAD, .length = length, .why = why, .file = f, .offset = end };
 }
 
-/* Data of f at offset, as far as f goes; bad from its end on. */
-static void ext_data(struct extent *ext, uint64_t length, struct file *f, uint64_t offset)
+/* Data of f at offset; bad from `end` on, which is the end of f or where its data ends. */
+static void ext_data(struct extent *ext, uint64_t length, struct file *f, uint64_t offset, uint64_t end)
 {
-    if (offset >= f->size)
+    if (offset >= end)
         ext_past(ext, length, "its data lies past the end of the file", f, offset + length);
     else
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, f->size - offset), .file = f,
+        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, end - offset), .file = f,
                                 .offset = offset };
 }
 
@@ -4372,8 +4382,9 @@ static void vdi_parse_v1(struct image *im, struct vdi *v, const struct vdi_heade
     vdi_parse_uuids(im, h->uuid, 4);
 }
 
-static int vdi_check_header(struct image *im, const struct vdi *v)
+static int vdi_check_header(const struct image *im)
 {
+    const struct vdi *v = im->state;
     uint64_t file_size = im->files[0].size;
 
     if ((v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF) && im->parent_id.known[ID_IMAGE])
@@ -4400,15 +4411,16 @@ static int vdi_check_header(struct image *im, const struct vdi *v)
     return 0;
 }
 
-static int vdi_read_header(struct image *im, struct vdi *v)
+static int vdi_read_header(struct image *im)
 {
+    struct vdi *v = im->state;
     union {
         struct vdi_start start;
         struct vdi_header_v0 v0;
         struct vdi_header v1;
     } h = { 0 };
-    uint64_t done, len = util_min(im->files[0].size, sizeof(h));
-    int ret = file_pread(&im->files[0], &h, len, 0, &done);
+    uint64_t len = util_min(im->files[0].size, sizeof(h));
+    int ret = file_read(&im->files[0], &h, len, 0);
 
     if (ret)
         return ret;
@@ -4429,22 +4441,14 @@ static int vdi_read_header(struct image *im, struct vdi *v)
     if (v->type < VDI_TYPE_DYNAMIC || v->type > VDI_TYPE_DIFF)
         fmt_odd(im, "the image type", v->type);
     v->differencing = v->type == VDI_TYPE_UNDO || v->type == VDI_TYPE_DIFF;
-    return vdi_check_header(im, v);
-}
-
-static int vdi_identify(struct image *im)
-{
-    struct vdi v = { 0 };
-
-    return vdi_read_header(im, &v);
+    return vdi_check_header(im);
 }
 
 static int vdi_open(struct image *im)
 {
-    struct vdi *v = im->state;
-    int ret;
+    const struct vdi *v = im->state;
+    int ret = vdi_read_header(im);
 
-    ret = vdi_read_header(im, v);
     if (ret)
         return ret;
     im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
@@ -4478,6 +4482,7 @@ static bool vdi_is_wiped(const struct image *im, uint64_t i)
 static void vdi_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
 {
     const struct vdi *v = im->state;
+    struct file *f = &im->files[0];
     uint64_t i = offset / v->block_size, in_block = offset % v->block_size;
     uint32_t entry;
 
@@ -4491,8 +4496,7 @@ static void vdi_map(struct image *im, uint64_t offset, uint64_t length, struct e
     else if (entry == 0 && vdi_is_wiped(im, i))
         ext_bad(ext, length, "its map entry was wiped: its neighbour has block 0, too");
     else
-        ext_data(ext, length, &im->files[0],
-                 v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block);
+        ext_data(ext, length, f, v->data + entry * ((uint64_t)v->block_size + v->extra) + v->extra + in_block, f->size);
 }
 
 static void vdi_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
@@ -4536,7 +4540,7 @@ static const struct image_format vdi_format = {
     .writes = "overlay",
     .state_size = sizeof(struct vdi),
     .probe = vdi_probe,
-    .identify = vdi_identify,
+    .identify = vdi_read_header,
     .open = vdi_open,
     .map = vdi_map,
     .claims = vdi_claims,
@@ -4619,11 +4623,8 @@ static int qed_check_l1(const struct image *im, const struct qed *q)
 static int qed_read_header(struct image *im, struct qed *q, struct qed_header *h)
 {
     uint32_t cluster, table, header_clusters;
-    uint64_t done;
-    int ret = 0;
+    int ret = im->files[0].size < sizeof(*h) ? 0 : file_read(&im->files[0], h, sizeof(*h), 0);
 
-    if (im->files[0].size >= sizeof(*h))
-        ret = file_pread(&im->files[0], h, sizeof(*h), 0, &done);
     if (ret)
         return ret;
     if (memcmp(h->magic, "QED", 4) != 0)
@@ -4652,8 +4653,8 @@ static int qed_read_header(struct image *im, struct qed *q, struct qed_header *h
 /* The name lies in the header's clusters. */
 static int qed_read_backing(struct image *im, const struct qed *q, const struct qed_header *h)
 {
-    uint64_t offset = le32_to_cpu(h->name_offset), len = le32_to_cpu(h->name_length), done;
-    char name[QED_MAX_NAME];
+    uint64_t offset = le32_to_cpu(h->name_offset), len = le32_to_cpu(h->name_length);
+    uint8_t name[QED_MAX_NAME];
     int ret;
 
     if (!(q->features & QED_BACKING))
@@ -4662,10 +4663,10 @@ static int qed_read_backing(struct image *im, const struct qed *q, const struct 
         return fmt_refuse(im, "the length of the backing file's name: 1 to 1023 bytes", len);
     if (offset + len > q->first || offset + len > im->files[0].size)
         return fmt_refuse(im, "the offset of the backing file's name: in the header's clusters", offset);
-    ret = file_pread(&im->files[0], name, len, offset, &done);
+    ret = file_read(&im->files[0], name, len, offset);
     if (ret)
         return ret;
-    if (!util_copy_name(im->backing_name, sizeof(im->backing_name), (const uint8_t *)name, (uint32_t)len))
+    if (!util_copy_name(im->backing_name, sizeof(im->backing_name), name, (uint32_t)len))
         return fmt_refuse(im, "a zero in the backing file's name, of length", len);
     if (q->features & QED_BACKING_RAW)
         util_copy(im->backing_format, sizeof(im->backing_format), "raw");
@@ -4676,9 +4677,8 @@ static int qed_open(struct image *im)
 {
     struct qed *q = im->state;
     struct qed_header h = { .magic = { 0 } };
-    int ret;
+    int ret = qed_read_header(im, q, &h);
 
-    ret = qed_read_header(im, q, &h);
     if (!ret)
         ret = qed_read_backing(im, q, &h);
     if (ret)
@@ -4691,41 +4691,49 @@ static int qed_open(struct image *im)
     return 0;
 }
 
-/* The entry of a table for `index`. NULL: all is well, else why not. */
-static const char *qed_entry(struct file *f, uint64_t table, uint64_t index, uint64_t *entry)
+/*
+ * Finds the L2 entry for offset: *host. *length is cut to what it holds for: at most a cluster, or without an L2 table
+ * all that it would cover. Returns what is wrong, or NULL.
+ */
+static const char *qed_find(const struct image *im, uint64_t offset, uint64_t *length, uint64_t *host)
 {
-    return cache_le64(f, table + index * 8, entry) ? "its tables cannot be read" : NULL;
+    const struct qed *q = im->state;
+    struct file *f = &im->files[0];
+    uint64_t cluster = 1ull << q->cluster_bits, covers = cluster << q->table_bits, table = 8ull << q->table_bits, l2;
+
+    *host = 0;
+    *length = util_min(*length, covers - (offset & (covers - 1)));
+    if (cache_le64(f, q->l1 + (offset >> q->cluster_bits >> q->table_bits) * 8, &l2))
+        return "its tables cannot be read";
+    if (!l2)
+        return NULL;
+    if (l2 & (cluster - 1) || l2 < q->first)
+        return "its L1 entry is damaged";
+    if (l2 >= f->size || table > f->size - l2)
+        return "its L2 table lies past the end of the file";
+    *length = util_min(*length, cluster - (offset & (cluster - 1)));
+    if (cache_le64(f, l2 + ((offset & (covers - 1)) >> q->cluster_bits) * 8, host))
+        return "its tables cannot be read";
+    if (*host <= QED_ENTRY_ZERO)
+        return NULL;
+    if (*host & (cluster - 1) || *host < q->first)
+        return "its L2 entry is damaged";
+    if (util_overlap(*host, cluster, q->l1, table) || util_overlap(*host, cluster, l2, table))
+        return "its cluster lies in the image's own tables";
+    return NULL;
 }
 
-/* What the tables say about one cluster, or the rest of it; without an L2 table, about all that it would cover. */
 static void qed_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
 {
     const struct qed *q = im->state;
     struct file *f = &im->files[0];
-    uint64_t table_mask = (1ull << q->table_bits) - 1, cluster_mask = (1ull << q->cluster_bits) - 1;
-    uint64_t covers = (table_mask + 1) << q->cluster_bits, in_cluster = offset & cluster_mask, l2 = 0, host = 0;
-    uint64_t table = (table_mask + 1) * 8;
-    const char *why;
+    uint64_t host, in_cluster = offset & ((1ull << q->cluster_bits) - 1);
+    const char *why = qed_find(im, offset, &length, &host);
 
-    length = util_min(length, covers - (offset & (covers - 1)));
-    why = qed_entry(f, q->l1, offset >> q->cluster_bits >> q->table_bits, &l2);
-    if (!why && l2 && (l2 & cluster_mask || l2 < q->first))
-        why = "its L1 entry is damaged";
-    if (!why && l2 && (l2 >= f->size || table > f->size - l2)) {
-        why = "its L2 table lies past the end of the file";
-    } else if (!why && l2) {
-        length = util_min(length, cluster_mask + 1 - in_cluster);
-        why = qed_entry(f, l2, offset >> q->cluster_bits & table_mask, &host);
-    }
-    if (!why && host > QED_ENTRY_ZERO && (host & cluster_mask || host < q->first))
-        why = "its L2 entry is damaged";
-    else if (!why && host > QED_ENTRY_ZERO &&
-             (host + cluster_mask - q->l1 < table + cluster_mask || host + cluster_mask - l2 < table + cluster_mask))
-        why = "its cluster lies in the image's own tables";
     if (why)
         ext_bad(ext, length, why);
     else if (host > QED_ENTRY_ZERO)
-        ext_data(ext, length, f, util_min(host, MAX_IMAGE_SIZE) + in_cluster);
+        ext_data(ext, length, f, util_min(host, MAX_IMAGE_SIZE) + in_cluster, f->size);
     else
         *ext = (struct extent){ .kind = host == QED_ENTRY_ZERO ? EXT_ZERO : ext_hole(im), .length = length,
                                 .zeroed = host == QED_ENTRY_ZERO };
@@ -4889,41 +4897,29 @@ static int vhd_probe(const struct probe *p)
     return p->head_len >= VHD_FOOTER - 1 && vhd_is_footer((const void *)p->head) ? 100 : 0;
 }
 
-/* Reads the footer (511 or 512 bytes) at the end. False: none is there, or it is damaged; *seen: one is there. */
-static bool vhd_read_end(struct image *im, struct vhd *v, bool *seen)
+/* Reads a footer of len bytes. False: none is there, or it is damaged; *seen: one is there. */
+static bool vhd_read_footer(struct file *f, uint64_t offset, uint64_t len, struct vhd_footer *footer, bool *seen)
+{
+    *footer = (struct vhd_footer){ 0 };
+    if (file_read(f, footer, len, offset) || !vhd_is_footer(footer))
+        return false;
+    *seen = true;
+    return vhd_footer_is_good(footer);
+}
+
+/* Reads the footer at the end, of 512 or 511 bytes, and its copy at the front, which fixed disks do not have. */
+static int vhd_find_footer(struct image *im, struct vhd *v)
 {
     struct file *f = &im->files[0];
-    uint64_t done;
+    struct vhd_footer front;
+    bool seen = false, good_end = false, good_front;
 
-    for (uint64_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= f->size; len--) {
-        v->footer = (struct vhd_footer){ 0 };
-        if (file_pread(f, &v->footer, len, f->size - len, &done) || !vhd_is_footer(&v->footer))
-            continue;
-        *seen = true;
+    for (uint64_t len = VHD_FOOTER; len >= VHD_FOOTER - 1 && len <= f->size && !good_end; len--) {
         v->end = f->size - len;
-        if (vhd_footer_is_good(&v->footer))
-            return true;
+        good_end = vhd_read_footer(f, v->end, len, &v->footer, &seen);
     }
-    v->end = f->size;
-    return false;
-}
-
-/* Reads the copy at the front; fixed disks have none. */
-static bool vhd_read_front(struct image *im, struct vhd_footer *front, bool *seen)
-{
-    uint64_t done;
-
-    if (im->files[0].size < VHD_FOOTER || file_pread(&im->files[0], front, VHD_FOOTER, 0, &done))
-        return false;
-    *seen |= vhd_is_footer(front);
-    return vhd_footer_is_good(front) && be32_to_cpu(front->type) != VHD_FIXED;
-}
-
-static int vhd_read_footer(struct image *im, struct vhd *v)
-{
-    struct vhd_footer front = { 0 };
-    bool seen = false, good_end = vhd_read_end(im, v, &seen), good_front = vhd_read_front(im, &front, &seen);
-
+    good_front = f->size >= VHD_FOOTER && vhd_read_footer(f, 0, VHD_FOOTER, &front, &seen) &&
+                 be32_to_cpu(front.type) != VHD_FIXED;
     if (!seen)
         return msg_err(-EINVAL, "%s: is not a VHD image", im->name);
     if (!good_end && !good_front)
@@ -4939,7 +4935,7 @@ static int vhd_read_footer(struct image *im, struct vhd *v)
     }
     if (!good_end) {
         v->footer = front;
-        v->end = im->files[0].size;
+        v->end = f->size;
     }
     return 0;
 }
@@ -4949,7 +4945,7 @@ static int vhd_identify(struct image *im)
 {
     struct vhd *v = im->state;
     uint32_t version;
-    int ret = vhd_read_footer(im, v);
+    int ret = vhd_find_footer(im, v);
 
     if (ret)
         return ret;
@@ -4990,11 +4986,6 @@ static int vhd_set_size(struct image *im, struct vhd *v, uint64_t reach)
     return 0;
 }
 
-static bool vhd_overlaps(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
-{
-    return a < b + b_len && b < a + a_len;
-}
-
 static int vhd_check_header(struct image *im, struct vhd *v, const struct vhd_header *h)
 {
     uint32_t block = be32_to_cpu(h->block_size);
@@ -5012,7 +5003,7 @@ static int vhd_check_header(struct image *im, struct vhd *v, const struct vhd_he
         return fmt_refuse_table(im, &im->files[0], "the offset of the block table", v->table, VHD_SECTOR);
     if ((uint64_t)v->entries * 4 > size - v->table)
         return fmt_refuse(im, "more table entries than the file holds", v->entries);
-    if (vhd_overlaps(v->table, (uint64_t)v->entries * 4, v->header, VHD_HEADER))
+    if (util_overlap(v->table, (uint64_t)v->entries * 4, v->header, VHD_HEADER))
         return fmt_refuse(im, "the offset of the block table, in the dynamic header", v->table);
     v->block_bits = (uint32_t)__builtin_ctz(block);
     v->bitmap_size = (block / VHD_PER_BITMAP + !!(block % VHD_PER_BITMAP)) * VHD_SECTOR;
@@ -5049,10 +5040,10 @@ static int vhd_read_locator(struct image *im, const struct vhd_locator *locator)
     char name[2 * VHD_MAX_LOCATOR];
     struct file *f = &im->files[0];
     uint32_t len = be32_to_cpu(locator->length);
-    uint64_t offset = be64_to_cpu(locator->offset), done;
+    uint64_t offset = be64_to_cpu(locator->offset);
     bool windows = locator->code[0] == 'W';
 
-    if (len > sizeof(path) || offset > f->size || len > f->size - offset || file_pread(f, path, len, offset, &done))
+    if (len > sizeof(path) || offset > f->size || len > f->size - offset || file_read(f, path, len, offset))
         return 0;
     /* W2ru and W2ku are in UTF-16; the older Wi2r and Wi2k may be. */
     if (locator->code[1] == '2' || (windows && len >= 2 && !path[1]))
@@ -5101,14 +5092,11 @@ static int vhd_check_sum(const struct image *im, const struct vhd *v, const stru
 static int vhd_open_dynamic(struct image *im, struct vhd *v)
 {
     struct vhd_header header;
-    struct file *f = &im->files[0];
-    uint64_t reach, done;
+    uint64_t reach;
     int ret;
 
     v->header = be64_to_cpu(v->footer.header);
-    if (f->size < VHD_HEADER || v->header > f->size - VHD_HEADER)
-        return fmt_refuse_table(im, f, "the offset of the dynamic header", v->header, VHD_HEADER);
-    ret = file_pread(f, &header, VHD_HEADER, v->header, &done);
+    ret = fmt_read(im, &im->files[0], v->header, &header, VHD_HEADER, "the offset of the dynamic header");
     if (!ret)
         ret = vhd_check_header(im, v, &header);
     if (ret)
@@ -5129,9 +5117,8 @@ static int vhd_open_dynamic(struct image *im, struct vhd *v)
 static int vhd_open(struct image *im)
 {
     struct vhd *v = im->state;
-    int ret;
+    int ret = vhd_identify(im);
 
-    ret = vhd_identify(im);
     if (ret)
         return ret;
     ret = v->type == VHD_FIXED ? vhd_set_size(im, v, v->end) : vhd_open_dynamic(im, v);
@@ -5150,8 +5137,8 @@ static void vhd_map_block(struct image *im, const struct vhd *v, uint64_t start,
     bool here = false;
 
     sectors = (in_block + length - 1) / VHD_SECTOR - in_block / VHD_SECTOR + 1;
-    if (vhd_overlaps(start, all, 0, VHD_FOOTER) || vhd_overlaps(start, all, v->header, VHD_HEADER) ||
-        vhd_overlaps(start, all, v->table, (uint64_t)v->entries * 4))
+    if (util_overlap(start, all, 0, VHD_FOOTER) || util_overlap(start, all, v->header, VHD_HEADER) ||
+        util_overlap(start, all, v->table, (uint64_t)v->entries * 4))
         why = "its block lies in the image's own tables";
     else if (start >= v->end || v->bitmap_size > v->end - start)
         why = "its block lies past the end of the file";
@@ -5159,26 +5146,12 @@ static void vhd_map_block(struct image *im, const struct vhd *v, uint64_t start,
         why = "the bitmap of its block cannot be read";
     else
         length = util_min(length, sectors * VHD_SECTOR - in_block % VHD_SECTOR);
-    if (!why && here && data >= v->end)
-        why = "its block lies past the end of the file";
     if (why)
         ext_bad(ext, length, why);
     else if (here)
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - data), .file = &im->files[0],
-                                .offset = data };
+        ext_data(ext, length, &im->files[0], data, v->end);
     else
         *ext = (struct extent){ .kind = ext_hole(im), .length = length };
-}
-
-static void vhd_map_fixed(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
-{
-    const struct vhd *v = im->state;
-
-    if (offset >= v->end)
-        ext_bad(ext, length, "past the end of the file");
-    else
-        *ext = (struct extent){ .kind = EXT_DATA, .length = util_min(length, v->end - offset), .file = &im->files[0],
-                                .offset = offset, .sparse = true };
 }
 
 static void vhd_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
@@ -5188,7 +5161,8 @@ static void vhd_map(struct image *im, uint64_t offset, uint64_t length, struct e
     uint32_t entry;
 
     if (v->type == VHD_FIXED) {
-        vhd_map_fixed(im, offset, length, ext);
+        ext_data(ext, length, &im->files[0], offset, v->end);
+        ext->sparse = ext->kind == EXT_DATA;
         return;
     }
     length = util_min(length, (1ull << v->block_bits) - in_block);
@@ -5294,10 +5268,9 @@ static bool vhd_as_qemu(struct image *im)
 {
     const struct vhd *v = im->state;
     struct vhd_footer front;
-    uint64_t done;
 
     if (v->type == VHD_DIFFERENCING || vhd_qemu_size(v) != im->size || im->files[0].size < VHD_FOOTER ||
-        file_pread(&im->files[0], &front, VHD_FOOTER, 0, &done))
+        file_read(&im->files[0], &front, VHD_FOOTER, 0))
         return false;
     if (v->type == VHD_FIXED)
         return !vhd_is_footer(&front) && v->end == im->files[0].size - VHD_FOOTER;
@@ -5525,9 +5498,8 @@ static uint32_t vhdx_crc(uint32_t crc, const void *data, size_t len)
 static bool vhdx_read_sealed(struct file *f, uint64_t offset, uint8_t *bytes, size_t len, const char *signature)
 {
     static const uint8_t zeros[4];
-    uint64_t done;
 
-    return offset + len <= f->size && file_pread(f, bytes, len, offset, &done) == 0 &&
+    return offset + len <= f->size && file_read(f, bytes, len, offset) == 0 &&
            memcmp(bytes, signature, 4) == 0 &&
            ~vhdx_crc(vhdx_crc(vhdx_crc(~0u, bytes, 4), zeros, 4), bytes + 8, len - 8) == util_le32(bytes + 4);
 }
@@ -5536,9 +5508,8 @@ static int vhdx_no_header(const struct image *im)
 {
     struct file *f = &im->files[0];
     uint8_t identifier[8] = { 0 };
-    uint64_t done;
 
-    if (file_pread(f, identifier, util_min(8, f->size), 0, &done) || memcmp(identifier, "vhdxfile", 8) != 0)
+    if (file_read(f, identifier, util_min(8, f->size), 0) || memcmp(identifier, "vhdxfile", 8) != 0)
         return msg_err(-EINVAL, "%s: is not a VHDX image", im->name);
     if (f->size < VHDX_HEADER_AT + 2 * VHDX_TABLE)
         return fmt_refuse_table(im, f, "the offset of its headers", VHDX_HEADER_AT, 2ull * VHDX_TABLE);
@@ -5546,8 +5517,9 @@ static int vhdx_no_header(const struct image *im)
 }
 
 /* Of the good headers, the one with the higher sequence number is current. Two with one number must say the same. */
-static int vhdx_read_headers(struct image *im, struct vhdx *v)
+static int vhdx_read_headers(struct image *im)
 {
+    struct vhdx *v = im->state;
     const size_t used = offsetof(struct vhdx_header, data_write_guid), end = offsetof(struct vhdx_header, reserved);
     const struct vhdx_header *h = NULL;
     struct vhdx_header both[2];
@@ -5614,13 +5586,12 @@ static int vhdx_log_bad(const struct image *im, const char *what)
 static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, void *page)
 {
     const struct vhdx_range *ring = &log->vhdx->log;
-    uint64_t done;
 
     log->spent |= log->budget < VHDX_PAGE || (log->budget % VHDX_MIB == 0 && util_interrupted());
     if (log->spent)
         return false;
     log->budget -= VHDX_PAGE;
-    return file_pread(&log->im->files[0], page, VHDX_PAGE, ring->offset + at % ring->length, &done) == 0;
+    return file_read(&log->im->files[0], page, VHDX_PAGE, ring->offset + at % ring->length) == 0;
 }
 
 /* Reads the header of the entry at `at`. False: there is none of this log. */
@@ -5830,9 +5801,9 @@ union vhdx_table {
     uint8_t bytes[VHDX_TABLE];
 };
 
-static bool vhdx_overlaps(const struct vhdx_range *r, uint64_t offset, uint64_t length)
+static bool vhdx_overlap(const struct vhdx_range *r, const struct vhdx_range *s)
 {
-    return offset < r->offset + r->length && r->offset < offset + length;
+    return util_overlap(r->offset, r->length, s->offset, s->length);
 }
 
 static int vhdx_check_region(struct image *im, struct vhdx *v, const struct vhdx_region *e)
@@ -5874,11 +5845,10 @@ static int vhdx_read_regions(struct image *im, struct vhdx *v, union vhdx_table 
         return ret;
     if (!v->bat.length || !v->metadata.length)
         return fmt_refuse(im, v->bat.length ? "no metadata region" : "no block table", n);
-    if (vhdx_overlaps(&v->bat, v->metadata.offset, v->metadata.length))
+    if (vhdx_overlap(&v->bat, &v->metadata))
         return fmt_refuse(im, "regions that overlap", v->bat.offset);
     if (v->log.offset < (uint64_t)MAX_IMAGE_SIZE && v->log.length &&
-        (vhdx_overlaps(&v->log, v->bat.offset, v->bat.length) ||
-         vhdx_overlaps(&v->log, v->metadata.offset, v->metadata.length)))
+        (vhdx_overlap(&v->log, &v->bat) || vhdx_overlap(&v->log, &v->metadata)))
         return fmt_refuse(im, "a region in the log", v->log.offset);
     return 0;
 }
@@ -5908,13 +5878,12 @@ static int vhdx_check_item(struct image *im, struct vhdx *v, const struct vhdx_m
 static int vhdx_read_metadata(struct image *im, struct vhdx *v, union vhdx_table *t)
 {
     struct file *f = &im->files[0];
-    uint64_t done;
     uint32_t n;
     int ret;
 
     if (v->metadata.offset > f->size || f->size - v->metadata.offset < VHDX_TABLE)
         return fmt_refuse(im, "the metadata lies past the end of the file", v->metadata.offset);
-    ret = file_pread(f, t, VHDX_TABLE, v->metadata.offset, &done);
+    ret = file_read(f, t, VHDX_TABLE, v->metadata.offset);
     if (ret)
         return ret;
     n = le16_to_cpu(t->metadata.n_entries);
@@ -5931,12 +5900,7 @@ static int vhdx_read_metadata(struct image *im, struct vhdx *v, union vhdx_table
 /* Reads the first `len` bytes of an item, which has as many. */
 static int vhdx_read_item(struct image *im, const struct vhdx *v, enum vhdx_item item, void *to, uint64_t len)
 {
-    struct file *f = &im->files[0];
-    uint64_t done, offset = v->item[item].offset;
-
-    if (offset > f->size || len > f->size - offset)
-        return fmt_refuse(im, "a metadata item lies past the end of the file", offset);
-    return file_pread(f, to, len, offset, &done);
+    return fmt_read(im, &im->files[0], v->item[item].offset, to, len, vhdx_items[item].what);
 }
 
 /* Entries that the block table must have. */
@@ -6009,13 +5973,22 @@ static bool vhdx_locator_text(const struct vhdx_locator *l, uint64_t len, const 
     return false;
 }
 
-static int vhdx_parse_locator(struct image *im, const struct vhdx_locator *l, uint64_t len)
+static int vhdx_read_parent(struct image *im, const struct vhdx *v, union vhdx_table *t)
 {
     static const char *const paths[] = { "relative_path", "volume_path", "absolute_win32_path" };
+    const struct vhdx_locator *l = &t->locator;
+    uint64_t len = v->item[VHDX_LOCATOR].length;
     char text[3072], type[37];
     uint8_t uuid[16];
-    int ret = 0;
+    int ret;
 
+    if (!v->has_parent)
+        return 0;
+    if (!len || len > sizeof(*t))
+        return fmt_refuse(im, "the length of the parent locator, 20 bytes to 64 KiB", len);
+    ret = vhdx_read_item(im, v, VHDX_LOCATOR, t, len);
+    if (ret)
+        return ret;
     vhdx_guid(l->type, type);
     if (strcmp(type, VHDX_GUID_LOCATOR) != 0)
         return vhdx_unknown(im, "parent locator", type);
@@ -6030,26 +6003,6 @@ static int vhdx_parse_locator(struct image *im, const struct vhdx_locator *l, ui
     return ret;
 }
 
-static int vhdx_read_parent(struct image *im, const struct vhdx *v, union vhdx_table *t)
-{
-    uint64_t len = v->item[VHDX_LOCATOR].length;
-    int ret;
-
-    if (!v->has_parent)
-        return 0;
-    if (!len || len > sizeof(*t))
-        return fmt_refuse(im, "the length of the parent locator, 20 bytes to 64 KiB", len);
-    ret = vhdx_read_item(im, v, VHDX_LOCATOR, t, len);
-    return ret ? ret : vhdx_parse_locator(im, &t->locator, len);
-}
-
-static int vhdx_identify(struct image *im)
-{
-    struct vhdx v = { 0 };
-
-    return vhdx_read_headers(im, &v);
-}
-
 static int vhdx_open(struct image *im)
 {
     struct vhdx *v = im->state;
@@ -6058,7 +6011,7 @@ static int vhdx_open(struct image *im)
 
     if (!t)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = vhdx_read_headers(im, v);
+    ret = vhdx_read_headers(im);
     if (!ret && im->dirty)
         ret = vhdx_replay(im, v);
     if (!ret)
@@ -6078,12 +6031,14 @@ static int vhdx_open(struct image *im)
 /* Why no block or bitmap can begin at `offset` of the file. NULL: it can, but its end may be cut off. */
 static const char *vhdx_misplaced(const struct image *im, const struct vhdx *v, uint64_t offset, uint64_t length)
 {
+    const struct vhdx_range block = { offset, length };
+
     if (offset < VHDX_MIB)
         return "its block lies in the header";
     if (offset >= im->files[0].size)
         return "its block lies past the end of the file";
-    if (vhdx_overlaps(&v->bat, offset, length) || vhdx_overlaps(&v->metadata, offset, length) ||
-        (v->log.offset <= im->files[0].size && vhdx_overlaps(&v->log, offset, length)))
+    if (vhdx_overlap(&v->bat, &block) || vhdx_overlap(&v->metadata, &block) ||
+        (v->log.offset <= im->files[0].size && vhdx_overlap(&v->log, &block)))
         return "its block lies in the image's own tables";
     return NULL;
 }
@@ -6096,7 +6051,7 @@ static void vhdx_map_data(struct image *im, const struct vhdx *v, uint64_t host,
     if (why)
         ext_bad(ext, length, why);
     else
-        ext_data(ext, length, &im->files[0], host + in_block);
+        ext_data(ext, length, &im->files[0], host + in_block, im->files[0].size);
 }
 
 static int vhdx_read_entry(const struct image *im, const struct vhdx *v, uint64_t i, uint64_t *entry)
@@ -6218,7 +6173,7 @@ static const struct image_format vhdx_format = {
     .writes = "overlay",
     .state_size = sizeof(struct vhdx),
     .probe = vhdx_probe,
-    .identify = vhdx_identify,
+    .identify = vhdx_read_headers,
     .open = vhdx_open,
     .map = vhdx_map,
     .claims = vhdx_claims,
@@ -7610,7 +7565,7 @@ static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e,
 
 static void vmdk_map_flat(const struct vmdk_extent *e, uint64_t offset, uint64_t length, struct extent *ext)
 {
-    ext_data(ext, length, e->file, e->offset + offset);
+    ext_data(ext, length, e->file, e->offset + offset, e->file->size);
     ext->sparse = ext->kind == EXT_DATA;
 }
 
@@ -8338,7 +8293,7 @@ static void prl_map_layer(const struct prl_layer *l, uint64_t offset, uint64_t l
     uint32_t entry;
 
     if (l->plain) {
-        ext_data(ext, length, l->file, offset);
+        ext_data(ext, length, l->file, offset, l->file->size);
         ext->sparse = ext->kind == EXT_DATA;
         return;
     }
@@ -8357,7 +8312,7 @@ static void prl_map_layer(const struct prl_layer *l, uint64_t offset, uint64_t l
     if (host < l->first || (l->aligned && (host - l->first) % l->cluster))
         ext_bad(ext, length, "its BAT entry is damaged");
     else
-        ext_data(ext, length, l->file, host + in_cluster);
+        ext_data(ext, length, l->file, host + in_cluster, l->file->size);
 }
 
 /* The first layer of the storage that has it. */
