@@ -5141,7 +5141,7 @@ static void vhd_map_block(struct image *im, const struct vhd *v, uint64_t start,
         util_overlap(start, all, v->table, (uint64_t)v->entries * 4))
         why = "its block lies in the image's own tables";
     else if (start >= v->end || v->bitmap_size > v->end - start)
-        why = "its block lies past the end of the file";
+        why = "its data lies past the end of the file";
     else if (cache_bits(&im->files[0], start, in_block / VHD_SECTOR, sectors, true, &here, &sectors))
         why = "the bitmap of its block cannot be read";
     else
@@ -6036,7 +6036,7 @@ static const char *vhdx_misplaced(const struct image *im, const struct vhdx *v, 
     if (offset < VHDX_MIB)
         return "its block lies in the header";
     if (offset >= im->files[0].size)
-        return "its block lies past the end of the file";
+        return "its data lies past the end of the file";
     if (vhdx_overlap(&v->bat, &block) || vhdx_overlap(&v->metadata, &block) ||
         (v->log.offset <= im->files[0].size && vhdx_overlap(&v->log, &block)))
         return "its block lies in the image's own tables";
