@@ -326,20 +326,19 @@ static bool util_range_add(struct ranges *r, uint64_t start, uint64_t end)
 static void util_range_remove(struct ranges *r, uint64_t start, uint64_t end)
 {
     unsigned first = util_range_after(r, start), last = first;
-    struct range before, behind;
+    struct range left[2];
 
     while (last < r->n && r->range[last].start < end)
         last++;
     if (last == first)
         return;
-    before = (struct range){ r->range[first].start, start };
-    behind = (struct range){ end, r->range[last - 1].end };
+    left[0] = (struct range){ r->range[first].start, start };
+    left[1] = (struct range){ end, r->range[last - 1].end };
     memmove(&r->range[first], &r->range[last], (r->n - last) * sizeof(*r->range));
     r->n -= last - first;
-    if (before.start < before.end)
-        util_range_add(r, before.start, before.end);
-    if (behind.start < behind.end)
-        util_range_add(r, behind.start, behind.end);
+    for (int i = 0; i < 2; i++)
+        if (left[i].start < left[i].end)
+            util_range_add(r, left[i].start, left[i].end);
 }
 
 static const char *util_basename(const char *path)
@@ -391,7 +390,7 @@ static bool util_copy_name(char *to, size_t size, const uint8_t *from, uint32_t 
     return true;
 }
 
-/* Descriptors that the caller left open. Kept in the background, their locks would never be released. */
+/* Descriptors that we inherited. If the background process kept them, their locks would never be released. */
 static uint8_t util_inherited[1 << 16];
 static int util_n_closed;
 
@@ -399,11 +398,10 @@ static void util_note_inherited(void)
 {
     DIR *dir = opendir("/proc/self/fd");
     struct dirent *e;
-    long fd;
 
     while (dir && (e = readdir(dir))) {
-        fd = strtol(e->d_name, NULL, 10);
-        if (fd > STDERR_FILENO && fd < (long)sizeof(util_inherited) && fd != dirfd(dir))
+        int fd = atoi(e->d_name);
+        if (fd > STDERR_FILENO && fd < (int)sizeof(util_inherited) && fd != dirfd(dir))
             util_inherited[fd] = 1;
     }
     if (dir)
@@ -441,7 +439,7 @@ static int64_t util_now(void)
     return (int64_t)(util_clock() / 1000000);
 }
 
-/* Is a signal pending that asks us to stop? (They are blocked, and read from a descriptor later.) */
+/* True if a signal that asks us to stop is pending. (They are blocked, and read from a descriptor later.) */
 static bool util_interrupted(void)
 {
     sigset_t set;
@@ -481,12 +479,10 @@ static int util_write_file(const char *path, const char *text)
 #ifdef FUSEEXP_FAULTS
 static bool util_fault(const char *what)
 {
-    static int step, fail_at = -1;
+    static int step;
     const char *env = getenv("FUSEEXP_FAIL_AT");
 
-    if (fail_at < 0)
-        fail_at = env ? atoi(env) : 0;
-    if (fail_at == 0 || ++step != fail_at)
+    if (!env || ++step != atoi(env))
         return false;
     dprintf(STDERR_FILENO, "fuseexp: FAULT %d: %s\n", step, what);
     errno = EIO;
@@ -511,27 +507,23 @@ static bool util_fault_op(const char *what)
  */
 static pthread_mutex_t util_record_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static void util_record(char op, unsigned file, uint64_t offset, uint64_t len, const void *data)
+#define util_record_begin() pthread_mutex_lock(&util_record_lock)
+
+static void util_record_end(bool good, char op, const struct file *f, uint64_t offset, uint64_t len, const void *data)
 {
     static int fd = -1;
-    const char *path = getenv("FUSEEXP_RECORD");
-    uint64_t head[4] = { (uint64_t)op, file, offset, len };
+    const char *path = good ? getenv("FUSEEXP_RECORD") : NULL;
+    uint64_t head[4] = { (uint64_t)op, f->id, offset, len };
     struct iovec iov[2] = { { head, sizeof(head) }, { (void *)(uintptr_t)data, op == 'W' ? len : 0 } };
+    int old_errno = errno;
 
     if (path && fd < 0)
         fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
     if (path && writev(fd, iov, 2) < 0)
         msg_err(0, "cannot record");
+    pthread_mutex_unlock(&util_record_lock);
+    errno = old_errno;
 }
-#define util_record_begin() pthread_mutex_lock(&util_record_lock)
-#define util_record_end(good, op, f, offset, len, data) \
-    do { \
-        int record_errno = errno; \
-        if (good) \
-            util_record((op), (f)->id, (offset), (len), (data)); \
-        pthread_mutex_unlock(&util_record_lock); \
-        errno = record_errno; \
-    } while (0)
 
 /* FUSEEXP_BAD_SECTORS=offset,length: a range that cannot be read, in every host file. */
 static bool util_fault_at(uint64_t offset, uint64_t len)
@@ -556,8 +548,8 @@ static bool util_fault_at(uint64_t offset, uint64_t len)
 /* ******************************************************************************************************** *
  * 3. GUIDs and text
  *
- * What names things in images. A GUID in memory is 16 bytes in the order in which they are printed; text_swap_guid()
- * reads those that Windows has stored. Text in any encoding becomes UTF-8 through iconv(3).
+ * Identifiers and names in images. A GUID in memory is 16 bytes in the order in which they are printed;
+ * text_swap_guid() converts those that Windows stores. Text in any encoding becomes UTF-8 through iconv(3).
  * ******************************************************************************************************** */
 
 static bool text_is_null_id(const uint8_t id[16])
@@ -567,7 +559,7 @@ static bool text_is_null_id(const uint8_t id[16])
     return memcmp(id, null, sizeof(null)) == 0;
 }
 
-/* Between the printed order and that of Windows, whose first three fields are little-endian. */
+/* Converts between the printed order and that of Windows, whose first three fields are little-endian. */
 static void text_swap_guid(const uint8_t from[16], uint8_t to[16])
 {
     static const uint8_t order[16] = { 3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
@@ -628,8 +620,8 @@ static void text_uuid(const uint8_t uuid[16], char text[37])
 enum { TEXT_NOT_UTF8 = 1 << 30 };
 
 /*
- * The code point of UTF-8 (shortest form, no surrogate, at most U+10FFFF) at *text, which moves past it. Else the one
- * byte there, with TEXT_NOT_UTF8: names come from strangers' disks.
+ * Decodes a code point (shortest form, no surrogate, at most U+10FFFF) at *text and moves past it. Of anything else it
+ * returns one byte, with TEXT_NOT_UTF8: names come from strangers' disks.
  */
 static uint32_t text_utf8_next(const char **text)
 {
@@ -651,21 +643,16 @@ static uint32_t text_utf8_next(const char **text)
     return n ? c : TEXT_NOT_UTF8 | *p;
 }
 
-/* Do two names in UTF-8 differ in nothing but letter case? */
+/* True if two names in UTF-8 differ in letter case at most. */
 static bool text_same_but_case(const char *a, const char *b)
 {
-    uint32_t ca, cb;
-
-    while (*a && *b) {
-        ca = text_utf8_next(&a);
-        cb = text_utf8_next(&b);
-        if (ca != cb && towlower((wint_t)ca) != towlower((wint_t)cb))
+    while (*a && *b)
+        if (towlower((wint_t)text_utf8_next(&a)) != towlower((wint_t)text_utf8_next(&b)))
             return false;
-    }
     return !*a && !*b;
 }
 
-/* iconv_open(3) to UTF-8; of names that the C library does not know the number of the code page counts. */
+/* iconv_open(3) to UTF-8. If the C library does not know the name, the number of the code page in it decides. */
 static iconv_t text_open_encoding(const char *encoding)
 {
     static const struct { const char *page, *name; } pages[] = {
@@ -831,14 +818,12 @@ static void out_close(struct out *o)
         putchar('\n');
 }
 
-/* Did everything reach stdout? Returns status, or that it failed. */
+/* Returns status, or EXIT_FAILED if not everything reached stdout. */
 static int out_finish(int status)
 {
     int error = fflush(stdout) ? errno : ferror(stdout) ? EIO : 0;
 
-    if (!error)
-        return status;
-    return msg_err(EXIT_FAILED, "cannot write to standard output: %s", strerror(error));
+    return error ? msg_err(EXIT_FAILED, "cannot write to standard output: %s", strerror(error)) : status;
 }
 
 /* A value that is not a list or an object; for people in columns. literal: not a string of JSON. */
@@ -901,7 +886,7 @@ static void out_time(struct out *o, const char *key, uint32_t value)
     out_value(o, key, text, true);
 }
 
-/* Percents on a terminal. on is set before the sandbox closes, which knows no isatty(3). */
+/* Percents on a terminal. `on` is set before the sandbox, which forbids isatty(3). */
 static struct { bool on; int percent; } out_progress = { false, -1 };
 
 static void out_progress_wipe(void)
@@ -989,7 +974,7 @@ static void epoch_begin_grace(struct epoch_grace *g)
         g->n[i] = atomic_fetch_add(&epoch_count[i].n, 0);
 }
 
-/* The caller's own request does not count: it uses nothing that it has looked up before. */
+/* The caller's own request does not count: it no longer uses what it has looked up. */
 static bool epoch_grace_over(const struct epoch_grace *g)
 {
     for (unsigned i = 0; i < MAX_THREADS; i++)
@@ -1012,10 +997,7 @@ static bool epoch_grace_over(const struct epoch_grace *g)
  * left to the worker that offers. Jobs are best effort: dropped when the ring is full.
  * ******************************************************************************************************** */
 
-enum {
-    POOL_JOBS = 256,
-    POOL_PATIENCE = 200000          /* nanoseconds */
-};
+enum { POOL_JOBS = 256, POOL_PATIENCE = 200000 /* nanoseconds */ };
 
 struct pool_job {
     void (*run)(void *arg, uint64_t offset, uint64_t length);
@@ -1069,7 +1051,7 @@ static void pool_wait(pthread_cond_t *cond, pthread_mutex_t *lock)
     pool_unblock();
 }
 
-/* POOL_PATIENCE from now on, as timed waits want it. */
+/* POOL_PATIENCE from now, as an absolute time for timed waits. */
 static void pool_deadline(struct timespec *t)
 {
     clock_gettime(CLOCK_REALTIME, t);
@@ -1079,8 +1061,8 @@ static void pool_deadline(struct timespec *t)
 }
 
 /*
- * For a lock that may be held during I/O, but as a rule is not: only a wait that lasts is told. (Telling at once would
- * wake a worker whose request, as a rule, comes to the same lock.)
+ * For a lock that is rarely held during I/O: only a wait that lasts counts as sleep. (Otherwise each short wait would
+ * wake a worker, whose request would usually need the same lock.)
  */
 static void pool_lock(pthread_mutex_t *lock)
 {
@@ -1105,7 +1087,7 @@ static void pool_reduce(unsigned n)
     pthread_mutex_unlock(&pool.lock);
 }
 
-/* Asked after each request. A stale answer is corrected after the next one. */
+/* Called after each request. A stale answer is corrected after the next one. */
 static bool pool_crowded(void)
 {
     return atomic_load_explicit(&pool.running, memory_order_relaxed) >
@@ -1117,7 +1099,7 @@ static bool pool_may_help_locked(void)
     return pool.n_jobs && pool.helping + 1 < pool.max;
 }
 
-/* Does the first job without the lock. A job is a request of its own for those who wait for a grace period. */
+/* Runs the first job, without the lock. For grace periods a job counts as a request. */
 static void pool_do_job_locked(void)
 {
     struct pool_job job = pool.job[pool.first_job];
@@ -1153,7 +1135,7 @@ static void pool_offer(const struct pool_job *job, uint64_t piece)
     pthread_mutex_unlock(&pool.lock);
 }
 
-/* Removes the queued jobs that begin in [offset, end) of arg: they are done, or not wanted any more. */
+/* Removes the queued jobs of arg that begin in [offset, end): done already, or no longer wanted. */
 static void pool_withdraw(const void *arg, uint64_t offset, uint64_t end)
 {
     unsigned kept = 0;
@@ -1168,7 +1150,7 @@ static void pool_withdraw(const void *arg, uint64_t offset, uint64_t end)
     pthread_mutex_unlock(&pool.lock);
 }
 
-/* Parks the calling worker until it may run again; meanwhile it does jobs. */
+/* Parks the calling worker until it may run again; meanwhile it runs jobs. */
 static void pool_park(void)
 {
     pthread_mutex_lock(&pool.lock);
@@ -1196,8 +1178,8 @@ static void pool_close(void)
 
 /*
  * Waits until all requests in flight have completed, but the caller's own. The caller must hold no lock that one of
- * them waits for while it is inside. Rare (a disk is made shorter), so it looks again every 200 microseconds, by a
- * condition that nobody signals: the sandbox allows futex(2), but not nanosleep(2).
+ * them needs. Rare (a disk is made shorter), so it polls every 200 microseconds, with a condition that nobody signals:
+ * the sandbox allows futex(2), but not nanosleep(2).
  */
 static void pool_wait_grace(void)
 {
@@ -13331,7 +13313,7 @@ struct part_scan {
     uint64_t base, size;
     uint32_t sector;                /* 512 or 4096 */
     struct view *views;
-    unsigned n_views;               /* in use; MAX_VIEWS there are */
+    unsigned n_views;               /* in use, of MAX_VIEWS */
 };
 
 static int part_read(const struct part_scan *ps, uint64_t lba, void *buf, uint64_t len)
@@ -13354,11 +13336,9 @@ static void part_add(struct part_scan *ps, unsigned number, uint64_t first_lba, 
                 : ps->n_views < MAX_VIEWS ? "is larger than any file" : "is one too many");
         return;
     }
-    snprintf(v->name, sizeof(v->name), "p%u", number);
-    v->number = (int)number;
-    v->start = ps->base + start;
-    v->size = n_lba * ps->sector;
+    *v = (struct view){ .number = (int)number, .start = ps->base + start, .size = n_lba * ps->sector };
     v->inside = util_min(v->size, ps->size - start);
+    snprintf(v->name, sizeof(v->name), "p%u", number);
     ps->n_views++;
     if (v->inside < v->size)
         msg_say(MSG_NOTE, "%s: partition %u reaches %" PRIu64 " bytes past the end of the disk: those read as errors",
@@ -13384,8 +13364,8 @@ static struct part_entry part_parse_entry(const struct mbr *mbr, size_t i)
 
 struct part_chain {
     uint64_t first, n_lba;          /* the extended partition */
-    uint64_t ebr, ebr_lba;          /* the record at hand, and how many sectors the link to it claims */
-    uint64_t seen[1 + MAX_LOGICAL]; /* records followed so far, and the MBR: links may go back, but not in a loop */
+    uint64_t ebr, ebr_lba;          /* the current record, and how many sectors the link to it claims */
+    uint64_t seen[1 + MAX_LOGICAL]; /* the MBR and all records so far: links may go back, but not in a loop */
     unsigned n_seen;
 };
 
@@ -13406,15 +13386,6 @@ static const char *part_next_ebr(const struct part_scan *ps, struct part_chain *
     return le16_to_cpu(ebr->signature) == MBR_SIGNATURE ? NULL : "no signature";
 }
 
-/* Slots 3 and 4 of an EBR may hold garbage: Linux takes only what lies within the link and the extended partition. */
-static bool part_is_logical(const struct part_chain *c, size_t slot, const struct part_entry *e)
-{
-    uint64_t end = c->ebr + e->start + e->count;
-
-    return e->count && !e->extended &&
-           (slot < 2 || (e->start + e->count <= c->ebr_lba && end <= c->first + c->n_lba));
-}
-
 /*
  * Logical partitions: a chain of EBRs. Each has a partition (relative to itself) and a link (relative to the extended
  * partition), usually in slots 1 and 2; OS/2 used all four. Numbered in the order of the chain.
@@ -13425,6 +13396,7 @@ static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_
     struct mbr ebr;
     struct part_entry e, link;
     const char *wrong;
+    uint64_t end;
 
     do {
         wrong = part_next_ebr(ps, &c, &ebr);
@@ -13436,7 +13408,9 @@ static void part_scan_extended(struct part_scan *ps, uint64_t first, uint64_t n_
         link = (struct part_entry){ .extended = false };
         for (size_t i = 0; i < 4; i++) {
             e = part_parse_entry(&ebr, i);
-            if (part_is_logical(&c, i, &e))
+            end = e.start + e.count;
+            /* Slots 3 and 4 may hold garbage: Linux takes what lies within the link and the extended partition. */
+            if (e.count && !e.extended && (i < 2 || (end <= c.ebr_lba && c.ebr + end <= first + n_lba)))
                 part_add(ps, (*number)++, c.ebr + e.start, e.count);
             if (!link.extended)
                 link = e;
@@ -13527,7 +13501,7 @@ static const char *part_read_gpt(const struct part_scan *ps, uint64_t lba, uint8
         return "no signature";
     *other = le64_to_cpu(h->other_lba);
     if (le32_to_cpu(h->size) < sizeof(*h) || le32_to_cpu(h->size) > ps->sector)
-        return "its header has not 92 bytes to a sector";
+        return "its header's size is not 92 bytes to a sector";
     crc = le32_to_cpu(h->crc);
     h->crc = (le32){ { 0 } };
     if (libdeflate_crc32(0, h, le32_to_cpu(h->size)) != crc)
@@ -13537,7 +13511,7 @@ static const char *part_read_gpt(const struct part_scan *ps, uint64_t lba, uint8
     n = le32_to_cpu(h->n_entries);
     entry = le32_to_cpu(h->entry_size);
     if (n > MAX_GPT_ENTRIES || entry < sizeof(struct gpt_entry) || entry > GPT_ENTRY_MAX || entry % 8)
-        return "its table has more than 1024 entries, or entries that have not 128 to 4096 bytes";
+        return "its table has more than 1024 entries, or entries not of 128 to 4096 bytes";
     return NULL;
 }
 
@@ -13556,7 +13530,7 @@ static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba, uint64_t *o
         return wrong;
     n = le32_to_cpu(h->n_entries);
     entry = le32_to_cpu(h->entry_size);
-    table = calloc(n ? n : 1, entry);
+    table = calloc(n + 1, entry);
     if (!table)
         return "out of memory";
     if (part_read(ps, le64_to_cpu(h->entries_lba), table, (uint64_t)n * entry))
@@ -13577,46 +13551,36 @@ static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba, uint64_t *o
     return wrong;
 }
 
-/* An image that was made longer or shorter has its backup GPT in the middle, or not at all. */
-static void part_say_backup(const struct part_scan *ps, uint64_t backup)
-{
-    uint64_t last = ps->size / ps->sector - 1;
-
-    if (backup != last)
-        msg_say(MSG_NOTE, "%s: its backup GPT is at sector %" PRIu64 ", %s its end (%" PRIu64 "): the disk was %s",
-                ps->im->name, backup, backup < last ? "not at" : "past", last,
-                backup < last ? "smaller once" : "larger once, or the image is cut off");
-}
-
 /*
  * Tries the primary and the backup GPT at one sector size. The backup is at the end of the disk as it was when the
  * table was written: the primary says where, if that is left; so does the protective entry of `mbr`.
  */
 static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector, const struct mbr *mbr)
 {
-    uint64_t last = ps->size / sector - 1, lbas[2 + 4] = { last }, none;
+    uint64_t last = ps->size / sector - 1, backup[2 + 4] = { last }, at, none;
     const char *wrong;
 
     ps->sector = sector;
     if (ps->size / sector < 3)
         return "the disk is too small";
-    wrong = part_scan_gpt(ps, 1, &lbas[1]);
-    if (!wrong) {
-        part_say_backup(ps, lbas[1]);
-        return NULL;
-    }
+    wrong = part_scan_gpt(ps, 1, &at);
+    backup[1] = at;
     for (size_t i = 0; i < 4; i++) {
         struct part_entry e = part_parse_entry(mbr, i);
-        lbas[2 + i] = e.type == MBR_TYPE_GPT ? e.start + e.count - 1 : 0;
+        backup[2 + i] = e.type == MBR_TYPE_GPT ? e.start + e.count - 1 : 0;
     }
-    for (size_t i = 0; i < ARRAY_LEN(lbas); i++) {
-        if (lbas[i] < 2 || part_scan_gpt(ps, lbas[i], &none))
+    for (size_t i = 0; i < ARRAY_LEN(backup) && wrong; i++) {
+        if (backup[i] < 2 || part_scan_gpt(ps, backup[i], &none))
             continue;
         msg_say(MSG_NOTE, "%s: the primary GPT is damaged (%s), using the backup at sector %" PRIu64 "%s", ps->im->name,
-                wrong, lbas[i], i ? "" : ", the end of the disk");
-        part_say_backup(ps, lbas[i]);
-        return NULL;
+                wrong, backup[i], i ? "" : ", the end of the disk");
+        at = backup[i];
+        wrong = NULL;
     }
+    if (!wrong && at != last)       /* the image was made longer or shorter */
+        msg_say(MSG_NOTE, "%s: its backup GPT is at sector %" PRIu64 ", %s its end (%" PRIu64 "): the disk was %s",
+                ps->im->name, at, at < last ? "not at" : "past", last,
+                at < last ? "smaller once" : "larger once, or the image is cut off");
     return wrong;
 }
 
@@ -13626,7 +13590,7 @@ static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
     uint32_t first_try = sector ? sector : 512;
     enum part_table kind = PART_NONE;
     struct mbr first = { 0 };
-    const char *wrong = NULL;
+    const char *wrong;
 
     ps->sector = first_try;
     if (ps->size >= sizeof(first) && part_read(ps, 0, &first, sizeof(first)) == 0)
@@ -13637,22 +13601,20 @@ static const char *part_scan_all(struct part_scan *ps, uint32_t sector)
             return NULL;
         if (kind != PART_HYBRID)
             return kind == PART_NONE ? part_no_table : wrong;
-        msg_say(MSG_NOTE, "%s: the GPT is damaged (%s): shows the partitions of its hybrid MBR instead", ps->im->name,
-                wrong);
+        msg_say(MSG_NOTE, "%s: the GPT is damaged (%s): shows the partitions of its hybrid MBR, by that table's "
+                "numbers", ps->im->name, wrong);
     }
     ps->sector = first_try;
     part_scan_mbr(ps, &first, kind);
     return NULL;
 }
 
-/* Which sector size the device itself has, or the disk in the image; 0: the table will show. */
+/* The sector size of the disk in the image, or of the device; 0: the table will show. */
 static uint32_t part_device_sector(const struct image *im)
 {
-    uint32_t sector = im->sector_size;
+    /* An image of 512 may also be a copy of a disk with larger sectors. */
+    uint32_t sector = im->sector_size > 512 ? im->sector_size : file_sector_size(&im->files[0]);
 
-    if (sector > 512)               /* one of 512 may also be a copy of one with larger sectors */
-        return sector;
-    sector = file_sector_size(&im->files[0]);
     return sector == 512 || sector == 4096 ? sector : 0;
 }
 
@@ -13695,9 +13657,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
         return msg_err(-EINVAL, "%s: --size %" PRIu64 " reaches past the end (%" PRIu64 " are left at the offset)",
                        im->name, want->size, im->size - want->offset);
     ps.size = want->size ? want->size : im->size - want->offset;
-    util_copy(views[0].name, sizeof(views[0].name), "disk");
-    views[0].start = want->offset;
-    views[0].size = views[0].inside = ps.size;
+    views[0] = (struct view){ .name = "disk", .start = want->offset, .inside = ps.size, .size = ps.size };
     if (want->partition || want->all)
         wrong = part_scan_all(&ps, want->sector ? want->sector : part_device_sector(im));
     *n = ps.n_views;
