@@ -4198,12 +4198,11 @@ static int raw_open(struct image *im)
 {
     uint64_t *start = im->state = util_fault("part table") ? NULL : calloc(im->n_files + 1, sizeof(*start));
     bool check_names = im->opt->parts && im->depth == 0;
-    int ret = 0;
+    int ret;
 
     if (!start)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    if (check_names)
-        ret = raw_check_first(im);
+    ret = check_names ? raw_check_first(im) : 0;
     if (!ret && check_names)
         ret = raw_check_list(im);
     if (!ret)
@@ -4299,13 +4298,9 @@ struct vdi_header_v0 {              /* version 0.2: the map follows the header, 
 _Static_assert(sizeof(struct vdi_header_v0) == 0x1a4, "VDI header, version 0.2");
 
 enum {
-    VDI_VERSION_0 = 0x00000002,
-    VDI_VERSION_1 = 0x00010001,
+    VDI_VERSION_0 = 0x00000002, VDI_VERSION_1 = 0x00010001,
     VDI_HEADER_SIZE_MIN = 384,
-    VDI_TYPE_DYNAMIC = 1,
-    VDI_TYPE_FIXED = 2,
-    VDI_TYPE_UNDO = 3,
-    VDI_TYPE_DIFF = 4,
+    VDI_TYPE_DYNAMIC = 1, VDI_TYPE_FIXED = 2, VDI_TYPE_UNDO = 3, VDI_TYPE_DIFF = 4,
     VDI_MIN_BLOCK = 512,
     VDI_MAX_BLOCK = 1 << 30,        /* with as much extra data, all offsets in the file fit into 63 bits */
 };
@@ -4555,11 +4550,8 @@ struct qed_header {
 _Static_assert(sizeof(struct qed_header) == 64, "QED header");
 
 enum {
-    QED_BACKING = 1,
-    QED_NEED_CHECK = 2,
-    QED_BACKING_RAW = 4,
-    QED_MIN_CLUSTER = 1 << 12,
-    QED_MAX_CLUSTER = 1 << 26,
+    QED_BACKING = 1, QED_NEED_CHECK = 2, QED_BACKING_RAW = 4,       /* features */
+    QED_MIN_CLUSTER = 1 << 12, QED_MAX_CLUSTER = 1 << 26,
     QED_MAX_TABLE = 16,
     QED_MAX_NAME = 1023,
     QED_ENTRY_ZERO = 1,
@@ -4567,7 +4559,8 @@ enum {
 
 struct qed {
     uint32_t cluster_bits, table_bits;          /* table_bits: log2 of the entries of a table */
-    uint64_t size, features, l1, first;         /* first: where the header's clusters end */
+    uint64_t size, features, l1, n_l1;          /* l1: offset of the L1 table; n_l1: entries that the size needs */
+    uint64_t first;                             /* where the header's clusters end */
 };
 
 static int qed_probe(const struct probe *p)
@@ -4575,36 +4568,25 @@ static int qed_probe(const struct probe *p)
     return p->head_len >= sizeof(struct qed_header) && memcmp(p->head, "QED", 4) == 0 ? 100 : 0;
 }
 
-static int qed_check_features(const struct image *im, uint64_t features)
-{
-    uint64_t unknown = features & ~(uint64_t)(QED_BACKING | QED_NEED_CHECK | QED_BACKING_RAW);
-    unsigned bit = 0;
-
-    if (!unknown)
-        return 0;
-    while (!(unknown >> bit & 1))
-        bit++;
-    return msg_err(-EOPNOTSUPP, "%s: needs an unknown QED feature (bit %u), which is not supported", im->name, bit);
-}
-
 /* As many entries of the L1 table as the size needs must be there; the table ends where it may. */
-static int qed_check_l1(const struct image *im, const struct qed *q)
+static int qed_check_l1(const struct image *im, struct qed *q)
 {
-    uint64_t file_size = im->files[0].size, covers = q->cluster_bits + q->table_bits, need;
+    uint64_t file_size = im->files[0].size;
 
     if (q->size % 512 || q->size > (uint64_t)MAX_IMAGE_SIZE)
         return fmt_refuse(im, "the size: a multiple of 512 bytes below 2^63", q->size);
-    need = q->size ? ((q->size - 1) >> covers) + 1 : 0;
-    if (need > 1ull << q->table_bits)
+    q->n_l1 = q->size ? ((q->size - 1) >> (q->cluster_bits + q->table_bits)) + 1 : 0;
+    if (q->n_l1 > 1ull << q->table_bits)
         return fmt_refuse(im, "the size, more than the tables can hold", q->size);
-    if (q->l1 < q->first || q->l1 % (1u << q->cluster_bits) || q->l1 > file_size || need * 8 > file_size - q->l1)
-        return fmt_refuse_table(im, &im->files[0], "the offset of the L1 table", q->l1, need * 8);
+    if (q->l1 < q->first || q->l1 % (1u << q->cluster_bits) || q->l1 > file_size || q->n_l1 * 8 > file_size - q->l1)
+        return fmt_refuse_table(im, &im->files[0], "the offset of the L1 table", q->l1, q->n_l1 * 8);
     return 0;
 }
 
 static int qed_read_header(struct image *im, struct qed *q, struct qed_header *h)
 {
     uint32_t cluster, table, header_clusters;
+    uint64_t unknown;
     int ret = im->files[0].size < sizeof(*h) ? 0 : file_read(&im->files[0], h, sizeof(*h), 0);
 
     if (ret)
@@ -4617,9 +4599,10 @@ static int qed_read_header(struct image *im, struct qed *q, struct qed_header *h
     q->features = le64_to_cpu(h->features);
     q->l1 = le64_to_cpu(h->l1_offset);
     q->size = le64_to_cpu(h->size);
-    ret = qed_check_features(im, q->features);
-    if (ret)
-        return ret;
+    unknown = q->features & ~(uint64_t)(QED_BACKING | QED_NEED_CHECK | QED_BACKING_RAW);
+    if (unknown)
+        return msg_err(-EOPNOTSUPP, "%s: needs an unknown QED feature (bit %d), which is not supported", im->name,
+                       __builtin_ctzll(unknown));
     if (!util_is_power_of_2(cluster, QED_MIN_CLUSTER, QED_MAX_CLUSTER))
         return fmt_refuse(im, "the cluster size: 4 KiB to 64 MiB, a power of 2", cluster);
     if (!util_is_power_of_2(table, 1, QED_MAX_TABLE))
@@ -4734,11 +4717,10 @@ static void qed_claim_entry(struct claims *c, const struct image *im, const void
 static bool qed_claims(struct image *im, struct claims *c)
 {
     const struct qed *q = im->state;
-    uint64_t covers = q->cluster_bits + q->table_bits, n = q->size ? ((q->size - 1) >> covers) + 1 : 0;
 
     c->claim(c, &im->files[0], 0, q->first, "the header", 0);
-    c->claim(c, &im->files[0], q->l1, n * 8, "the L1 table", 0);
-    ext_claim_table(c, im, q, &im->files[0], q->l1, n, 8, qed_claim_entry);
+    c->claim(c, &im->files[0], q->l1, q->n_l1 * 8, "the L1 table", 0);
+    ext_claim_table(c, im, q, &im->files[0], q->l1, q->n_l1, 8, qed_claim_entry);
     return false;
 }
 
@@ -5229,11 +5211,9 @@ static bool vhd_bits_are_set(struct image *im)
         end = util_min(at + block, im->size);
         if (cache_be32(&im->files[0], v->table + (at >> v->block_bits) * 4, &entry))
             return false;
-        if (entry == VHD_NO_BLOCK)
-            continue;
-        if (++read > VHD_MAX_BITMAPS)
+        if (entry != VHD_NO_BLOCK && ++read > VHD_MAX_BITMAPS)
             return false;
-        for (uint64_t from = at; from < end; from += ext.length) {
+        for (uint64_t from = at; entry != VHD_NO_BLOCK && from < end; from += ext.length) {
             vhd_map_block(im, v, (uint64_t)entry * VHD_SECTOR, from - at, end - from, &ext);
             if (ext.kind != EXT_DATA)
                 return false;
@@ -5579,14 +5559,11 @@ static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, void *page)
 /* Reads the header of the entry at `at`. False: there is none of this log. */
 static bool vhdx_entry_header(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
 {
-    union {
-        struct vhdx_log_header header;
-        uint8_t page[VHDX_PAGE];
-    } u = { 0 };
-    const struct vhdx_log_header *h = &u.header;
+    uint8_t page[VHDX_PAGE];
+    const struct vhdx_log_header *h = (const void *)page;
     uint64_t ring = log->vhdx->log.length;
 
-    if (!vhdx_log_read(log, at, &u) || memcmp(h->signature, "loge", 4) != 0 ||
+    if (!vhdx_log_read(log, at, page) || memcmp(h->signature, "loge", 4) != 0 ||
         memcmp(h->guid, log->vhdx->log_guid, 16) != 0)
         return false;
     *e = (struct vhdx_entry){
@@ -5619,38 +5596,23 @@ static bool vhdx_entry_sum(struct vhdx_log *log, const struct vhdx_entry *e)
 static int vhdx_entry_page(struct vhdx_log *log, const struct vhdx_entry *e, uint64_t at,
                            const struct vhdx_descriptor *d, bool apply)
 {
-    union {
-        struct vhdx_data_page data;
-        uint8_t page[VHDX_PAGE];
-    } u = { 0 };
+    uint8_t page[VHDX_PAGE];
+    const struct vhdx_data_page *data = (const void *)page;
 
-    if (at + VHDX_PAGE > e->length || !vhdx_log_read(log, e->at + at, &u) ||
-        memcmp(u.data.signature, "data", 4) != 0 || le32_to_cpu(u.data.sequence_high) != e->sequence >> 32 ||
-        le32_to_cpu(u.data.sequence_low) != (uint32_t)e->sequence)
+    if (at + VHDX_PAGE > e->length || !vhdx_log_read(log, e->at + at, page) ||
+        memcmp(data->signature, "data", 4) != 0 || le32_to_cpu(data->sequence_high) != e->sequence >> 32 ||
+        le32_to_cpu(data->sequence_low) != (uint32_t)e->sequence)
         return -EINVAL;
-    memcpy(u.page, d->leading, sizeof(d->leading));
-    memcpy(u.page + VHDX_PAGE - sizeof(d->trailing), d->trailing, sizeof(d->trailing));
-    return apply ? file_patch(&log->im->files[0], le64_to_cpu(d->offset), u.page) : 0;
-}
-
-/* Checks a "zero", or applies it. */
-static int vhdx_entry_zeros(struct vhdx_log *log, const struct vhdx_descriptor *d, bool apply)
-{
-    uint64_t offset = le64_to_cpu(d->offset), length = le64_to_cpu(d->length);
-    int ret = 0;
-
-    if (memcmp(d->signature, "zero", 4) != 0 || length % VHDX_PAGE || length > (uint64_t)MAX_IMAGE_SIZE / 2)
-        return -EINVAL;
-    for (uint64_t i = 0; apply && i < length && !ret; i += VHDX_PAGE)
-        ret = file_patch(&log->im->files[0], offset + i, NULL);
-    return ret;
+    memcpy(page, d->leading, sizeof(d->leading));
+    memcpy(page + VHDX_PAGE - sizeof(d->trailing), d->trailing, sizeof(d->trailing));
+    return apply ? file_patch(&log->im->files[0], le64_to_cpu(d->offset), page) : 0;
 }
 
 /* Goes through the descriptors of an entry, to check them or to apply them. -EINVAL: the entry is not valid. */
 static int vhdx_entry_walk(struct vhdx_log *log, const struct vhdx_entry *e, bool apply)
 {
     struct vhdx_descriptor page[VHDX_PAGE_SLOTS];
-    uint64_t end = VHDX_HEADER_SLOTS + (uint64_t)e->n_descriptors, offset;
+    uint64_t end = VHDX_HEADER_SLOTS + (uint64_t)e->n_descriptors, offset, length;
     uint64_t data = (end + VHDX_PAGE_SLOTS - 1) / VHDX_PAGE_SLOTS * VHDX_PAGE;
     int ret = 0;
 
@@ -5665,9 +5627,13 @@ static int vhdx_entry_walk(struct vhdx_log *log, const struct vhdx_entry *e, boo
         if (memcmp(d->signature, "desc", 4) == 0) {
             ret = vhdx_entry_page(log, e, data, d, apply);
             data += VHDX_PAGE;
-        } else {
-            ret = vhdx_entry_zeros(log, d, apply);
+            continue;
         }
+        length = le64_to_cpu(d->length);
+        if (memcmp(d->signature, "zero", 4) != 0 || length % VHDX_PAGE || length > (uint64_t)MAX_IMAGE_SIZE / 2)
+            return -EINVAL;
+        for (uint64_t k = 0; apply && k < length && !ret; k += VHDX_PAGE)
+            ret = file_patch(&log->im->files[0], offset + k, NULL);
     }
     return ret;
 }
@@ -5701,22 +5667,19 @@ static bool vhdx_log_has_tail(struct vhdx_log *log, uint64_t start, uint64_t len
     return false;
 }
 
-/* The last entry of the run to replay. False: there is none. */
-static bool vhdx_log_find(struct vhdx_log *log, struct vhdx_entry *head)
+/* The last entry of the run to replay: *head, whose sequence number is 0 if there is none. */
+static void vhdx_log_find(struct vhdx_log *log, struct vhdx_entry *head)
 {
     struct vhdx_entry last = { 0 };
-    bool found = false;
     uint64_t run;
 
+    *head = last;
     /* No run that counts begins inside of another one: it would end with the same entry, and have the same tail. */
     for (uint64_t start = 0; start < log->vhdx->log.length; start += run ? run : VHDX_PAGE) {
         run = vhdx_log_run(log, start, &last);
-        if (run && (!found || last.sequence > head->sequence) && vhdx_log_has_tail(log, start, run, last.tail)) {
+        if (run && last.sequence > head->sequence && vhdx_log_has_tail(log, start, run, last.tail))
             *head = last;
-            found = true;
-        }
     }
-    return found;
 }
 
 /* Applies the entries from the tail of `head` up to itself. */
@@ -5752,8 +5715,7 @@ static int vhdx_replay(struct image *im, struct vhdx *v)
 {
     struct file *f = &im->files[0];
     struct vhdx_log log = { .im = im, .vhdx = v, .budget = 16 * v->log.length + VHDX_LOG_SPARE };
-    struct vhdx_entry head = { 0 };
-    bool found;
+    struct vhdx_entry head;
 
     if (im->opt->ignore_log) {
         msg_say(MSG_NOTE, "%s: was not closed properly, and its log is ignored: what was changed last may be wrong",
@@ -5765,10 +5727,10 @@ static int vhdx_replay(struct image *im, struct vhdx *v)
     if (!v->log.length || v->log.length % VHDX_MIB || v->log.offset % VHDX_MIB || v->log.offset < VHDX_MIB ||
         v->log.offset > f->size || v->log.length > f->size - v->log.offset)
         return vhdx_log_bad(im, "it is not where it should be");
-    found = vhdx_log_find(&log, &head);
+    vhdx_log_find(&log, &head);
     if (util_interrupted())
         return msg_err(-EINTR, "interrupted");
-    if (!found || log.spent)
+    if (!head.sequence || log.spent)
         return vhdx_log_bad(im, log.spent ? "too much garbage in it" : "no whole sequence in it");
     return vhdx_log_apply(&log, v, &head);
 }
@@ -5895,35 +5857,12 @@ static uint64_t vhdx_bat_entries(const struct image *im, const struct vhdx *v)
     return blocks ? blocks + ((blocks - 1) >> v->chunk_bits) : 0;
 }
 
-static int vhdx_check_sizes(struct image *im, struct vhdx *v, uint32_t block, uint64_t size, uint32_t sector)
-{
-    uint64_t bat;
-
-    if (!util_is_power_of_2(block, VHDX_MIN_BLOCK, VHDX_MAX_BLOCK))
-        return fmt_refuse(im, "the block size, a power of two from 1 MiB to 256 MiB", block);
-    if (sector != 512 && sector != 4096)
-        return fmt_refuse(im, "the sector size, 512 or 4096 bytes", sector);
-    if (size > VHDX_MAX_SIZE || size % sector)
-        return fmt_refuse(im, "the disk's size, in whole sectors and at most 64 TiB", size);
-    v->block_bits = (uint32_t)__builtin_ctz(block);
-    v->sector_bits = (uint32_t)__builtin_ctz(sector);
-    v->chunk_bits = VHDX_CHUNK_BITS + v->sector_bits - v->block_bits;
-    im->size = size;
-    im->cluster_size = block;
-    im->sector_size = sector;
-    bat = vhdx_bat_entries(im, v) * 8;
-    if (bat > v->bat.length)
-        return fmt_refuse(im, "the block table is too small for the size", v->bat.length);
-    if (v->bat.offset > im->files[0].size || bat > im->files[0].size - v->bat.offset)
-        return fmt_refuse(im, "the block table lies past the end of the file", v->bat.offset);
-    return 0;
-}
-
 static int vhdx_read_items(struct image *im, struct vhdx *v)
 {
     struct vhdx_parameters parameters;
     le64 size;
     le32 sector;
+    uint64_t bat;
     int ret = vhdx_read_item(im, v, VHDX_PARAMETERS, &parameters, sizeof(parameters));
 
     if (!ret)
@@ -5933,7 +5872,24 @@ static int vhdx_read_items(struct image *im, struct vhdx *v)
     if (ret)
         return ret;
     v->has_parent = le32_to_cpu(parameters.flags) & VHDX_HAS_PARENT || v->item[VHDX_LOCATOR].length;
-    return vhdx_check_sizes(im, v, le32_to_cpu(parameters.block_size), le64_to_cpu(size), le32_to_cpu(sector));
+    im->cluster_size = le32_to_cpu(parameters.block_size);
+    im->sector_size = le32_to_cpu(sector);
+    im->size = le64_to_cpu(size);
+    if (!util_is_power_of_2(im->cluster_size, VHDX_MIN_BLOCK, VHDX_MAX_BLOCK))
+        return fmt_refuse(im, "the block size, a power of two from 1 MiB to 256 MiB", im->cluster_size);
+    if (im->sector_size != 512 && im->sector_size != 4096)
+        return fmt_refuse(im, "the sector size, 512 or 4096 bytes", im->sector_size);
+    if (im->size > VHDX_MAX_SIZE || im->size % im->sector_size)
+        return fmt_refuse(im, "the disk's size, in whole sectors and at most 64 TiB", im->size);
+    v->block_bits = (uint32_t)__builtin_ctz(im->cluster_size);
+    v->sector_bits = (uint32_t)__builtin_ctz(im->sector_size);
+    v->chunk_bits = VHDX_CHUNK_BITS + v->sector_bits - v->block_bits;
+    bat = vhdx_bat_entries(im, v) * 8;
+    if (bat > v->bat.length)
+        return fmt_refuse(im, "the block table is too small for the size", v->bat.length);
+    if (v->bat.offset > im->files[0].size || bat > im->files[0].size - v->bat.offset)
+        return fmt_refuse(im, "the block table lies past the end of the file", v->bat.offset);
+    return 0;
 }
 
 /* -- parents -- */
@@ -6036,11 +5992,6 @@ static void vhdx_map_data(struct image *im, const struct vhdx *v, uint64_t host,
         ext_data(ext, length, &im->files[0], host + in_block, im->files[0].size);
 }
 
-static int vhdx_read_entry(const struct image *im, const struct vhdx *v, uint64_t i, uint64_t *entry)
-{
-    return cache_le64(&im->files[0], v->bat.offset + i * 8, entry);
-}
-
 /* A block of which only those sectors are here whose bits in the chunk's sector bitmap are set. */
 static void vhdx_map_partial(struct image *im, const struct vhdx *v, uint64_t block, uint64_t host, uint64_t in_block,
                              uint64_t length, struct extent *ext)
@@ -6050,7 +6001,7 @@ static void vhdx_map_partial(struct image *im, const struct vhdx *v, uint64_t bl
     const char *why;
     bool here;
 
-    if (vhdx_read_entry(im, v, (chunk + 1) * ((1ull << v->chunk_bits) + 1) - 1, &entry)) {
+    if (cache_le64(&im->files[0], v->bat.offset + ((chunk + 1) * ((1ull << v->chunk_bits) + 1) - 1) * 8, &entry)) {
         ext_bad(ext, length, "the block table cannot be read");
         return;
     }
@@ -6081,7 +6032,7 @@ static void vhdx_map(struct image *im, uint64_t offset, uint64_t length, struct 
     uint32_t state;
 
     length = util_min(length, (1ull << v->block_bits) - in_block);
-    if (vhdx_read_entry(im, v, block + (block >> v->chunk_bits), &entry)) {
+    if (cache_le64(&im->files[0], v->bat.offset + (block + (block >> v->chunk_bits)) * 8, &entry)) {
         ext_bad(ext, length, "the block table cannot be read");
         return;
     }
