@@ -1363,13 +1363,7 @@ static int file_measure(struct file *f)
     return ret ? msg_err(ret, "%s: cannot tell its size: %s", f->path, strerror(-ret)) : 0;
 }
 
-static uint16_t file_ids;           /* in use since the cache was empty */
-
-/* The cache holds nothing any more. */
-static void file_reuse_ids(void)
-{
-    file_ids = 0;
-}
+static uint16_t file_ids;           /* in use since the cache was empty; cache_stop() resets it */
 
 static bool file_is_open(const struct file *f)
 {
@@ -1776,18 +1770,6 @@ static void file_line_bad(const struct file *f, uint64_t start, uint64_t end, in
     pthread_mutex_unlock(&file_line.lock);
 }
 
-static void file_line_good(const struct file *f, uint64_t start, uint64_t end)
-{
-    pthread_mutex_lock(&file_line.lock);
-    file_line.left |= file_line.file == f && end == file_line.start;
-    file_line.right |= file_line.file == f && start == file_line.end;
-    if (file_line.left && file_line.right)
-        file_tell_bad_locked();
-    file_line.good_file = f;
-    file_line.good_end = end;
-    pthread_mutex_unlock(&file_line.lock);
-}
-
 /* Did the medium fail, not this process? */
 static bool file_is_medium_error(int error)
 {
@@ -1820,15 +1802,32 @@ static void file_note_trouble(struct file *f, uint64_t at)
     pthread_mutex_unlock(&f->lock);
 }
 
+/* How much of the front of a range is not known to be bad; and of the rest, if any, how much is (*bad). */
+static uint64_t file_find_bad(struct file *f, uint64_t offset, uint64_t len, uint64_t *bad)
+{
+    uint64_t front = len, end = offset + len;
+    const struct range *r;
+    unsigned i;
+
+    *bad = 0;
+    pthread_mutex_lock(&f->lock);
+    i = util_range_after(&f->bad, offset);
+    if (i < f->bad.n && f->bad.range[i].start < end) {
+        r = &f->bad.range[i];
+        front = r->start > offset ? r->start - offset : 0;
+        *bad = util_min(r->end, end) - (offset + front);
+    }
+    pthread_mutex_unlock(&f->lock);
+    return front;
+}
+
 /* writes: f->bad_writes before the range was tried; see rule 3. */
 static void file_note_bad(struct file *f, uint64_t start, uint64_t end, int error, uint64_t writes)
 {
-    unsigned i;
-    bool known;
+    uint64_t bad;
+    bool known = file_find_bad(f, start, 1, &bad) == 0;
 
     pthread_mutex_lock(&f->lock);
-    i = util_range_after(&f->bad, start);
-    known = i < f->bad.n && f->bad.range[i].start <= start;
     if (!f->bad.range)
         f->bad.range = calloc(MAX_RANGES, sizeof(struct range));
     if (f->bad.range && writes == f->bad_writes)
@@ -1849,23 +1848,18 @@ static void file_forget_bad(struct file *f, uint64_t start, uint64_t end, bool w
     pthread_mutex_unlock(&f->lock);
 }
 
-/* How much of the front of a range is not known to be bad; and of the rest, if any, how much is (*bad). */
-static uint64_t file_find_bad(struct file *f, uint64_t offset, uint64_t len, uint64_t *bad)
+static void file_note_good(struct file *f, uint64_t start, uint64_t end)
 {
-    uint64_t front = len, end = offset + len;
-    const struct range *r;
-    unsigned i;
-
-    *bad = 0;
-    pthread_mutex_lock(&f->lock);
-    i = util_range_after(&f->bad, offset);
-    if (i < f->bad.n && f->bad.range[i].start < end) {
-        r = &f->bad.range[i];
-        front = r->start > offset ? r->start - offset : 0;
-        *bad = util_min(r->end, end) - (offset + front);
-    }
-    pthread_mutex_unlock(&f->lock);
-    return front;
+    if (f->troubled)
+        file_forget_bad(f, start, end, false);
+    pthread_mutex_lock(&file_line.lock);
+    file_line.left |= file_line.file == f && end == file_line.start;
+    file_line.right |= file_line.file == f && start == file_line.end;
+    if (file_line.left && file_line.right)
+        file_tell_bad_locked();
+    file_line.good_file = f;
+    file_line.good_end = end;
+    pthread_mutex_unlock(&file_line.lock);
 }
 
 static bool file_is_near_bad(struct file *f, uint64_t offset, uint64_t len)
@@ -1941,23 +1935,18 @@ static int file_scan_page(struct file *f, uint8_t *to, uint64_t at, uint64_t n, 
 {
     uint8_t room[2 * FILE_PAGE], *page = room + (FILE_PAGE - (uintptr_t)room % FILE_PAGE);
     uint64_t end = at + n, from = at, next, writes = f->bad_writes;
-    bool single, suspect = f->trouble / FILE_PAGE == at / FILE_PAGE && n > f->sector; /* has just failed as a whole */
+    uint64_t skip;
+    bool whole, suspect = f->trouble / FILE_PAGE == at / FILE_PAGE && n > f->sector;  /* has just failed as a whole */
     int ret = 0, r = suspect ? -EIO : file_try_aligned(f, page, &from, end, end);
 
-    *good = r ? 0 : n;
-    if (!r) {
-        memcpy(to, page + (at - from), n);
-        file_line_good(f, from, end);
-        if (f->troubled)
-            file_forget_bad(f, at, end, false);
-        return 0;
-    }
-    f->trouble = UINT64_MAX;
-    single = !suspect && end - from <= f->sector;
+    *good = 0;
+    if (r)
+        f->trouble = UINT64_MAX;
+    whole = !suspect && (!r || end - from <= f->sector);        /* r says it of every sector */
     for (; from < end; from = next) {
-        if (!single && r != 1)
+        if (!whole && r != 1)
             r = file_try_aligned(f, page, &from, from + 1, util_min(end, from - from % f->sector + f->sector));
-        next = from + f->sector;
+        next = whole && !r ? end : from + f->sector;
         if (r == 1 || (r && !file_is_medium_error(-r)))
             return r;
         if (r) {
@@ -1965,13 +1954,9 @@ static int file_scan_page(struct file *f, uint8_t *to, uint64_t at, uint64_t n, 
             ret = r;
             continue;
         }
-        file_line_good(f, from, next);
-        if (f->troubled)
-            file_forget_bad(f, from, next, false);
-        if (from < at)
-            memcpy(to, page + (at - from), util_min(next, end) - at);
-        else
-            memcpy(to + (from - at), page, util_min(next, end) - from);
+        file_note_good(f, from, next);
+        skip = from < at ? at - from : 0;
+        memcpy(to + (from + skip - at), page + skip, util_min(next, end) - from - skip);
         *good = ret ? *good : util_min(next, end) - at;
     }
     return ret;
@@ -1991,7 +1976,7 @@ static int file_salvage(struct file *f, uint8_t *buf, uint64_t len, uint64_t off
     pthread_mutex_unlock(&f->lock);
     file_open_direct(f);
     if (*done)
-        file_line_good(f, offset, offset + *done);
+        file_note_good(f, offset, offset + *done);
     for (; *done < len && !ret; *done += good) {
         n = util_min(len - *done, FILE_PAGE - (offset + *done) % FILE_PAGE);
         if (!file_tries_again)
@@ -2305,13 +2290,10 @@ static int file_test(struct file *f)
 {
     struct stat st;
     uint8_t byte;
-    bool good = fstat(f->fd, &st) == 0 && lseek(f->fd, 0, SEEK_END) >= 0;
 
-    if (good && f->size && pread(f->fd, &byte, 1, 0) < 0 && !file_is_medium_error(errno))
-        good = false;
-    if (good && f->writable)
-        good = !util_fault("test of writing") && pwrite(f->fd, "", 0, 0) == 0;
-    if (good)
+    if (fstat(f->fd, &st) == 0 && lseek(f->fd, 0, SEEK_END) >= 0 &&
+        (!f->size || pread(f->fd, &byte, 1, 0) >= 0 || file_is_medium_error(errno)) &&
+        (!f->writable || (!util_fault("test of writing") && pwrite(f->fd, "", 0, 0) == 0)))
         return 0;
     return msg_err(-errno, "%s: cannot be %s by the serving process: %s (--sandbox=off may help)", f->path,
                    f->writable ? "read and written" : "read", strerror(errno));
@@ -2678,7 +2660,7 @@ static void cache_stop(void)
     cache.slots = NULL;
     cache.words = NULL;
     cache.table_bytes = 0;
-    file_reuse_ids();
+    file_ids = 0;
 }
 
 static uint64_t cache_budget(void)
@@ -3030,31 +3012,24 @@ static struct decoded_cluster *decoded_add_locked(const struct extent *ext)
     return c;
 }
 
-static bool decoded_decode(const struct extent *ext, uint8_t *out)
-{
-    uint64_t in_len = util_min(util_min(ext->coded_length, MAX_CLUSTER + 512), ext->file->size - ext->offset);
-    int ret = codec_read(ext->file, ext->offset, in_len, ext->codec, out, ext->decoded_length);
-
-    if (ret == -EINVAL)
-        msg_serving(0, "%s: the compressed cluster at %" PRIu64 " does not decode", ext->file->path, ext->offset);
-    return !ret;
-}
-
 /* Decodes c, which the caller has just added, without the lock. */
 static void decoded_fill_unlocked(struct decoded_cluster *c, const struct extent *ext)
 {
-    bool good;
+    uint64_t in_len = util_min(util_min(ext->coded_length, MAX_CLUSTER + 512), ext->file->size - ext->offset);
+    int ret;
 
     decoded.busy++;
     decoded.busy_bytes += ext->decoded_length + ext->coded_length;
     decoded.used += ext->coded_length;
     pthread_mutex_unlock(&decoded.lock);
-    good = decoded_decode(ext, c->data);
+    ret = codec_read(ext->file, ext->offset, in_len, ext->codec, c->data, ext->decoded_length);
+    if (ret == -EINVAL)
+        msg_serving(0, "%s: the compressed cluster at %" PRIu64 " does not decode", ext->file->path, ext->offset);
     pthread_mutex_lock(&decoded.lock);
     decoded.busy--;
     decoded.busy_bytes -= ext->decoded_length + ext->coded_length;
     decoded.used -= ext->coded_length;
-    c->state = good ? DECODED_READY : DECODED_BROKEN;
+    c->state = ret ? DECODED_BROKEN : DECODED_READY;
     pthread_cond_broadcast(&decoded.changed);
 }
 
@@ -3516,30 +3491,23 @@ static bool lost_finish(void)
     return good;
 }
 
-/* Notes [start, end) of what is shown. In a full list it is joined to its neighbour. */
-static void lost_note_locked(uint64_t start, uint64_t end)
-{
-    const struct range *near;
-    unsigned i;
-
-    if (util_range_add(&lost_list.bad, start, end))
-        return;
-    i = util_range_after(&lost_list.bad, start);
-    near = &lost_list.bad.range[i - (i == lost_list.bad.n)];
-    util_range_add(&lost_list.bad, util_min(start, near->start), end > near->end ? end : near->end);
-}
-
 static void lost_note(uint64_t offset, uint64_t len)
 {
     uint64_t start = offset > lost_list.from ? offset - lost_list.from : 0;
     uint64_t end = util_min(offset + len - lost_list.from, lost_list.size);
+    const struct range *near;
+    unsigned i;
 
+    if (lost_list.fd < 0 || offset + len <= lost_list.from || start >= end)
+        return;
     pthread_mutex_lock(&lost_list.lock);
-    if (lost_list.fd >= 0 && offset + len > lost_list.from && start < end) {
-        lost_note_locked(start, end);
-        if (lost_list.written != time(NULL))
-            lost_write_locked();
+    if (!util_range_add(&lost_list.bad, start, end)) {
+        i = util_range_after(&lost_list.bad, start);
+        near = &lost_list.bad.range[i - (i == lost_list.bad.n)];
+        util_range_add(&lost_list.bad, util_min(start, near->start), end > near->end ? end : near->end);
     }
+    if (lost_list.written != time(NULL))
+        lost_write_locked();
     pthread_mutex_unlock(&lost_list.lock);
 }
 
@@ -3551,9 +3519,8 @@ static void lost_note(uint64_t offset, uint64_t len)
  * ******************************************************************************************************** */
 
 /*
- * As image_format.map, but for any offset and through the whole chain: never EXT_BACKING. What lies past the
- * end of the image is bad, not zero; past the end of a backing file that is shorter than its child it is
- * zero.
+ * As image_format.map, but for any offset and through the whole chain: never EXT_BACKING. What lies past the end of
+ * the image is bad, past the end of a backing file that is shorter than its child it is zero.
  */
 static void img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
 {
@@ -3580,8 +3547,8 @@ static void img_map(struct image *im, uint64_t offset, uint64_t length, bool exa
 }
 
 /*
- * Who reads compressed clusters in order is decoded ahead of. Streams are known by where their next request
- * should begin; large requests may come out of order, since the kernel sends several at once.
+ * Sequential readers of compressed clusters get decode-ahead. A stream is known by where its next request should begin;
+ * large requests may come out of order, since the kernel sends several at once.
  */
 enum { IMG_STREAMS = 8, IMG_LARGE = 64 << 10, IMG_AHEAD = 1 << 20, IMG_PENDING = 32 };
 
@@ -3865,27 +3832,6 @@ static int img_resize(struct image *im, uint64_t size, uint64_t ticket)
     return ret;
 }
 
-static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done);
-
-/*
- * Writes zeros where the driver cannot free a whole cluster. With PUNCH_HOLE it punches the hole into the host's
- * file, which needs no space: it works on a full disk.
- */
-static int img_write_zeros(struct image *im, int mode, uint64_t len, uint64_t offset, uint64_t *done)
-{
-    static const uint8_t zeros[65536];
-    struct extent ext = { .kind = EXT_BAD };
-
-    if (mode & FALLOC_FL_PUNCH_HOLE)
-        ext_map(im, offset, len, false, &ext);
-    if (ext.kind == EXT_DATA && ext.owned) {
-        *done = util_min(len, ext.length);
-        if (file_fallocate(ext.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, ext.offset, *done) == 0)
-            return 0;
-    }
-    return img_change(im, zeros, 0, util_min(len, sizeof(zeros)), offset, done);
-}
-
 /* Writes to, or zeroes (buf NULL, with fallocate(2)'s mode), the front of the range that ext describes. */
 static int img_change_owned(const struct extent *ext, const uint8_t *buf, int mode, uint64_t len, uint64_t *part)
 {
@@ -3902,12 +3848,30 @@ static int img_change_owned(const struct extent *ext, const uint8_t *buf, int mo
     return ret;
 }
 
+static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done);
+
+/*
+ * Writes zeros where the driver cannot free a whole cluster. With PUNCH_HOLE it punches the hole into the host's
+ * file, which needs no space: it works on a full disk.
+ */
+static int img_write_zeros(struct image *im, int mode, uint64_t len, uint64_t offset, uint64_t *done)
+{
+    static const uint8_t zeros[65536];
+    struct extent ext = { .kind = EXT_BAD };
+
+    if (mode & FALLOC_FL_PUNCH_HOLE)
+        ext_map(im, offset, len, false, &ext);
+    if (ext.kind == EXT_DATA && ext.owned &&
+        img_change_owned(&ext, NULL, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, len, done) == 0)
+        return 0;
+    return img_change(im, zeros, 0, util_min(len, sizeof(zeros)), offset, done);
+}
+
 /*
  * Changes a range extent by extent: what the image owns is overwritten in place, without a lock; the driver does the
  * rest. buf NULL: zeroes or allocates, with fallocate(2)'s mode. Fails rather than loop without progress.
  */
-static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset,
-                      uint64_t *done)
+static int img_change(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done)
 {
     const struct image_format *format = im->format;
     struct extent ext;
@@ -3933,9 +3897,7 @@ static int img_change(struct image *im, const void *buf, int mode, uint64_t len,
     return buf || ret == -EIO ? img_note_failure(im, ret) : ret;
 }
 
-/*
- * As img_change(), for a range that ends at the end of the disk or past it. The disk then ends where the data does.
- */
+/* As img_change(), for a range that ends at the end of the disk or past it. The disk then ends where the data does. */
 static int img_extend_locked(struct image *im, const void *buf, int mode, uint64_t len, uint64_t offset, uint64_t *done)
 {
     uint64_t old = im->size, end = offset + len > old ? offset + len : old, now = end;
@@ -4018,8 +3980,7 @@ static int img_sync(struct image *im, bool last)
         return img_note_failure(im, im->format->sync(im, last));
     for (unsigned i = 0; im->writable && i < im->n_files; i++) {
         r = file_sync(&im->files[i]);
-        if (!ret)
-            ret = r;
+        ret = ret ? ret : r;
     }
     return img_note_failure(im, ret);
 }
