@@ -2102,6 +2102,20 @@ static int file_read(struct file *f, void *buf, uint64_t len, uint64_t offset)
     return file_pread(f, buf, len, offset, &done);
 }
 
+/*
+ * Reads what may end early: a bad sector behind the first `need` bytes is no error. *len, the size of buf, becomes how
+ * much of the front is good; zeros follow. Headers are read like this: what lies behind their fields may be damaged.
+ */
+static int file_pread_front(struct file *f, void *buf, uint64_t need, uint64_t *len, uint64_t offset)
+{
+    uint64_t done = 0;
+    int ret = file_pread(f, buf, *len, offset, &done);
+
+    memset((uint8_t *)buf + done, 0, *len - done);
+    *len = done;
+    return done >= need ? 0 : ret;
+}
+
 static void file_overlay(struct file *f)
 {
     if (!f->overlaid)
@@ -4283,6 +4297,13 @@ static int vdi_probe(const struct probe *p)
     return p->head_len >= sizeof(*start) && le32_to_cpu(start->signature) == VDI_SIGNATURE ? 100 : 0;
 }
 
+static uint64_t vdi_header_length(struct file *f)
+{
+    struct vdi_header h;
+
+    return file_read(f, &h, sizeof(h), 0) ? 0 : le32_to_cpu(h.map_offset);
+}
+
 /* Sets the identities from the header's first n UUIDs: two are its own, two its parent's. */
 static void vdi_parse_uuids(struct image *im, const uint8_t (*uuid)[16], unsigned n)
 {
@@ -4477,7 +4498,9 @@ static const struct image_format vdi_format = {
     .describe = "VirtualBox images: dynamic, fixed, differencing",
     .writes = "overlay",
     .state_size = sizeof(struct vdi),
+    .extensions = " vdi ",
     .probe = vdi_probe,
+    .header_length = vdi_header_length,
     .identify = vdi_read_header,
     .open = vdi_open,
     .map = vdi_map,
@@ -4527,6 +4550,14 @@ struct qed {
 static int qed_probe(const struct probe *p)
 {
     return p->head_len >= sizeof(struct qed_header) && memcmp(p->head, "QED", 4) == 0 ? 100 : 0;
+}
+
+static uint64_t qed_header_length(struct file *f)
+{
+    struct qed_header h;
+
+    return file_read(f, &h, sizeof(h), 0) ? 0
+           : (uint64_t)le32_to_cpu(h.cluster_size) * le32_to_cpu(h.header_clusters);
 }
 
 /* As many entries of the L1 table as the size needs must be there; the table ends where it may. */
@@ -4690,7 +4721,9 @@ static const struct image_format qed_format = {
     .describe = "QEMU's older format: backing chains",
     .writes = "overlay",
     .state_size = sizeof(struct qed),
+    .extensions = " qed ",
     .probe = qed_probe,
+    .header_length = qed_header_length,
     .open = qed_open,
     .map = qed_map,
     .claims = qed_claims,
@@ -4820,6 +4853,14 @@ static int vhd_probe(const struct probe *p)
                        ? 100 : 90;
     }
     return p->head_len >= VHD_FOOTER - 1 && vhd_is_footer((const void *)p->head) ? 100 : 0;
+}
+
+/* The copy of the footer and the dynamic header, which stand before the table. */
+static uint64_t vhd_header_length(struct file *f)
+{
+    struct { struct vhd_footer footer; struct vhd_header header; } h;
+
+    return file_read(f, &h, sizeof(h), 0) || !vhd_is_footer(&h.footer) ? 0 : be64_to_cpu(h.header.table);
 }
 
 /* Reads a footer of len bytes. False: none is there, or it is damaged; *seen: one is there. */
@@ -5206,7 +5247,9 @@ static const struct image_format vhd_format = {
     .describe = "VHD images of Virtual PC, Hyper-V, Azure: fixed, dynamic, differencing",
     .writes = "overlay",
     .state_size = sizeof(struct vhd),
+    .extensions = " vhd avhd ",
     .probe = vhd_probe,
+    .header_length = vhd_header_length,
     .identify = vhd_identify,
     .open = vhd_open,
     .map = vhd_map,
@@ -5783,17 +5826,20 @@ static int vhdx_check_item(struct image *im, struct vhdx *v, const struct vhdx_m
 static int vhdx_read_metadata(struct image *im, struct vhdx *v, union vhdx_table *t)
 {
     struct file *f = &im->files[0];
+    uint64_t len = VHDX_TABLE;
     uint32_t n;
     int ret;
 
     if (v->metadata.offset > f->size || f->size - v->metadata.offset < VHDX_TABLE)
         return fmt_refuse(im, "the metadata lies past the end of the file", v->metadata.offset);
-    ret = file_read(f, t, VHDX_TABLE, v->metadata.offset);
+    ret = file_pread_front(f, t, sizeof(t->metadata.entry[0]), &len, v->metadata.offset);
     if (ret)
         return ret;
     n = le16_to_cpu(t->metadata.n_entries);
     if (memcmp(t->metadata.signature, "metadata", 8) != 0 || n > VHDX_MAX_ENTRIES)
         return fmt_refuse(im, "the metadata table: no signature, or more than 2047 entries", n);
+    if ((const uint8_t *)&t->metadata.entry[n] > (const uint8_t *)t + len)
+        return msg_err(-EIO, "%s: its metadata table cannot be read", im->name);
     for (uint32_t i = 0; i < n && !ret; i++)
         ret = vhdx_check_item(im, v, &t->metadata.entry[i]);
     for (size_t i = 0; i < VHDX_ITEMS && !ret; i++)
@@ -6061,12 +6107,43 @@ static bool vhdx_as_qemu(struct image *im)
     return !((const struct vhdx *)im->state)->has_parent && !im->dirty;
 }
 
+/* -- lost headers -- */
+
+static bool vhdx_remains(struct file *f)
+{
+    struct vhdx_header h;
+
+    return vhdx_read_sealed(f, VHDX_HEADER_AT, (uint8_t *)&h, sizeof(h), "head") ||
+           vhdx_read_sealed(f, VHDX_HEADER_AT + VHDX_TABLE, (uint8_t *)&h, sizeof(h), "head");
+}
+
+/* All that stands before the block table: the log too, which then has nothing to replay. */
+static uint64_t vhdx_header_length(struct file *f)
+{
+    union vhdx_table *t = malloc(sizeof(*t));
+    uint64_t length = 0;
+    char guid[37];
+
+    if (t && vhdx_read_sealed(f, VHDX_REGIONS_AT, t->bytes, VHDX_TABLE, "regi"))
+        for (uint32_t i = 0; i < util_min(le32_to_cpu(t->regions.n_entries), VHDX_MAX_ENTRIES); i++) {
+            vhdx_guid(t->regions.entry[i].guid, guid);
+            if (strcmp(guid, VHDX_GUID_BAT) == 0)
+                length = le64_to_cpu(t->regions.entry[i].offset);
+        }
+    free(t);
+    return length;
+}
+
 static const struct image_format vhdx_format = {
     .name = "vhdx",
     .describe = "VHDX images of Hyper-V: fixed, dynamic, differencing; the log is replayed in memory",
     .writes = "overlay",
     .state_size = sizeof(struct vhdx),
+    .opens_headless = true,
+    .extensions = " vhdx avhdx ",
     .probe = vhdx_probe,
+    .remains = vhdx_remains,
+    .header_length = vhdx_header_length,
     .identify = vhdx_read_headers,
     .open = vhdx_open,
     .map = vhdx_map,
@@ -7264,6 +7341,19 @@ static int vmdk_probe(const struct probe *p)
     return vmdk_kind_of(p->head, p->head_len) != VMDK_BAD ? 100 : vmdk_is_descriptor(p->head, p->head_len) ? 90 : 0;
 }
 
+/* The header and the descriptor, which stand before the grain directories. */
+static uint64_t vmdk_header_length(struct file *f)
+{
+    struct vmdk_header h;
+    uint64_t redundant;
+
+    if (file_read(f, &h, sizeof(h), 0) || le32_to_cpu(h.magic) != VMDK_HOSTED_MAGIC)
+        return 0;
+    redundant = le64_to_cpu(h.redundant);
+    return util_min(redundant ? redundant : le64_to_cpu(h.overhead), util_min(le64_to_cpu(h.directory),
+                    le64_to_cpu(h.overhead))) * VMDK_SECTOR;
+}
+
 static void vmdk_close(struct image *im)
 {
     struct vmdk *v = im->state;
@@ -7589,7 +7679,9 @@ static const struct image_format vmdk_format = {
     .writes = "overlay",
     .state_size = sizeof(struct vmdk),
     .several_files = true,
+    .extensions = " vmdk ",
     .probe = vmdk_probe,
+    .header_length = vmdk_header_length,
     .identify = vmdk_identify,
     .open = vmdk_open,
     .map = vmdk_map,
@@ -8159,6 +8251,11 @@ static int prl_probe(const struct probe *p)
                    prl_is_xml(p->head, p->head_len) ? 100 : 0;
 }
 
+static uint64_t prl_header_length(struct file *f)
+{
+    return f->size ? PRL_HEADER : 0;
+}
+
 static int prl_open(struct image *im)
 {
     uint8_t head[4096];
@@ -8267,7 +8364,9 @@ static const struct image_format prl_format = {
     .directory_file = PRL_XML_NAME,
     .has_snapshots = true,
     .state_size = sizeof(struct prl),
+    .extensions = " hdd hds ",
     .probe = prl_probe,
+    .header_length = prl_header_length,
     .open = prl_open,
     .map = prl_map,
     .claims = prl_claims,
@@ -8448,6 +8547,13 @@ static int qcow2_probe(const struct probe *p)
     return p->head_len >= 8 && be32_to_cpu(h->magic) == QCOW2_MAGIC && be32_to_cpu(h->version) >= 2 ? 100 : 0;
 }
 
+static uint64_t qcow2_header_length(struct file *f)
+{
+    struct qcow2_header h;
+
+    return file_read(f, &h, QCOW2_HEADER_V2, 0) ? 0 : 1ull << (be32_to_cpu(h.cluster_bits) & 31);
+}
+
 static int qcow2_read(struct image *im, uint64_t offset, void *buf, uint64_t len, const char *what)
 {
     return fmt_read(im, &im->files[0], offset, buf, len, what);
@@ -8494,13 +8600,16 @@ static int qcow2_read_extension(struct image *im, struct qcow2 *q, uint32_t type
     return 0;
 }
 
-/* Header extensions end at the first cluster's end, or where the name of the backing file lies. */
-static int qcow2_read_extensions(struct image *im, struct qcow2 *q, const uint8_t *cluster, uint64_t len)
+/*
+ * Header extensions end at the first cluster's end, or where the name of the backing file lies. Not whole: behind len
+ * the cluster cannot be read, so that they must have ended before.
+ */
+static int qcow2_read_extensions(struct image *im, struct qcow2 *q, const uint8_t *cluster, uint64_t len, bool whole)
 {
     const struct qcow2_extension *ext;
     const uint8_t *features = NULL, *data;
     uint64_t name = be64_to_cpu(((const struct qcow2_header *)(const void *)cluster)->backing_offset);
-    uint32_t type, n, features_len = 0;
+    uint32_t type = UINT32_MAX, n, features_len = 0;
     int ret;
 
     if (name >= q->header_length)   /* some images have no end marker */
@@ -8522,6 +8631,8 @@ static int qcow2_read_extensions(struct image *im, struct qcow2 *q, const uint8_
             features_len = n;
         }
     }
+    if (!whole && type && len != name)
+        return msg_err(-EIO, "%s: its header extensions cannot be read", im->name);
     if (q->crypt == QCOW2_LUKS && !q->crypt_size)
         return fmt_refuse(im, "LUKS without its header", q->crypt_size);
     if (q->incompatible & ~(uint64_t)QCOW2_KNOWN)
@@ -8609,15 +8720,15 @@ static int qcow2_read_backing_name(struct image *im, struct qcow2 *q, const uint
 /* What the first cluster has behind the header. */
 static int qcow2_read_names(struct image *im, struct qcow2 *q)
 {
-    uint64_t len = util_min(1u << q->cluster_bits, im->files[0].size), done;
-    uint8_t *cluster = malloc(len);
+    uint64_t all = util_min(1u << q->cluster_bits, im->files[0].size), len = all;
+    uint8_t *cluster = malloc(all);
     int ret;
 
     if (!cluster)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = file_pread(&im->files[0], cluster, len, 0, &done);
+    ret = file_pread_front(&im->files[0], cluster, q->header_length, &len, 0);
     if (!ret)
-        ret = qcow2_read_extensions(im, q, cluster, len);
+        ret = qcow2_read_extensions(im, q, cluster, len, len == all);
     if (!ret)
         ret = qcow2_read_backing_name(im, q, cluster, len);
     free(cluster);
@@ -11426,7 +11537,9 @@ static const struct image_format qcow2_format = {
     .has_snapshots = true,
     .bad_to_qemu = true,
     .state_size = sizeof(struct qcow2),
+    .extensions = " qcow2 qcow ",
     .probe = qcow2_probe,
+    .header_length = qcow2_header_length,
     .create = qcow2_create,
     .open = qcow2_open,
     .begin_writing = qcow2_begin_writing,
@@ -11828,19 +11941,149 @@ static const struct image_format *probe_most_certain(const struct probe *p)
     return format;
 }
 
-/* Reads the front of `head` and the end of `tail`; either may be NULL. */
-static int probe_read(struct probe *p, struct file *head, struct file *tail)
+/* Reads the front of `head` and the end of `tail`; either may be NULL. What cannot be read ends them early. */
+static void probe_read(struct probe *p, struct file *head, struct file *tail)
 {
-    uint64_t done;
-    int ret = 0;
-
     p->size = (head ? head : tail)->size;
     p->head_len = head ? util_min(p->size, sizeof(p->head)) : 0;
     p->tail_len = tail ? util_min(tail->size, sizeof(p->tail)) : 0;
     if (head)
-        ret = file_pread(head, p->head, p->head_len, 0, &done);
-    if (tail && !ret)
-        ret = file_pread(tail, p->tail, p->tail_len, tail->size - p->tail_len, &done);
+        (void)file_pread_front(head, p->head, 0, &p->head_len, 0);
+    if (tail)
+        (void)file_pread_front(tail, p->tail, 0, &p->tail_len, tail->size - p->tail_len);
+}
+
+/*
+ * -- lost headers --
+ *
+ * A container that has lost its first sector must not pass as a raw disk: fsck would "repair" its tables. So a file
+ * that no format claims, and that does not begin like a disk either, is looked at again: has it the extension of a
+ * container, or anything that only stands in one?
+ */
+
+enum { PROBE_SHIFTED = 4 << 20 };
+
+/* What disks, partitions and file systems have near their start. */
+static const struct {
+    uint32_t offset;
+    uint8_t length;
+    const char *magic;
+} probe_disks[] = {
+    { 510, 2, "\x55\xaa" },         /* MBR, FAT, NTFS, exFAT, BitLocker */
+    { 512, 8, "EFI PART" },         { 4096, 8, "EFI PART" },        /* GPT: sectors of 512, 4096 bytes */
+    { 0, 2, "ER" },                 /* Apple's partition map */
+    { 1080, 2, "\x53\xef" },        /* ext2, ext3, ext4 */
+    { 0, 4, "XFSB" },               { 65600, 8, "_BHRfS_M" },       /* XFS, btrfs */
+    { 1024, 4, "\x10\x20\xf5\xf2" },    { 1024, 4, "\xe2\xe1\xf5\xe0" },    /* F2FS, EROFS */
+    { 1024, 2, "H+" },              { 1024, 2, "HX" },              { 32, 4, "NXSB" },      /* HFS+, APFS */
+    { 32769, 5, "CD001" },          { 32768, 4, "JFS1" },           { 65588, 6, "ReIsEr" },
+    { 0, 4, "hsqs" },               { 0, 6, "LUKS\xba\xbe" },       { 4086, 10, "SWAPSPACE2" },
+    { 0, 8, "LABELONE" },           { 512, 8, "LABELONE" },         /* LVM: in any of four sectors */
+    { 1024, 8, "LABELONE" },        { 1536, 8, "LABELONE" },
+    { 4096, 4, "\xfc\x4e\x2b\xa9" },    { 0, 4, "\xfc\x4e\x2b\xa9" },       /* md RAID */
+};
+
+static bool probe_begins_like_disk(struct file *f)
+{
+    uint8_t bytes[16];
+
+    for (size_t i = 0; i < ARRAY_LEN(probe_disks); i++)
+        if (probe_disks[i].offset + (uint64_t)probe_disks[i].length <= f->size &&
+            file_read(f, bytes, probe_disks[i].length, probe_disks[i].offset) == 0 &&
+            memcmp(bytes, probe_disks[i].magic, probe_disks[i].length) == 0)
+            return true;
+    return false;
+}
+
+/* Where a whole disk begins that does not begin at 0: its GPT says that it is in sector 1. 0: nowhere near. */
+static uint64_t probe_find_shifted(struct file *f)
+{
+    struct gpt_header h;
+
+    for (uint64_t at = 1024; at + sizeof(h) <= util_min(f->size, PROBE_SHIFTED); at += 512)
+        if (file_read(f, &h, sizeof(h), at) == 0 && memcmp(h.signature, "EFI PART", 8) == 0 &&
+            le64_to_cpu(h.my_lba) == 1 && le64_to_cpu(h.other_lba) > 1)
+            return at - 512;
+    return 0;
+}
+
+/* The format whose images have the extension of this name; NULL: none. Flat extents of VMware are raw. */
+static const struct image_format *probe_format_called(const char *name)
+{
+    const char *base = util_basename(name), *dot = strrchr(base, '.');
+    char word[16];
+
+    if (!dot || strlen(dot) > 8 || strcasestr(base, "-flat.") || strcasestr(base, "-rdm") || strcasestr(base, "-f0"))
+        return NULL;
+    snprintf(word, sizeof(word), " %s ", dot + 1);
+    for (size_t i = 0; i < ARRAY_LEN(probe_formats); i++)
+        if (probe_formats[i]->extensions && strcasestr(probe_formats[i]->extensions, word))
+            return probe_formats[i];
+    return NULL;
+}
+
+/* Raw was assumed: sets im->format if this is another image without its header, and that can be read; else refuses it. */
+static int probe_check_headless(struct image *im)
+{
+    struct file *f = &im->files[0];
+    const struct image_format *called = probe_format_called(im->name), *left = NULL;
+    char next[PATH_MAX];
+    uint64_t shift;
+
+    if (f->size == 0 || probe_begins_like_disk(f) || (probe_next_piece(im->name, next) && file_exists(next)))
+        return 0;                   /* pieces are looked at later */
+    for (size_t i = 0; i < ARRAY_LEN(probe_formats) && !left; i++)
+        left = probe_formats[i]->remains && probe_formats[i]->remains(f) ? probe_formats[i] : NULL;
+    if (left && (left->opens_headless || (im->opt->rebuild && left->rebuild))) {
+        msg_say(MSG_NOTE, "%s: a %s image that has lost its first sector", im->name, left->name);
+        im->format = left;
+        return 0;
+    }
+    if (left || called)
+        return msg_err(-EINVAL, "%s: %s a %s image, but its header is lost;%s --header=FILE takes that of another image "
+                       "made with the same options, --format raw shows the bytes of this file", im->name,
+                       left ? "is what is left of" : "is called like", left ? left->name : called->name,
+                       left && left->rebuild ? " --rebuild puts it together from what is left," : "");
+    shift = probe_find_shifted(f);
+    if (shift)
+        return msg_err(-EINVAL, "%s: holds a disk that begins at %" PRIu64 ", behind a header that is not known or lost; "
+                       "--format raw --offset=%" PRIu64 " shows it, --format raw the bytes of this file", im->name,
+                       shift, shift);
+    return 0;
+}
+
+/* --header: the front of another image of the same kind stands for this one's. Nothing is written. */
+static int probe_borrow_header(struct image *im)
+{
+    struct file donor = { 0 }, *f = &im->files[0];
+    const struct image_format *format;
+    struct probe p;
+    uint64_t length = 0, len;
+    int ret = file_open(&donor, im->opt->header, false);
+
+    if (ret)
+        return ret;
+    probe_read(&p, &donor, &donor);
+    format = probe_most_certain(&p);
+    if (!format->plain && format->header_length)
+        length = util_min(format->header_length(&donor), donor.size);
+    if (!length)
+        ret = msg_err(-EINVAL, "%s: is a %s image, which has no header to lend", im->opt->header, format->name);
+    if (!ret && im->opt->format && im->format != format)
+        ret = msg_err(-EINVAL, "%s: is a %s image, not %s", im->opt->header, format->name, im->format->name);
+    for (uint64_t at = 0; at < length && !ret; at += FILE_PATCH) {
+        uint8_t page[FILE_PATCH] = { 0 };
+        len = util_min(f->size - util_min(at, f->size), sizeof(page));
+        (void)file_pread_front(f, page, 0, &len, at);
+        ret = file_read(&donor, page, util_min(length - at, sizeof(page)), at);
+        if (!ret)
+            ret = file_patch(f, at, page);
+    }
+    if (!ret) {
+        msg_say(MSG_NOTE, "%s: the first %" PRIu64 " bytes are taken from %s", im->name, length, im->opt->header);
+        im->format = format;
+    }
+    file_forget(&donor);
     return ret;
 }
 
@@ -11849,14 +12092,18 @@ static int probe_image(struct image *im, const char *wanted)
 {
     struct file *first = &im->files[0];
     struct probe p;
+    int ret;
 
     if (wanted) {
         im->format = probe_format_named(wanted);
-        return im->format ? 0 : probe_unknown_format(wanted);
+        if (!im->format)
+            return probe_unknown_format(wanted);
     }
-    /* If the head cannot be read, do not guess: on a failing disk it may have been of any format. */
-    if (probe_read(&p, first, &im->files[im->n_files - 1]))
-        return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it", im->name);
+    if (im->opt->header)
+        return probe_borrow_header(im);
+    if (wanted)
+        return 0;
+    probe_read(&p, first, &im->files[im->n_files - 1]);
     im->format = probe_most_certain(&p);
     if (!im->format->plain)
         return 0;
@@ -11865,6 +12112,12 @@ static int probe_image(struct image *im, const char *wanted)
                        "they can be opened alone", im->name);
     if (probe_check_foreign(im, &p))
         return -EMEDIUMTYPE;
+    ret = probe_check_headless(im);
+    if (ret || !im->format->plain)
+        return ret;
+    /* If the first sector cannot be read, do not guess: on a failing disk it may have been of any format. */
+    if (first->size && !p.head_len && !probe_begins_like_disk(first))
+        return msg_err(-EIO, "%s: cannot tell the format of what cannot be read; --format names it", im->name);
     if (!first->is_blk && first->size)
         msg_say(MSG_NOTE, "%s: raw disk image assumed (--format raw silences this)", im->name);
     return 0;
@@ -11983,7 +12236,8 @@ static bool probe_are_pieces(const struct image *im)
     for (unsigned i = 0; i < im->n_files; i++) {
         if (im->files[i].size > im->files[0].size)
             return false;
-        each = each && probe_read(&p, &im->files[i], NULL) == 0 && probe_most_certain(&p) == im->format;
+        probe_read(&p, &im->files[i], NULL);
+        each = each && probe_most_certain(&p) == im->format;
     }
     return !each;
 }
@@ -11994,7 +12248,8 @@ static int probe_check_end(const struct image *im)
     const struct image_format *format;
     struct probe p;
 
-    if (probe_read(&p, NULL, &im->files[im->n_files - 1]))
+    probe_read(&p, NULL, &im->files[im->n_files - 1]);
+    if (!p.tail_len)
         return 0;                   /* read errors are reported when the range is read */
     format = probe_most_certain(&p);
     if (format->plain)
@@ -12404,6 +12659,8 @@ static int chain_finish(struct image *im)
         im->state = util_fault("state of the image") ? NULL : calloc(1, im->format->state_size);
         ret = im->state ? 0 : msg_err(-ENOMEM, "%s: out of memory", im->name);
     }
+    if (!ret && im->opt->rebuild && im->depth == 0 && im->format->rebuild)
+        ret = im->format->rebuild(im);
     if (!ret)
         ret = im->format->open(im);
     for (; im->opt->lock && locked < im->n_files && !ret; locked++)
@@ -12648,7 +12905,8 @@ static bool chain_could_be(const struct image_format *format, struct file *f)
 {
     struct probe p;
 
-    return probe_read(&p, f, f) == 0 && format->probe(&p);
+    probe_read(&p, f, f);
+    return format->probe(&p);
 }
 
 /*
@@ -13062,7 +13320,12 @@ static void overlay_format(const struct image *base, char word[32])
         util_hash(&hash, util_basename(base->files[i].path));
         util_hash(&hash, size);
     }
-    if (parts || opt->snapshot || opt->n_backing || opt->backing_format || opt->data_file || cut || opt->ignore_log)
+    if (opt->rebuild || opt->header) {
+        util_hash(&hash, opt->rebuild ? "rebuilt" : "borrowed");
+        util_hash(&hash, opt->header);
+    }
+    if (parts || opt->snapshot || opt->n_backing || opt->backing_format || opt->data_file || cut || opt->ignore_log ||
+        opt->rebuild || opt->header)
         snprintf(word, 32, "%s:%016" PRIx64, parts ? "split-raw" : opt->snapshot ? "snapshot" : "backing", hash);
     else
         util_copy(word, 32, base->format->name);
@@ -14696,11 +14959,11 @@ enum opt_action { ACT_EXPORT, ACT_INFO, ACT_MAP, ACT_CHECK, ACT_UMOUNT, ACT_FORM
 
 struct options {
     char **images, **command, *mountpoint, *format, *pidfile, *extra;
-    char *snapshot, *backing_format, *data_file, *allow_external, *error_map, *overlay, *temporary;
+    char *snapshot, *backing_format, *data_file, *allow_external, *error_map, *overlay, *temporary, *header;
     char *backing[MAX_GIVEN];
     unsigned n_images, n_backing;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        no_backing, force_parent, ignore_log, strict, lazy, verbose, quiet, json, repair, read_only;
+        no_backing, force_parent, ignore_log, rebuild, strict, lazy, verbose, quiet, json, repair, read_only;
     bool mount_helper; /* called by mount(8) */
     struct sigaction old_xfsz;      /* for the command: we ignore the signal, so the limit is an error for us */
     uint64_t offset, size, cache_size;
@@ -14760,6 +15023,9 @@ static const struct opt {
       "take a parent whose identity is another one" },
     { 0, "ignore-log", NULL, OPT_SET, OPT_AT(ignore_log), 0,
       "read a VHDX whose log cannot be replayed without it" },
+    { 0, "rebuild", NULL, OPT_SET, OPT_AT(rebuild), 0,
+      "put together a header or tables that are lost from what is left" },
+    { 0, "header", "FILE", OPT_TEXT, OPT_AT(header), 0, "take the header of this image, made with the same options" },
     { 0, "on-error", "eio|zero", OPT_CHOICE, OPT_AT(on_error), 0, "what is shown where nothing can be read" },
     { 0, "error-map", "FILE", OPT_TEXT, OPT_AT(error_map), 0, "list there what could not be read (ddrescue mapfile)" },
     { 0, "strict", NULL, OPT_SET, OPT_AT(strict), 0, "refuse an image whose tables are damaged anywhere" },
@@ -15083,6 +15349,10 @@ static int opt_check(struct options *o)
         return msg_err(-EINVAL, "%s goes with --umount", o->lazy ? "-z" : "--timeout");
     if (o->growable && !o->writable)
         return msg_err(-EINVAL, "--growable goes with -w, --overlay or --temporary");
+    if (o->writable && !o->overlay && !o->temporary && (o->rebuild || o->header))
+        return msg_err(-EINVAL, "--rebuild and --header are for reading; --overlay or --temporary take changes");
+    if (o->repair && (o->rebuild || o->header))
+        return msg_err(-EINVAL, "--rebuild and --header are for reading: --repair would write what is guessed");
     if (o->growable && (o->offset || o->size || o->partition))
         return msg_err(-EINVAL,
                        "--growable goes with a whole image, not with --offset, --size or --partition");
@@ -16242,6 +16512,8 @@ static struct image_options run_image_options(const struct options *o)
         .strict = o->strict,
         .force_parent = o->force_parent,
         .ignore_log = o->ignore_log,
+        .rebuild = o->rebuild,
+        .header = o->header,
         .zero_errors = o->on_error,
         .parts = !o->no_parts,
         .lock = !o->share,

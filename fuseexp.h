@@ -139,7 +139,9 @@ struct image_options {
     const char *backing_format;     /* of the top's, and of those whose format no image says */
     const char *data_file;          /* top */
     const char *allow_external;     /* a directory that names in images may lead to */
+    const char *header;             /* top: a file whose header stands for its own, which is lost */
     bool no_backing, force_parent, ignore_log, strict, parts, lock;
+    bool rebuild;                   /* top: put together what is lost from what is left */
     bool zero_errors;               /* what cannot be read is shown as zeros, because the user said so */
     bool top_only;                  /* to look at, not to be read: backing files are named, not opened */
 };
@@ -173,7 +175,7 @@ struct extent {
 /* The first and last bytes of a file, for probing without I/O. */
 struct probe {
     uint8_t head[4096], tail[512];
-    size_t head_len, tail_len;      /* tail: the last tail_len bytes of the last file of a set */
+    uint64_t head_len, tail_len;      /* tail: the last tail_len bytes of the last file of a set */
     uint64_t size;                  /* of the first */
 };
 
@@ -204,6 +206,13 @@ struct claims {
  *   probe   0..100, no I/O; the highest wins, 0 is "not mine".
  *   part    NULL: one file. Else writes the name of part i (0 is the first) of a set whose first file is `first`;
  *           false when `first` does not look like the first of a set, or there is no such name any more.
+ *   remains  is f what is left of an image of this format that has lost its first sector? Reads a few places. NULL:
+ *           nothing would tell.
+ *   header_length  so many bytes at the front of f, an image of this format, another one made with the same options can
+ *           use if its own are lost; 0: none. May be NULL.
+ *   rebuild  for --rebuild, before open(): puts together what is lost of im->files[0] from what is left, in memory
+ *           (file_patch()), and says each guess in a note of its own. It leaves alone what is not lost, and what it
+ *           cannot verify. NULL: cannot.
  *   identify  sets im->id from the headers of im->files[0], and nothing else; cheap, opens no other file. NULL: no
  *           child of this format knows its parent by identity.
  *   create  writes an image of `size` bytes over `backing` to the empty file f. One format has it: that of overlays.
@@ -241,9 +250,14 @@ struct image_format {
     bool data_file;                 /* files[1] may be an external data file, which --data-file names */
     bool has_snapshots;             /* --snapshot chooses one */
     bool bad_to_qemu;               /* what map() calls bad is an error for QEMU, too */
+    bool opens_headless;            /* open() does not need the first sector */
     const char *directory_file;     /* an image may be a directory that has a file of this name; NULL: none is */
+    const char *extensions;         /* of files that are hardly anything else, each in blanks: " vdi " */
     int (*probe)(const struct probe *p);
     bool (*part)(const char *first, unsigned i, char name[PATH_MAX]);
+    bool (*remains)(struct file *f);
+    uint64_t (*header_length)(struct file *f);
+    int (*rebuild)(struct image *im);
     int (*identify)(struct image *im);
     int (*create)(struct file *f, uint64_t size, const char *backing, const char *backing_format);
     int (*open)(struct image *im);
