@@ -12022,7 +12022,7 @@ static const struct image_format *probe_format_called(const char *name)
     return NULL;
 }
 
-/* Raw was assumed: sets im->format if this is another image without its header, and that can be read; else refuses it. */
+/* Raw was assumed: refuses what is an image without its header, or sets im->format if that can be read. */
 static int probe_check_headless(struct image *im)
 {
     struct file *f = &im->files[0];
@@ -12040,15 +12040,15 @@ static int probe_check_headless(struct image *im)
         return 0;
     }
     if (left || called)
-        return msg_err(-EINVAL, "%s: %s a %s image, but its header is lost;%s --header=FILE takes that of another image "
-                       "made with the same options, --format raw shows the bytes of this file", im->name,
+        return msg_err(-EINVAL, "%s: %s a %s image, but its header is lost;%s --header=FILE takes that of another "
+                       "image made with the same options, --format raw shows the bytes of this file", im->name,
                        left ? "is what is left of" : "is called like", left ? left->name : called->name,
                        left && left->rebuild ? " --rebuild puts it together from what is left," : "");
     shift = probe_find_shifted(f);
     if (shift)
-        return msg_err(-EINVAL, "%s: holds a disk that begins at %" PRIu64 ", behind a header that is not known or lost; "
-                       "--format raw --offset=%" PRIu64 " shows it, --format raw the bytes of this file", im->name,
-                       shift, shift);
+        return msg_err(-EINVAL, "%s: holds a disk that begins at %" PRIu64 ", behind a header that is lost or not "
+                       "known; --format raw --offset=%" PRIu64 " shows it, --format raw the bytes of this file",
+                       im->name, shift, shift);
     return 0;
 }
 
