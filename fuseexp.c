@@ -6167,16 +6167,16 @@ static const struct image_format vhdx_format = {
  *   COWD        header | grain directory | tables of 4096 entries and grains, as they were allocated
  *   seSparse    header | volatile header | ... | grain directory | tables | ... | grains; entries of 8 bytes
  *
- *   grain directory entry -> grain table; grain table entry -> grain; 0: what the parent has
+ *   grain directory entry -> grain table; grain table entry -> grain; 0: as the parent, or zeros if there is none
  *
- * An extent with two grain directories has every table twice, and writers keep both equal. Both are read, and what one
- * has lost comes from the other. Where the entries of a grain differ,
+ * An extent with two grain directories has every table twice, and writers keep both equal. Both are read: what one
+ * lost comes from the other. Where the two entries of a grain differ,
  *   - an invalid one loses;
  *   - after a crash (unclean) the one that has data wins: the other one was not written yet;
  *   - one in a sector of zeros loses: copies of dying disks have zeros for what was unreadable;
  *   - otherwise the grain is an error.
- * Example: a bad sector of the disk that the image was on lost 128 entries of a table. QEMU reads the first directory
- * alone, and shows 8 MiB of zeros if the table was one of that; the table of the redundant directory has the data.
+ * Example: a bad sector of the host's disk destroyed 128 entries of a table. QEMU reads the first directory only, and
+ * shows 8 MiB of zeros if the table was one of that; the table of the redundant directory has the data.
  * ******************************************************************************************************** */
 
 struct vmdk_header {                /* of a hosted extent; a footer has the same shape */
@@ -6255,7 +6255,7 @@ enum {
     VMDK_SECTOR = 512,
     VMDK_MAX_TEXT = 1 << 20,        /* bytes of a descriptor: MAX_PARTS lines need less */
     VMDK_MAX_GRAIN = 1 << 17,       /* sectors: 64 MiB; 128 is usual */
-    VMDK_MAX_ROUNDING = 1 << 16,    /* bytes: a flat file that is longer than its extent by less was just rounded up */
+    VMDK_MAX_ROUNDING = 1 << 16,    /* bytes: a flat file that exceeds its extent by less was just rounded up */
     VMDK_MAX_FOOTER_BACK = 128,     /* sectors at the end in which the footer is looked for */
 
     VMDK_HOSTED_MAGIC = 0x564d444b, /* "KDMV" */
@@ -6287,18 +6287,18 @@ enum vmdk_kind { VMDK_BAD, VMDK_ZERO, VMDK_FLAT, VMDK_HOSTED, VMDK_COWD, VMDK_SE
 struct vmdk_extent {
     enum vmdk_kind kind;
     bool no_access, zero_grains, compressed, markers, unclean;
-    bool exact;                     /* QEMU takes the line for an extent: it minds the case of its words */
+    bool exact;                     /* QEMU, for which letter case counts, recognizes the line, too */
     uint64_t start, size;           /* bytes: in the disk */
     struct file *file;
     const char *why;                /* VMDK_BAD */
-    const char *type, *name;        /* in the descriptor's text: of the line; "" and NULL without one */
+    const char *type, *name;        /* of its line, in the descriptor's text; "" and NULL: it has none */
     uint64_t offset;                /* VMDK_FLAT: bytes, in file */
     /* sparse: */
     uint64_t capacity;              /* bytes: by its header; its last grain may reach past `size` */
     uint32_t grain_bits, table_bits, entry_size;    /* log2 of a grain's bytes, of a table's entries; 4 or 8 */
     uint32_t last_length;           /* compressed: what the last grain decodes to */
     uint64_t directory[2];          /* offsets in file of the one or two grain directories; 0: none */
-    uint64_t header_sectors;        /* with the descriptor: no directory lies before */
+    uint64_t header_sectors;        /* header and descriptor: no directory lies before their end */
     uint64_t first_grain;           /* offset in file: no data lies before */
     uint64_t tables, grains;        /* seSparse: offsets in file, entries count from here */
 };
@@ -6319,23 +6319,12 @@ struct vmdk {
 
 /* -- the descriptor -- */
 
-static char *vmdk_trim(char *text)
-{
-    size_t len;
-
-    text += strspn(text, " \t");
-    len = strlen(text);
-    while (len && strchr(" \t\r", text[len - 1]))
-        text[--len] = 0;
-    return text;
-}
-
 static bool vmdk_starts(const char *line, const char *word)
 {
     return strncasecmp(line, word, strlen(word)) == 0;
 }
 
-/* The bytes of a byte order mark in UTF-8, which editors put there. */
+/* The length of a byte order mark in UTF-8, which some editors write; 0: there is none. */
 static size_t vmdk_bom(const char *text)
 {
     return strncmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
@@ -6365,7 +6354,7 @@ static int vmdk_bad_line(const struct image *im, const char *what, const char *l
     return msg_err(-EINVAL, "%s: damaged or hostile VMDK descriptor: %s: '%.200s'", im->name, what, line);
 }
 
-/* Cuts the word at *p off; moves on to what follows. */
+/* Returns the word at *p, terminated; *p moves to the next one. */
 static char *vmdk_word(char **p)
 {
     char *word = *p;
@@ -6377,21 +6366,12 @@ static char *vmdk_word(char **p)
     return word;
 }
 
-/* A word that is a number of sectors; in bytes. */
+/* Reads a word that is a number of sectors. */
 static bool vmdk_sectors(char **p, uint64_t *bytes)
 {
-    const char *word = vmdk_word(p);
-    uint64_t sectors = 0;
-
-    *bytes = 0;
-    if (!*word)
+    if (!util_parse_sectors(vmdk_word(p), bytes))
         return false;
-    for (; *word; word++) {
-        sectors = sectors * 10 + (uint64_t)(*word - '0');
-        if (!isdigit((unsigned char)*word) || sectors > VMDK_MAX_SECTORS)
-            return false;
-    }
-    *bytes = sectors * VMDK_SECTOR;
+    *bytes *= VMDK_SECTOR;
     return true;
 }
 
@@ -6465,7 +6445,7 @@ static int vmdk_parse_extent(struct image *im, struct vmdk *v, char *line)
         return ret;
     e->name = vmdk_quoted(&p);
     if (e->kind == VMDK_HOSTED && v->embedded && (e->name ? !*e->name : !*p))
-        e->name = "";               /* as FreeBSD's mkimg has it: the file itself, see vmdk_find_self() */
+        e->name = "";               /* as FreeBSD's mkimg writes it: the file itself, see vmdk_find_self() */
     else if (e->kind == VMDK_ZERO ? !!*p : !e->name || !*e->name)
         return vmdk_bad_line(im, "the file of an extent", shown);
     if (*p && (e->kind == VMDK_FLAT || strcmp(p, "0") == 0)) {
@@ -6486,46 +6466,11 @@ static bool vmdk_cid(const char *value, uint32_t *cid)
     return len && len <= 8 && !value[len];
 }
 
-/* A key of the descriptor, and how its value is set. */
-struct vmdk_key {
-    const char *name;
-    int (*set)(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value);
-    size_t field;                   /* offset in struct vmdk: of a text, or of an identity */
-    enum identity_kind kind;        /* of a UUID */
-};
-
-static int vmdk_set_version(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value)
-{
-    (void)v;
-    (void)key;
-    if (isdigit((unsigned char)*value) && (*value < '1' || *value > '4' || value[1]))
-        return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s', which is not supported; 1 to 4 "
-                       "are", im->name, value);
-    return 0;
-}
-
-static int vmdk_set_text(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value)
-{
-    (void)im;
-    *(const char **)(void *)((char *)v + key->field) = value;
-    return 0;
-}
-
-/* Its own CID is for its children alone. A damaged one fits none of them. */
-static int vmdk_set_cid(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value)
-{
-    (void)key;
-    v->no_cid = !vmdk_cid(value, &v->cid);
-    if (v->no_cid)
-        msg_say(MSG_NOTE, "%s: its CID is damaged: '%.20s' (no child of it can be checked)", im->name, value);
-    return 0;
-}
-
 /*
  * "ffffffff" with one wrong character still means no parent, unless a parent is named: see vmdk_set_parent(). But
- * "fffffffe" is a true CID.
+ * "fffffffe" is a valid CID.
  */
-static int vmdk_set_parent_cid(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value)
+static int vmdk_set_parent_cid(struct image *im, struct vmdk *v, const char *value)
 {
     bool valid = vmdk_cid(value, &v->parent_cid);
     unsigned wrong = 0;
@@ -6535,42 +6480,57 @@ static int vmdk_set_parent_cid(struct image *im, struct vmdk *v, const struct vm
     v->odd_parent_cid = strlen(value) == 8 && wrong == 1 && !(valid && v->parent_cid == VMDK_NEW_CID);
     if (v->odd_parent_cid)
         msg_say(MSG_NOTE, "%s: its parent's CID is damaged, or very odd: '%s'", im->name, value);
-    return valid || v->odd_parent_cid ? 0 : vmdk_bad_line(im, key->name, value);
+    return valid || v->odd_parent_cid ? 0 : vmdk_bad_line(im, "parentCID", value);
 }
 
-/* A null UUID means none, and so does one with one wrong character. */
-static int vmdk_set_uuid(struct image *im, struct vmdk *v, const struct vmdk_key *key, const char *value)
+/* A null UUID means none, and so does one with one wrong character. Returns whether the value is valid. */
+static bool vmdk_set_uuid(struct identity *id, enum identity_kind kind, const char *value)
 {
     uint8_t uuid[16];
     unsigned wrong = 0;
 
-    (void)im;
     for (const char *p = value; *p; p++)
         wrong += !strchr("0-{}", *p);
     if (wrong <= 1)
-        return 0;
-    if (text_parse_guid(value, uuid))
-        ext_set_id((struct identity *)(void *)((char *)v + key->field), key->kind, uuid);
-    else if (key->field == offsetof(struct vmdk, parent_id) && key->kind == ID_IMAGE)
-        v->odd_parent_uuid = true;
-    return 0;
+        return true;
+    if (!text_parse_guid(value, uuid))
+        return false;
+    ext_set_id(id, kind, uuid);
+    return true;
 }
 
 /* VirtualBox names the parent by its UUID alone: its parentCID is ffffffff, and there is no hint. */
-static const struct vmdk_key vmdk_keys[] = {
-    { "version", vmdk_set_version, 0, 0 },
-    { "CID", vmdk_set_cid, 0, 0 },
-    { "parentCID", vmdk_set_parent_cid, 0, 0 },
-    { "createType", vmdk_set_text, offsetof(struct vmdk, create_type), 0 },
-    { "encoding", vmdk_set_text, offsetof(struct vmdk, encoding), 0 },
-    { "parentFileNameHint", vmdk_set_text, offsetof(struct vmdk, hint), 0 },
-    { "ddb.uuid.image", vmdk_set_uuid, offsetof(struct vmdk, id), ID_IMAGE },
-    { "ddb.uuid.modification", vmdk_set_uuid, offsetof(struct vmdk, id), ID_STATE },
-    { "ddb.uuid.parent", vmdk_set_uuid, offsetof(struct vmdk, parent_id), ID_IMAGE },
-    { "ddb.uuid.parentmodification", vmdk_set_uuid, offsetof(struct vmdk, parent_id), ID_STATE },
-};
+static int vmdk_set_key(struct image *im, struct vmdk *v, const char *name, const char *value)
+{
+    const struct { const char *name, **text; } texts[] = {
+        { "createType", &v->create_type }, { "encoding", &v->encoding }, { "parentFileNameHint", &v->hint },
+    };
+    const struct { const char *name; struct identity *id; enum identity_kind kind; } uuids[] = {
+        { "ddb.uuid.image", &v->id, ID_IMAGE }, { "ddb.uuid.modification", &v->id, ID_STATE },
+        { "ddb.uuid.parent", &v->parent_id, ID_IMAGE }, { "ddb.uuid.parentmodification", &v->parent_id, ID_STATE },
+    };
 
-/* Could a line that makes no sense have been an extent, or have said that there is a parent? */
+    for (size_t i = 0; i < ARRAY_LEN(texts); i++)
+        if (strcasecmp(name, texts[i].name) == 0)
+            *texts[i].text = value;
+    for (size_t i = 0; i < ARRAY_LEN(uuids); i++)
+        if (strcasecmp(name, uuids[i].name) == 0 && !vmdk_set_uuid(uuids[i].id, uuids[i].kind, value))
+            v->odd_parent_uuid |= uuids[i].id == &v->parent_id && uuids[i].kind == ID_IMAGE;
+    if (strcasecmp(name, "parentCID") == 0)
+        return vmdk_set_parent_cid(im, v, value);
+    if (strcasecmp(name, "CID") == 0) {     /* for its children alone: a damaged one fits none of them */
+        v->no_cid = !vmdk_cid(value, &v->cid);
+        if (v->no_cid)
+            msg_say(MSG_NOTE, "%s: its CID is damaged: '%.20s' (no child of it can be checked)", im->name, value);
+    }
+    if (strcasecmp(name, "version") == 0 && isdigit((unsigned char)*value) &&
+        (*value < '1' || *value > '4' || value[1]))
+        return msg_err(-EOPNOTSUPP, "%s: a VMDK descriptor of unknown version '%.20s', which is not supported; 1 to 4 "
+                       "are", im->name, value);
+    return 0;
+}
+
+/* May a malformed line be a damaged extent, or name a parent? */
 static bool vmdk_line_matters(const char *line)
 {
     if (strchr(line, '"') || strcasestr(line, "CID") || strcasestr(line, "parent") || strcasestr(line, "encrypt"))
@@ -6581,7 +6541,7 @@ static bool vmdk_line_matters(const char *line)
     return false;
 }
 
-/* NAME = VALUE, perhaps in quotes. in_ddb: among the lines on the virtual hardware, of which none is needed. */
+/* NAME = VALUE, perhaps in quotes. in_ddb: in the disk data base (virtual hardware): malformed lines are ignored. */
 static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_ddb)
 {
     char *value = strchr(line, '='), *name;
@@ -6589,7 +6549,7 @@ static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_
 
     if (value)
         *value++ = 0;
-    name = vmdk_trim(line);
+    name = text_trim(line);
     if (!value || name[strcspn(name, " \t\"")]) {
         if (!in_ddb && (vmdk_line_matters(line) || (value && vmdk_line_matters(value))))
             return vmdk_bad_line(im, "neither an extent nor a value", line);
@@ -6597,7 +6557,7 @@ static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_
             msg_say(MSG_NOTE, "%s: a line of its descriptor says nothing known: '%.100s'", im->name, line);
         return 0;
     }
-    value = vmdk_trim(value);
+    value = text_trim(value);
     len = strlen(value);
     if (len >= 2 && value[0] == '"' && value[len - 1] == '"') {
         value[len - 1] = 0;
@@ -6605,10 +6565,7 @@ static int vmdk_parse_key(struct image *im, struct vmdk *v, char *line, bool in_
     }
     if (vmdk_starts(name, "encryption"))
         return fmt_encrypted(im, name, "VMware");
-    for (size_t i = 0; i < ARRAY_LEN(vmdk_keys); i++)
-        if (strcasecmp(name, vmdk_keys[i].name) == 0)
-            return vmdk_keys[i].set(im, v, &vmdk_keys[i], value);
-    return 0;
+    return vmdk_set_key(im, v, name, value);
 }
 
 static int vmdk_parse(struct image *im, struct vmdk *v)
@@ -6628,7 +6585,7 @@ static int vmdk_parse(struct image *im, struct vmdk *v)
         v->unlike_qemu |= next && next[0] == '\r' && next[1] != '\n';
         if (next)
             *next++ = 0;
-        line = vmdk_trim(line);
+        line = text_trim(line);
         v->unlike_qemu |= !!strcasestr(line, "parentFileNameHint");
         if (vmdk_starts(line, "#DDB") || vmdk_starts(line, "# The Disk Data Base"))
             in_ddb = true;
@@ -6706,12 +6663,7 @@ static uint64_t vmdk_directory_sectors(const struct vmdk_extent *e)
     return (vmdk_directory_entries(e) * e->entry_size + VMDK_SECTOR - 1) / VMDK_SECTOR;
 }
 
-static uint32_t vmdk_log2(uint64_t value)
-{
-    return 63 - (uint32_t)__builtin_clzll(value);
-}
-
-/* What all sparse headers say: the sectors of the extent and of a grain, the entries of a table. */
+/* Sets what all sparse headers have: the sectors of the extent and of a grain, the entries of a table. */
 static int vmdk_set_geometry(const struct image *im, struct vmdk_extent *e, uint64_t capacity, uint64_t grain,
                              uint64_t entries)
 {
@@ -6722,8 +6674,8 @@ static int vmdk_set_geometry(const struct image *im, struct vmdk_extent *e, uint
     if (!util_is_power_of_2(entries, 1, e->kind == VMDK_HOSTED ? VMDK_HOSTED_ENTRIES : VMDK_MAX_ENTRIES))
         return vmdk_bad(im, e, "the size of a grain table in entries is not 1 to 512, a power of two", entries);
     e->capacity = capacity * VMDK_SECTOR;
-    e->grain_bits = vmdk_log2(grain * VMDK_SECTOR);
-    e->table_bits = vmdk_log2(entries);
+    e->grain_bits = (uint32_t)__builtin_ctzll(grain * VMDK_SECTOR);
+    e->table_bits = (uint32_t)__builtin_ctzll(entries);
     e->entry_size = e->kind == VMDK_SESPARSE ? 8 : 4;
     return 0;
 }
@@ -6740,8 +6692,8 @@ static uint64_t vmdk_directory_at(const struct vmdk_extent *e, uint64_t sector)
 }
 
 /*
- * Writers of two directories lay out all the tables of each in a row behind it. Are these as many as the capacity
- * needs? A damaged capacity, grain size or table size shows here. VMDK_NO_ROW: they lie in another way.
+ * Programs that write two directories put all the tables of each in a row right behind it. A row that is too short or
+ * too long for the capacity reveals a damaged capacity, grain size or table size. VMDK_NO_ROW: another layout.
  */
 enum vmdk_row { VMDK_NO_ROW, VMDK_ROW, VMDK_ROW_TOO_SHORT, VMDK_ROW_TOO_LONG };
 
@@ -6756,7 +6708,7 @@ static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, unsigned whic
         (n * 4 % VMDK_SECTOR && cache_le32(e->file, directory + n * 4, &next)))
         return VMDK_NO_ROW;
     if (first > start && first < after)
-        return VMDK_ROW_TOO_SHORT;  /* the tables begin where the directory goes on */
+        return VMDK_ROW_TOO_SHORT;  /* the tables begin inside the directory */
     if (first == after && !last)
         return VMDK_ROW_TOO_SHORT;
     end = after + n * table;
@@ -6764,14 +6716,11 @@ static enum vmdk_row vmdk_look_at_row(const struct vmdk_extent *e, unsigned whic
         return VMDK_NO_ROW;
     if (next != end)
         return VMDK_ROW;
-    /* One more table. But entries past those that are needed may be anything, if the other directory lies there. */
+    /* The row has one more table, unless the other directory lies there: then the entry is padding. */
     return other > start && other >= end && other < end + table ? VMDK_ROW : VMDK_ROW_TOO_LONG;
 }
 
-/*
- * Does the descriptor say how many tables there are? It knows the capacity, and all writers but a few have grains of
- * 64 KiB and tables of 512.
- */
+/* Does the descriptor confirm the geometry? It has the capacity; nearly all tables have 512 grains of 64 KiB. */
 static bool vmdk_is_confirmed(const struct vmdk_extent *e)
 {
     return e->size && e->size <= e->capacity && e->capacity - e->size < 1ull << e->grain_bits &&
@@ -6784,7 +6733,7 @@ static int vmdk_check_rows(const struct image *im, struct vmdk_extent *e)
     enum vmdk_row row[2] = { vmdk_look_at_row(e, 0), vmdk_look_at_row(e, 1) };
     bool padded = row[0] == VMDK_ROW || row[1] == VMDK_ROW || vmdk_is_confirmed(e);
 
-    for (unsigned i = 0; i < 2; i++)        /* what goes on behind as many tables as are needed is padding */
+    for (unsigned i = 0; i < 2; i++)        /* entries past the needed tables are padding */
         if (padded && row[i] == VMDK_ROW_TOO_LONG)
             row[i] = VMDK_ROW;
     if (row[0] >= VMDK_ROW_TOO_SHORT && row[1] >= VMDK_ROW_TOO_SHORT)
@@ -6815,7 +6764,7 @@ static int vmdk_set_directories(const struct image *im, struct vmdk_extent *e, u
     return ret;
 }
 
-/* Newlines that were changed on the way: so were those in the data. */
+/* Refuses a file whose newlines were converted in transfer: so were those in its data. */
 static int vmdk_check_newlines(const struct vmdk_extent *e, const struct vmdk_header *h)
 {
     const uint8_t *nl = h->newlines;
@@ -6889,7 +6838,7 @@ static int vmdk_open_hosted(struct image *im, struct vmdk_extent *e)
     return vmdk_set_directories(im, e, le64_to_cpu(h.directory), le64_to_cpu(h.redundant), flags & VMDK_FLAG_REDUNDANT);
 }
 
-/* A COWD header has the parent's name where that of a whole disk has its geometry, of which no number has 4 letters. */
+/* The header of a snapshot has the parent's name where others have numbers, which do not begin with 4 characters. */
 static int vmdk_cowd_parent(struct image *im, const struct vmdk_cowd_header *h)
 {
     size_t len = strnlen(h->parent, sizeof(h->parent));
@@ -6929,7 +6878,7 @@ static int vmdk_open_cowd(struct image *im, struct vmdk_extent *e)
     return vmdk_set_directories(im, e, le32_to_cpu(h.directory), 0, false);
 }
 
-/* Of the features and sizes that the header could have, these were ever written. */
+/* Nothing was ever written but these features and sizes. */
 static int vmdk_check_se_header(const struct image *im, struct vmdk_extent *e, const struct vmdk_se_header *h)
 {
     const le64 *offset[] = { h->volatile_header, h->directory, h->tables, h->grains };
@@ -6980,14 +6929,12 @@ static int vmdk_open_sesparse(struct image *im, struct vmdk_extent *e)
     e->header_sectors = at + 1;
     ret = vmdk_set_directories(im, e, directory, 0, false);
     /* They lie in this order, with the journal and other tables between them. */
-    if (!ret && tables < directory + vmdk_directory_sectors(e))
+    if (!ret && (tables < directory + vmdk_directory_sectors(e) || grains < tables))
         ret = vmdk_bad(im, e, "tables in the wrong order, or one in another", tables);
-    if (!ret && grains < tables)
-        ret = vmdk_bad(im, e, "tables in the wrong order, or one in another", grains);
     return ret;
 }
 
-/* Which sparse extent begins like this, if any? */
+/* The kind of sparse extent that begins with these bytes; VMDK_BAD: none. */
 static enum vmdk_kind vmdk_kind_of(const void *bytes, size_t len)
 {
     const uint8_t *head = bytes;
@@ -7004,7 +6951,7 @@ static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e,
 
 /*
  * A last grain that the disk does not fill may have been compressed whole, or only as far as the disk goes.
- * Nothing but decoding it tells.
+ * Only decoding it tells.
  */
 static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
 {
@@ -7029,7 +6976,7 @@ static int vmdk_measure_last(const struct image *im, struct vmdk_extent *e)
     return ret == -ENOMEM ? msg_err(ret, "%s: out of memory", im->name) : 0;
 }
 
-/* e->file is open. Reports what is wrong. alone: no other extent follows it, or is before it. */
+/* Opens the sparse extent in e->file. alone: the disk has no other extent. */
 static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
 {
     uint8_t head[8] = { 0 };
@@ -7047,7 +6994,7 @@ static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
         return ret;
     grain = 1ull << e->grain_bits;
     if (line > e->capacity && line - e->capacity < grain && alone) {
-        msg_say(MSG_NOTE, "%s: its descriptor says %" PRIu64 " sectors, its header %" PRIu64 ", which counts",
+        msg_say(MSG_NOTE, "%s: its descriptor says %" PRIu64 " sectors, its header %" PRIu64 ", which is used",
                 e->file->path, line / VMDK_SECTOR, e->capacity / VMDK_SECTOR);
         line = e->capacity;
     }
@@ -7063,7 +7010,7 @@ static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
 
 /* -- opening -- */
 
-/* Sets e->file, if need be by opening it. 1: there is no such file. */
+/* Sets e->file, if need be by opening it. -ENOENT: there is no such file; the caller reports it. */
 static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *e)
 {
     char name[4 * PATH_MAX];
@@ -7086,14 +7033,14 @@ static int vmdk_open_file(struct image *im, struct vmdk *v, struct vmdk_extent *
         ret = fmt_open_named(im, f, name, "extent", NULL);
     if (ret == -ENOENT)             /* it may have been copied byte by byte */
         ret = fmt_open_named(im, f, e->name, "extent", NULL);
-    if (ret != -ENOENT)
-        return ret;
-    e->file = NULL;
-    im->n_files--;
-    return 1;
+    if (ret == -ENOENT) {
+        e->file = NULL;
+        im->n_files--;
+    }
+    return ret;
 }
 
-/* Cannot be served, but the rest of the disk can. Somebody has said why. */
+/* The extent reads as errors; the rest of the disk is served. The caller has reported why. */
 static void vmdk_give_up(struct vmdk_extent *e, const char *why)
 {
     e->kind = VMDK_BAD;
@@ -7102,26 +7049,24 @@ static void vmdk_give_up(struct vmdk_extent *e, const char *why)
 
 static int vmdk_open_extent(struct image *im, struct vmdk *v, struct vmdk_extent *e)
 {
-    int ret = 0;
+    int ret;
 
     if (e->no_access)
         vmdk_give_up(e, "the descriptor allows no access to this extent");
     if (e->kind == VMDK_BAD || e->kind == VMDK_ZERO)
         return 0;
-    if (!e->file)
-        ret = vmdk_open_file(im, v, e);
-    if (ret > 0) {
+    ret = e->file ? 0 : vmdk_open_file(im, v, e);
+    if (ret == -ENOENT) {
         msg_say(MSG_NOTE, "%s: its extent '%s' is missing: what is in it reads as errors", im->name, e->name);
         vmdk_give_up(e, "in an extent whose file is missing");
+        return 0;
     }
-    if (ret || !e->file)
-        return ret < 0 ? ret : 0;
-    if (e->kind != VMDK_FLAT) {
-        ret = vmdk_open_sparse(im, e, v->n_extents == 1);
-        if (!ret || v->n_extents == 1 || ret == -ENOMEM || !e->size)     /* without a line nobody knows its length */
-            return ret;
-        vmdk_give_up(e, "in a damaged extent");
-    }
+    if (ret || e->kind == VMDK_FLAT)
+        return ret;
+    ret = vmdk_open_sparse(im, e, v->n_extents == 1);
+    if (!ret || v->n_extents == 1 || ret == -ENOMEM || !e->size)     /* without a line its size is unknown */
+        return ret;
+    vmdk_give_up(e, "in a damaged extent");
     return 0;
 }
 
@@ -7206,11 +7151,8 @@ static int vmdk_open_alone(struct image *im, struct vmdk *v)
     if (!v->extents)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
     v->n_extents = im->n_files;
-    for (unsigned i = 0; i < v->n_extents; i++) {
-        v->extents[i].kind = VMDK_HOSTED;
-        v->extents[i].file = &im->files[i];
-        v->extents[i].type = "";
-    }
+    for (unsigned i = 0; i < v->n_extents; i++)
+        v->extents[i] = (struct vmdk_extent){ .kind = VMDK_HOSTED, .file = &im->files[i], .type = "" };
     ret = vmdk_open_extents(im, v);
     if (!ret && !*im->backing_name)
         msg_say(MSG_NOTE, "%s: no descriptor, taken for the whole of a disk without a parent: if there is one, what it "
@@ -7246,42 +7188,31 @@ static int vmdk_find_self(struct image *im, struct vmdk *v)
     return 0;
 }
 
-/* The offset and length in bytes of an embedded descriptor; 0: there is none. */
-static int vmdk_find_text(const struct image *im, const struct vmdk_header *h, uint64_t *offset, uint64_t *len)
-{
-    const struct file *f = &im->files[0];
-    uint64_t at = le64_to_cpu(h->descriptor), sectors = le64_to_cpu(h->descriptor_size);
-
-    *offset = *len = 0;
-    if (!at || !sectors)
-        return 0;
-    if (at > VMDK_MAX_SECTORS || sectors > VMDK_MAX_SECTORS)
-        return fmt_refuse(im, "the offset of the descriptor, or its size, is past 8 EiB", at);
-    *offset = at * VMDK_SECTOR;
-    *len = sectors * VMDK_SECTOR;
-    if (at > f->size / VMDK_SECTOR || sectors > f->size / VMDK_SECTOR - at)
-        return fmt_refuse_table(im, f, "the offset of the descriptor", *offset, *len);
-    return 0;
-}
-
 /* Loads the descriptor's text; v->text stays NULL where there is none. */
 static int vmdk_load_text(struct image *im, struct vmdk *v, const struct vmdk_header *h)
 {
     struct file *f = &im->files[0];
-    uint64_t at = 0, len = f->size, done;
-    int ret = 0;
+    uint64_t at = 0, len = f->size;
+    int ret;
 
     v->embedded = le32_to_cpu(h->magic) == VMDK_HOSTED_MAGIC;
-    if (v->embedded)
-        ret = vmdk_find_text(im, h, &at, &len);
-    if (ret || (v->embedded && !len))
-        return ret;
+    if (v->embedded) {
+        at = le64_to_cpu(h->descriptor);
+        len = le64_to_cpu(h->descriptor_size);
+        if (!at || !len)
+            return 0;
+        if (at > VMDK_MAX_SECTORS || len > VMDK_MAX_TEXT / VMDK_SECTOR)
+            return fmt_refuse(im, "the size or the offset of the descriptor is more than 1 MiB or 8 EiB, in sectors",
+                              len > VMDK_MAX_TEXT / VMDK_SECTOR ? len : at);
+        at *= VMDK_SECTOR;
+        len *= VMDK_SECTOR;
+    }
     if (len > VMDK_MAX_TEXT)
         return fmt_refuse(im, "the length of the descriptor is more than 1 MiB", len);
     v->text = util_fault("descriptor") ? NULL : calloc(1, len + 1);
     if (!v->text)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = file_pread(f, v->text, len, at, &done);
+    ret = fmt_read(im, f, at, v->text, len, "the offset of the descriptor");
     if (!ret && v->embedded && !v->text[0]) {
         free(v->text);
         v->text = NULL;
@@ -7371,7 +7302,7 @@ static struct extent vmdk_bad_grain(const char *why)
 
 /*
  * What a grain table entry says, as an extent without a length. EXT_DATA: the grain is at `offset` in the file.
- * unreadable: there is no entry.
+ * unreadable: the entry could not be read.
  */
 static struct extent vmdk_parse_entry(const struct vmdk_extent *e, uint64_t entry, bool unreadable)
 {
@@ -7420,7 +7351,7 @@ static int vmdk_read_entry(const struct vmdk_extent *e, uint64_t offset, uint64_
     return ret;
 }
 
-/* Is the sector that this byte is in nothing but zeros? */
+/* Is the sector around `offset` all zeros? */
 static bool vmdk_is_wiped(const struct vmdk_extent *e, uint64_t offset)
 {
     uint64_t word;
@@ -7432,14 +7363,14 @@ static bool vmdk_is_wiped(const struct vmdk_extent *e, uint64_t offset)
     return true;
 }
 
-/* One grain, by its entry in one or (at[1] not 0) two tables. The banner says which of two counts. */
-static struct extent vmdk_find_grain(const struct vmdk_extent *e, const uint64_t at[2])
+/* The grain of entry i in one or (table[1] not 0) two tables. The banner says which of two entries counts. */
+static struct extent vmdk_find_grain(const struct vmdk_extent *e, const uint64_t table[2], uint64_t i)
 {
-    uint64_t entry[2] = { 0 };
-    int ret[2] = { vmdk_read_entry(e, at[0], &entry[0]), at[1] ? vmdk_read_entry(e, at[1], &entry[1]) : 0 };
+    uint64_t at[2] = { table[0] + i * e->entry_size, table[1] + i * e->entry_size }, entry[2] = { 0 };
+    int ret[2] = { vmdk_read_entry(e, at[0], &entry[0]), table[1] ? vmdk_read_entry(e, at[1], &entry[1]) : 0 };
     struct extent a = vmdk_parse_entry(e, entry[0], ret[0]), b;
 
-    if (!at[1] || (!ret[0] && !ret[1] && entry[0] == entry[1]))
+    if (!table[1] || (!ret[0] && !ret[1] && entry[0] == entry[1]))
         return a;
     b = vmdk_parse_entry(e, entry[1], ret[1]);
     if (a.kind == EXT_BAD || b.kind == EXT_BAD)
@@ -7460,8 +7391,8 @@ static uint64_t vmdk_table_offset(const struct vmdk_extent *e, uint64_t entry)
 }
 
 /*
- * The offsets of the tables that the directories have for entry `index`: table[1] only besides table[0]; none: 0.
- * Returns what is wrong if that leaves none.
+ * Sets the offsets of the tables that entries `index` of the directories name: none, one in table[0], or two; else 0.
+ * Returns why there is none, if a directory is damaged.
  */
 static const char *vmdk_find_tables(const struct vmdk_extent *e, uint64_t index, uint64_t table[2])
 {
@@ -7488,10 +7419,7 @@ static const char *vmdk_find_tables(const struct vmdk_extent *e, uint64_t index,
     return n ? NULL : why;
 }
 
-/*
- * A compressed grain, at ext->offset. Its marker must have the sector of the disk that was asked for: so a damaged
- * table is found out.
- */
+/* A compressed grain, at ext->offset. Its marker has its sector of the disk, which reveals a damaged table. */
 static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t offset, uint64_t length, struct extent *ext)
 {
     uint64_t grain = 1ull << e->grain_bits, start = offset & ~(grain - 1), lba = start / VMDK_SECTOR, at = ext->offset;
@@ -7505,7 +7433,7 @@ static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t offset, ui
         at += VMDK_MARKER_HEAD;
     }
     if (lba != start / VMDK_SECTOR)
-        ext_bad(ext, length, "its grain marker is of another place");
+        ext_bad(ext, length, "its grain marker has another sector of the disk");
     else if (!coded || coded > 2 * grain)
         ext_bad(ext, length, "the length in its grain marker is damaged");
     else if (at > e->file->size || coded > e->file->size - at)
@@ -7521,36 +7449,22 @@ static void vmdk_map_compressed(const struct vmdk_extent *e, uint64_t offset, ui
 static void vmdk_map_sparse(const struct image *im, const struct vmdk_extent *e, uint64_t offset, uint64_t length,
                             struct extent *ext)
 {
-    uint64_t grain = 1ull << e->grain_bits, covered = grain << e->table_bits, table[2], at[2] = { 0 }, i;
+    uint64_t grain = 1ull << e->grain_bits, covered = grain << e->table_bits, table[2];
     const char *why = vmdk_find_tables(e, offset >> (e->grain_bits + e->table_bits), table);
 
     length = util_min(length, covered - (offset & (covered - 1)));
     *ext = why ? vmdk_bad_grain(why) : (struct extent){ .kind = EXT_BACKING };
     if (table[0]) {
         length = util_min(length, grain - (offset & (grain - 1)));
-        i = (offset & (covered - 1)) >> e->grain_bits;
-        at[0] = table[0] + i * e->entry_size;
-        at[1] = table[1] ? table[1] + i * e->entry_size : 0;
-        *ext = vmdk_find_grain(e, at);
+        *ext = vmdk_find_grain(e, table, (offset & (covered - 1)) >> e->grain_bits);
     }
     ext->length = length;
-    if (ext->kind == EXT_BACKING || ext->kind == EXT_ZERO) {
-        ext->kind = *im->backing_name ? ext->kind : EXT_ZERO;
-    } else if (ext->kind == EXT_DATA && e->compressed) {
+    if (ext->kind == EXT_BACKING)
+        ext->kind = ext_hole(im);
+    else if (ext->kind == EXT_DATA && e->compressed)
         vmdk_map_compressed(e, offset, length, ext);
-    } else if (ext->kind == EXT_DATA) {
-        ext->offset += offset & (grain - 1);
-        if (ext->offset >= e->file->size)
-            ext_past(ext, length, "its grain lies past the end of the file", e->file, ext->offset + length);
-        else
-            ext->length = util_min(length, e->file->size - ext->offset);
-    }
-}
-
-static void vmdk_map_flat(const struct vmdk_extent *e, uint64_t offset, uint64_t length, struct extent *ext)
-{
-    ext_data(ext, length, e->file, e->offset + offset, e->file->size);
-    ext->sparse = ext->kind == EXT_DATA;
+    else if (ext->kind == EXT_DATA)
+        ext_data(ext, length, e->file, ext->offset + (offset & (grain - 1)), e->file->size);
 }
 
 static void vmdk_map(struct image *im, uint64_t offset, uint64_t length, struct extent *ext)
@@ -7561,14 +7475,16 @@ static void vmdk_map(struct image *im, uint64_t offset, uint64_t length, struct 
 
     offset -= e->start;
     length = util_min(length, e->size - offset);
-    if (e->kind == VMDK_BAD)
+    if (e->kind == VMDK_BAD) {
         ext_bad(ext, length, e->why);
-    else if (e->kind == VMDK_ZERO)
+    } else if (e->kind == VMDK_ZERO) {
         *ext = (struct extent){ .kind = EXT_ZERO, .length = length };
-    else if (e->kind == VMDK_FLAT)
-        vmdk_map_flat(e, offset, length, ext);
-    else
+    } else if (e->kind == VMDK_FLAT) {
+        ext_data(ext, length, e->file, e->offset + offset, e->file->size);
+        ext->sparse = ext->kind == EXT_DATA;
+    } else {
         vmdk_map_sparse(im, e, offset, length, ext);
+    }
 }
 
 static void vmdk_claim_entry(struct claims *c, const struct image *im, const void *by, uint64_t i, const uint8_t *bytes)
@@ -7633,7 +7549,7 @@ static void vmdk_info(struct image *im, struct out *out)
     out_close(out);
 }
 
-/* Of two grain directories QEMU asks the first one alone. */
+/* QEMU reads the first of two grain directories only. */
 static bool vmdk_directories_agree(const struct vmdk_extent *e)
 {
     uint64_t table[2], a, b;
@@ -7651,8 +7567,8 @@ static bool vmdk_directories_agree(const struct vmdk_extent *e)
 }
 
 /*
- * QEMU leaves out extents of zeros, and what it takes for no extent; the size of a sparse one is its header's. It
- * takes parents by the path that is recorded, and none by UUID.
+ * QEMU skips extents of zeros and lines that it does not recognize; the size of a sparse extent is its header's. It
+ * opens parents by the recorded path, never by UUID.
  */
 static bool vmdk_as_qemu(struct image *im)
 {
