@@ -7202,7 +7202,7 @@ static int vmdk_load_text(struct image *im, struct vmdk *v, const struct vmdk_he
         if (!at || !len)
             return 0;
         if (at > VMDK_MAX_SECTORS || len > VMDK_MAX_TEXT / VMDK_SECTOR)
-            return fmt_refuse(im, "the size or the offset of the descriptor is more than 1 MiB or 8 EiB, in sectors",
+            return fmt_refuse(im, "the size (up to 1 MiB) or the offset of the descriptor (up to 8 EiB), in sectors",
                               len > VMDK_MAX_TEXT / VMDK_SECTOR ? len : at);
         at *= VMDK_SECTOR;
         len *= VMDK_SECTOR;
@@ -7320,7 +7320,7 @@ static struct extent vmdk_parse_entry(const struct vmdk_extent *e, uint64_t entr
         if (entry >> 60 != 3)
             return vmdk_bad_grain("its grain table entry is of an unknown type");
         if (offset > (MAX_IMAGE_SIZE - e->grains) >> e->grain_bits)
-            return vmdk_bad_grain("its grain lies past the end of the file");
+            return vmdk_bad_grain("its data lies past the end of the file");
         offset = e->grains + (offset << e->grain_bits);
     }
     if (entry == 1 && e->zero_grains)
@@ -7334,7 +7334,7 @@ static struct extent vmdk_parse_entry(const struct vmdk_extent *e, uint64_t entr
             offset + needed > e->directory[i])
             return vmdk_bad_grain("its grain table entry points into a grain directory");
     if (offset >= e->file->size)
-        return (struct extent){ .kind = EXT_BAD, .why = "its grain lies past the end of the file", .file = e->file,
+        return (struct extent){ .kind = EXT_BAD, .why = "its data lies past the end of the file", .file = e->file,
                                 .offset = offset + needed };
     return (struct extent){ .kind = EXT_DATA, .file = e->file, .offset = offset };
 }
