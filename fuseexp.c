@@ -348,6 +348,14 @@ static const char *util_basename(const char *path)
     return slash ? slash + 1 : path;
 }
 
+/* What `name` means in a file at `path`: a path from its directory, or absolute. False: too long. */
+static bool util_beside(char to[PATH_MAX], const char *path, const char *name)
+{
+    int directory = *name == '/' ? 0 : (int)(util_basename(path) - path);
+
+    return snprintf(to, PATH_MAX, "%.*s%s", directory, path, name) < PATH_MAX;
+}
+
 /* musl declares the request as int, glibc as unsigned long; the kernel looks at 32 bits. */
 static int util_ioctl(int fd, uint32_t request, void *arg)
 {
@@ -12509,8 +12517,10 @@ static int check_image(struct image *im, struct check *c)
  * Opens, finds parents by name and by identity, closes. Knows nothing of FUSE or partitions.
  * ******************************************************************************************************** */
 
-static void chain_close_one(struct image *im)
+static void chain_close(struct image *im)
 {
+    struct image *base = im->backing;
+
     if (im->state && im->format->close)
         im->format->close(im);
     free(im->state);
@@ -12522,18 +12532,9 @@ static void chain_close_one(struct image *im)
         pthread_mutex_destroy(&im->size_lock);
     free(im->files);
     memset(im, 0, sizeof(*im));
-}
-
-static void chain_close(struct image *im)
-{
-    struct image *next = im->backing;
-
-    chain_close_one(im);
-    while ((im = next)) {
-        next = im->backing;
-        chain_close_one(im);
-        free(im);
-    }
+    if (base)
+        chain_close(base);          /* at most MAX_CHAIN deep */
+    free(base);
 }
 
 /* Prepares im, which then owns its files and a lock. The caller has set writable, growable, opt, depth and child. */
@@ -12682,11 +12683,13 @@ static int chain_identify(const struct image *child, const struct image_format *
     return ret;
 }
 
-/* Is f the parent of im? If not, f is closed. -ELOOP: it is in the chain already; -ESTALE: it is another image. */
-static int chain_try_file(const struct image *im, const struct image_format *format, struct file *f)
+/*
+ * Is f, whose opening returned ret, the parent of im? If not, f is closed. -ELOOP: it is in the chain already; -ESTALE:
+ * it is another image.
+ */
+static int chain_try_file(const struct image *im, const struct image_format *format, struct file *f, int ret)
 {
     struct identity id;
-    int ret = 0;
 
     for (const struct image *c = im; c && !ret; c = c->child)
         ret = file_is(&c->files[0], &f->st) ? -ELOOP : 0;
@@ -12723,15 +12726,13 @@ static int chain_set_backing_format(const struct image *im, struct image *base, 
         return msg_err(-EINVAL, "%s: records no identity of its parent '%s', as for a raw one; --backing-format raw "
                        "reads it as that", im->name, im->backing_name);
     if (!*format)
-        return msg_err(-EINVAL,
-                       "%s: does not say which format its backing file '%s' has; --backing-format NAME does",
+        return msg_err(-EINVAL, "%s: does not say which format its backing file '%s' has; --backing-format NAME does",
                        im->name, im->backing_name);
-    /* QEMU's names of its drivers for host files: a raw disk */
-    base->format = probe_format_named(strcmp(format, "file") == 0 || strcmp(format, "host_device") == 0 ? "raw"
-                                                                                                        : format);
+    if (strcmp(format, "file") == 0 || strcmp(format, "host_device") == 0)
+        format = "raw";             /* QEMU's drivers for host files */
+    base->format = probe_format_named(format);
     if (!base->format)
-        return msg_err(-EMEDIUMTYPE,
-                       "%s: its backing file '%s' is of format %s, which this version does not read",
+        return msg_err(-EMEDIUMTYPE, "%s: its backing file '%s' is of format %s, which this version does not read",
                        im->name, im->backing_name, format);
     return 0;
 }
@@ -12754,10 +12755,7 @@ static int chain_try_given(const struct image *im, struct image *base)
         msg_hushed++;
         ret = chain_take_given(im, base, i);
         msg_hushed--;
-        if (ret)
-            file_forget(f);
-        else
-            ret = chain_try_file(im, base->format, f);
+        ret = chain_try_file(im, base->format, f, ret);
         if (!ret)
             return 0;
         base->given = 0;
@@ -12790,8 +12788,8 @@ static int chain_try_hints(struct image *im, struct image *base, char near[PATH_
 {
     enum { MISSING, FORBIDDEN, OPENED } rank, best = MISSING;
     struct file *f = &base->files[0];
-    char path[PATH_MAX], full[2 * PATH_MAX];
-    int ret = -ENOENT, directory = (int)(util_basename(im->files[0].path) - im->files[0].path);
+    char path[PATH_MAX], full[PATH_MAX];
+    int ret = -ENOENT;
 
     for (unsigned i = 0; i < im->n_hints * CHAIN_HINT_WAYS; i++) {
         if (!chain_hint_path(im, im->hints[i / CHAIN_HINT_WAYS], i % CHAIN_HINT_WAYS, path))
@@ -12799,12 +12797,10 @@ static int chain_try_hints(struct image *im, struct image *base, char near[PATH_
         msg_hushed++;
         ret = fmt_open_named(im, f, path, "parent", NULL);
         msg_hushed--;
-        snprintf(full, sizeof(full), "%.*s%s", *path == '/' ? 0 : directory, im->files[0].path, path);
-        rank = !ret ? OPENED : ret != -ENOENT && file_exists(full) ? FORBIDDEN : MISSING;
-        if (ret)
-            file_forget(f);
-        else
-            ret = chain_try_file(im, base->format, f);
+        rank = ret ? MISSING : OPENED;
+        if (ret && ret != -ENOENT && util_beside(full, im->files[0].path, path) && file_exists(full))
+            rank = FORBIDDEN;
+        ret = chain_try_file(im, base->format, f, ret);
         if (!ret && strcmp(util_basename(f->path), util_basename(path)) != 0)
             msg_say(MSG_NOTE, "%s: its parent '%s' is called '%s' here", im->name, path, util_basename(f->path));
         if (!ret || ret == -ENOMEM)
@@ -12817,14 +12813,6 @@ static int chain_try_hints(struct image *im, struct image *base, char near[PATH_
     return ret;
 }
 
-static bool chain_could_be(const struct image_format *format, struct file *f)
-{
-    struct probe p;
-
-    probe_read(&p, f, f);
-    return format->probe(&p);
-}
-
 /*
  * Tries one file of the child's directory. f: the match so far; -ENOTUNIQ: `twin` matches as well. Symbolic links are
  * followed inside the directory.
@@ -12834,18 +12822,16 @@ static int chain_try_neighbour(const struct image *im, const struct image_format
 {
     struct file other = { 0 };
     char shown[PATH_MAX];
-    const char *path = im->files[0].path;
+    struct probe p;
     int ret = -ENAMETOOLONG;
 
-    if ((size_t)snprintf(shown, sizeof(shown), "%.*s%s", (int)(util_basename(path) - path), path, name) <
-        sizeof(shown))
+    if (util_beside(shown, im->files[0].path, name))
         ret = file_open_beneath(&other, directory, name, shown, false);
-    if (!ret && !chain_could_be(format, &other))
-        ret = -EMEDIUMTYPE;
-    if (ret)
-        file_forget(&other);
-    else
-        ret = chain_try_file(im, format, &other);
+    if (!ret) {
+        probe_read(&p, &other, &other);
+        ret = format->probe(&p) ? 0 : -EMEDIUMTYPE;
+    }
+    ret = chain_try_file(im, format, &other, ret);
     if (ret)
         return ret == -ENOMEM ? ret : 0;
     if (!file_is_open(f)) {
@@ -12862,29 +12848,24 @@ static int chain_try_neighbour(const struct image *im, const struct image_format
 /* Opens the only file beside im that matches. -ENOTUNIQ: `twin` is a second one. */
 static int chain_search_directory(const struct image *im, struct image *base, char twin[PATH_MAX])
 {
-    const char *path = im->files[0].path;
+    struct file *f = &base->files[0];
     char directory[PATH_MAX];
     struct dirent *e;
     unsigned n = 0;
     DIR *dir;
     int ret = 0;
 
-    if (im->files[0].is_blk)
+    if (im->files[0].is_blk || !util_beside(directory, im->files[0].path, "."))
         return -ENOENT;
-    snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(path) - path), path);
-    dir = util_fault("directory") ? NULL : opendir(*directory ? directory : ".");
+    dir = util_fault("directory") ? NULL : opendir(directory);
     msg_hushed++;
-    while (dir && !ret && (e = readdir(dir))) {
-        if (e->d_type != DT_REG && e->d_type != DT_LNK && e->d_type != DT_UNKNOWN)
-            continue;
-        ret = n++ < MAX_NEIGHBOURS ? chain_try_neighbour(im, base->format, *directory ? directory : ".", e->d_name,
-                                                       &base->files[0], twin)
-                                   : -E2BIG;
-    }
+    while (dir && !ret && (e = readdir(dir)))
+        if (e->d_type == DT_REG || e->d_type == DT_LNK || e->d_type == DT_UNKNOWN)
+            ret = n++ < MAX_NEIGHBOURS ? chain_try_neighbour(im, base->format, directory, e->d_name, f, twin) : -E2BIG;
     msg_hushed--;
     if (dir)
         closedir(dir);
-    return ret ? ret : !file_is_open(&base->files[0]) ? -ENOENT : 0;
+    return ret ? ret : file_is_open(f) ? 0 : -ENOENT;
 }
 
 /*
@@ -12944,9 +12925,10 @@ static int chain_find_parent(struct image *im, struct image *base)
     if (!known && *im->backing_format && !opt->force_parent)
         return msg_err(-EINVAL, "%s: does not record its parent's identity; --force-parent takes any", im->name);
     ret = chain_try_hints(im, base, near);
-    if (!ret || ret == -ENOMEM || !known)
-        return ret ? chain_take_nearest(im, base, near, twin, ret) : 0;
-    ret = im->common_parent_id ? -ENOENT : chain_search_directory(im, base, twin);
+    if (!ret)
+        return 0;
+    if (ret != -ENOMEM && known)
+        ret = im->common_parent_id ? -ENOENT : chain_search_directory(im, base, twin);
     if (ret)
         return chain_take_nearest(im, base, near, twin, ret);
     msg_say(MSG_NOTE, "%s: its parent, recorded as '%s', is %s by its identity", im->name, im->backing_name,
@@ -13189,30 +13171,24 @@ static int chain_check_strict(struct image *im)
  * the image.
  */
 
-enum { CHECK_MAX_EXTENTS = 1 << 18 };                 /* max extents mapped before an overlay is made */
+enum { OVERLAY_MAX_EXTENTS = 1 << 18 };     /* mapped of each image before an overlay is made */
 
-/* Does QEMU read what we read from this image, or refuse it? A range that is an error here may be zeros there. */
+/* Does QEMU read what we read from this chain, or refuse it? A range that is an error here may be zeros there. */
 static bool overlay_reads_as_qemu(struct image *im)
 {
-    unsigned n = 0;
     struct extent ext;
 
-    if (im->damaged || (!im->format->plain && im->size % 512) ||
-        (im->format->as_qemu && !im->format->as_qemu(im)))
-        return false;
-    for (uint64_t at = 0; !im->format->bad_to_qemu && at < im->size; at += ext.length) {
-        ext_map(im, at, im->size - at, false, &ext);
-        if (++n > CHECK_MAX_EXTENTS || ext.kind == EXT_BAD)
+    for (; im; im = im->backing) {
+        unsigned n = 0;
+        if (im->damaged || (!im->format->plain && im->size % 512) ||
+            (im->format->as_qemu && !im->format->as_qemu(im)))
             return false;
+        for (uint64_t at = 0; !im->format->bad_to_qemu && at < im->size; at += ext.length) {
+            ext_map(im, at, im->size - at, false, &ext);
+            if (++n > OVERLAY_MAX_EXTENTS || ext.kind == EXT_BAD)
+                return false;
+        }
     }
-    return true;
-}
-
-static bool overlay_chain_reads_as_qemu(struct image *im)
-{
-    for (; im; im = im->backing)
-        if (!overlay_reads_as_qemu(im))
-            return false;
     return true;
 }
 
@@ -13255,8 +13231,8 @@ static int overlay_backing(const struct image *base, const char *overlay, char n
 
     if (!file_resolve(base->files[0].path, name))
         return msg_err(-errno, "%s: %s", base->name, strerror(errno));
-    snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(overlay) - overlay), overlay);
-    if (!file_resolve(*directory ? directory : ".", real))
+    util_beside(directory, overlay, ".");
+    if (!file_resolve(directory, real))
         return msg_err(-errno, "%s: %s", overlay, strerror(errno));
     len = strlen(real);
     if (strncmp(name, real, len) == 0 && name[len] == '/' && !strchr(name + len + 1, '/'))
@@ -13264,24 +13240,21 @@ static int overlay_backing(const struct image *base, const char *overlay, char n
     return strlen(name) <= 1023 ? 0 : msg_err(-ENAMETOOLONG, "%s: too long a path to be recorded", name);
 }
 
-/*
- * Writes the overlay into fd, which im owns from here on. QEMU never opens a temporary one, so its format needs no
- * prefix.
- */
+/* Writes the overlay into fd, which im owns from here on. QEMU never opens a temporary one: it needs no prefix. */
 static int overlay_fill(struct image *im, struct image *base, const char *path, bool temporary, int fd)
 {
     char backing[PATH_MAX], word[32], format[64];
-    int ret;
+    int ret = file_adopt(&im->files[0], path, fd, true);
 
     im->n_files = 1;
-    ret = file_adopt(&im->files[0], path, fd, true);
     if (!ret)
         ret = overlay_backing(base, path, backing);
+    if (ret)
+        return ret;
     overlay_format(base, word);
     snprintf(format, sizeof(format), "%s%s",
-             ret || temporary || strchr(word, ':') || overlay_chain_reads_as_qemu(base) ? ""
-             : probe_not_for_qemu, word);
-    return ret ? ret : im->format->create(&im->files[0], base->size, backing, format);
+             temporary || strchr(word, ':') || overlay_reads_as_qemu(base) ? "" : probe_not_for_qemu, word);
+    return im->format->create(&im->files[0], base->size, backing, format);
 }
 
 /*
@@ -13315,24 +13288,23 @@ static int overlay_make(struct image *im, struct image *base, const char *path, 
     char directory[PATH_MAX];
     int fd, ret, flushed;
 
-    snprintf(directory, sizeof(directory), "%.*s", (int)(util_basename(path) - path), path);
-    if (!*directory)
-        util_copy(directory, sizeof(directory), ".");
+    util_beside(directory, path, ".");
     fd = file_make_unnamed(directory, temporary);
     if (fd < 0 && (temporary || !file_is_unsupported(fd) || fd == -ENOENT))
         return msg_err(fd, "%s: cannot make %s: %s", path, temporary ? "a file there" : "the overlay", strerror(-fd));
-    ret = fd < 0 ? fd : overlay_fill(im, base, path, temporary, fd);
-    if (fd >= 0 && (ret || temporary))
-        return ret;
-    if (fd >= 0)
+    ret = fd;
+    if (fd >= 0) {
+        ret = overlay_fill(im, base, path, temporary, fd);
+        if (ret || temporary)
+            return ret;
         ret = file_publish(fd, NULL, path);
-    if (ret && !file_is_unsupported(ret))
-        return msg_err(ret, "%s: %s", path, strerror(-ret));
-    if (ret) {
-        if (fd >= 0)
+        if (ret && !file_is_unsupported(ret))
+            return msg_err(ret, "%s: %s", path, strerror(-ret));
+        if (ret)
             file_close(&im->files[0]);
-        ret = overlay_make_named(im, base, path);
     }
+    if (ret)
+        ret = overlay_make_named(im, base, path);
     im->made = !ret;
     flushed = ret ? 0 : file_sync_directory(directory);
     if (flushed)
@@ -13343,13 +13315,11 @@ static int overlay_make(struct image *im, struct image *base, const char *path, 
 /* An existing overlay must have been made over this very image. */
 static int overlay_check(const struct image *im, const struct image *base)
 {
-    char path[PATH_MAX + 1024], format[32];
+    char path[PATH_MAX], format[32];
 
-    snprintf(path, sizeof(path), "%.*s%s", im->backing_name[0] == '/' ? 0 : (int)(util_basename(im->name) - im->name),
-             im->name, im->backing_name);
     if (!*im->backing_name)
         return msg_err(-EINVAL, "%s: is not an overlay: it has no backing file", im->name);
-    if (!file_is_at(&base->files[0], path))
+    if (!util_beside(path, im->name, im->backing_name) || !file_is_at(&base->files[0], path))
         return msg_err(-EINVAL, "%s: is not an overlay of %s, but of %s", im->name, base->name, im->backing_name);
     overlay_format(base, format);
     if (strcmp(probe_recorded_format(im->backing_format), format) != 0)
@@ -13363,7 +13333,7 @@ static int overlay_check(const struct image *im, const struct image *base)
  * with `temporary`, a name the overlay could have.
  */
 static int overlay_open(struct image *im, struct image *base, const char *path, bool temporary,
-                            const struct image_options *opt)
+                        const struct image_options *opt)
 {
     bool there = !temporary && file_exists(path);
     int ret = chain_begin(im, path);
