@@ -14844,40 +14844,25 @@ enum opt_action { ACT_EXPORT, ACT_INFO, ACT_MAP, ACT_CHECK, ACT_UMOUNT, ACT_FORM
 #define OPT_UNSET UINT32_MAX
 
 struct options {
-    char **images, **command, *mountpoint, *format, *pidfile, *extra;
-    char *snapshot, *backing_format, *data_file, *allow_external, *error_map, *overlay, *temporary, *header;
-    char *backing[MAX_GIVEN];
-    unsigned n_images, n_backing;
-    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts,
-        no_backing, force_parent, ignore_log, rebuild, strict, lazy, verbose, quiet, json, repair, read_only;
-    bool mount_helper; /* called by mount(8) */
+    char **images, **command, *mountpoint, *pidfile, *extra, *error_map, *overlay, *temporary, *backing[MAX_GIVEN];
+    unsigned n_images;
+    struct image_options image;
+    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts, lazy, verbose,
+        quiet, json, repair, read_only;
+    bool mount_helper;              /* called by mount(8) */
     struct sigaction old_xfsz;      /* for the command: we ignore the signal, so the limit is an error for us */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid, timeout;
     uint32_t sandbox, allow_other, action, on_error;
 };
 
-static const struct options opt_defaults = { .cache_size = 64 << 20, .mode = OPT_UNSET, .uid = OPT_UNSET,
-                                             .gid = OPT_UNSET };
-
-enum opt_kind {
-    OPT_SET,
-    OPT_TEXT,
-    OPT_FILES,                      /* may be repeated */
-    OPT_SIZE,
-    OPT_COUNT,
-    OPT_ID,
-    OPT_OCTAL,
-    OPT_CHOICE,
-    OPT_ACTION,
-    OPT_MOUNT
-};
+enum opt_kind { OPT_SET, OPT_TEXT, OPT_FILES, OPT_SIZE, OPT_COUNT, OPT_ID, OPT_OCTAL, OPT_CHOICE, OPT_ACTION, OPT_MOUNT };
 
 #define OPT_AT(field) offsetof(struct options, field)
 
 static const struct opt {
     char letter;
-    const char *name, *arg;         /* arg: NULL, the name of the value, or the choices */
+    const char *name, *arg;         /* arg: NULL, the name of the value ("[=": optional), or the choices */
     enum opt_kind kind;
     size_t at;
     uint32_t value;                 /* OPT_ACTION: which; OPT_COUNT, OPT_ID: the largest; OPT_SIZE: not 0 */
@@ -14890,31 +14875,31 @@ static const struct opt {
     { 'w', "writable", NULL, OPT_SET, OPT_AT(writable), 0, "let the export be written, and so the image" },
     { 0, "overlay", "FILE", OPT_TEXT, OPT_AT(overlay), 0,
       "like -w, but changes go to this qcow2 file (made if missing), not to IMAGE" },
-    { 0, "temporary", "[DIR]", OPT_TEXT, OPT_AT(temporary), 0, "the same with a file that is gone in the end" },
+    { 0, "temporary", "[=DIR]", OPT_TEXT, OPT_AT(temporary), 0, "the same with a file that is gone in the end" },
     { 'U', "force-share", NULL, OPT_SET, OPT_AT(share), 0, "read an image that another program has open" },
     { 'o', NULL, "OPT[,OPT...]", OPT_MOUNT, 0, 0, "long options without their dashes, and mount options" },
     { 'v', "verbose", NULL, OPT_SET, OPT_AT(verbose), 0, "say what is decided" },
     { 'q', "quiet", NULL, OPT_SET, OPT_AT(quiet), 0, "errors only" },
-    { 0, "format", "NAME", OPT_TEXT, OPT_AT(format), 0, "take IMAGE for this format (see --formats)" },
-    { 0, "snapshot", "ID|NAME", OPT_TEXT, OPT_AT(snapshot), 0, "show this internal snapshot" },
+    { 0, "format", "NAME", OPT_TEXT, OPT_AT(image.format), 0, "take IMAGE for this format (see --formats)" },
+    { 0, "snapshot", "ID|NAME", OPT_TEXT, OPT_AT(image.snapshot), 0, "show this internal snapshot" },
     { 0, "backing", "FILE", OPT_FILES, OPT_AT(backing), 0,
       "the backing file, instead of what the image says (several: of the chain)" },
-    { 0, "backing-format", "NAME", OPT_TEXT, OPT_AT(backing_format), 0, "and its format" },
-    { 0, "data-file", "FILE", OPT_TEXT, OPT_AT(data_file), 0, "the external data file" },
-    { 0, "allow-external", "DIR", OPT_TEXT, OPT_AT(allow_external), 0,
+    { 0, "backing-format", "NAME", OPT_TEXT, OPT_AT(image.backing_format), 0, "and its format" },
+    { 0, "data-file", "FILE", OPT_TEXT, OPT_AT(image.data_file), 0, "the external data file" },
+    { 0, "allow-external", "DIR", OPT_TEXT, OPT_AT(image.allow_external), 0,
       "images may name files below this directory" },
-    { 0, "no-backing", NULL, OPT_SET, OPT_AT(no_backing), 0,
-      "open no backing file; its data reads as errors" },
-    { 0, "force-parent", NULL, OPT_SET, OPT_AT(force_parent), 0,
+    { 0, "no-backing", NULL, OPT_SET, OPT_AT(image.no_backing), 0, "open no backing file; its data reads as errors" },
+    { 0, "force-parent", NULL, OPT_SET, OPT_AT(image.force_parent), 0,
       "take a parent whose identity is another one" },
-    { 0, "ignore-log", NULL, OPT_SET, OPT_AT(ignore_log), 0,
+    { 0, "ignore-log", NULL, OPT_SET, OPT_AT(image.ignore_log), 0,
       "read a VHDX whose log cannot be replayed without it" },
-    { 0, "rebuild", NULL, OPT_SET, OPT_AT(rebuild), 0,
+    { 0, "rebuild", NULL, OPT_SET, OPT_AT(image.rebuild), 0,
       "put together a header or tables that are lost from what is left" },
-    { 0, "header", "FILE", OPT_TEXT, OPT_AT(header), 0, "take the header of this image, made with the same options" },
+    { 0, "header", "FILE", OPT_TEXT, OPT_AT(image.header), 0, "take the header of this image, made with the same options" },
     { 0, "on-error", "eio|zero", OPT_CHOICE, OPT_AT(on_error), 0, "what is shown where nothing can be read" },
-    { 0, "error-map", "FILE", OPT_TEXT, OPT_AT(error_map), 0, "list there what could not be read (ddrescue mapfile)" },
-    { 0, "strict", NULL, OPT_SET, OPT_AT(strict), 0, "refuse an image whose tables are damaged anywhere" },
+    { 0, "error-map", "FILE", OPT_TEXT, OPT_AT(error_map), 0,
+      "list there what could not be read (ddrescue mapfile)" },
+    { 0, "strict", NULL, OPT_SET, OPT_AT(image.strict), 0, "refuse an image whose tables are damaged anywhere" },
     { 0, "cache-size", "N[kMGT]", OPT_SIZE, OPT_AT(cache_size), 1, "for tables and decoded clusters (64M)" },
     { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0,
       "IMAGE alone, even if it looks like a part of a split image" },
@@ -14923,26 +14908,22 @@ static const struct opt {
     { 0, "partition", "N", OPT_COUNT, OPT_AT(partition), 1024 * 1024,
       "show partition N alone, counted as Linux does" },
     { 0, "sector-size", "512|4096", OPT_COUNT, OPT_AT(sector_size), 4096, "of the partition table" },
-    { 0, "growable", NULL, OPT_SET, OPT_AT(growable), 0,
-      "with -w: writing past the end makes the image longer" },
+    { 0, "growable", NULL, OPT_SET, OPT_AT(growable), 0, "with -w: writing past the end makes the image longer" },
     { 0, "direct-io", NULL, OPT_SET, OPT_AT(direct_io), 0, "no page cache above the image" },
     { 0, "no-passthrough", NULL, OPT_SET, OPT_AT(no_passthrough), 0, "serve raw images by workers too" },
     { 0, "threads", "N", OPT_COUNT, OPT_AT(threads), MAX_THREADS, "workers" },
     { 0, "mode", "OCTAL", OPT_OCTAL, OPT_AT(mode), 07777, "of the files shown (0400, with -w 0600)" },
     { 0, "uid", "N", OPT_ID, OPT_AT(uid), UINT32_MAX - 1, "their owner" },
     { 0, "gid", "N", OPT_ID, OPT_AT(gid), UINT32_MAX - 1, "their group" },
-    { 0, "allow-other", "auto|on|off", OPT_CHOICE, OPT_AT(allow_other), 0,
-      "may other users reach the mount" },
-    { 0, "pidfile", "FILE", OPT_TEXT, OPT_AT(pidfile), 0,
-      "holds the supervisor's process number while mounted" },
+    { 0, "allow-other", "auto|on|off", OPT_CHOICE, OPT_AT(allow_other), 0, "may other users reach the mount" },
+    { 0, "pidfile", "FILE", OPT_TEXT, OPT_AT(pidfile), 0, "holds the supervisor's process number while mounted" },
     { 0, "sandbox", "auto|off|require", OPT_CHOICE, OPT_AT(sandbox), 0, "lock the serving process in" },
     { 0, "info", NULL, OPT_ACTION, OPT_AT(action), ACT_INFO, "say what IMAGE is" },
     { 0, "map", NULL, OPT_ACTION, OPT_AT(action), ACT_MAP, "list what lies where" },
     { 0, "check", NULL, OPT_ACTION, OPT_AT(action), ACT_CHECK, "look for damage; changes nothing" },
-    { 0, "repair", NULL, OPT_SET, OPT_AT(repair), 0, "with --check: give back leaks, set refcounts right" },
+    { 0, "repair", NULL, OPT_SET, OPT_AT(repair), 0, "with --check: free leaks, set refcounts right" },
     { 0, "json", NULL, OPT_SET, OPT_AT(json), 0, "with these three: for programs" },
-    { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT,
-      "unmount, and wait until the image is free" },
+    { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT, "unmount, and wait until the image is free" },
     { 'z', "lazy", NULL, OPT_SET, OPT_AT(lazy), 0, "with --umount: detach at once, do not wait" },
     { 0, "timeout", "N", OPT_COUNT, OPT_AT(timeout), 1000000, "with --umount: wait at most so many seconds" },
     { 0, "formats", NULL, OPT_ACTION, OPT_AT(action), ACT_FORMATS, "list what can be read and written" },
@@ -14957,52 +14938,36 @@ static const char *const opt_ignored[] = {
     "strictatime", "lazytime", "group",  "_netdev", "loop",
 };
 
-/* Shows "[DIR]" as "[=DIR]" after a name. */
-static const char *opt_shown_value(const struct opt *opt, char *text, size_t size)
-{
-    if (!opt->arg || *opt->arg != '[')
-        return opt->arg ? opt->arg : "";
-    snprintf(text, size, "[=%s", opt->arg + 1);
-    return text;
-}
-
-static int opt_usage(const char *text)
+static int opt_usage(void)
 {
     printf("Usage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND [ARG...]]\n"
            "       fuseexp --info|--map|--check [--json] [OPTION...] IMAGE...\n"
            "       fuseexp --umount [-z | --timeout=N] MOUNTPOINT\n"
-           "       fuseexp --formats | --version | --help\n\n%s"
+           "       fuseexp --formats | --version | --help\n\n"
            "Shows a disk image as one plain raw file (MOUNTPOINT a file, made if missing) or as a directory\n"
            "with the disk and its partitions (MOUNTPOINT a directory). Several IMAGEs are the parts of one, in "
-           "order.\n\n",
-           text);
+           "order.\n\n");
     for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
         const struct opt *opt = &opt_table[i];
-        char left[64], value[32];
-        int n = 0;
-        if (opt->letter)
-            n = snprintf(left, sizeof(left), "-%c%s", opt->letter, opt->name ? ", " : "");
-        else
-            n = snprintf(left, sizeof(left), "    ");
-        snprintf(left + n, sizeof(left) - (size_t)n, "%s%s%s%s", opt->name ? "--" : "",
-                 opt->name ? opt->name : "",
-                 !opt->arg || *opt->arg == '[' ? "" : opt->name ? "=" : " ",
-                 opt_shown_value(opt, value, sizeof(value)));
+        const char letter[] = { '-', opt->letter, 0 }, *arg = opt->arg ? opt->arg : "";
+        char left[64];
+        snprintf(left, sizeof(left), "%s%s%s%s%s%s", opt->letter ? letter : "    ", opt->letter && opt->name ? ", " : "",
+                 opt->name ? "--" : "", opt->name ? opt->name : "",
+                 !*arg || *arg == '[' ? "" : opt->name ? "=" : " ", arg);
         printf("  %-32s %s\n", left, opt->help);
     }
-    return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
+    return out_finish(EXIT_OK);
 }
 
 static int opt_bad(const struct opt *opt, const char *value)
 {
-    return msg_err(-EINVAL, "--%s: '%s' is not %s%s%s", opt->name, value,
-                   opt->kind == OPT_CHOICE ? "one of " : "a usable ",
-                   opt->kind == OPT_CHOICE || opt->kind == OPT_COUNT ? opt->arg
-                   : opt->kind == OPT_SIZE                           ? "size"
-                                                                     : "value",
-                   opt->kind == OPT_SIZE ? " (such as 4096, 0x1000, 4k, 10M, 2G)" :
-                   opt->kind == OPT_ID   ? " (a number)"
-                                         : "");
+    static const char *const accepted[] = {
+        [OPT_SIZE] = "a usable size (such as 4096, 0x1000, 4k, 10M, 2G)", [OPT_ID] = "a usable value (a number)",
+        [OPT_OCTAL] = "a usable value", [OPT_COUNT] = "a usable ", [OPT_CHOICE] = "one of "
+    };
+    bool shows_arg = opt->kind == OPT_CHOICE || opt->kind == OPT_COUNT;
+
+    return msg_err(-EINVAL, "--%s: '%s' is not %s%s", opt->name, value, accepted[opt->kind], shows_arg ? opt->arg : "");
 }
 
 static bool opt_choose(const char *choices, const char *value, uint32_t *index)
@@ -15028,61 +14993,50 @@ static int opt_mount_options(struct options *o, char *list);
 static int opt_apply(struct options *o, const struct opt *opt, char *value)
 {
     void *at = (char *)o + opt->at;
-    uint64_t number;
-    uint32_t choice;
+    uint32_t *number = at;
+    uint64_t size = 0;
+    bool good = true;
     char *end;
 
     switch (opt->kind) {
     case OPT_SET:
         *(bool *)at = true;
-        return 0;
+        break;
     case OPT_TEXT:
         *(const char **)at = value ? value : "";
-        return 0;
+        break;
     case OPT_FILES:
-        if (o->n_backing == MAX_GIVEN)
+        if (o->image.n_backing == MAX_GIVEN)
             return msg_err(-E2BIG, "--%s: more than %d files", opt->name, MAX_GIVEN);
-        ((char **)at)[o->n_backing++] = value;
-        return 0;
+        ((char **)at)[o->image.n_backing++] = value;
+        break;
     case OPT_SIZE:
-        if (!util_parse_size(value, &number) || (number == 0 && opt->value))
-            return opt_bad(opt, value);
-        *(uint64_t *)at = number;
-        return 0;
+        good = util_parse_size(value, &size) && (size || !opt->value);
+        *(uint64_t *)at = size;
+        break;
     case OPT_COUNT:
     case OPT_ID:
-        if (!util_parse_size(value, &number) || number > opt->value ||
-            (number == 0 && opt->kind == OPT_COUNT) || !isdigit((unsigned char)value[strlen(value) - 1]))
-            return opt_bad(opt, value);
-        *(uint32_t *)at = (uint32_t)number;
-        return 0;
+        good = util_parse_size(value, &size) && size <= opt->value && (size || opt->kind == OPT_ID) &&
+               isdigit((unsigned char)value[strlen(value) - 1]);
+        *number = (uint32_t)size;
+        break;
     case OPT_OCTAL:
-        number = strtoul(value, &end, 8);
-        if (!isdigit((unsigned char)*value) || *end || number > opt->value)
-            return opt_bad(opt, value);
-        *(uint32_t *)at = (uint32_t)number;
-        return 0;
+        size = strtoul(value, &end, 8);
+        good = isdigit((unsigned char)*value) && !*end && size <= opt->value;
+        *number = (uint32_t)size;
+        break;
     case OPT_CHOICE:
-        if (!opt_choose(opt->arg, value, &choice))
-            return opt_bad(opt, value);
-        *(uint32_t *)at = choice;
-        return 0;
+        good = opt_choose(opt->arg, value, number);
+        break;
     case OPT_ACTION:
-        if (opt->value < ACT_VERSION && *(uint32_t *)at && *(uint32_t *)at != opt->value)
+        if (opt->value < ACT_VERSION && *number && *number != opt->value)
             return msg_err(-EINVAL, "--%s: one of --info, --map, --check, --umount and --formats at a time", opt->name);
-        *(uint32_t *)at = opt->value;
-        return 0;
+        *number = opt->value;
+        break;
     case OPT_MOUNT:
         return opt_mount_options(o, value);
     }
-    return -EINVAL;
-}
-
-static int opt_pass_to_mount(struct options *o, const char *word)
-{
-    if (fuse_opt_add_opt(&o->extra, word) == 0)
-        return 0;
-    return msg_err(-ENOMEM, "out of memory");
+    return good ? 0 : opt_bad(opt, value);
 }
 
 /*
@@ -15116,7 +15070,7 @@ static int opt_mount_option(struct options *o, char *word)
             return msg_err(-EINVAL, "-o %s: %s", word, value ? "takes no value" : "needs a value");
         return opt_apply(o, opt, value ? value + 1 : NULL);
     }
-    return opt_pass_to_mount(o, word);
+    return fuse_opt_add_opt(&o->extra, word) == 0 ? 0 : msg_err(-ENOMEM, "out of memory");
 }
 
 static int opt_mount_options(struct options *o, char *list)
@@ -15176,12 +15130,12 @@ static int opt_getopt(struct options *o, int argc, char **argv)
 /* mount(8) calls: mount.fuseexp IMAGE MOUNTPOINT [-sfnvr] [-N namespace] [-t type] [-o options] */
 static int opt_parse_helper(struct options *o, int argc, char **argv)
 {
-    static const struct option none[] = { { NULL, 0, NULL,
-                                            0 } }; /* musl's getopt stops at the first argument that is no option */
+    static const struct option none[] = { { NULL, 0, NULL, 0 } };
     int c, ret = 0;
 
     o->mount_helper = true;
     opterr = 0;
+    /* Not getopt(): musl's stops at the first argument that is no option. */
     while (!ret && (c = getopt_long(argc, argv, "sfnvrN:t:o:", none, NULL)) != -1) {
         if (c == 'o')
             ret = opt_mount_options(o, optarg);
@@ -15200,64 +15154,68 @@ static int opt_parse_helper(struct options *o, int argc, char **argv)
 /* Refuses mount options with a command that only looks: the user meant something else. */
 static int opt_check_look(const struct options *o)
 {
-    const char *lost = o->overlay                   ? "--overlay"
-                       : o->temporary               ? "--temporary"
-                       : o->writable                ? "-w"
-                       : o->offset                  ? "--offset"
-                       : o->size                    ? "--size"
-                       : o->partition               ? "--partition"
-                       : o->pidfile                 ? "--pidfile"
-                       : o->command                 ? "-- COMMAND"
-                                                    : NULL;
+    const char *lost = o->overlay     ? "--overlay"
+                       : o->temporary ? "--temporary"
+                       : o->writable  ? "-w"
+                       : o->offset    ? "--offset"
+                       : o->size      ? "--size"
+                       : o->partition ? "--partition"
+                       : o->pidfile   ? "--pidfile"
+                       : o->command   ? "-- COMMAND"
+                                      : NULL;
 
     return lost ? msg_err(-EINVAL, "%s is for mounting: --info, --map and --check look at the whole image", lost) : 0;
 }
 
-static int opt_check(struct options *o)
+static bool opt_looks(const struct options *o)
 {
-    bool looks = o->action >= ACT_INFO && o->action <= ACT_CHECK;
-
-    if (o->overlay && o->temporary)
-        return msg_err(-EINVAL, "--overlay and --temporary: one or the other");
-    o->writable = (o->writable || o->overlay || o->temporary) && !o->read_only;
-    if (o->writable && o->on_error && !o->overlay && !o->temporary)
-        return msg_err(-EINVAL, "--on-error=zero with -w: zeros shown for what is damaged would become the image's "
-                       "own; --overlay or --temporary keep it as it is");
-    if (o->repair && o->action != ACT_CHECK)
-        return msg_err(-EINVAL, "--repair goes with --check");
-    if (o->repair && o->share)
-        return msg_err(-EINVAL, "--repair is not for an image that is in use");
-    if (o->json && !looks)
-        return msg_err(-EINVAL, "--json goes with --info, --map or --check");
-    if (looks && opt_check_look(o))
-        return -EINVAL;
-    if ((o->lazy || o->timeout) && o->action != ACT_UMOUNT)
-        return msg_err(-EINVAL, "%s goes with --umount", o->lazy ? "-z" : "--timeout");
-    if (o->growable && !o->writable)
-        return msg_err(-EINVAL, "--growable goes with -w, --overlay or --temporary");
-    if (o->writable && !o->overlay && !o->temporary && (o->rebuild || o->header))
-        return msg_err(-EINVAL, "--rebuild and --header are for reading; --overlay or --temporary take changes");
-    if (o->repair && (o->rebuild || o->header))
-        return msg_err(-EINVAL, "--rebuild and --header are for reading: --repair would write what is guessed");
-    if (o->growable && (o->offset || o->size || o->partition))
-        return msg_err(-EINVAL,
-                       "--growable goes with a whole image, not with --offset, --size or --partition");
-    if (o->share && o->writable)
-        return msg_err(-EINVAL, "-U is for reading: two writers would destroy the image");
-    if (o->sector_size && o->sector_size != 512 && o->sector_size != 4096)
-        return msg_err(-EINVAL, "--sector-size is 512 or 4096");
-    if (o->mode != OPT_UNSET && (o->mode & 0222) && !o->writable)
-        return msg_err(-EINVAL, "--mode %o on a read-only export: add -w", o->mode);
-    return 0;
+    return o->action >= ACT_INFO && o->action <= ACT_CHECK;
 }
 
-/* "--temporary DIR" lacks its "=". */
-static int opt_check_temporary(const struct options *o)
+static int opt_check(const struct options *o)
 {
-    if (!o->temporary || *o->temporary || o->n_images < 2 || !file_is_directory(o->images[0]))
-        return 0;
-    return msg_err(-EINVAL, "%s: is a directory and no image; --temporary=%s makes the overlay there", o->images[0],
-                   o->images[0]);
+    bool overlaid = o->overlay || o->temporary, guessed = o->image.rebuild || o->image.header;
+    const struct { bool wrong; const char *why; } rules[] = {
+        { o->overlay && o->temporary, "--overlay and --temporary: one or the other" },
+        { o->writable && o->on_error && !overlaid, "--on-error=zero with -w: zeros shown for what is damaged would become "
+          "the image's own; --overlay or --temporary keep it as it is" },
+        { o->repair && o->action != ACT_CHECK, "--repair goes with --check" },
+        { o->repair && o->share, "--repair is not for an image that is in use" },
+        { o->json && !opt_looks(o), "--json goes with --info, --map or --check" },
+        { o->lazy && o->action != ACT_UMOUNT, "-z goes with --umount" },
+        { o->timeout && o->action != ACT_UMOUNT, "--timeout goes with --umount" },
+        { o->growable && !o->writable, "--growable goes with -w, --overlay or --temporary" },
+        { o->growable && (o->offset || o->size || o->partition),
+          "--growable goes with a whole image, not with --offset, --size or --partition" },
+        { guessed && o->writable && !overlaid,
+          "--rebuild and --header are for reading; --overlay or --temporary take changes" },
+        { guessed && o->repair, "--rebuild and --header are for reading: --repair would write what is guessed" },
+        { o->share && o->writable, "-U is for reading: two writers would destroy the image" },
+        { o->sector_size && o->sector_size != 512 && o->sector_size != 4096, "--sector-size is 512 or 4096" },
+    };
+
+    for (size_t i = 0; i < ARRAY_LEN(rules); i++)
+        if (rules[i].wrong)
+            return msg_err(-EINVAL, "%s", rules[i].why);
+    if ((o->mode & 0222) && !o->writable)
+        return msg_err(-EINVAL, "--mode %o on a read-only export: add -w", o->mode);
+    return opt_looks(o) ? opt_check_look(o) : 0;
+}
+
+/* What an option says by its absence, or together with others. */
+static void opt_complete(struct options *o)
+{
+    o->writable = (o->writable || o->overlay || o->temporary) && !o->read_only;
+    o->foreground |= o->debug;
+    if (o->single_thread)
+        o->threads = 1;
+    if (o->mode == OPT_UNSET)
+        o->mode = o->writable ? 0600 : 0400;
+    o->image.backing = o->backing;
+    o->image.parts = !o->no_parts;
+    o->image.lock = !o->share;
+    o->image.zero_errors = o->on_error;
+    o->image.top_only = o->action == ACT_INFO || o->action == ACT_CHECK;
 }
 
 /* Everything before "--" is ours, everything after it the command, unless "--" only ends the options. */
@@ -15289,22 +15247,42 @@ static int opt_parse(struct options *o, int argc, char **argv)
         return n ? msg_err(-EINVAL, "%s: not expected here", argv[optind]) : 0;
     if (o->action == ACT_UMOUNT && n != 1)
         return msg_err(-EINVAL, "--umount takes one MOUNTPOINT");
+    opt_complete(o);
     ret = opt_check(o);
     if (ret)
         return ret;
     if (o->action == ACT_EXPORT && n < 2)
         return msg_err(-EINVAL, "%susage: fuseexp [OPTION...] IMAGE... MOUNTPOINT [-- COMMAND] (--help explains)",
                        n ? "MOUNTPOINT is missing; " : "");
-    if (o->action >= ACT_INFO && o->action <= ACT_CHECK && n < 1)
+    if (opt_looks(o) && n < 1)
         return msg_err(-EINVAL, "--info, --map and --check take an IMAGE");
-    if (o->action == ACT_EXPORT || o->action == ACT_UMOUNT)
-        o->mountpoint = argv[optind + --n];
+    o->images = &argv[optind];
+    if (!opt_looks(o))
+        o->mountpoint = o->images[--n];
     if (n > MAX_PARTS)
         return msg_err(-EINVAL, "more than %d parts", MAX_PARTS);
-    o->images = &argv[optind];
     o->n_images = (unsigned)n;
-    o->foreground |= o->debug;
-    return opt_check_temporary(o);
+    if (o->temporary && !*o->temporary && n > 1 && file_is_directory(o->images[0]))    /* "--temporary DIR" lacks its "=" */
+        return msg_err(-EINVAL, "%s: is a directory and no image; --temporary=%s makes the overlay there", o->images[0],
+                       o->images[0]);
+    return 0;
+}
+
+/*
+ * The exit status of a usage error, judged by the words alone: with --check 2 means corruptions, and COMMAND may
+ * return 2 as well. "--" begins COMMAND, unless only options come before it.
+ */
+static int opt_error_status(int argc, char **argv)
+{
+    bool looks = false, words = false;
+
+    for (int i = 1; i < argc; i++) {
+        looks |= strlen(argv[i]) > strlen("--c") && strncmp("--check", argv[i], strlen(argv[i])) == 0;
+        if (strcmp(argv[i], "--") == 0 && words)
+            return looks ? EXIT_FAILED : argv[i + 1] ? EXIT_CMD_NOT_STARTED : EXIT_USAGE;
+        words |= *argv[i] != '-' || strcmp(argv[i], "--") == 0;
+    }
+    return looks ? EXIT_FAILED : EXIT_USAGE;
 }
 
 /* ******************************************************************************************************** *
@@ -16160,7 +16138,7 @@ struct run_made {
 
 struct run {
     const struct options *o;
-    struct image_options image_options, overlay_options;
+    struct image_options overlay_options;
     struct image im;
     char overlay_path[PATH_MAX];
     struct run_made made_overlay, made_error_map;   /* removed if the start fails */
@@ -16239,11 +16217,6 @@ static void run_accept_waiters(struct run *r)
         util_close(&r->ctl_fd);     /* connections that nobody accepts would keep poll(2) busy */
 }
 
-static unsigned run_threads(const struct options *o)
-{
-    return o->single_thread ? 1 : o->threads ? o->threads : DEFAULT_THREADS;
-}
-
 static void run_reap(pid_t *pid, int *status)
 {
     if (*pid > 0 && waitpid(*pid, status, WNOHANG) == *pid)
@@ -16260,7 +16233,7 @@ static void run_on_signal(struct run *r, const struct signalfd_siginfo *si)
         break;
     case SIGUSR1:
         if (r->loop.counters)
-            loop_print_counters(r->loop.counters, run_threads(r->o), r->o->images[0]);
+            loop_print_counters(r->loop.counters, r->o->threads, r->o->images[0]);
         break;
     default:
         if (r->command > 0 && si->ssi_code <= 0)
@@ -16384,28 +16357,6 @@ static int run_check_strict(struct run *r)
     return chain_check_strict(&r->im);
 }
 
-static struct image_options run_image_options(const struct options *o)
-{
-    return (struct image_options){
-        .format = o->format,
-        .snapshot = o->snapshot,
-        .backing = o->backing,
-        .n_backing = o->n_backing,
-        .backing_format = o->backing_format,
-        .data_file = o->data_file,
-        .allow_external = o->allow_external,
-        .no_backing = o->no_backing,
-        .strict = o->strict,
-        .force_parent = o->force_parent,
-        .ignore_log = o->ignore_log,
-        .rebuild = o->rebuild,
-        .header = o->header,
-        .zero_errors = o->on_error,
-        .parts = !o->no_parts,
-        .lock = !o->share,
-    };
-}
-
 /* Directory of a temporary overlay: not a file system in memory, if there is another. */
 static void run_temporary_path(const struct options *o, char path[PATH_MAX])
 {
@@ -16453,10 +16404,10 @@ static int run_open_overlay(struct run *r)
     r->overlay_options = (struct image_options){
         .lock = !o->share,
         .zero_errors = o->on_error,
-        .no_backing = o->no_backing,
-        .strict = o->strict,
+        .no_backing = o->image.no_backing,
+        .strict = o->image.strict,
     };
-    ret = chain_open(base, o->images, o->n_images, &r->image_options);
+    ret = chain_open(base, o->images, o->n_images, &o->image);
     for (unsigned i = 0; o->overlay && i < base->n_files && !ret; i++)
         if (file_is_at(&base->files[i], o->overlay))
             ret = msg_err(-EINVAL, "%s: is both IMAGE and --overlay, which takes the changes to IMAGE in another file",
@@ -16482,18 +16433,17 @@ static int run_open_image(struct run *r)
         util_copy(r->source, sizeof(r->source), util_basename(o->images[0]));
     r->im.writable = o->writable;
     r->im.growable = o->growable;
-    r->image_options = run_image_options(o);
     ret = cache_start(o->cache_size);
     if (!ret)
         ret = o->overlay || o->temporary ? run_open_overlay(r)
-                                         : chain_open(&r->im, o->images, o->n_images, &r->image_options);
+                                         : chain_open(&r->im, o->images, o->n_images, &o->image);
     if (r->im.made)
         run_note_made(&r->made_overlay, r->overlay_path);
     if (ret)
         return ret;
     want.all = r->mp.is_dir && !o->partition;
     ret = part_make_views(&r->im, &want, r->views, &r->n_views);
-    return ret || !o->strict ? ret : run_check_strict(r);
+    return ret || !o->image.strict ? ret : run_check_strict(r);
 }
 
 /*
@@ -16535,9 +16485,9 @@ static void run_setup_server(struct run *r)
     srv->debug = o->debug;
     r->loop.n_running = cpus < 2 ? 2 : (unsigned)cpus;
     srv->attr_valid = r->im.writable || o->share ? 1 : 3600;
-    srv->uid = o->uid == OPT_UNSET ? getuid() : o->uid;
-    srv->gid = o->gid == OPT_UNSET ? getgid() : o->gid;
-    srv->mode = o->mode == OPT_UNSET ? (r->im.writable ? 0600 : 0400) : o->mode & (r->im.writable ? 07777u : ~0222u);
+    srv->uid = o->uid;
+    srv->gid = o->gid;
+    srv->mode = o->mode & (r->im.writable ? 07777u : ~0222u);
 }
 
 /*
@@ -17060,7 +17010,7 @@ static int run_export(const struct options *o, int shell_fd)
     if (run_mount(r))
         goto out_mount;
     run_name_control(r);
-    if (loop_prepare(&r->loop, &r->srv, run_threads(o), r->mp.session_fd))
+    if (loop_prepare(&r->loop, &r->srv, o->threads, r->mp.session_fd))
         goto out_workers;
     if (run_fork_server(r))
         goto out_server;
@@ -17085,7 +17035,7 @@ out_server:
     util_close(&r->ready_fd);
 out_workers:
     loop_release(&r->loop);
-    loop_release_counters(&r->loop, run_threads(o));
+    loop_release_counters(&r->loop, o->threads);
 out_mount:
     run_release_mount(r);
 out_mountpoint:
@@ -17274,13 +17224,11 @@ static int cmd_umount(const struct options *o)
  */
 static int cmd_look(const struct options *o, int (*look)(struct image *im, bool json))
 {
-    struct image_options opt = run_image_options(o);
     struct image im = { .writable = o->repair };
     int status = EXIT_FAILED;
 
-    opt.top_only = o->action != ACT_MAP;
     out_progress.on = o->action == ACT_CHECK && !o->quiet && isatty(STDERR_FILENO);
-    if (cache_start(o->cache_size) == 0 && chain_open(&im, o->images, o->n_images, &opt) == 0 &&
+    if (cache_start(o->cache_size) == 0 && chain_open(&im, o->images, o->n_images, &o->image) == 0 &&
         chain_open_direct(&im) == 0 && box_enter(o->sandbox) == 0)
         status = out_finish(look(&im, o->json));
     chain_close(&im);
@@ -17573,29 +17521,11 @@ static int main_export(const struct options *o)
     return run_export(o, shell_fd);
 }
 
-/*
- * The exit status of a usage error, judged by the words alone: with --check 2 means corruptions, and COMMAND may
- * return 2 as well. "--" begins COMMAND, unless only options come before it.
- */
-static int main_usage_status(int argc, char **argv)
-{
-    static const char check[] = "--check";
-    bool looks = false, words = false;
-
-    for (int i = 1; i < argc; i++) {
-        size_t len = strlen(argv[i]);
-        looks |= len > strlen("--c") && len < sizeof(check) && strncmp(check, argv[i], len) == 0;
-        if (strcmp(argv[i], "--") == 0 && words)
-            return looks ? EXIT_FAILED : argv[i + 1] ? EXIT_CMD_NOT_STARTED : EXIT_USAGE;
-        words |= *argv[i] != '-' || strcmp(argv[i], "--") == 0;
-    }
-    return looks ? EXIT_FAILED : EXIT_USAGE;
-}
-
 int main(int argc, char **argv)
 {
-    struct options o = opt_defaults;
-    int status = main_usage_status(argc, argv);
+    struct options o = { .cache_size = 64 << 20, .threads = DEFAULT_THREADS, .mode = OPT_UNSET, .uid = getuid(),
+                         .gid = getgid() };
+    int status = opt_error_status(argc, argv);
 
     main_open_stdio();
     run_dispose(SIGXFSZ, SIG_IGN, &o.old_xfsz);
@@ -17608,7 +17538,7 @@ int main(int argc, char **argv)
                  : o.action == ACT_UMOUNT  ? cmd_umount(&o)
                  : o.action == ACT_FORMATS ? cmd_formats()
                  : o.action == ACT_VERSION ? cmd_version()
-                 : o.action == ACT_HELP    ? opt_usage("")
+                 : o.action == ACT_HELP    ? opt_usage()
                                            : main_export(&o);
     }
     free(o.extra);
