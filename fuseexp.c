@@ -14933,9 +14933,8 @@ static const struct opt {
 
 /* Words of fstab, and what mount(8) adds: ignored. */
 static const char *const opt_ignored[] = {
-    "defaults",    "auto",     "noauto", "nofail",  "user",     "nouser",     "users",
-    "owner",       "rw",       "dev",    "suid",    "relatime", "norelatime", "nodiratime",
-    "strictatime", "lazytime", "group",  "_netdev", "loop",
+    "defaults", "auto",     "noauto",     "nofail",     "user",        "nouser",   "users", "owner",   "rw",   "dev",
+    "suid",     "relatime", "norelatime", "nodiratime", "strictatime", "lazytime", "group", "_netdev", "loop",
 };
 
 static int opt_usage(void)
@@ -15293,11 +15292,17 @@ static int opt_error_status(int argc, char **argv)
  * line.
  * ******************************************************************************************************** */
 
+/* A file that we created: removed only while its path leads to that file. */
+struct mnt_made {
+    char path[PATH_MAX];            /* absolute, as the working directory changes; "": nothing was created */
+    dev_t dev;
+    ino_t ino;
+};
+
 struct mountpoint {
     char path[PATH_MAX];            /* absolute, no symbolic links */
-    bool is_dir, exists, created, mounted;
-    dev_t dev;                      /* of the file we created: only that one is removed */
-    ino_t ino;
+    bool is_dir, exists, mounted;
+    struct mnt_made made;           /* the file at path, if we or a start that was killed created it */
     uint64_t id;                    /* of the mount, see mnt_identity() */
     unsigned minor;                 /* of the mounted file system: the number of its FUSE connection */
     struct fuse_session *session;   /* libfuse's: owns session_fd until the server is forked */
@@ -15325,12 +15330,14 @@ __attribute__((format(printf, 2, 0))) static void mnt_log(enum fuse_log_level le
     vsnprintf(mnt_said + at, sizeof(mnt_said) - at, fmt, ap);
 }
 
-/* The last line of it, without the prefix "fuse: " or "fusermount3: ". */
-static const char *mnt_last_words(void)
+/* Why mounting or unmounting failed: the last line of it, without the prefix "fuse: " or "fusermount3: ", or ret. */
+static const char *mnt_why(int ret)
 {
     size_t len = strlen(mnt_said);
     char *line, *colon;
 
+    if (!len)
+        return strerror(-ret);
     while (len && mnt_said[len - 1] == '\n')
         mnt_said[--len] = 0;
     line = strrchr(mnt_said, '\n');
@@ -15405,6 +15412,19 @@ static uint64_t mnt_identity(const char *path)
     return known ? mnt_ask_identity(path) : 0;
 }
 
+/* Reads the next entry of a mount table. A line has no length limit. */
+static bool mnt_next(FILE *table, struct mount_entry *entry)
+{
+    char *line = NULL;
+    size_t size = 0;
+    bool found = false;
+
+    while (!found && getline(&line, &size, table) > 0)
+        found = mnt_parse_line(line, entry);
+    free(line);
+    return found;
+}
+
 /*
  * Finds the topmost mount at path; or, with path NULL, the mount with this minor and id wherever it was moved to.
  * covered: another mount lies on top of it. 1: found, 0: not found.
@@ -15412,37 +15432,26 @@ static uint64_t mnt_identity(const char *path)
 static int mnt_find(const char *path, unsigned minor, uint64_t id, struct mount_entry *entry)
 {
     FILE *table = fopen("/proc/self/mountinfo", "re");
-    struct mount_entry *e = malloc(sizeof(*e));
-    char *line = NULL;
-    size_t size = 0;
     char hidden[PATH_MAX] = "";
+    struct mount_entry e;
     int found = 0;
 
     memset(entry, 0, sizeof(*entry));
-    if (!table || !e) {
-        free(e);
-        if (table)
-            fclose(table);
+    if (!table)
         return msg_err(-EIO, "/proc/self/mountinfo: %s (is /proc mounted?)", strerror(errno));
-    }
-    while (getline(&line, &size, table) > 0) {
-        if (!mnt_parse_line(line, e))
-            continue;
-        if (path ? strcmp(e->path, path) == 0 : e->fuseexp && e->major == 0 && e->minor == minor) {
-            e->id = mnt_identity(e->path);
-            if (!path && id && e->id != id) {
-                util_copy(hidden, sizeof(hidden),
-                          e->path); /* ours but hidden, or a new mount with our old minor */
+    while (mnt_next(table, &e)) {
+        if (path ? strcmp(e.path, path) == 0 : e.fuseexp && e.major == 0 && e.minor == minor) {
+            e.id = mnt_identity(e.path);
+            if (!path && id && e.id != id) {    /* ours but hidden, or a new mount with our old minor */
+                util_copy(hidden, sizeof(hidden), e.path);
                 continue;
             }
-            *entry = *e;
+            *entry = e;
             found = 1;
-        } else if (!path && strcmp(e->path, found ? entry->path : hidden) == 0) {
+        } else if (!path && strcmp(e.path, found ? entry->path : hidden) == 0) {
             entry->covered = true;
         }
     }
-    free(line);
-    free(e);
     fclose(table);
     return found;
 }
@@ -15452,16 +15461,13 @@ static int mnt_run_fusermount(const char *const argv[], int comm_fd);
 /* flags: 0 or MNT_DETACH. -EBUSY when somebody uses it. */
 static int mnt_unmount(const char *path, int flags)
 {
-    const char *argv[] = { "fusermount3", "-u", "--", path, NULL },
-               *lazy[] = { "fusermount3", "-u", "-z", "--", path, NULL };
+    const char *argv[] = { "fusermount3", flags ? "-uz" : "-u", "--", path, NULL };
 
     if (umount2(path, flags | UMOUNT_NOFOLLOW) == 0)
         return 0;
     if (errno != EPERM)
         return -errno;
-    if (mnt_run_fusermount(flags ? lazy : argv, -1) == 0)
-        return 0;
-    return strstr(mnt_said, "busy") ? -EBUSY : -EPERM;
+    return mnt_run_fusermount(argv, -1) == 0 ? 0 : strstr(mnt_said, "busy") ? -EBUSY : -EPERM;
 }
 
 /*
@@ -15520,9 +15526,7 @@ static size_t mnt_find_servers(const struct mount_entry *entry, struct pollfd *f
     return n;
 }
 
-/*
- * Detaches a mount whose server died; refuses to mount over one that is alive. Never waits for a server that hangs.
- */
+/* Detaches a mount whose server died; refuses to mount over one that is alive. Never waits for a server that hangs. */
 static int mnt_clear_stale(const char *path)
 {
     struct mount_entry entry;
@@ -15533,8 +15537,7 @@ static int mnt_clear_stale(const char *path)
         return ret;
     if (!entry.fuseexp)
         return msg_err(-EBUSY, "%s: something else is mounted there", path);
-    if (mnt_find_servers(&entry, NULL, 1) || statfs(path, &fs) == 0 ||
-        (errno != ENOTCONN && errno != ECONNABORTED))
+    if (mnt_find_servers(&entry, NULL, 1) || statfs(path, &fs) == 0 || (errno != ENOTCONN && errno != ECONNABORTED))
         return msg_err(-EBUSY, "%s: fuseexp is mounted there already; fuseexp --umount ends it", path);
     ret = mnt_unmount(path, MNT_DETACH);
     if (ret)
@@ -15602,18 +15605,32 @@ static int mnt_check_file(const char *path, const struct stat *st, char *const *
 #define MNT_MARK "user.fuseexp.mountpoint"
 
 /* Was it created by mnt_create(), and is it still empty? */
-static bool mnt_is_marked(const char *path, struct stat *st)
+static bool mnt_is_marked(const char *path)
 {
-    return lstat(path, st) == 0 && S_ISREG(st->st_mode) && st->st_size == 0 && st->st_nlink == 1 &&
+    struct stat st;
+
+    return lstat(path, &st) == 0 && S_ISREG(st.st_mode) && st.st_size == 0 && st.st_nlink == 1 &&
            lgetxattr(path, MNT_MARK, NULL, 0) >= 0;
 }
 
-/* From now on it is removed at the end. */
-static void mnt_own(struct mountpoint *mp, const struct stat *st)
+static void mnt_note_made(struct mnt_made *made, const char *path)
 {
-    mp->created = true;
-    mp->dev = st->st_dev;
-    mp->ino = st->st_ino;
+    struct stat st;
+
+    if (!realpath(path, made->path) || stat(made->path, &st) < 0) {
+        *made->path = 0;
+        return;
+    }
+    made->dev = st.st_dev;
+    made->ino = st.st_ino;
+}
+
+static void mnt_remove_made(const struct mnt_made *made)
+{
+    struct stat st;
+
+    if (*made->path && lstat(made->path, &st) == 0 && st.st_dev == made->dev && st.st_ino == made->ino)
+        unlink(made->path);
 }
 
 /* Can the path be MOUNTPOINT? Called before anything is opened or created; creates nothing. */
@@ -15634,26 +15651,22 @@ static int mnt_check(struct mountpoint *mp, char *const *images, unsigned n)
                        mp->path);
     if (!mp->is_dir && mnt_check_file(mp->path, &st, images, n))
         return -EEXIST;
-    if (mnt_is_marked(mp->path, &st))
-        mnt_own(mp, &st);
+    if (mnt_is_marked(mp->path))
+        mnt_note_made(&mp->made, mp->path);
     return 0;
 }
 
 /* Creates the mountpoint if it did not exist. O_EXCL: one that appeared since then is somebody else's. */
 static int mnt_create(struct mountpoint *mp)
 {
-    struct stat st;
-    int fd;
+    int flags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, fd;
 
     if (mp->exists)
         return 0;
-    fd = util_fault("mountpoint")
-             ? -1
-             : open(mp->path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+    fd = util_fault("mountpoint") ? -1 : open(mp->path, flags, 0600);
     if (fd < 0)
         return msg_err(-errno, "%s: cannot be created: %s", mp->path, strerror(errno));
-    if (fstat(fd, &st) == 0)
-        mnt_own(mp, &st);
+    mnt_note_made(&mp->made, mp->path);
     (void)fsetxattr(fd, MNT_MARK, "", 0, 0);    /* optional: without it the file stays after a kill */
     close(fd);
     return 0;
@@ -15662,27 +15675,20 @@ static int mnt_create(struct mountpoint *mp)
 /* Removes the file that mnt_create() made, if it is still that file, empty, and nothing is mounted on it. */
 static void mnt_remove(struct mountpoint *mp)
 {
-    struct mount_entry entry = { 0 };
+    struct mount_entry entry;
     struct stat st;
 
-    if (!mp->created || mnt_find(mp->path, 0, 0, &entry) != 0)
-        return;
-    if (lstat(mp->path, &st) == 0 && st.st_dev == mp->dev && st.st_ino == mp->ino && st.st_size == 0)
-        unlink(mp->path);
-    mp->created = false;
+    if (*mp->made.path && mnt_find(mp->path, 0, 0, &entry) == 0 && lstat(mp->path, &st) == 0 && st.st_size == 0)
+        mnt_remove_made(&mp->made);
 }
 
 /* The same after an unmount, if the process that created it was killed. */
 static void mnt_remove_orphan(const char *path)
 {
-    struct mountpoint *mp = calloc(1, sizeof(*mp));
-    struct stat st;
+    struct mount_entry entry;
 
-    if (mp && util_copy(mp->path, sizeof(mp->path), path) && mnt_is_marked(path, &st)) {
-        mnt_own(mp, &st);
-        mnt_remove(mp);
-    }
-    free(mp);
+    if (mnt_find(path, 0, 0, &entry) == 0 && mnt_is_marked(path))
+        unlink(path);
 }
 
 /* Runs fusermount3 and keeps its output in mnt_said. comm_fd: the socket on which it sends /dev/fuse, or -1. */
@@ -15709,10 +15715,8 @@ static int mnt_run_fusermount(const char *const argv[], int comm_fd)
             fcntl(comm_fd, F_SETFD, 0);
         }
         execvp(argv[0], (char *const *)argv);
-        dprintf(
-            STDERR_FILENO,
-            "fuse: cannot run fusermount3: %s (Debian: apt-get install fuse3), and only root does without\n",
-            strerror(errno));
+        dprintf(STDERR_FILENO, "fuse: cannot run fusermount3: %s (Debian: apt-get install fuse3), and only root does "
+                "without\n", strerror(errno));
         _exit(127);
     }
     close(out[1]);
@@ -15781,7 +15785,7 @@ static int mnt_try(struct mountpoint *mp, char *opts)
     char name[] = "fuseexp", dash_o[] = "-o", *argv[] = { name, dash_o, opts };
     struct fuse_args args = FUSE_ARGS_INIT(3, argv);
     char by_fd[32];
-    int ret = -EINVAL;
+    int ret;
 
     mnt_said[0] = 0;
     mp->session = util_fault("session") ? NULL : fuse_session_new(&args, &none, sizeof(none), NULL);
@@ -15831,8 +15835,7 @@ static char *mnt_options(const struct mount_wanted *want)
 
     snprintf(source, sizeof(source), "fsname=%s", want->source);
     bad = fuse_opt_add_opt_escaped(&opts, source);
-    bad |= fuse_opt_add_opt(&opts,
-                            "subtype=fuseexp,nosuid,nodev,noatime,default_permissions," FX_MAX_READ_OPTION);
+    bad |= fuse_opt_add_opt(&opts, "subtype=fuseexp,nosuid,nodev,noatime,default_permissions," FX_MAX_READ_OPTION);
     bad |= fuse_opt_add_opt(&opts, want->writable ? "rw" : "ro");
     if (*want->allow_other)
         bad |= fuse_opt_add_opt(&opts, "allow_other");
@@ -15864,9 +15867,8 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
             break;
         mnt_end_session(mp);
         if (!*want->allow_other || !want->may_drop_allow_other || mnt_privileged())
-            return msg_err(
-                ret, "%s: cannot mount: %s%s", mp->path, *mnt_said ? mnt_last_words() : strerror(-ret),
-                access("/dev/fuse", R_OK | W_OK) < 0 ? " (it takes chmod 666 /dev/fuse, as udev does)" : "");
+            return msg_err(ret, "%s: cannot mount: %s%s", mp->path, mnt_why(ret), access("/dev/fuse", R_OK | W_OK) < 0 ?
+                           " (it takes chmod 666 /dev/fuse, as udev does)" : "");
         *want->allow_other = false;
     } while (true);
 
@@ -15920,45 +15922,61 @@ static bool mnt_is_below(const char *path, const char *mount)
     return strncmp(path, mount, len) == 0 && (!path[len] || path[len] == '/');
 }
 
+/* The next name in a directory that does not begin with a dot; NULL: none is left, and the directory is closed. */
+static const char *mnt_next_name(DIR **dir)
+{
+    struct dirent *e;
+
+    while (*dir && (e = readdir(*dir)))
+        if (*e->d_name != '.')
+            return e->d_name;
+    if (*dir)
+        closedir(*dir);
+    *dir = NULL;
+    return NULL;
+}
+
+/* The number of the next process in /proc. */
+static const char *mnt_next_process(DIR **proc)
+{
+    const char *name;
+
+    do
+        name = mnt_next_name(proc);
+    while (name && !isdigit((unsigned char)*name));
+    return name;
+}
+
 /* Adds what is stacked on a block device, such as a LUKS mapping. sysfs: its directory there. */
 static void mnt_add_holders(struct mount_users *users, const char *sysfs)
 {
-    char path[PATH_MAX], name[128];
-    struct dirent *e;
-    DIR *dir;
+    char path[PATH_MAX], mapping[128];
+    const char *name;
 
     snprintf(path, sizeof(path), "%s/holders", sysfs);
-    dir = opendir(path);
-    while (dir && (e = readdir(dir))) {
-        if (*e->d_name == '.')
-            continue;
-        snprintf(path, sizeof(path), "/sys/block/%s/dm/name", e->d_name);
-        if (util_read_file(path, name, sizeof(name)) == 0)
-            mnt_add_user(users, "/dev/mapper/%s", name);
+    for (DIR *dir = opendir(path); (name = mnt_next_name(&dir));) {
+        snprintf(path, sizeof(path), "/sys/block/%s/dm/name", name);
+        if (util_read_file(path, mapping, sizeof(mapping)) == 0)
+            mnt_add_user(users, "/dev/mapper/%s", mapping);
         else
-            mnt_add_user(users, "/dev/%s", e->d_name);
+            mnt_add_user(users, "/dev/%s", name);
     }
-    if (dir)
-        closedir(dir);
 }
 
-static void mnt_add_loop(struct mount_users *users, const char *name)
+/* Adds a loop device, and what is stacked on it and on its partitions. */
+static void mnt_add_loop(struct mount_users *users, const char *loop)
 {
     char path[PATH_MAX];
-    struct dirent *e;
-    DIR *dir;
+    const char *name;
 
-    mnt_add_user(users, "/dev/%s", name);
-    snprintf(path, sizeof(path), "/sys/block/%s", name);
+    mnt_add_user(users, "/dev/%s", loop);
+    snprintf(path, sizeof(path), "/sys/block/%s", loop);
     mnt_add_holders(users, path);
-    dir = opendir(path);
-    while (dir && (e = readdir(dir)))
-        if (strncmp(e->d_name, name, strlen(name)) == 0) {      /* a partition */
-            snprintf(path, sizeof(path), "/sys/block/%s/%s", name, e->d_name);
+    for (DIR *dir = opendir(path); (name = mnt_next_name(&dir));)
+        if (strncmp(name, loop, strlen(loop)) == 0) {
+            snprintf(path, sizeof(path), "/sys/block/%s/%s", loop, name);
             mnt_add_holders(users, path);
         }
-    if (dir)
-        closedir(dir);
 }
 
 /* Adds loop devices on the mount. path: the mountpoint; NULL: the mount is detached, so ask each loop device. */
@@ -15977,22 +15995,18 @@ static void mnt_add_loops(struct mount_users *users, const char *path, unsigned 
 /* Does a link, or a link in a directory such as /proc/N/fd, lead below the mount? */
 static bool mnt_leads_below(const char *link, const char *mount)
 {
-    char name[PATH_MAX], to[PATH_MAX];
+    char path[PATH_MAX], to[PATH_MAX];
     ssize_t n = readlink(link, to, sizeof(to) - 1);
-    struct dirent *e;
+    DIR *dir = n < 0 && errno == EINVAL ? opendir(link) : NULL;
+    const char *name;
     bool found;
-    DIR *dir;
 
     to[n < 0 ? 0 : n] = 0;
     found = mnt_is_below(to, mount);
-    dir = n < 0 && errno == EINVAL ? opendir(link) : NULL;
-    while (!found && dir && (e = readdir(dir)))
-        if (*e->d_name != '.') {
-            snprintf(name, sizeof(name), "%s/%s", link, e->d_name);
-            found = mnt_leads_below(name, mount);
-        }
-    if (dir)
-        closedir(dir);
+    while ((name = mnt_next_name(&dir))) {
+        snprintf(path, sizeof(path), "%s/%s", link, name);
+        found = found || mnt_leads_below(path, mount);
+    }
     return found;
 }
 
@@ -16013,71 +16027,57 @@ static bool mnt_is_used_by(const char *process, const char *mount)
 static void mnt_add_processes(struct mount_users *users, const char *path)
 {
     char name[64], comm[32];
-    struct dirent *e;
-    DIR *dir = opendir("/proc");
+    const char *process;
 
-    while (dir && (e = readdir(dir))) {
-        if (!isdigit((unsigned char)*e->d_name) || !mnt_is_used_by(e->d_name, path))
+    for (DIR *proc = opendir("/proc"); (process = mnt_next_process(&proc));) {
+        if (!mnt_is_used_by(process, path))
             continue;
-        snprintf(name, sizeof(name), "/proc/%.20s/comm", e->d_name);
+        snprintf(name, sizeof(name), "/proc/%.20s/comm", process);
         (void)util_read_file(name, comm, sizeof(comm));
-        mnt_add_user(users, "process %s (%s)", e->d_name, comm);
+        mnt_add_user(users, "process %s (%s)", process, comm);
     }
-    if (dir)
-        closedir(dir);
 }
 
-/* Adds where the file system is mounted in the namespace of a process: "self", or a number. */
+/* Adds where the file system is mounted in the namespace of a process; NULL: in ours. */
 static void mnt_add_mountpoints(struct mount_users *users, const char *process, unsigned minor)
 {
-    struct mount_entry *e = malloc(sizeof(*e));
-    char name[64], *line = NULL;
-    size_t size = 0;
+    struct mount_entry e;
+    char name[64];
     FILE *table;
 
-    snprintf(name, sizeof(name), "/proc/%.20s/mountinfo", process);
+    snprintf(name, sizeof(name), "/proc/%.20s/mountinfo", process ? process : "self");
     table = fopen(name, "re");
-    while (e && table && getline(&line, &size, table) > 0)
-        if (mnt_parse_line(line, e) && e->fuseexp && e->major == 0 && e->minor == minor) {
-            if (isdigit((unsigned char)*process))
-                mnt_add_user(users, "the mount %s of process %s", e->path, process);
-            else
-                mnt_add_user(users, "the mount %s", e->path);
-        }
+    while (table && mnt_next(table, &e))
+        if (e.fuseexp && e.major == 0 && e.minor == minor)
+            mnt_add_user(users, "the mount %s%s%s", e.path, process ? " of process " : "", process ? process : "");
     if (table)
         fclose(table);
-    free(line);
-    free(e);
 }
 
 /* Adds bind mounts, and copies in other namespaces as far as they are visible to us. */
 static void mnt_add_mounts(struct mount_users *users, unsigned minor)
 {
-    enum { SEEN = 64 };
-    char seen[SEEN][32] = { "" }, name[64];
-    unsigned n_seen = 0, i;
-    struct dirent *e;
-    ssize_t n;
-    DIR *dir = opendir("/proc");
+    ino_t seen[64];
+    char path[64];
+    const char *process;
+    struct stat st;
+    unsigned n = 0, i;
 
-    mnt_add_mountpoints(users, "self", minor);
-    n = readlink("/proc/self/ns/mnt", seen[n_seen++], sizeof(seen[0]) - 1);
-    while (n > 0 && dir && n_seen < SEEN && (e = readdir(dir))) {
-        if (!isdigit((unsigned char)*e->d_name))
+    mnt_add_mountpoints(users, NULL, minor);
+    if (stat("/proc/self/ns/mnt", &st) < 0)
+        return;
+    seen[n++] = st.st_ino;
+    for (DIR *proc = opendir("/proc"); (process = mnt_next_process(&proc));) {
+        snprintf(path, sizeof(path), "/proc/%.20s/ns/mnt", process);
+        if (n == ARRAY_LEN(seen) || stat(path, &st) < 0)
             continue;
-        snprintf(name, sizeof(name), "/proc/%.20s/ns/mnt", e->d_name);
-        memset(seen[n_seen], 0, sizeof(seen[0]));
-        if (readlink(name, seen[n_seen], sizeof(seen[0]) - 1) <= 0)
-            continue;
-        for (i = 0; strcmp(seen[i], seen[n_seen]) != 0; i++)
+        for (i = 0; i < n && seen[i] != st.st_ino; i++)
             ;
-        if (i < n_seen)
+        if (i < n)
             continue;
-        n_seen++;
-        mnt_add_mountpoints(users, e->d_name, minor);
+        seen[n++] = st.st_ino;
+        mnt_add_mountpoints(users, process, minor);
     }
-    if (dir)
-        closedir(dir);
 }
 
 /* Is the file system still mounted anywhere, even where it is not visible? */
@@ -16103,9 +16103,7 @@ static void mnt_abort(const struct mountpoint *mp)
         (void)util_write_file(path, "1");
 }
 
-/*
- * 128 KiB of read-ahead, the kernel's default, are too little for a server in user space; 1 MiB is two of our READs.
- */
+/* The kernel's default of 128 KiB is too little for a server in user space; 1 MiB is two of our READs. */
 static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 {
     char path[64], text[16];
@@ -16130,18 +16128,12 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
  * just EOF, if we were killed).
  * ******************************************************************************************************** */
 
-struct run_made {
-    char path[PATH_MAX];            /* absolute, as the working directory changes; "": nothing was created */
-    dev_t dev;
-    ino_t ino;
-};
-
 struct run {
     const struct options *o;
     struct image_options overlay_options;
     struct image im;
     char overlay_path[PATH_MAX];
-    struct run_made made_overlay, made_error_map;   /* removed if the start fails */
+    struct mnt_made made_overlay, made_error_map;   /* removed if the start fails */
     struct view views[MAX_VIEWS];
     unsigned n_views;
     struct server srv;
@@ -16367,27 +16359,6 @@ static void run_temporary_path(const struct options *o, char path[PATH_MAX])
     snprintf(path, PATH_MAX, "%s/(temporary overlay)", directory);
 }
 
-static void run_note_made(struct run_made *made, const char *path)
-{
-    struct stat st;
-
-    if (!realpath(path, made->path) || stat(made->path, &st) < 0) {
-        *made->path = 0;
-        return;
-    }
-    made->dev = st.st_dev;
-    made->ino = st.st_ino;
-}
-
-/* Removes the file that we created, unless another one has replaced it. */
-static void run_remove_made(const struct run_made *made)
-{
-    struct stat st;
-
-    if (*made->path && lstat(made->path, &st) == 0 && st.st_dev == made->dev && st.st_ino == made->ino)
-        unlink(made->path);
-}
-
 static int run_open_overlay(struct run *r)
 {
     const struct options *o = r->o;
@@ -16438,7 +16409,7 @@ static int run_open_image(struct run *r)
         ret = o->overlay || o->temporary ? run_open_overlay(r)
                                          : chain_open(&r->im, o->images, o->n_images, &o->image);
     if (r->im.made)
-        run_note_made(&r->made_overlay, r->overlay_path);
+        mnt_note_made(&r->made_overlay, r->overlay_path);
     if (ret)
         return ret;
     want.all = r->mp.is_dir && !o->partition;
@@ -16460,7 +16431,7 @@ static int run_start_error_map(struct run *r)
             end = r->views[i].start + r->views[i].size;
     ret = r->o->error_map ? lost_start(r->o->error_map, start, end - start) : 0;
     if (r->o->error_map && !ret)
-        run_note_made(&r->made_error_map, r->o->error_map);
+        mnt_note_made(&r->made_error_map, r->o->error_map);
     return ret;
 }
 
@@ -16791,7 +16762,7 @@ static bool run_unmount(struct run *r, int patience)
         run_say_in_use(r, where.path);
     ret = mnt_unmount(where.path, MNT_DETACH);
     if (ret)
-        msg_err(ret, "%s: cannot unmount: %s", where.path, *mnt_said ? mnt_last_words() : strerror(-ret));
+        msg_err(ret, "%s: cannot unmount: %s", where.path, mnt_why(ret));
     return !ret;
 }
 
@@ -16817,7 +16788,7 @@ static void run_release_mount(struct run *r)
             r->mp.mounted = false;
     }
     if (ret && mnt_where(&r->mp, &where))
-        msg_err(ret, "%s: cannot unmount: %s", where.path, *mnt_said ? mnt_last_words() : strerror(-ret));
+        msg_err(ret, "%s: cannot unmount: %s", where.path, mnt_why(ret));
     r->mp.mounted = false;
     mnt_end_session(&r->mp);
 }
@@ -17042,11 +17013,11 @@ out_mountpoint:
     mnt_remove(&r->mp);
 out_error_map:
     if (!r->started)
-        run_remove_made(&r->made_error_map);
+        mnt_remove_made(&r->made_error_map);
     lost_stop();
 out_image:
     if (!r->started)
-        run_remove_made(&r->made_overlay);
+        mnt_remove_made(&r->made_overlay);
     chain_close(&r->im);
     decoded_stop();
     cache_stop();
@@ -17174,7 +17145,7 @@ static void cmd_say_not_unmounted(const struct options *o, const struct mount_en
         msg_err(ret, "%s: was mounted by the user with number %u, who can unmount it, and so can root", o->mountpoint,
                 (unsigned)entry->owner);
     } else {
-        msg_err(ret, "%s: %s", o->mountpoint, *mnt_said ? mnt_last_words() : strerror(-ret));
+        msg_err(ret, "%s: %s", o->mountpoint, mnt_why(ret));
     }
 }
 
