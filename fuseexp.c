@@ -15307,6 +15307,7 @@ struct mountpoint {
     unsigned minor;                 /* of the mounted file system: the number of its FUSE connection */
     struct fuse_session *session;   /* libfuse's: owns session_fd until the server is forked */
     int session_fd;
+    int lock_fd;                    /* see mnt_lock() */
 };
 
 struct mount_entry {
@@ -15524,6 +15525,25 @@ static size_t mnt_find_servers(const struct mount_entry *entry, struct pollfd *f
     if (table)
         fclose(table);
     return n;
+}
+
+/*
+ * Reserves the path until its mount and control socket can be seen, so that of two starts at once one is refused. The
+ * name of an abstract socket is the lock: it goes with its process. Other errors than EADDRINUSE do without.
+ */
+static int mnt_lock(struct mountpoint *mp)
+{
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    uint64_t hash = UTIL_HASH_START;
+    struct stat ns = { .st_ino = 0 };
+
+    (void)stat("/proc/self/ns/mnt", &ns);
+    util_hash(&hash, mp->path);
+    snprintf(addr.sun_path + 1, sizeof(addr.sun_path) - 1, "fuseexp-start:%ju:%" PRIx64, (uintmax_t)ns.st_ino, hash);
+    mp->lock_fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (bind(mp->lock_fd, (struct sockaddr *)&addr, sizeof(addr)) < 0 && errno == EADDRINUSE)
+        return msg_err(-EBUSY, "%s: fuseexp is mounted there already, or about to be", mp->path);
+    return 0;
 }
 
 /* Detaches a mount whose server died; refuses to mount over one that is alive. Never waits for a server that hangs. */
@@ -15850,7 +15870,8 @@ static char *mnt_options(const struct mount_wanted *want)
 
 static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
 {
-    struct mount_entry entry = { 0 };
+    struct mount_entry entry;
+    bool again = false;
     char *opts;
     int ret;
 
@@ -15858,19 +15879,20 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
     if (access("/dev/fuse", F_OK) < 0)
         return msg_err(-errno, "/dev/fuse: %s (modprobe fuse)", strerror(errno));
     do {
+        if (again)
+            *want->allow_other = false;
         opts = mnt_options(want);
         if (!opts)
             return msg_err(-ENOMEM, "%s: out of memory", mp->path);
         ret = mnt_try(mp, opts);
         free(opts);
-        if (!ret)
-            break;
-        mnt_end_session(mp);
-        if (!*want->allow_other || !want->may_drop_allow_other || mnt_privileged())
-            return msg_err(ret, "%s: cannot mount: %s%s", mp->path, mnt_why(ret), access("/dev/fuse", R_OK | W_OK) < 0 ?
-                           " (it takes chmod 666 /dev/fuse, as udev does)" : "");
-        *want->allow_other = false;
-    } while (true);
+        if (ret)
+            mnt_end_session(mp);
+        again = ret && *want->allow_other && want->may_drop_allow_other && !mnt_privileged();
+    } while (again);
+    if (ret)
+        return msg_err(ret, "%s: cannot mount: %s%s", mp->path, mnt_why(ret), access("/dev/fuse", R_OK | W_OK) < 0 ?
+                       " (it takes chmod 666 /dev/fuse, as udev does)" : "");
 
     ret = util_fault("mount table") ? -EIO : mnt_find(mp->path, 0, 0, &entry);
     if (ret != 1)
@@ -16272,21 +16294,25 @@ static void run_dispose(int sig, void (*handler)(int), struct sigaction *old)
     sigaction(sig, &act, old);
 }
 
+/* The first RUN_SIGNALS of them are read from sig_fd. The others are only blocked: they would end us for no reason. */
+static const int run_signals[] = { SIGINT,  SIGTERM, SIGHUP,    SIGQUIT, SIGUSR1,
+                                   SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF };
+enum { RUN_SIGNALS = 5 };
+
 static int run_block_signals(struct run *r)
 {
-    static const int handled[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCHLD, SIGUSR1 };
-    static const int ignored[] = { SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF };     /* would end us for no reason */
     sigset_t set;
 
     sigemptyset(&set);
-    for (size_t i = 0; i < ARRAY_LEN(handled); i++)
-        sigaddset(&set, handled[i]);
+    sigaddset(&set, SIGCHLD);
+    for (size_t i = 0; i < RUN_SIGNALS; i++)
+        sigaddset(&set, run_signals[i]);
     sigprocmask(SIG_BLOCK, &set, &r->old_mask);
     r->sig_fd = util_fault("signals") ? -1 : signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     if (r->sig_fd < 0)
         return msg_err(-errno, "signalfd: %s", strerror(errno));
-    for (size_t i = 0; i < ARRAY_LEN(ignored); i++)
-        sigaddset(&set, ignored[i]);
+    for (size_t i = RUN_SIGNALS; i < ARRAY_LEN(run_signals); i++)
+        sigaddset(&set, run_signals[i]);
     sigprocmask(SIG_BLOCK, &set, NULL);
     run_dispose(SIGPIPE, SIG_IGN, &r->old_pipe);
     run_dispose(SIGCHLD, SIG_DFL, &r->old_chld);    /* if it were ignored, wait(2) would lose the exit statuses */
@@ -16307,8 +16333,7 @@ static void run_raise_file_limit(struct run *r)
 
 static int run_make_control(struct run *r)
 {
-    r->ctl_fd = util_fault("control socket") ? -1
-                                             : socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    r->ctl_fd = util_fault("control socket") ? -1 : socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     return r->ctl_fd < 0 ? msg_err(-errno, "control socket: %s", strerror(errno)) : 0;
 }
 
@@ -16510,14 +16535,11 @@ static int run_enter_sandbox(struct run *r)
 /* The server's whole life, in the child. Returns its exit status. */
 static int run_server(struct run *r, int ready_fd)
 {
-    /* Ignored: the supervisor handles them and unmounts, which ends the server. */
-    static const int ignored[] = { SIGINT,  SIGTERM, SIGHUP,    SIGQUIT, SIGUSR1,
-                                   SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF };
     bool pass = run_may_pass_through(r);
     int fd = r->mp.session_fd, ret;
 
-    for (size_t i = 0; i < ARRAY_LEN(ignored); i++)
-        signal(ignored[i], SIG_IGN);
+    for (size_t i = 0; i < ARRAY_LEN(run_signals); i++)
+        signal(run_signals[i], SIG_IGN);        /* the supervisor handles them and unmounts, which ends the server */
     signal(SIGCHLD, SIG_DFL);
     (void)setsid();                 /* out of reach of the terminal's signals and Ctrl-Z */
     (void)!chdir("/");
@@ -16736,34 +16758,45 @@ static void run_say_in_use(const struct run *r, const char *path)
                 users.n ? ": " : "", users.text);
 }
 
+/* The last chance to unmount, so it retries when fork fails. False: it is still mounted, which was reported. */
+static bool run_detach(struct run *r)
+{
+    struct mount_entry where;
+    int ret = 0;
+
+    for (int tries = 0; tries < 10 && mnt_where(&r->mp, &where); tries++) {
+        ret = mnt_unmount(where.path, MNT_DETACH);
+        if (!ret)
+            return true;
+        poll(NULL, 0, 50);
+    }
+    if (ret && mnt_where(&r->mp, &where))
+        return !msg_err(ret, "%s: cannot unmount: %s", where.path, mnt_why(ret));
+    return true;
+}
+
 /* Unmounts; waits up to patience milliseconds for users to finish (udev probes every new loop device). */
 static bool run_unmount(struct run *r, int patience)
 {
     int64_t until = util_now() + patience;
     struct mount_entry where;
-    int ret = 0;
+    int ret;
 
     while (r->server > 0 && mnt_where(&r->mp, &where)) {
         ret = mnt_unmount(where.path, 0);
-        if (ret == 0)
+        if (!ret)
             return true;
-        if (ret != -EBUSY || util_now() >= until)
-            break;
+        if (ret != -EBUSY || util_now() >= until) {
+            r->in_use = ret == -EBUSY;
+            if (r->in_use)
+                run_say_in_use(r, where.path);
+            return run_detach(r);
+        }
         run_poll(r, 20);
     }
-    if (r->server > 0 && where.covered) {
-        msg_err(0, "%s: something is mounted over it, which must go first", r->mp.path);
-        return false;
-    }
-    if (r->server == 0 || !mnt_where(&r->mp, &where))
-        return true;
-    r->in_use = ret == -EBUSY;
-    if (r->in_use)
-        run_say_in_use(r, where.path);
-    ret = mnt_unmount(where.path, MNT_DETACH);
-    if (ret)
-        msg_err(ret, "%s: cannot unmount: %s", where.path, mnt_why(ret));
-    return !ret;
+    if (r->server > 0 && where.covered)
+        return !msg_err(-EBUSY, "%s: something is mounted over it, which must go first", r->mp.path);
+    return true;
 }
 
 /* The second signal: ends the server without waiting for users. */
@@ -16774,21 +16807,9 @@ static void run_cut_off(struct run *r)
     r->cut_off = r->ended = true;
 }
 
-/* The last chance to unmount, so it retries when fork fails. */
 static void run_release_mount(struct run *r)
 {
-    struct mount_entry where;
-    int ret = 0;
-
-    for (int tries = 0; tries < 10 && mnt_where(&r->mp, &where); tries++) {
-        ret = mnt_unmount(where.path, MNT_DETACH);
-        if (ret)
-            poll(NULL, 0, 50);
-        else
-            r->mp.mounted = false;
-    }
-    if (ret && mnt_where(&r->mp, &where))
-        msg_err(ret, "%s: cannot unmount: %s", where.path, mnt_why(ret));
+    run_detach(r);
     r->mp.mounted = false;
     mnt_end_session(&r->mp);
 }
@@ -16797,11 +16818,12 @@ static void run_report_death(const struct run *r)
 {
     int sig = WTERMSIG(r->server_status);
 
-    if (r->server == 0 && WIFSIGNALED(r->server_status) && sig == SIGKILL && r->cut_off)
+    if (r->server || !WIFSIGNALED(r->server_status))
+        return;
+    if (sig == SIGKILL && r->cut_off)
         msg_err(0, "%s: cut off at the second signal: what was written and not synced may be lost", r->mp.path);
-    else if (r->server == 0 && WIFSIGNALED(r->server_status))
-        msg_err(0, "%s: the server was killed by signal %d (%s); the mount is gone", r->mp.path, sig,
-                strsignal(sig));
+    else
+        msg_err(0, "%s: the server was killed by signal %d (%s); the mount is gone", r->mp.path, sig, strsignal(sig));
 }
 
 enum { RUN_PATIENCE = 2000 };      /* milliseconds that users of the disk have to finish after the command */
@@ -16922,6 +16944,8 @@ static int run_resolve_paths(struct run *r)
     int ret = mnt_resolve(o->mountpoint, r->mp.path);
 
     if (!ret)
+        ret = mnt_lock(&r->mp);
+    if (!ret)
         ret = mnt_clear_stale(r->mp.path);
     if (!ret)
         ret = mnt_check(&r->mp, o->images, o->n_images);
@@ -16938,6 +16962,7 @@ static int run_resolve_paths(struct run *r)
  * The clean-up chain: what is acquired in this order, and the label that releases it before all that is above it here.
  *   1. signals           blocked, read through sig_fd           out_signals
  *   2. control socket    closed with the exit status            out_control
+ *      lock              of the mountpoint, only during the start
  *   3. images, cache     a failed start removes its overlay     out_image
  *   4. error map         a failed start removes it              out_error_map
  *   5. mountpoint        removed if we created it               out_mountpoint
@@ -16960,7 +16985,7 @@ static int run_export(const struct options *o, int shell_fd)
     *r = (struct run){
         .o = o, .shell_fd = shell_fd, .sig_fd = -1, .ctl_fd = -1, .ready_fd = -1, .log_fd = -1
     };
-    r->mp.session_fd = -1;
+    r->mp.session_fd = r->mp.lock_fd = -1;
 
     if (run_block_signals(r))
         goto out_signals;
@@ -16981,6 +17006,7 @@ static int run_export(const struct options *o, int shell_fd)
     if (run_mount(r))
         goto out_mount;
     run_name_control(r);
+    util_close(&r->mp.lock_fd);
     if (loop_prepare(&r->loop, &r->srv, o->threads, r->mp.session_fd))
         goto out_workers;
     if (run_fork_server(r))
@@ -17022,6 +17048,7 @@ out_image:
     decoded_stop();
     cache_stop();
 out_control:
+    util_close(&r->mp.lock_fd);
     run_close_control(r, status);
 out_signals:
     util_close(&r->sig_fd);

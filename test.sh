@@ -6504,6 +6504,24 @@ t_busy_mountpoints_are_refused() {
     umount d
 }
 
+t_two_starts_at_once_on_one_mountpoint_do_not_both_succeed() {
+    random img 16; : >m; local n pids p good
+    for n in $(seq 20); do
+        pids=; good=0
+        for _ in 1 2 3 4; do "$fx" -q --format raw img m 2>>err & pids="$pids $!"; done
+        for p in $pids; do ! wait "$p" || good=$((good + 1)); done
+        same $good 1; cmp img m
+        "$fx" --umount m
+        same "$(grep -c " $PWD/m " /proc/self/mountinfo)" 0
+    done
+    same "$(grep -vc 'm: fuseexp is mounted there already' err)" 0
+    # However long the first one takes.
+    strace -f -o trace -e trace=mount -e inject=mount:delay_enter=2000000 "$fx" -f -q --format raw img m & p=$!
+    sleep 1
+    expect 1 "$fx" -q --format raw img m; grep -q 'fuseexp is mounted there already, or about to be' err
+    wait_for test -s m; cmp img m; "$fx" --umount m; wait $p
+}
+
 t_image_and_mountpoint_may_be_the_same_path() {
     random img 16; cp img copy
     "$fx" -q img img; cmp img copy
