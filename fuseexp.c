@@ -14847,8 +14847,8 @@ struct options {
     char **images, **command, *mountpoint, *pidfile, *extra, *error_map, *overlay, *temporary, *backing[MAX_GIVEN];
     unsigned n_images;
     struct image_options image;
-    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts, lazy, verbose,
-        quiet, json, repair, read_only;
+    bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts, lazy,
+        verbose, quiet, json, repair, read_only;
     bool mount_helper;              /* called by mount(8) */
     struct sigaction old_xfsz;      /* for the command: we ignore the signal, so the limit is an error for us */
     uint64_t offset, size, cache_size;
@@ -14856,7 +14856,9 @@ struct options {
     uint32_t sandbox, allow_other, action, on_error;
 };
 
-enum opt_kind { OPT_SET, OPT_TEXT, OPT_FILES, OPT_SIZE, OPT_COUNT, OPT_ID, OPT_OCTAL, OPT_CHOICE, OPT_ACTION, OPT_MOUNT };
+enum opt_kind {
+    OPT_SET, OPT_TEXT, OPT_FILES, OPT_SIZE, OPT_COUNT, OPT_ID, OPT_OCTAL, OPT_CHOICE, OPT_ACTION, OPT_MOUNT
+};
 
 #define OPT_AT(field) offsetof(struct options, field)
 
@@ -14949,10 +14951,10 @@ static int opt_usage(void)
     for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
         const struct opt *opt = &opt_table[i];
         const char letter[] = { '-', opt->letter, 0 }, *arg = opt->arg ? opt->arg : "";
+        const char *equals = !*arg || *arg == '[' ? "" : opt->name ? "=" : " ";
         char left[64];
-        snprintf(left, sizeof(left), "%s%s%s%s%s%s", opt->letter ? letter : "    ", opt->letter && opt->name ? ", " : "",
-                 opt->name ? "--" : "", opt->name ? opt->name : "",
-                 !*arg || *arg == '[' ? "" : opt->name ? "=" : " ", arg);
+        snprintf(left, sizeof(left), "%s%s%s%s%s%s", opt->letter ? letter : "    ",
+                 opt->letter && opt->name ? ", " : "", opt->name ? "--" : "", opt->name ? opt->name : "", equals, arg);
         printf("  %-32s %s\n", left, opt->help);
     }
     return out_finish(EXIT_OK);
@@ -15176,8 +15178,8 @@ static int opt_check(const struct options *o)
     bool overlaid = o->overlay || o->temporary, guessed = o->image.rebuild || o->image.header;
     const struct { bool wrong; const char *why; } rules[] = {
         { o->overlay && o->temporary, "--overlay and --temporary: one or the other" },
-        { o->writable && o->on_error && !overlaid, "--on-error=zero with -w: zeros shown for what is damaged would become "
-          "the image's own; --overlay or --temporary keep it as it is" },
+        { o->writable && o->on_error && !overlaid, "--on-error=zero with -w: zeros shown for what is damaged would "
+          "become the image's own; --overlay or --temporary keep it as it is" },
         { o->repair && o->action != ACT_CHECK, "--repair goes with --check" },
         { o->repair && o->share, "--repair is not for an image that is in use" },
         { o->json && !opt_looks(o), "--json goes with --info, --map or --check" },
@@ -15261,7 +15263,7 @@ static int opt_parse(struct options *o, int argc, char **argv)
     if (n > MAX_PARTS)
         return msg_err(-EINVAL, "more than %d parts", MAX_PARTS);
     o->n_images = (unsigned)n;
-    if (o->temporary && !*o->temporary && n > 1 && file_is_directory(o->images[0]))    /* "--temporary DIR" lacks its "=" */
+    if (o->temporary && !*o->temporary && n > 1 && file_is_directory(o->images[0]))     /* lacks its "=" */
         return msg_err(-EINVAL, "%s: is a directory and no image; --temporary=%s makes the overlay there", o->images[0],
                        o->images[0]);
     return 0;
