@@ -9135,6 +9135,182 @@ static void qcow2_info(struct image *im, struct out *out)
     qcow2_list_bitmaps(im, q, out);
 }
 
+/*
+ * -- lost headers --
+ *
+ * QEMU begins a new image with the header, the refcount table, a refcount block and the L1 table, each in a cluster of
+ * its own or more. So the L1 table is looked for in the first clusters, by its shape: each entry is 0 or names a cluster
+ * that looks like an L2 table, whose entries are 0 or name clusters of the file. No data look like that by chance. The
+ * cluster size is the largest one for which all of this holds: what is aligned to 64 KiB is aligned to 4 KiB as well.
+ */
+
+enum { QCOW2_GUESS_CLUSTERS = 64, QCOW2_GUESS_L2 = 4096 /* bytes of an L2 table that are looked at */ };
+
+struct qcow2_guess {
+    uint32_t cluster_bits;
+    bool subclusters;
+    uint64_t l1_offset, l1_entries, refcounts_offset;   /* the latter 0: not found; reading does not need it */
+    uint64_t n_tables;              /* L2 tables that were verified */
+    uint64_t coded;                 /* where the first compressed cluster lies; 0: none */
+};
+
+/* Could this be an entry of a table in f: does it name a cluster, perhaps in what was cut off, and has no reserved bit? */
+static bool qcow2_names_cluster(const struct file *f, const struct qcow2_guess *g, uint64_t entry, uint64_t reserved)
+{
+    uint64_t offset = entry & QCOW2_OFFSET;
+
+    return !(entry & reserved) && offset % (1ull << g->cluster_bits) == 0 && offset && offset / 4 < f->size;
+}
+
+/* 1: f has an L2 table at this offset; 0: there are zeros, which say nothing; -1: it has something else. */
+static int qcow2_is_table(struct file *f, struct qcow2_guess *g, uint64_t offset)
+{
+    uint64_t n = util_min(1ull << g->cluster_bits, QCOW2_GUESS_L2) / 8, used = 0, coded;
+    be64 entries[QCOW2_GUESS_L2 / 8];
+
+    if (offset + n * 8 > f->size || file_read(f, entries, n * 8, offset))
+        return 0;
+    for (uint64_t i = 0; i < n; i += g->subclusters ? 2 : 1) {
+        uint64_t entry = be64_to_cpu(entries[i]), bitmap = g->subclusters && i + 1 < n ? be64_to_cpu(entries[i + 1]) : 0;
+        if ((uint32_t)bitmap & (uint32_t)(bitmap >> 32))
+            return -1;              /* a subcluster is allocated or zeros */
+        if (entry == 0 || entry == QCOW2_ZERO)
+            continue;
+        used++;
+        if (entry & QCOW2_COMPRESSED) {
+            coded = entry & ((1ull << (62 - (g->cluster_bits - 8))) - 1);
+            if (entry & QCOW2_COPIED || coded < 1ull << g->cluster_bits || coded / 4 >= f->size)
+                return -1;
+            g->coded = g->coded ? g->coded : coded;
+        } else if (!qcow2_names_cluster(f, g, entry, QCOW2_L2_RESERVED)) {
+            return -1;
+        }
+    }
+    return used > 0;
+}
+
+/* Is there an L1 table in f at g->l1_offset? Sets how long it is, up to its last entry in use. */
+static bool qcow2_is_l1(struct file *f, struct qcow2_guess *g)
+{
+    be64 entries[512];
+    uint64_t entry, n, at = 0;
+    int is = 0;
+
+    g->n_tables = g->l1_entries = g->coded = 0;
+    while (is >= 0 && at < QCOW2_MAX_L1 && g->l1_offset + at < f->size) {
+        n = util_min(sizeof(entries), f->size - g->l1_offset - at) / 8;
+        if (!n || file_read(f, entries, n * 8, g->l1_offset + at))
+            break;
+        for (uint64_t i = 0; i < n && is >= 0; i++, at += 8) {
+            entry = be64_to_cpu(entries[i]);
+            if (!entry)
+                continue;
+            is = qcow2_names_cluster(f, g, entry, QCOW2_L1_RESERVED) ? qcow2_is_table(f, g, entry & QCOW2_OFFSET) : -1;
+            g->n_tables += is > 0;
+            if (is >= 0)
+                g->l1_entries = at / 8 + 1;
+        }
+        if (at % (1ull << g->cluster_bits) == 0 && at / 8 > 2 * g->l1_entries + 512)
+            break;                  /* behind the table */
+    }
+    return g->n_tables > 0 && (is >= 0 || at > 1ull << g->cluster_bits);
+}
+
+static bool qcow2_guess(struct file *f, struct qcow2_guess *g)
+{
+    be64 entry;
+
+    for (uint32_t bits = 21; bits >= 9; bits--)
+        for (uint64_t i = 2; i < 2 * QCOW2_GUESS_CLUSTERS; i++) {
+            *g = (struct qcow2_guess){ .cluster_bits = bits, .subclusters = i % 2, .l1_offset = i / 2 << bits };
+            if (g->l1_offset >= f->size || (g->subclusters && bits < 14) || !qcow2_is_l1(f, g))
+                continue;
+            if (file_read(f, &entry, sizeof(entry), 1ull << bits) == 0 && g->l1_offset != 1ull << bits &&
+                qcow2_names_cluster(f, g, be64_to_cpu(entry), ~QCOW2_REFCOUNT_BLOCK))
+                g->refcounts_offset = 1ull << bits;
+            return true;
+        }
+    return false;
+}
+
+static bool qcow2_remains(struct file *f)
+{
+    struct qcow2_guess g;
+
+    return qcow2_guess(f, &g);
+}
+
+/* The backing file's name, which QEMU writes last into the first cluster, is a run of text after a zero. 0: none. */
+static uint32_t qcow2_guess_name(const uint8_t *page, uint64_t len, uint32_t *n)
+{
+    static const char *const features[] = { "dirty bit", "corrupt bit", "external data file", "compression type",
+                                            "extended L2 entries", "lazy refcounts", "bitmaps", "raw external data" };
+    uint64_t end = len, at;
+
+    while (end > QCOW2_HEADER_V3 + 8 && !page[end - 1])
+        end--;
+    for (at = end; at > QCOW2_HEADER_V3 + 8 && page[at - 1] >= ' ' && page[at - 1] != 0x7f; at--)
+        continue;
+    if (end == len || at == end || page[at - 1] || end - at > QCOW2_MAX_NAME)
+        return 0;
+    *n = (uint32_t)(end - at);
+    for (size_t i = 0; i < ARRAY_LEN(features); i++)
+        if (strlen(features[i]) == *n && memcmp(features[i], page + at, *n) == 0)
+            return 0;
+    return (uint32_t)at;
+}
+
+static int qcow2_rebuild_header(struct image *im)
+{
+    struct file *f = &im->files[0];
+    uint8_t page[FILE_PATCH], magic[4] = { 0 };
+    uint64_t len = util_min(f->size, sizeof(page)), entries;
+    struct qcow2_header *h = (void *)page;
+    struct qcow2_guess g;
+    uint32_t n = 0, name;
+    bool zstd;
+
+    (void)file_pread_front(f, page, 0, &len, 0);
+    if (len >= QCOW2_HEADER_V2 && be32_to_cpu(h->magic) == QCOW2_MAGIC)
+        return 0;
+    if (!qcow2_guess(f, &g))
+        return msg_err(-EINVAL, "%s: cannot be put together: no L1 table is left in its first %d clusters; --header=FILE "
+                       "takes the header of another image", im->name, QCOW2_GUESS_CLUSTERS);
+    /* All that the cluster of the table has room for, since nothing tells how much of it the disk needs. */
+    entries = ((g.l1_entries * 8 - 1) >> g.cluster_bits << g.cluster_bits) / 8 + (1ull << g.cluster_bits) / 8;
+    entries = util_min(entries, (f->size - g.l1_offset) / 8);
+    zstd = g.coded && file_read(f, magic, sizeof(magic), g.coded) == 0 && memcmp(magic, "\x28\xb5\x2f\xfd", 4) == 0;
+    name = qcow2_guess_name(page, len, &n);
+    memset(page, 0, sizeof(*h) + sizeof(struct qcow2_extension));
+    if (!name && im->opt->n_backing) {          /* any name will do, since --backing stands for it */
+        name = sizeof(*h) + sizeof(struct qcow2_extension);
+        n = 1;
+        page[name] = '?';
+    }
+    *h = (struct qcow2_header){
+        .magic = cpu_to_be32(QCOW2_MAGIC),
+        .version = cpu_to_be32(3),
+        .backing_offset = cpu_to_be64(name),
+        .backing_length = cpu_to_be32(n),
+        .cluster_bits = cpu_to_be32(g.cluster_bits),
+        .size = cpu_to_be64(entries << (g.cluster_bits + g.cluster_bits - 3 - g.subclusters)),
+        .l1_entries = cpu_to_be32((uint32_t)entries),
+        .l1_offset = cpu_to_be64(g.l1_offset),
+        .refcounts_offset = cpu_to_be64(g.refcounts_offset),
+        .refcounts_clusters = cpu_to_be32(g.refcounts_offset ? 1 : 0),
+        .incompatible = cpu_to_be64((zstd ? QCOW2_COMPRESSION : 0) | (g.subclusters ? QCOW2_EXTL2 : 0)),
+        .refcount_order = cpu_to_be32(4),
+        .header_length = cpu_to_be32(sizeof(*h)),
+        .compression = zstd,
+    };
+    im->least_size = g.l1_entries << (g.cluster_bits + g.cluster_bits - 3 - g.subclusters);
+    msg_say(MSG_NOTE, "%s: header put together: clusters of %u bytes%s%s, L1 table at %" PRIu64 " with %" PRIu64
+            " L2 tables that look right%s", im->name, 1u << g.cluster_bits, g.subclusters ? " with subclusters" : "",
+            zstd ? ", zstd" : "", g.l1_offset, g.n_tables,
+            name ? "" : "; if it had a backing file, what is there reads as zeros, unless --backing names it");
+    return file_patch(f, 0, page);
+}
+
 /* ******************************************************************************************************** *
  * 22. qcow2 writing
  *
@@ -11463,7 +11639,9 @@ static const struct image_format qcow2_format = {
     .state_size = sizeof(struct qcow2),
     .extensions = " qcow2 qcow ",
     .probe = qcow2_probe,
+    .remains = qcow2_remains,
     .header_length = qcow2_header_length,
+    .rebuild = qcow2_rebuild_header,
     .create = qcow2_create,
     .open = qcow2_open,
     .begin_writing = qcow2_begin_writing,
@@ -13103,6 +13281,37 @@ static int chain_check_options(const struct image *im)
     return 0;
 }
 
+/* What a disk says of its size in the GPT or the file system at its start, or 0. */
+static uint64_t chain_size_on_disk(struct image *im)
+{
+    union { uint8_t byte[4096]; struct mbr mbr; } b;
+    const struct gpt_header *gpt = (const void *)(b.byte + 512);
+    uint64_t done;
+
+    if (im->size < sizeof(b) || img_read(im, &b, sizeof(b), 0, &done))
+        return 0;
+    if (memcmp(gpt->signature, "EFI PART", 8) == 0)
+        return (le64_to_cpu(gpt->other_lba) + 1) * 512;
+    if (memcmp(b.byte + 3, "NTFS    ", 8) == 0)
+        return (util_le64(b.byte + 0x28) + 1) * util_le16(b.byte + 0xb);
+    if (util_le16(b.byte + 1080) == 0xef53 && util_le32(b.byte + 1048) < 7)     /* ext4: blocks, log2 of their KiB */
+        return (uint64_t)util_le32(b.byte + 1028) << (10 + util_le32(b.byte + 1048));
+    return memcmp(b.byte, "XFSB", 4) == 0 ? util_be64(b.byte + 8) * util_be32(b.byte + 4) : 0;
+}
+
+/* After --rebuild: the header that recorded the size is lost, and the tables may have room for a larger disk. */
+static void chain_guess_size(struct image *im)
+{
+    uint64_t says = chain_size_on_disk(im), covered = im->least_size;
+
+    if (says && says <= im->size)
+        im->size = says;
+    else
+        im->size = util_min(im->size, covered);
+    msg_say(MSG_NOTE, "%s: size taken to be %" PRIu64 " bytes, %s", im->name, (uint64_t)im->size,
+            says == im->size ? "as the disk itself says" : "what its tables map");
+}
+
 /* Call chain_close() also after a failure. The caller has set writable and growable. */
 static int chain_open(struct image *im, char *const *paths, unsigned n_paths, const struct image_options *opt)
 {
@@ -13127,6 +13336,8 @@ static int chain_open(struct image *im, char *const *paths, unsigned n_paths, co
         ret = chain_begin_writing(im);
     if (!ret)
         ret = chain_open_backing(im);
+    if (!ret && im->least_size)
+        chain_guess_size(im);
     return ret ? ret : check_look_at_chain(im);
 }
 
