@@ -9139,9 +9139,10 @@ static void qcow2_info(struct image *im, struct out *out)
  * -- lost headers --
  *
  * QEMU begins a new image with the header, the refcount table, a refcount block and the L1 table, each in a cluster of
- * its own or more. So the L1 table is looked for in the first clusters, by its shape: each entry is 0 or names a cluster
- * that looks like an L2 table, whose entries are 0 or name clusters of the file. No data look like that by chance. The
- * cluster size is the largest one for which all of this holds: what is aligned to 64 KiB is aligned to 4 KiB as well.
+ * its own or more. So the L1 table is looked for in the first clusters, by its shape: each entry is 0 or names a
+ * cluster that looks like an L2 table, whose entries are 0 or name clusters of the file. No data look like that by
+ * chance. The cluster size is the largest one for which all of this holds: what is aligned to 64 KiB is aligned to 4
+ * KiB as well.
  */
 
 enum { QCOW2_GUESS_CLUSTERS = 64, QCOW2_GUESS_L2 = 4096 /* bytes of an L2 table that are looked at */ };
@@ -9154,7 +9155,7 @@ struct qcow2_guess {
     uint64_t coded;                 /* where the first compressed cluster lies; 0: none */
 };
 
-/* Could this be an entry of a table in f: does it name a cluster, perhaps in what was cut off, and has no reserved bit? */
+/* Could this be an entry of a table in f? It names a cluster, perhaps in what was cut off, and has no reserved bit. */
 static bool qcow2_names_cluster(const struct file *f, const struct qcow2_guess *g, uint64_t entry, uint64_t reserved)
 {
     uint64_t offset = entry & QCOW2_OFFSET;
@@ -9171,7 +9172,7 @@ static int qcow2_is_table(struct file *f, struct qcow2_guess *g, uint64_t offset
     if (offset + n * 8 > f->size || file_read(f, entries, n * 8, offset))
         return 0;
     for (uint64_t i = 0; i < n; i += g->subclusters ? 2 : 1) {
-        uint64_t entry = be64_to_cpu(entries[i]), bitmap = g->subclusters && i + 1 < n ? be64_to_cpu(entries[i + 1]) : 0;
+        uint64_t entry = be64_to_cpu(entries[i]), bitmap = g->subclusters ? be64_to_cpu(entries[i + 1]) : 0;
         if ((uint32_t)bitmap & (uint32_t)(bitmap >> 32))
             return -1;              /* a subcluster is allocated or zeros */
         if (entry == 0 || entry == QCOW2_ZERO)
@@ -9274,8 +9275,8 @@ static int qcow2_rebuild_header(struct image *im)
     if (len >= QCOW2_HEADER_V2 && be32_to_cpu(h->magic) == QCOW2_MAGIC)
         return 0;
     if (!qcow2_guess(f, &g))
-        return msg_err(-EINVAL, "%s: cannot be put together: no L1 table is left in its first %d clusters; --header=FILE "
-                       "takes the header of another image", im->name, QCOW2_GUESS_CLUSTERS);
+        return msg_err(-EINVAL, "%s: cannot be put together: no L1 table is left in its first %d clusters; "
+                       "--header=FILE takes the header of another image", im->name, QCOW2_GUESS_CLUSTERS);
     /* All that the cluster of the table has room for, since nothing tells how much of it the disk needs. */
     entries = ((g.l1_entries * 8 - 1) >> g.cluster_bits << g.cluster_bits) / 8 + (1ull << g.cluster_bits) / 8;
     entries = util_min(entries, (f->size - g.l1_offset) / 8);
@@ -15108,7 +15109,8 @@ static const struct opt {
       "read a VHDX whose log cannot be replayed without it" },
     { 0, "rebuild", NULL, OPT_SET, OPT_AT(image.rebuild), 0,
       "put together a header or tables that are lost from what is left" },
-    { 0, "header", "FILE", OPT_TEXT, OPT_AT(image.header), 0, "take the header of this image, made with the same options" },
+    { 0, "header", "FILE", OPT_TEXT, OPT_AT(image.header), 0,
+      "take the header of this image, made with the same options" },
     { 0, "on-error", "eio|zero", OPT_CHOICE, OPT_AT(on_error), 0, "what is shown where nothing can be read" },
     { 0, "error-map", "FILE", OPT_TEXT, OPT_AT(error_map), 0,
       "list there what could not be read (ddrescue mapfile)" },

@@ -291,7 +291,7 @@ struct image {
     char backing_name[1024];        /* set by the driver's open(): as the image says it; empty: none */
     char backing_format[32];        /* likewise; empty: the image does not say */
     uint64_t backing_size;          /* likewise, bytes: it had so much at least; 0: the image does not say */
-    uint64_t least_size;            /* set by rebuild(): the size is a guess, between this and what open() sets; else 0 */
+    uint64_t least_size;            /* set by rebuild(): the size is between this and what open() sets; else 0 */
     uint32_t cluster_size;          /* likewise: what is allocated at once; 0: no such thing */
     bool dirty;                     /* likewise: says of itself that it was not closed properly */
     bool damaged;                   /* set by the core: something is missing or used twice, as far as it has looked */
