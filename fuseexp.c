@@ -5571,7 +5571,7 @@ static bool vhdx_log_read(struct vhdx_log *log, uint64_t at, void *page)
 /* Reads the header of the entry at `at`. False: there is none of this log. */
 static bool vhdx_entry_header(struct vhdx_log *log, uint64_t at, struct vhdx_entry *e)
 {
-    uint8_t page[VHDX_PAGE];
+    uint8_t page[VHDX_PAGE] = { 0 };
     const struct vhdx_log_header *h = (const void *)page;
     uint64_t ring = log->vhdx->log.length;
 
@@ -5608,7 +5608,7 @@ static bool vhdx_entry_sum(struct vhdx_log *log, const struct vhdx_entry *e)
 static int vhdx_entry_page(struct vhdx_log *log, const struct vhdx_entry *e, uint64_t at,
                            const struct vhdx_descriptor *d, bool apply)
 {
-    uint8_t page[VHDX_PAGE];
+    uint8_t page[VHDX_PAGE] = { 0 };
     const struct vhdx_data_page *data = (const void *)page;
 
     if (at + VHDX_PAGE > e->length || !vhdx_log_read(log, e->at + at, page) ||
@@ -9264,7 +9264,7 @@ static uint32_t qcow2_guess_name(const uint8_t *page, uint64_t len, uint32_t *n)
 static int qcow2_rebuild_header(struct image *im)
 {
     struct file *f = &im->files[0];
-    uint8_t page[FILE_PATCH], magic[4] = { 0 };
+    uint8_t page[FILE_PATCH] = { 0 }, magic[4] = { 0 };
     uint64_t len = util_min(f->size, sizeof(page)), entries;
     struct qcow2_header *h = (void *)page;
     struct qcow2_guess g;
@@ -12047,13 +12047,17 @@ static const struct image_format *probe_most_certain(const struct probe *p)
 /* Reads the front of `head` and the end of `tail`; either may be NULL. What cannot be read ends them early. */
 static void probe_read(struct probe *p, struct file *head, struct file *tail)
 {
-    p->size = (head ? head : tail)->size;
-    p->head_len = head ? util_min(p->size, sizeof(p->head)) : 0;
-    p->tail_len = tail ? util_min(tail->size, sizeof(p->tail)) : 0;
-    if (head)
-        (void)file_pread_front(head, p->head, 0, &p->head_len, 0);
-    if (tail)
+    p->size = p->head_len = p->tail_len = 0;
+    if (tail) {
+        p->size = tail->size;
+        p->tail_len = util_min(tail->size, sizeof(p->tail));
         (void)file_pread_front(tail, p->tail, 0, &p->tail_len, tail->size - p->tail_len);
+    }
+    if (head) {
+        p->size = head->size;
+        p->head_len = util_min(head->size, sizeof(p->head));
+        (void)file_pread_front(head, p->head, 0, &p->head_len, 0);
+    }
 }
 
 /*
@@ -16088,7 +16092,7 @@ static int mnt_mount(struct mountpoint *mp, const struct mount_wanted *want)
     struct mount_entry entry;
     bool again = false;
     char *opts;
-    int ret;
+    int ret = -EIO;
 
     fuse_set_log_func(mnt_log);
     if (access("/dev/fuse", F_OK) < 0)

@@ -109,7 +109,7 @@ struct file {
 enum {
     LOCK_USES = 100,                /* + bit: "I use this permission" */
     LOCK_UNSHARED = 200,            /* + bit: "nobody else may use it" */
-    PERM_READ = 0, PERM_WRITE = 1, PERM_RESIZE = 3, PERM_BITS = 4,
+    PERM_READ = 0, PERM_WRITE = 1, PERM_RESIZE = 3,
 };
 
 /* ---- images and drivers: img_, raw_ -------------------------------------------------------------------- */
