@@ -259,15 +259,16 @@ UTIL_ENDIAN(be, 16)
 UTIL_ENDIAN(be, 32)
 UTIL_ENDIAN(be, 64)
 
-static be32 cpu_to_be32(uint32_t v)
-{
-    return (union { uint32_t v; be32 b; }){ htobe32(v) }.b;
-}
-
-static be64 cpu_to_be64(uint64_t v)
-{
-    return (union { uint64_t v; be64 b; }){ htobe64(v) }.b;
-}
+#define UTIL_TO_ENDIAN(order, bits) \
+    static order##bits cpu_to_##order##bits(uint##bits##_t v) \
+    { \
+        return (union { uint##bits##_t v; order##bits field; }){ hto##order##bits(v) }.field; \
+    }
+UTIL_TO_ENDIAN(le, 16)
+UTIL_TO_ENDIAN(le, 32)
+UTIL_TO_ENDIAN(le, 64)
+UTIL_TO_ENDIAN(be, 32)
+UTIL_TO_ENDIAN(be, 64)
 
 /* "4096", "0x1000", "4k", "10G": powers of 1024. False on anything else, on a sign, and past MAX_IMAGE_SIZE. */
 static bool util_parse_size(const char *text, uint64_t *value)
@@ -6271,10 +6272,11 @@ enum {
     VMDK_HOSTED_ENTRIES = 512,      /* of a grain table, at most */
     VMDK_MAX_ENTRIES = 4096,        /* of a table of COWD and seSparse, always */
     VMDK_USUAL_GRAIN_BITS = 16,
+    VMDK_USUAL_GRAIN = 128,         /* sectors */
     VMDK_FLAG_NEWLINES = 1, VMDK_FLAG_REDUNDANT = 2, VMDK_FLAG_ZERO_GRAINS = 4, VMDK_FLAG_COMPRESSED = 1 << 16,
     VMDK_FLAG_MARKERS = 1 << 17,
     VMDK_MARKER_HEAD = 12,          /* bytes before a grain's compressed data */
-    VMDK_MARKER_FOOTER = 3,
+    VMDK_MARKER_END = 0, VMDK_MARKER_TABLE = 1, VMDK_MARKER_FOOTER = 3,
 
     VMDK_COWD_MAGIC = 0x44574f43,   /* "COWD" */
 
@@ -7196,6 +7198,27 @@ static int vmdk_find_self(struct image *im, struct vmdk *v)
     return 0;
 }
 
+/* Of a descriptor inside, whole lines up to what cannot be read will do, if one of them is an extent. */
+static int vmdk_load_front(struct image *im, struct vmdk *v, uint64_t at, uint64_t len)
+{
+    uint64_t good = len;
+    bool has_extent = false;
+    char *end;
+
+    (void)file_pread_front(&im->files[0], v->text, 0, &good, at);
+    if (good == len || memchr(v->text, 0, good))
+        return 0;
+    end = memrchr(v->text, '\n', good);
+    memset(end ? end + 1 : v->text, 0, (size_t)(v->text + len - (end ? end + 1 : v->text)));
+    for (const char *line = v->text; (line = strpbrk(line, VMDK_LINE_ENDS)); line++)
+        has_extent |= vmdk_is_extent_line(line + 1);
+    if (!has_extent)
+        v->text[0] = 0;
+    msg_say(MSG_NOTE, "%s: its descriptor cannot be read %s", im->name,
+            has_extent ? "in whole" : "as far as its extents");
+    return 0;
+}
+
 /* Loads the descriptor's text; v->text stays NULL where there is none. */
 static int vmdk_load_text(struct image *im, struct vmdk *v, const struct vmdk_header *h)
 {
@@ -7220,7 +7243,10 @@ static int vmdk_load_text(struct image *im, struct vmdk *v, const struct vmdk_he
     v->text = util_fault("descriptor") ? NULL : calloc(1, len + 1);
     if (!v->text)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = fmt_read(im, f, at, v->text, len, "the offset of the descriptor");
+    if (!v->embedded || at > f->size || len > f->size - at)
+        ret = fmt_read(im, f, at, v->text, len, "the offset of the descriptor");
+    else
+        ret = vmdk_load_front(im, v, at, len);
     if (!ret && v->embedded && !v->text[0]) {
         free(v->text);
         v->text = NULL;
@@ -7232,8 +7258,8 @@ static int vmdk_load_text(struct image *im, struct vmdk *v, const struct vmdk_he
 static int vmdk_read_text(struct image *im, struct vmdk *v)
 {
     struct { struct vmdk_header header; uint8_t more[VMDK_SECTOR]; } head = { 0 };
-    uint64_t done, len = util_min(im->files[0].size, sizeof(head));
-    int ret = file_pread(&im->files[0], &head, len, 0, &done);
+    uint64_t len = util_min(im->files[0].size, sizeof(head));
+    int ret = file_pread_front(&im->files[0], &head, util_min(len, sizeof(head.header)), &len, 0);
     enum vmdk_kind kind = vmdk_kind_of(&head, len);
 
     v->parent_cid = VMDK_NO_PARENT;
@@ -7597,6 +7623,431 @@ static bool vmdk_as_qemu(struct image *im)
     return true;
 }
 
+/*
+ * -- lost headers and tables --
+ *
+ * Of a hosted extent the two grain directories tell the header: each stands right before its tables, which lie in a
+ * row, and the redundant one right before the other (see vmdk_look_at_row()). So the first entry of a directory of n
+ * entries in sector s is s + n * 4 / 512, rounded up, and each other one is 4 more, the sectors of a table. Two such
+ * directories with as many entries are no accident. The grain size follows from the capacity in the descriptor, or
+ * from the smallest distance of two grains.
+ *
+ * In a stream (streamOptimized) each grain says itself where in the disk it belongs, so all tables can be lost:
+ * vmdk_scan() goes from marker to marker. Where there is none, it goes on by sectors until a grain decodes.
+ */
+
+enum { VMDK_GUESS_REACH = 8 << 20 /* bytes of a file in which directories are looked for */, VMDK_TABLE_SECTORS = 4 };
+
+struct vmdk_guess {
+    uint64_t directory[2], tables;  /* sectors; entries of a directory */
+    uint64_t capacity, grain;       /* sectors */
+    bool has_text;                  /* a descriptor in sector 1 */
+};
+
+/* The entries of the directory in this sector, by its shape; 0: there is none. */
+static uint64_t vmdk_guess_directory(struct file *f, uint64_t sector)
+{
+    le32 entries[VMDK_SECTOR / 4];
+    uint64_t n = 0, first = 0;
+    uint32_t e = 0;
+
+    for (uint64_t at = sector; ; at++) {
+        if (file_read(f, entries, sizeof(entries), at * VMDK_SECTOR))
+            return 0;
+        for (unsigned i = 0; i < ARRAY_LEN(entries); i++, n++) {
+            e = le32_to_cpu(entries[i]);
+            if (n == 0)
+                first = e;
+            if (e != first + n * VMDK_TABLE_SECTORS || first < sector + 1 || first > f->size / VMDK_SECTOR)
+                return first == sector + (n * 4 + VMDK_SECTOR - 1) / VMDK_SECTOR ? n : 0;
+        }
+        if (at >= first)
+            return 0;
+    }
+}
+
+/* The capacity in the line of the only extent of the descriptor in sector 1, in sectors; 0: there is none. */
+static uint64_t vmdk_guess_capacity(struct file *f, struct vmdk_guess *g)
+{
+    char text[20 * VMDK_SECTOR + 1] = "", *line;
+    uint64_t len = util_min(sizeof(text) - 1, f->size - util_min(f->size, VMDK_SECTOR)), sectors;
+
+    (void)file_pread_front(f, text, 0, &len, VMDK_SECTOR);
+    g->has_text = vmdk_is_descriptor(text, len);
+    for (line = text; g->has_text && (line = strpbrk(line, VMDK_LINE_ENDS)); line++)
+        if (vmdk_is_extent_line(line + 1) && (sectors = strtoull(line + 1 + strcspn(line + 1, " \t"), NULL, 10)))
+            return sectors <= VMDK_MAX_SECTORS ? sectors : 0;
+    return 0;
+}
+
+/* The smallest distance between two grains of the first tables, in sectors; 0: there are not two. */
+static uint64_t vmdk_guess_grain(struct file *f, const struct vmdk_guess *g)
+{
+    le32 entries[VMDK_HOSTED_ENTRIES];
+    uint64_t at = (g->directory[1] * VMDK_SECTOR + g->tables * 4 + VMDK_SECTOR - 1) / VMDK_SECTOR * VMDK_SECTOR;
+    uint32_t last = 0, e, least = UINT32_MAX;
+
+    for (uint64_t t = 0; t < util_min(g->tables, 64); t++) {
+        if (file_read(f, entries, sizeof(entries), at + t * sizeof(entries)))
+            continue;
+        for (unsigned i = 0; i < VMDK_HOSTED_ENTRIES; i++) {
+            e = le32_to_cpu(entries[i]);
+            if (e <= 1)
+                continue;
+            if (last && e != last)
+                least = (uint32_t)util_min(least, e > last ? e - last : last - e);
+            last = e;
+        }
+    }
+    return least == UINT32_MAX ? 0 : least;
+}
+
+static bool vmdk_guess(struct file *f, struct vmdk_guess *g)
+{
+    uint64_t end = util_min(f->size, VMDK_GUESS_REACH) / VMDK_SECTOR, n, first, covered;
+
+    *g = (struct vmdk_guess){ 0 };
+    g->capacity = vmdk_guess_capacity(f, g);
+    for (uint64_t s = 1; s < end && !g->tables; s++) {
+        n = vmdk_guess_directory(f, s);
+        first = s + (n * 4 + VMDK_SECTOR - 1) / VMDK_SECTOR + n * VMDK_TABLE_SECTORS;
+        if (n && vmdk_guess_directory(f, first) == n)
+            *g = (struct vmdk_guess){ { first, s }, n, g->capacity, 0, g->has_text };
+    }
+    if (!g->tables)
+        return false;
+    g->grain = vmdk_guess_grain(f, g);
+    covered = g->tables * VMDK_HOSTED_ENTRIES;
+    if (g->capacity)                /* the power of two with which the capacity needs just so many tables */
+        for (g->grain = VMDK_HOSTED_MIN_GRAIN; g->grain < VMDK_MAX_GRAIN && g->grain * covered < g->capacity; )
+            g->grain *= 2;
+    return true;
+}
+
+/* Puts a header in front of f, in memory. gd, rgd: sectors. */
+static int vmdk_patch_header(struct file *f, const struct vmdk_guess *g, uint32_t flags, uint64_t gd, uint64_t rgd)
+{
+    uint8_t page[FILE_PATCH] = { 0 };
+    uint64_t len = util_min(f->size, sizeof(page));
+    struct vmdk_header *h = (void *)page;
+
+    for (uint64_t at = VMDK_SECTOR; at + VMDK_SECTOR <= len; at += VMDK_SECTOR)
+        (void)file_read(f, page + at, VMDK_SECTOR, at);
+    *h = (struct vmdk_header){
+        .magic = cpu_to_le32(VMDK_HOSTED_MAGIC),
+        .version = cpu_to_le32(flags & VMDK_FLAG_COMPRESSED ? 3 : 1),
+        .flags = cpu_to_le32(flags | VMDK_FLAG_NEWLINES),
+        .capacity = cpu_to_le64(g->capacity),
+        .grain = cpu_to_le64(g->grain),
+        .descriptor = cpu_to_le64(g->has_text),
+        .descriptor_size = cpu_to_le64(g->has_text ? 20 : 0),
+        .table_entries = cpu_to_le32(VMDK_HOSTED_ENTRIES),
+        .redundant = cpu_to_le64(rgd),
+        .directory = cpu_to_le64(gd),
+        .newlines = "\n \r\n",
+        .algorithm = cpu_to_le16(flags & VMDK_FLAG_COMPRESSED ? 1 : 0),
+    };
+    return file_patch(f, 0, page);
+}
+
+/* -- streams -- */
+
+enum { VMDK_STREAM_REACH = 4096 /* sectors in which the first grain of a stream is looked for */,
+       VMDK_STREAM_TABLES = 32 << 20 /* bytes that a directory put together may have */ };
+
+struct vmdk_found {
+    uint64_t value, at;             /* sectors: where in the disk it belongs, where in the file its marker lies */
+    bool gap;                       /* between it and the one before something was lost */
+};
+
+struct vmdk_scan {
+    struct file *f;
+    uint64_t capacity, grain;       /* sectors; capacity 0: not known */
+    struct vmdk_found *found;       /* owned */
+    size_t n, room;
+    bool gap;                       /* behind the last one something was lost */
+    uint64_t budget;                /* bytes that may still be decoded to find a grain: damage must not take for ever */
+    uint8_t *out;                   /* of one grain, owned */
+};
+
+/* What the marker in this sector says is behind it: sectors that it takes with it; 0: this is no marker. */
+static uint64_t vmdk_marked(const struct vmdk_scan *s, const struct vmdk_marker *m, uint64_t at)
+{
+    const uint8_t *data = (const uint8_t *)m + VMDK_MARKER_HEAD;
+    uint64_t value = le64_to_cpu(m->value), left = s->f->size / VMDK_SECTOR - at;
+    uint32_t size = le32_to_cpu(m->size);
+
+    if (!size)
+        return le32_to_cpu(m->type) <= VMDK_MARKER_FOOTER && value < left ? 1 + value : 0;
+    return value % s->grain == 0 && value < (s->capacity ? s->capacity : VMDK_MAX_SECTORS) &&
+           size <= 2 * s->grain * VMDK_SECTOR && data[0] == 0x78 && (data[0] << 8 | data[1]) % 31 == 0
+               ? (VMDK_MARKER_HEAD + (uint64_t)size + VMDK_SECTOR - 1) / VMDK_SECTOR : 0;
+}
+
+static bool vmdk_decodes(struct vmdk_scan *s, uint64_t at, uint32_t size)
+{
+    uint64_t offset = at * VMDK_SECTOR + VMDK_MARKER_HEAD;
+
+    if (offset + size > s->f->size || size > s->budget)
+        return false;
+    s->budget -= size;
+    return codec_read(s->f, offset, size, CODEC_ZLIB, s->out, s->grain * VMDK_SECTOR) == 0;
+}
+
+/* Room for as many as the file has markers, each of which takes a sector at least. */
+static int vmdk_note_found(struct vmdk_scan *s, uint64_t value, uint64_t at)
+{
+    size_t room = s->room ? s->room * 2 : 4096;
+    struct vmdk_found *more = s->found;
+
+    if (s->n == s->room) {
+        more = util_fault("grains") ? NULL : realloc(s->found, room * sizeof(*more));
+        if (!more)
+            return -ENOMEM;
+        s->found = more;
+        s->room = room;
+    }
+    s->found[s->n++] = (struct vmdk_found){ value, at, s->gap };
+    s->gap = false;
+    return 0;
+}
+
+/*
+ * Finds grains from this sector on, up to `most` of them. A grain counts if it stands where the part before says, or
+ * if it decodes. What is neither is a gap. So are zeros: an end marker looks like that, but so does what is lost.
+ */
+static int vmdk_scan(struct vmdk_scan *s, uint64_t at, uint64_t end, size_t most)
+{
+    bool follows = false, ended = false;
+    struct vmdk_marker m;
+    uint64_t takes;
+    int ret = 0;
+
+    s->gap = true;
+    s->budget = 4 * s->f->size + MAX_CLUSTER;
+    for (uint64_t i = 0; at < end && s->n < most && !ret; at += takes ? takes : 1, i++) {
+        takes = file_read(s->f, &m, sizeof(m), at * VMDK_SECTOR) ? 0 : vmdk_marked(s, &m, at);
+        if (takes && le32_to_cpu(m.size)) {
+            takes = follows || vmdk_decodes(s, at, le32_to_cpu(m.size)) ? takes : 0;
+            ret = takes ? vmdk_note_found(s, le64_to_cpu(m.value), at) : 0;
+        } else if (takes && le32_to_cpu(m.type) == VMDK_MARKER_END) {
+            takes = 0;
+        } else if (takes) {
+            ended |= le32_to_cpu(m.type) != VMDK_MARKER_TABLE;
+        }
+        follows = takes;
+        s->gap |= !takes && !ended;
+        if (i % 1024 == 0 && util_interrupted())
+            ret = msg_err(-EINTR, "interrupted");
+    }
+    s->gap = s->gap || !ended;      /* a stream that was not cut off ends with tables and a footer */
+    return ret;
+}
+
+static int vmdk_by_value(const void *a, const void *b)
+{
+    const struct vmdk_found *x = a, *y = b;
+
+    return x->value != y->value ? (x->value > y->value) - (x->value < y->value) : (x->at > y->at) - (x->at < y->at);
+}
+
+/* Sorts the grains. A gap tells which grains may be lost only if they stand in the order of the disk, as usual. */
+static bool vmdk_sort_found(struct vmdk_scan *s)
+{
+    bool sorted = true, gap = s->gap;
+
+    for (size_t i = 0; i < s->n; i++) {
+        sorted &= i == 0 || s->found[i - 1].value < s->found[i].value;
+        gap |= s->found[i].gap && (i || s->found[i].value);
+    }
+    if (sorted)
+        return gap;
+    qsort(s->found, s->n, sizeof(*s->found), vmdk_by_value);
+    for (size_t i = 0; i < s->n; i++)
+        s->found[i].gap = gap;
+    s->gap = gap;
+    return gap;
+}
+
+/* Fills table t from grain *i on. What may be lost gets the entry 1, an error in an extent without zeroed grains. */
+static void vmdk_fill_table(const struct vmdk_scan *s, uint64_t t, size_t *i, le32 table[VMDK_HOSTED_ENTRIES])
+{
+    for (uint64_t k = 0; k < VMDK_HOSTED_ENTRIES; k++) {
+        uint64_t value = (t * VMDK_HOSTED_ENTRIES + k) * s->grain;
+        bool there = *i < s->n && s->found[*i].value == value;
+        table[k] = cpu_to_le32(there ? (uint32_t)s->found[*i].at : (*i < s->n ? s->found[*i].gap : s->gap));
+        while (*i < s->n && s->found[*i].value == value)
+            ++*i;
+    }
+}
+
+/* Puts the directory and all tables with a grain behind the file's end, in memory. Two tables are a page. */
+static int vmdk_patch_tables(struct file *f, const struct vmdk_scan *s, uint64_t *directory)
+{
+    uint64_t covered = VMDK_HOSTED_ENTRIES * s->grain, n = (s->capacity - 1) / covered + 1, t;
+    uint64_t per_page = FILE_PATCH / 4, base = (f->size + FILE_PATCH - 1) / FILE_PATCH * FILE_PATCH;
+    uint64_t next = base + (n + per_page - 1) / per_page * FILE_PATCH;
+    le32 gd[FILE_PATCH / 4] = { 0 }, tables[2][VMDK_HOSTED_ENTRIES] = { 0 };
+    unsigned half = 0;
+    size_t i = 0;
+    int ret = 0;
+
+    if (n * 4 > VMDK_STREAM_TABLES || next / VMDK_SECTOR > UINT32_MAX)
+        return -E2BIG;
+    *directory = base / VMDK_SECTOR;
+    file_extend(f, next);
+    for (t = 0; t < n && !ret; t++) {
+        bool none = i == s->n || s->found[i].value >= (t + 1) * covered;
+        gd[t % per_page] = cpu_to_le32(!none ? (uint32_t)(next / VMDK_SECTOR + half * VMDK_TABLE_SECTORS)
+                                       : (i < s->n ? s->found[i].gap : s->gap) ? UINT32_MAX : 0);
+        if (!none)
+            vmdk_fill_table(s, t, &i, tables[half++]);
+        if (half == 2 || (t + 1 == n && half)) {
+            file_extend(f, next + FILE_PATCH);
+            ret = file_patch(f, next, (const uint8_t *)tables);
+            next += FILE_PATCH;
+            half = 0;
+        }
+        if (!ret && (t % per_page == per_page - 1 || t + 1 == n)) {
+            ret = file_patch(f, base + t / per_page * FILE_PATCH, (const uint8_t *)gd);
+            memset(gd, 0, sizeof(gd));
+        }
+    }
+    return ret;
+}
+
+/* The header, or the footer, which is the same: for its capacity and grain size. False: neither is left. */
+static bool vmdk_stream_header(struct file *f, struct vmdk_header *h)
+{
+    uint64_t end = f->size / VMDK_SECTOR;
+
+    if (file_read(f, h, sizeof(*h), 0) == 0 && le32_to_cpu(h->magic) == VMDK_HOSTED_MAGIC)
+        return true;
+    for (uint64_t back = 1; back <= util_min(VMDK_MAX_FOOTER_BACK, end); back++)
+        if (file_read(f, h, sizeof(*h), (end - back) * VMDK_SECTOR) == 0 &&
+            le32_to_cpu(h->magic) == VMDK_HOSTED_MAGIC && (le32_to_cpu(h->flags) & VMDK_FLAG_MARKERS))
+            return true;
+    return false;
+}
+
+/* Do the tables below this directory lead to every grain that was found? */
+static bool vmdk_tables_agree(const struct vmdk_scan *s, uint64_t directory)
+{
+    le32 table = { 0 }, entry;
+    uint64_t last = UINT64_MAX, index;
+
+    for (size_t i = 0; i < s->n; i++) {
+        index = s->found[i].value / s->grain;
+        if (index / VMDK_HOSTED_ENTRIES != last &&
+            file_read(s->f, &table, sizeof(table), directory * VMDK_SECTOR + index / VMDK_HOSTED_ENTRIES * 4))
+            return false;
+        last = index / VMDK_HOSTED_ENTRIES;
+        if (file_read(s->f, &entry, sizeof(entry), (uint64_t)le32_to_cpu(table) * VMDK_SECTOR +
+                      index % VMDK_HOSTED_ENTRIES * 4) || le32_to_cpu(entry) != s->found[i].at)
+            return false;
+    }
+    return directory && s->n;
+}
+
+/* directory: the sector where it should be, or 0. has_header: the file's own is good. */
+static int vmdk_rebuild_stream(struct image *im, struct vmdk_guess *g, uint64_t overhead, uint64_t directory,
+                               bool has_header)
+{
+    struct file *f = &im->files[0];
+    struct vmdk_scan s = { .f = f, .capacity = g->capacity, .grain = g->grain };
+    bool gap, agree = false;
+    int ret = -ENOMEM;
+
+    s.out = malloc(g->grain * VMDK_SECTOR);
+    if (s.out)
+        ret = vmdk_scan(&s, overhead, f->size / VMDK_SECTOR, SIZE_MAX);
+    if (!ret && !s.n)
+        ret = msg_err(-EINVAL, "%s: cannot be put together: no grain is left in it", im->name);
+    gap = vmdk_sort_found(&s);
+    if (!ret && !s.capacity) {
+        im->least_size = (s.found[s.n - 1].value + s.grain) * VMDK_SECTOR;
+        s.capacity = g->capacity = (im->least_size / VMDK_SECTOR + VMDK_HOSTED_ENTRIES * s.grain - 1) /
+                                   (VMDK_HOSTED_ENTRIES * s.grain) * VMDK_HOSTED_ENTRIES * s.grain;
+    }
+    if (!ret)
+        agree = vmdk_tables_agree(&s, directory);
+    if (!ret && !agree)
+        ret = vmdk_patch_tables(f, &s, &directory);
+    if (!ret && !(agree && has_header))
+        ret = vmdk_patch_header(f, g, VMDK_FLAG_COMPRESSED | VMDK_FLAG_MARKERS, directory, 0);
+    if (ret == -ENOMEM || ret == -E2BIG)
+        msg_err(ret, "%s: cannot be put together: %s", im->name, strerror(-ret));
+    else if (!ret && !agree)
+        msg_say(MSG_NOTE, "%s: its tables are put together from the markers of %zu grains%s", im->name, s.n,
+                gap ? "; something between or behind them is lost, and what may have been there reads as errors" : "");
+    else if (!ret && !has_header)
+        msg_say(MSG_NOTE, "%s: header put together; its tables are those of the %zu grains that are there", im->name,
+                s.n);
+    free(s.found);
+    free(s.out);
+    return ret;
+}
+
+/* -- which of these -- */
+
+/* Does f have a grain behind a marker, near its start? */
+static bool vmdk_is_stream(struct file *f, uint64_t grain)
+{
+    struct vmdk_scan s = { .f = f, .grain = grain, .out = malloc(grain * VMDK_SECTOR) };
+    bool found = s.out && vmdk_scan(&s, 1, util_min(f->size / VMDK_SECTOR, VMDK_STREAM_REACH), 1) == 0 && s.n;
+
+    free(s.found);
+    free(s.out);
+    return found;
+}
+
+static bool vmdk_remains(struct file *f)
+{
+    struct vmdk_guess g;
+
+    return vmdk_guess(f, &g) || g.has_text || vmdk_is_stream(f, VMDK_USUAL_GRAIN);
+}
+
+static int vmdk_rebuild(struct image *im)
+{
+    struct file *f = &im->files[0];
+    struct vmdk_header h = { .magic = { { 0 } } };
+    struct vmdk_guess g;
+    uint8_t head[VMDK_SECTOR] = { 0 };
+    uint64_t len = util_min(f->size, sizeof(head)), directory;
+    bool tables, good, stream;
+
+    (void)file_pread_front(f, head, 0, &len, 0);
+    good = vmdk_kind_of(head, len) == VMDK_HOSTED;
+    if (im->n_files > 1 || vmdk_is_descriptor(head, len) || (!good && vmdk_kind_of(head, len) != VMDK_BAD))
+        return 0;
+    tables = vmdk_guess(f, &g);
+    stream = vmdk_stream_header(f, &h) && (le32_to_cpu(h.flags) & VMDK_FLAG_MARKERS);
+    if (good && !stream)
+        return 0;
+    if (stream || vmdk_is_stream(f, VMDK_USUAL_GRAIN)) {
+        g.grain = stream ? le64_to_cpu(h.grain) : VMDK_USUAL_GRAIN;
+        g.capacity = stream ? le64_to_cpu(h.capacity) : g.capacity;
+        directory = stream ? le64_to_cpu(h.directory) : tables ? g.directory[0] : 0;
+        if (g.capacity > VMDK_MAX_SECTORS ||
+            !util_is_power_of_2(g.grain, VMDK_HOSTED_MIN_GRAIN, MAX_CLUSTER / VMDK_SECTOR))
+            return fmt_refuse(im, "the grain size or the capacity in its footer", g.grain);
+        len = util_min(stream ? le64_to_cpu(h.overhead) : 1, f->size / VMDK_SECTOR);
+        return vmdk_rebuild_stream(im, &g, len, directory <= UINT32_MAX ? directory : 0, good);
+    }
+    if (!tables || !util_is_power_of_2(g.grain, VMDK_HOSTED_MIN_GRAIN, VMDK_MAX_GRAIN))
+        return msg_err(-EINVAL, "%s: cannot be put together: neither a grain directory nor a stream's grain is left "
+                       "near its start; --header=FILE takes the header of another image", im->name);
+    if (!g.capacity) {
+        g.capacity = g.tables * VMDK_HOSTED_ENTRIES * g.grain;
+        im->least_size = g.capacity * VMDK_SECTOR;
+    }
+    msg_say(MSG_NOTE, "%s: header put together: grains of %" PRIu64 " bytes, two grain directories of %" PRIu64
+            " tables at %" PRIu64 " and %" PRIu64 "%s", im->name, g.grain * VMDK_SECTOR, g.tables,
+            g.directory[1] * VMDK_SECTOR, g.directory[0] * VMDK_SECTOR, g.has_text ? "" : ", no descriptor");
+    return vmdk_patch_header(f, &g, VMDK_FLAG_REDUNDANT | VMDK_FLAG_ZERO_GRAINS, g.directory[0], g.directory[1]);
+}
+
 static const struct image_format vmdk_format = {
     .name = "vmdk",
     .describe = "VMware images: hosted, stream-optimized, COWD and seSparse extents, flat ones, split, with parents",
@@ -7605,7 +8056,9 @@ static const struct image_format vmdk_format = {
     .several_files = true,
     .extensions = " vmdk ",
     .probe = vmdk_probe,
+    .remains = vmdk_remains,
     .header_length = vmdk_header_length,
+    .rebuild = vmdk_rebuild,
     .identify = vmdk_identify,
     .open = vmdk_open,
     .map = vmdk_map,
@@ -8183,8 +8636,8 @@ static uint64_t prl_header_length(struct file *f)
 static int prl_open(struct image *im)
 {
     uint8_t head[4096];
-    uint64_t done, len = util_min(im->files[0].size, sizeof(head));
-    int ret = file_pread(&im->files[0], head, len, 0, &done);
+    uint64_t len = util_min(im->files[0].size, sizeof(head));
+    int ret = file_pread_front(&im->files[0], head, util_min(len, PRL_HEADER), &len, 0);
 
     if (ret)
         return ret;
