@@ -17123,11 +17123,13 @@ static int run_start_error_map(struct run *r)
     uint64_t start = r->views[0].start, end = 0;
     int ret;
 
+    if (!r->o->error_map)
+        return 0;
     for (unsigned i = 0; i < r->n_views; i++)
         if (r->views[i].start + r->views[i].size > end)
             end = r->views[i].start + r->views[i].size;
-    ret = r->o->error_map ? lost_start(r->o->error_map, start, end - start) : 0;
-    if (r->o->error_map && !ret)
+    ret = lost_start(r->o->error_map, start, end - start);
+    if (!ret)
         mnt_note_made(&r->made_error_map, r->o->error_map);
     return ret;
 }
@@ -17173,23 +17175,18 @@ static bool run_may_pass_through(const struct run *r)
 
 static int run_mount(struct run *r)
 {
-    const struct options *o = r->o;
-    struct mount_wanted want = { .extra = o->extra,
-                                 .writable = r->im.writable,
-                                 .allow_other = &r->srv.allow_other,
-                                 .may_drop_allow_other = o->allow_other == ALLOW_AUTO };
+    struct mount_wanted want = {
+        .source = r->source, .extra = r->o->extra, .writable = r->im.writable, .allow_other = &r->srv.allow_other,
+        .may_drop_allow_other = r->o->allow_other == ALLOW_AUTO
+    };
     int ret;
 
-    want.source = r->source;
-    r->srv.allow_other = o->allow_other != ALLOW_OFF;
+    r->srv.allow_other = r->o->allow_other != ALLOW_OFF;
     ret = mnt_mount(&r->mp, &want);
-    if (ret)
-        return ret;
-    if ((r->srv.mode & 077) && !r->srv.allow_other)
-        return msg_err(-EPERM,
-                       "--mode %o is of no use without --allow-other=on: nobody else reaches the mount",
-                       r->srv.mode);
-    return 0;
+    if (!ret && (r->srv.mode & 077) && !r->srv.allow_other)
+        ret = msg_err(-EPERM, "--mode %o is of no use without --allow-other=on: nobody else reaches the mount",
+                      r->srv.mode);
+    return ret;
 }
 
 /* Opens what the sandbox would forbid, enters it, and checks that serving still works. */
@@ -17307,25 +17304,22 @@ static int run_wait_ready(struct run *r)
 /* Follows no link and writes only to a regular file: others may write to the directory of the pidfile. */
 static int run_write_pidfile(struct run *r)
 {
+    int flags = O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, fd, ret = 0;
     struct stat st;
-    int fd, ret = 0;
 
     if (!r->o->pidfile)
         return 0;
-    fd = util_fault("pidfile")
-             ? -1
-             : open(r->pidfile, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0644);
+    fd = util_fault("pidfile") ? -1 : open(r->pidfile, flags, 0644);
     if (fd < 0)
         return msg_err(-errno, "%s: %s", r->pidfile, strerror(errno));
-    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode))
-        ret = -EINVAL;
-    else if (ftruncate(fd, 0) < 0 || dprintf(fd, "%d\n", (int)getpid()) < 0)
-        ret = -errno;
-    close(fd);
-    if (ret && ret != -EINVAL)
+    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
+        ret = msg_err(-EINVAL, "%s: not a regular file", r->pidfile);
+    } else if (ftruncate(fd, 0) < 0 || dprintf(fd, "%d\n", (int)getpid()) < 0) {
+        ret = msg_err(-errno, "%s: %s", r->pidfile, strerror(errno));
         unlink(r->pidfile);
-    return ret ? msg_err(ret, "%s: %s", r->pidfile, ret == -EINVAL ? "not a regular file" : strerror(-ret))
-               : 0;
+    }
+    close(fd);
+    return ret;
 }
 
 /* Only while it holds our number: another instance may have replaced it. */
@@ -17414,17 +17408,20 @@ static int run_start_command(struct run *r)
     return 0;
 }
 
-/* Called while the mount is still attached, so that its users are found by their paths. */
+/* Names the users of the disk. path: the mountpoint, by which they are found; NULL: it is detached already. */
 static void run_say_in_use(const struct run *r, const char *path)
 {
     struct mount_users users = { "", 0 };
 
     mnt_add_loops(&users, path, r->mp.minor);
-    mnt_add_processes(&users, path);
+    if (path)
+        mnt_add_processes(&users, path);
+    else
+        mnt_add_mounts(&users, r->mp.minor);
     if (r->o->command)
-        msg_err(0, "%s: the command has ended, but the disk is still in use%s%s: detached, and served until its last "
-                "user goes; not all that was written may have reached the image", path, users.n ? " by " : "",
-                users.text);
+        msg_err(0, "%s: the command has ended, but the disk is still in use%s%s: %sserved until its last user goes; "
+                "not all that was written may have reached the image", path ? path : r->mp.path, users.n ? " by " : "",
+                users.text, path ? "detached, and " : "");
     else
         msg_say(MSG_NOTE, "%s: in use, detached; it ends with its last user%s%s (another signal cuts it off now)", path,
                 users.n ? ": " : "", users.text);
@@ -17507,20 +17504,14 @@ enum { RUN_PATIENCE = 2000 };      /* milliseconds that users of the disk have t
  */
 static void run_wait_for_users(struct run *r, int64_t until)
 {
-    struct mount_users users = { "", 0 };
-
     if (r->ended) {
         run_poll(r, -1);            /* while it flushes */
     } else if (!r->in_use && util_now() < until) {
         run_poll(r, 20);
     } else {
         r->left = true;
-        if (r->in_use)
-            return;                 /* already reported */
-        mnt_add_mounts(&users, r->mp.minor);
-        mnt_add_loops(&users, NULL, r->mp.minor);
-        msg_err(0, "%s: the command has ended, but the disk is still in use%s%s: served until its last user goes; not "
-                "all that was written may have reached the image", r->mp.path, users.n ? " by " : "", users.text);
+        if (!r->in_use)             /* else it was reported already */
+            run_say_in_use(r, NULL);
     }
 }
 
@@ -17654,17 +17645,13 @@ static int run_export(const struct options *o, int shell_fd)
         msg_err(0, "out of memory");
         goto out;
     }
-    *r = (struct run){
-        .o = o, .shell_fd = shell_fd, .sig_fd = -1, .ctl_fd = -1, .ready_fd = -1, .log_fd = -1
-    };
-    r->mp.session_fd = r->mp.lock_fd = -1;
+    *r = (struct run){ .o = o, .shell_fd = shell_fd, .sig_fd = -1, .ctl_fd = -1, .ready_fd = -1, .log_fd = -1,
+                       .mp = { .session_fd = -1, .lock_fd = -1 } };
 
     if (run_block_signals(r))
         goto out_signals;
     run_raise_file_limit(r);
-    if (run_make_control(r))
-        goto out_control;
-    if (run_resolve_paths(r))
+    if (run_make_control(r) || run_resolve_paths(r))
         goto out_control;
     if (run_open_image(r))
         goto out_image;
@@ -17684,9 +17671,7 @@ static int run_export(const struct options *o, int shell_fd)
     if (run_fork_server(r))
         goto out_server;
     run_let_go(r);
-    if (run_wait_ready(r))
-        goto out_server;
-    if (run_write_pidfile(r))
+    if (run_wait_ready(r) || run_write_pidfile(r))
         goto out_server;
     if (run_start_command(r) || run_announce(r))
         goto out_pidfile;
@@ -17779,6 +17764,7 @@ static bool cmd_wait_for_server(const struct options *o, unsigned minor, struct 
     unsigned seconds = o->timeout ? o->timeout : CMD_TIMEOUT;
     bool said = false, late = false, alive;
     struct mount_users users;
+    const char *why;
     int64_t passed;
 
     while (poll(fd, 1, late ? 1000 : 100) <= 0) {
@@ -17789,16 +17775,14 @@ static bool cmd_wait_for_server(const struct options *o, unsigned minor, struct 
         users = (struct mount_users){ "", 0 };
         mnt_add_mounts(&users, minor);
         alive = users.n || mnt_is_alive(minor);
+        why = users.n ? "the server still serves " : alive ? "the disk is still in use" : "the server is writing";
         if (late && (alive || o->timeout)) {
             msg_err(0, "%s: unmounted here, but its server has not ended in %u seconds: %s%s; --timeout=N waits longer",
-                    o->mountpoint, seconds,
-                    users.n ? "it still serves " : alive ? "it is still in use" : "it is writing", users.text);
+                    o->mountpoint, seconds, why, users.text);
             return false;
         }
         if (!said)
-            msg_say(MSG_NOTE, "%s: unmounted here; waiting, as %s%s", o->mountpoint,
-                    users.n ? "the server still serves " : alive ? "the disk is still in use" : "the server is writing",
-                    users.text);
+            msg_say(MSG_NOTE, "%s: unmounted here; waiting, as %s%s", o->mountpoint, why, users.text);
         said = true;
     }
     return true;
@@ -17851,7 +17835,7 @@ static void cmd_say_not_unmounted(const struct options *o, const struct mount_en
 static int cmd_umount(const struct options *o)
 {
     struct pollfd fds[MAX_WAITERS];
-    struct mount_entry entry = { 0 };
+    struct mount_entry entry;
     struct statfs fs;
     char path[PATH_MAX];
     bool unseen;
@@ -17863,10 +17847,8 @@ static int cmd_umount(const struct options *o)
     ret = mnt_find(path, 0, 0, &entry);
     if (ret < 0)
         return EXIT_FAILED;
-    if (ret == 0 || !entry.fuseexp) {
-        msg_err(0, "%s: fuseexp has nothing mounted there", o->mountpoint);
-        return EXIT_FAILED;
-    }
+    if (!entry.fuseexp)
+        return msg_err(EXIT_FAILED, "%s: fuseexp has nothing mounted there", o->mountpoint);
     n = mnt_find_servers(&entry, fds, MAX_WAITERS);
     unseen = n == 0 && statfs(path, &fs) == 0;
     ret = mnt_unmount(path, o->lazy ? MNT_DETACH : 0);
@@ -17877,10 +17859,8 @@ static int cmd_umount(const struct options *o)
     if (ret)
         cmd_say_not_unmounted(o, &entry, ret);
     else if (!o->lazy && unseen)
-        ret = msg_err(
-            -ESRCH,
-            "%s: unmounted, but its server cannot be waited for (it is not in this network namespace)",
-            o->mountpoint);
+        ret = msg_err(-ESRCH, "%s: unmounted, but its server cannot be waited for (it is not in this network "
+                      "namespace)", o->mountpoint);
     else if (!o->lazy)
         return cmd_wait_for_servers(o, &entry, fds, n);
     while (n)
@@ -18055,15 +18035,14 @@ static double cmd_percent(uint64_t part, uint64_t all)
     return all ? 100.0 * (double)part / (double)all : 0;
 }
 
-static void cmd_check_json(const struct image *im, const struct check *c, uint64_t corruptions_fixed,
-                           uint64_t leaks_fixed)
+static void cmd_check_json(const struct image *im, const struct check *c)
 {
     const struct { const char *key; uint64_t value; } counts[] = {
-        { "corruptions", c->corruptions },       { "leaks", c->leaks },
-        { "image-end-offset", c->image_end },    { "total-clusters", c->total },
-        { "allocated-clusters", c->allocated },  { "fragmented-clusters", c->fragmented },
-        { "compressed-clusters", c->compressed },  { "corruptions-fixed", corruptions_fixed },
-        { "leaks-fixed", leaks_fixed },
+        { "corruptions", c->corruptions },         { "leaks", c->leaks },
+        { "image-end-offset", c->image_end },      { "total-clusters", c->total },
+        { "allocated-clusters", c->allocated },    { "fragmented-clusters", c->fragmented },
+        { "compressed-clusters", c->compressed },  { "corruptions-fixed", c->corruptions_fixed },
+        { "leaks-fixed", c->leaks_fixed },
     };
     struct out out = { .json = true };
 
@@ -18077,13 +18056,12 @@ static void cmd_check_json(const struct image *im, const struct check *c, uint64
     out_close(&out);
 }
 
-static void cmd_check_lines(const struct image *im, const struct check *c, uint64_t corruptions_fixed,
-                            uint64_t leaks_fixed)
+static void cmd_check_lines(const struct image *im, const struct check *c)
 {
-    if (corruptions_fixed || leaks_fixed) {
+    if (c->corruptions_fixed || c->leaks_fixed) {
         out_string(im->name, false);
         printf(" (%s): %" PRIu64 " corruptions and %" PRIu64 " leaked clusters were repaired\n", im->format->name,
-               corruptions_fixed, leaks_fixed);
+               c->corruptions_fixed, c->leaks_fixed);
     }
     out_string(im->name, false);
     printf(" (%s): ", im->format->name);
@@ -18106,7 +18084,7 @@ static void cmd_check_lines(const struct image *im, const struct check *c, uint6
 }
 
 /* Repairs what can be repaired. c: in, what was found; out, what is left, which decides the exit status. */
-static int cmd_repair(struct image *im, struct check *c, uint64_t *corruptions, uint64_t *leaks)
+static int cmd_repair(struct image *im, struct check *c)
 {
     const struct check found = *c;
     int ret;
@@ -18117,8 +18095,8 @@ static int cmd_repair(struct image *im, struct check *c, uint64_t *corruptions, 
     ret = im->format->repair(im, c);
     if (ret)
         return msg_err(ret, "%s: cannot be repaired: %s", im->name, strerror(-ret));
-    *corruptions = found.corruptions > c->corruptions ? found.corruptions - c->corruptions : 0;
-    *leaks = found.leaks > c->leaks ? found.leaks - c->leaks : 0;
+    c->corruptions_fixed = found.corruptions - util_min(found.corruptions, c->corruptions);
+    c->leaks_fixed = found.leaks - util_min(found.leaks, c->leaks);
     c->corruption_lines = found.corruption_lines;
     c->leak_lines = found.leak_lines;
     return 0;
@@ -18128,26 +18106,25 @@ static int cmd_repair(struct image *im, struct check *c, uint64_t *corruptions, 
 static int cmd_check(struct image *im, bool json)
 {
     struct check c = { .corruptions = 0 };
-    unsigned left_out;
-    uint64_t corruptions_fixed = 0, leaks_fixed = 0;
+    uint64_t left_out;
     int ret = check_image(im, &c);
 
     if (!ret && im->writable)
-        ret = cmd_repair(im, &c, &corruptions_fixed, &leaks_fixed);
+        ret = cmd_repair(im, &c);
     out_progress_wipe();
     if (ret == -EOPNOTSUPP)
         return msg_err(EXIT_CHECK_NONE, "%s: is %s, which %s", im->name, im->format->name,
                        im->writable ? "cannot be repaired" : "has nothing to check");
     if (ret)
         return EXIT_FAILED;
-    left_out = (c.corruption_lines > OUT_FINDINGS ? c.corruption_lines - OUT_FINDINGS : 0) +
-               (c.leak_lines > OUT_FINDINGS ? c.leak_lines - OUT_FINDINGS : 0);
+    left_out = c.corruption_lines - util_min(c.corruption_lines, OUT_FINDINGS) + c.leak_lines -
+               util_min(c.leak_lines, OUT_FINDINGS);
     if (left_out)
-        msg_say(MSG_NOTE, "%s: %u more lines like these were left out", im->name, left_out);
+        msg_say(MSG_NOTE, "%s: %" PRIu64 " more lines like these were left out", im->name, left_out);
     if (json)
-        cmd_check_json(im, &c, corruptions_fixed, leaks_fixed);
+        cmd_check_json(im, &c);
     else
-        cmd_check_lines(im, &c, corruptions_fixed, leaks_fixed);
+        cmd_check_lines(im, &c);
     return c.errors ? EXIT_FAILED : c.corruptions ? EXIT_CHECK_CORRUPT : c.leaks ? EXIT_CHECK_LEAKS : EXIT_OK;
 }
 
@@ -18156,14 +18133,14 @@ static int cmd_formats(void)
     printf("%-10s %-10s %s\n", "FORMAT", "WRITES", "WHAT");
     for (size_t i = 0; i < ARRAY_LEN(probe_formats); i++)
         printf("%-10s %-10s %s\n", probe_formats[i]->name, probe_formats[i]->writes, probe_formats[i]->describe);
-    return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
+    return out_finish(EXIT_OK);
 }
 
 static int cmd_version(void)
 {
     printf("fuseexp %s (libfuse %s, libdeflate %s)\n", FUSEEXP_VERSION, fuse_pkgversion(),
            LIBDEFLATE_VERSION_STRING);
-    return fflush(stdout) == 0 ? EXIT_OK : EXIT_FAILED;
+    return out_finish(EXIT_OK);
 }
 
 /* ******************************************************************************************************** *

@@ -187,6 +187,7 @@ struct check {
     uint64_t errors;                /* that kept it from looking */
     uint64_t total, allocated, fragmented, compressed;
     uint64_t image_end;             /* bytes: where the last used cluster ends */
+    uint64_t corruptions_fixed, leaks_fixed;
     unsigned corruption_lines, leak_lines;      /* told so far, see out_finding() */
 };
 
