@@ -1414,6 +1414,8 @@ static int file_open_fd(const char *path, int flags)
     return fd < 0 && errno == EPERM ? open(path, flags) : fd;
 }
 
+enum { FILE_LOCK_TRIES = 50, FILE_LOCK_PAUSE = 20 /* milliseconds */ };
+
 /* Looks at what it is before opening it: opening a pipe or a tape has effects. */
 static int file_open(struct file *f, const char *path, bool writable)
 {
@@ -1428,6 +1430,11 @@ static int file_open(struct file *f, const char *path, bool writable)
     if (S_ISBLK(st.st_mode) && writable)
         flags |= O_EXCL;
     fd = file_open_fd(path, flags);
+    /* As in file_lock_image(): after umount(8) the old server still holds the device until it exits. */
+    for (unsigned tries = 0; fd < 0 && errno == EBUSY && tries < FILE_LOCK_TRIES && !util_interrupted(); tries++) {
+        (void)poll(NULL, 0, FILE_LOCK_PAUSE);
+        fd = file_open_fd(path, flags);
+    }
     if (fd < 0)
         return msg_err(-errno, "%s: %s%s", path, strerror(errno),
                        errno == EBUSY ? " (mounted, or used by another program)" : "");
@@ -1660,8 +1667,6 @@ static int file_lock_bytes(struct file *f, short type, int *byte)
     }
     return 0;
 }
-
-enum { FILE_LOCK_TRIES = 50, FILE_LOCK_PAUSE = 20 /* milliseconds */ };
 
 /*
  * QEMU's protocol: first hold our bytes (shared, so this never waits), then look whether anybody holds one that

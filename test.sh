@@ -6362,6 +6362,14 @@ t_umount_waits_until_the_image_is_free() {
     done
 }
 
+t_block_device_can_be_opened_again_right_after_umount_8() {
+    truncate -s 64M img; : >m; local dev; dev=$(losetup -f --show img)
+    for i in $(seq 10); do
+        "$fx" -q -w "$dev" m; dd if=/dev/urandom of=m bs=1M count=20 conv=notrunc status=none; umount m
+    done
+    gone; losetup -d "$dev"
+}
+
 t_pidfile_is_written_and_removed() {
     random img 16
     "$fx" -q --pidfile pid img m
