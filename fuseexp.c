@@ -15609,10 +15609,8 @@ static const struct opt {
 };
 
 /* Words of fstab, and what mount(8) adds: ignored. */
-static const char *const opt_ignored[] = {
-    "defaults", "auto",     "noauto",     "nofail",     "user",        "nouser",   "users", "owner",   "rw",   "dev",
-    "suid",     "relatime", "norelatime", "nodiratime", "strictatime", "lazytime", "group", "_netdev", "loop",
-};
+static const char opt_ignored[] = "defaults|auto|noauto|nofail|user|nouser|users|owner|rw|dev|suid|relatime|norelatime|"
+                                  "nodiratime|strictatime|lazytime|group|_netdev|loop";
 
 static int opt_usage(void)
 {
@@ -15722,6 +15720,7 @@ static int opt_apply(struct options *o, const struct opt *opt, char *value)
 static int opt_mount_option(struct options *o, char *word)
 {
     char *value = strchr(word, '=');
+    uint32_t any;
 
     if (strcmp(word, "ro") == 0) {
         o->read_only = true;
@@ -15731,16 +15730,13 @@ static int opt_mount_option(struct options *o, char *word)
         o->allow_other = ALLOW_ON;
         return 0;
     }
-    for (size_t i = 0; i < ARRAY_LEN(opt_ignored); i++)
-        if (strcmp(word, opt_ignored[i]) == 0)
-            return 0;
-    if (strncmp(word, "x-", 2) == 0 || strncmp(word, "X-", 2) == 0 || strncmp(word, "comment=", 8) == 0)
+    if (opt_choose(opt_ignored, word, &any) || strncmp(word, "x-", 2) == 0 || strncmp(word, "X-", 2) == 0 ||
+        strncmp(word, "comment=", 8) == 0)
         return 0;
     for (size_t i = 0; i < ARRAY_LEN(opt_table); i++) {
         const struct opt *opt = &opt_table[i];
         size_t len = value ? (size_t)(value - word) : strlen(word);
-        if (!opt->name || opt->kind == OPT_ACTION || strlen(opt->name) != len ||
-            strncmp(opt->name, word, len) != 0)
+        if (!opt->name || opt->kind == OPT_ACTION || strlen(opt->name) != len || strncmp(opt->name, word, len) != 0)
             continue;
         if (opt_has_value(opt) != optional_argument && !opt->arg != !value)
             return msg_err(-EINVAL, "-o %s: %s", word, value ? "takes no value" : "needs a value");
@@ -15964,9 +15960,8 @@ static int opt_error_status(int argc, char **argv)
 /* ******************************************************************************************************** *
  * 33. Mounts
  *
- * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own
- * server. Root mounts through libfuse; everyone else through fusermount3, whose words are kept for our one
- * line.
+ * The mount table is read, never the mountpoint itself: once mounted, touching it could wait for our own server. Root
+ * mounts through libfuse; everyone else through fusermount3, whose output is kept for our one line.
  * ******************************************************************************************************** */
 
 /* A file that we created: removed only while its path leads to that file. */
@@ -16816,15 +16811,13 @@ static void mnt_raise_readahead(const struct mountpoint *mp, unsigned kib)
 /* ******************************************************************************************************** *
  * 34. Life cycle
  *
- * run_export() takes what an export needs one by one and releases it in reverse order, whichever step fails.
- * The supervisor is one thread around run_poll(); the server is forked when everything is mounted and open,
- * and from then on it alone has the image and /dev/fuse: when it dies, however it dies, the connection is
- * cut, and the supervisor detaches the mount. OFD locks and the connection would outlive the server if the
- * supervisor kept copies.
+ * run_export() acquires what an export needs one by one and releases it in reverse order, whichever step fails. The
+ * supervisor is one thread around run_poll(); the server is forked when everything is mounted and open, and from then
+ * on it alone has the image and /dev/fuse: when it dies, however it dies, the connection is cut, and the supervisor
+ * detaches the mount. OFD locks and the connection would outlive the server if the supervisor kept copies.
  *
- * Control socket: an abstract UNIX socket "fuseexp:<minor>:<identity of the mount>:<pid>" that nobody reads
- * from. Whoever waits for the end connects, and gets one byte, the exit status, when everything is over (or
- * just EOF, if we were killed).
+ * Control socket: an abstract UNIX socket "fuseexp:<minor>:<identity of the mount>:<pid>". A process that waits for the
+ * end connects, and reads one byte, the exit status, when everything is over (or just EOF, if we were killed).
  * ******************************************************************************************************** */
 
 struct run {
@@ -17074,12 +17067,8 @@ static int run_open_overlay(struct run *r)
     base = util_fault("overlay") ? NULL : calloc(1, sizeof(*base));
     if (!base)
         return msg_err(-ENOMEM, "out of memory");
-    r->overlay_options = (struct image_options){
-        .lock = !o->share,
-        .zero_errors = o->on_error,
-        .no_backing = o->image.no_backing,
-        .strict = o->image.strict,
-    };
+    r->overlay_options = (struct image_options){ .lock = o->image.lock, .zero_errors = o->image.zero_errors,
+                                                 .no_backing = o->image.no_backing, .strict = o->image.strict };
     ret = chain_open(base, o->images, o->n_images, &o->image);
     for (unsigned i = 0; o->overlay && i < base->n_files && !ret; i++)
         if (file_is_at(&base->files[i], o->overlay))
