@@ -8944,10 +8944,8 @@ static int qcow2_read(struct image *im, uint64_t offset, void *buf, uint64_t len
 /* Names unknown incompatible features, from the image's own table where it has one. */
 static int qcow2_unknown_feature(const struct image *im, uint64_t bits, const uint8_t *table, uint32_t len)
 {
-    unsigned bit = 0;
+    unsigned bit = (unsigned)__builtin_ctzll(bits);
 
-    while (!(bits >> bit & 1))
-        bit++;
     for (uint32_t at = 0; table && at + 48 <= len; at += 48)
         if (table[at] == 0 && table[at + 1] == bit)
             return msg_err(-EOPNOTSUPP, "%s: needs the unknown qcow2 feature '%.46s' (bit %u), which is not supported",
@@ -8962,6 +8960,8 @@ static int qcow2_read_extension(struct image *im, struct qcow2 *q, uint32_t type
     const struct qcow2_crypt_extension *crypt = (const void *)data;
     const struct qcow2_base_extension *base = (const void *)data;
 
+    if (type == QCOW2_EXT_FEATURES && (q->incompatible & ~(uint64_t)QCOW2_KNOWN))
+        return qcow2_unknown_feature(im, q->incompatible & ~(uint64_t)QCOW2_KNOWN, data, n);
     if (type == QCOW2_EXT_BACKING_FORMAT && !util_copy_name(im->backing_format, sizeof(im->backing_format), data, n))
         return fmt_refuse(im, "the name of the backing format: up to 31 bytes, none of them 0", n);
     if (type == QCOW2_EXT_DATA_FILE && !util_copy_name(q->data_name, sizeof(q->data_name), data, n))
@@ -8989,36 +8989,30 @@ static int qcow2_read_extension(struct image *im, struct qcow2 *q, uint32_t type
 static int qcow2_read_extensions(struct image *im, struct qcow2 *q, const uint8_t *cluster, uint64_t len, bool whole)
 {
     const struct qcow2_extension *ext;
-    const uint8_t *features = NULL, *data;
     uint64_t name = be64_to_cpu(((const struct qcow2_header *)(const void *)cluster)->backing_offset);
-    uint32_t type = UINT32_MAX, n, features_len = 0;
+    uint32_t type = UINT32_MAX, n;
     int ret;
 
     if (name >= q->header_length)   /* some images have no end marker */
         len = util_min(len, name);
     for (uint64_t at = q->header_length; at + sizeof(*ext) <= len; at += sizeof(*ext) + ((uint64_t)n + 7) / 8 * 8) {
         ext = (const void *)(cluster + at);
-        data = cluster + at + sizeof(*ext);
         type = be32_to_cpu(ext->type);
         n = be32_to_cpu(ext->length);
         if (type == 0)
             break;
         if (n > len - at - sizeof(*ext))
             return fmt_refuse(im, "a header extension reaches past the first cluster", n);
-        ret = qcow2_read_extension(im, q, type, data, n);
+        ret = qcow2_read_extension(im, q, type, cluster + at + sizeof(*ext), n);
         if (ret)
             return ret;
-        if (type == QCOW2_EXT_FEATURES) {
-            features = data;
-            features_len = n;
-        }
     }
     if (!whole && type && len != name)
         return msg_err(-EIO, "%s: its header extensions cannot be read", im->name);
     if (q->crypt == QCOW2_LUKS && !q->crypt_size)
         return fmt_refuse(im, "LUKS without its header", q->crypt_size);
     if (q->incompatible & ~(uint64_t)QCOW2_KNOWN)
-        return qcow2_unknown_feature(im, q->incompatible & ~(uint64_t)QCOW2_KNOWN, features, features_len);
+        return qcow2_unknown_feature(im, q->incompatible & ~(uint64_t)QCOW2_KNOWN, NULL, 0);
     return 0;
 }
 
@@ -9253,7 +9247,7 @@ static int qcow2_open(struct image *im)
     return 0;
 }
 
-/* In an external data file offset 0 is a place like any other; COPIED tells it from none. */
+/* In an external data file a cluster may lie at offset 0: COPIED says that it is allocated. */
 static bool qcow2_allocated(const struct qcow2 *q, uint64_t entry)
 {
     return (entry & QCOW2_OFFSET) || ((q->incompatible & QCOW2_DATA_FILE) && (entry & QCOW2_COPIED));
@@ -9300,15 +9294,13 @@ static void qcow2_map_compressed(const struct qcow2 *q, uint64_t entry, uint64_t
         };
 }
 
-/*
- * What one L2 entry says about `length` bytes from in_cluster on, all in its cluster. Of a subcluster, bits 0..31 of
- * the bitmap say that it is allocated, bits 32..63 that it reads as zeros.
- */
+/* What one L2 entry says about `length` bytes from in_cluster on, all in its cluster. */
 static void qcow2_map_entry(const struct image *im, const struct qcow2 *q, uint64_t entry, uint64_t bitmap,
                             uint64_t in_cluster, uint64_t length, struct extent *ext)
 {
     uint32_t sub_bits = q->cluster_bits - 5, i = (uint32_t)(in_cluster >> sub_bits);
-    uint64_t host = entry & QCOW2_OFFSET, both = 1ull << 32 | 1, state = bitmap >> i & both;
+    uint64_t host = entry & QCOW2_OFFSET;
+    uint64_t both = 1ull << 32 | 1, state = bitmap >> i & both;     /* bit 0: allocated, bit 32: reads as zeros */
     const char *why = qcow2_check_entry(q, entry, state);
     bool zero = q->subclusters ? state >> 32 : entry & QCOW2_ZERO;
     bool data = q->subclusters ? state & 1 : !zero && qcow2_allocated(q, entry);
@@ -9357,17 +9349,15 @@ static void qcow2_map(struct image *im, uint64_t offset, uint64_t length, struct
     const struct qcow2 *q = im->state;
     uint64_t cluster = 1u << q->cluster_bits, covers = cluster << q->l2_bits, in_cluster = offset & (cluster - 1);
     uint64_t left = covers - (offset & (covers - 1)), index = (offset & (covers - 1)) >> q->cluster_bits;
-    uint64_t entry, bitmap = 0, l2;
-    bool shared;
+    uint64_t l1, l2, entry, bitmap;
 
     length = util_min(length, left);
-    if (cache_be64(&im->files[0], q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8, &entry)) {
+    if (cache_be64(&im->files[0], q->l1_offset + (offset >> (q->cluster_bits + q->l2_bits)) * 8, &l1)) {
         ext_bad(ext, length, "the L1 table cannot be read");
         return;
     }
-    l2 = entry & QCOW2_OFFSET;
-    shared = !(entry & QCOW2_COPIED);
-    if (entry & QCOW2_L1_RESERVED || l2 % cluster) {
+    l2 = l1 & QCOW2_OFFSET;
+    if (l1 & QCOW2_L1_RESERVED || l2 % cluster) {
         ext_bad(ext, length, "its L1 entry is damaged");
     } else if (!l2) {
         *ext = (struct extent){ .kind = ext_hole(im), .length = length };
@@ -9379,17 +9369,12 @@ static void qcow2_map(struct image *im, uint64_t offset, uint64_t length, struct
             ext_bad(ext, length, "its L2 table cannot be read");
         else
             qcow2_map_entry(im, q, entry, bitmap, in_cluster, length, ext);
-        ext->owned &= !shared;
+        ext->owned &= !!(l1 & QCOW2_COPIED);
         ext->sparse = q->preallocated && ext->kind == EXT_DATA;
     }
 }
 
-/*
- * -- refcounts --
- *
- * Numbers of 1 to 64 bits, one per host cluster, in blocks of one cluster that a table names. The check and the writer
- * need them, and --map where a file is shorter than its tables say.
- */
+/* -- refcounts: numbers of 1 to 64 bits, one per host cluster, in blocks of one cluster that a table names -- */
 
 static int qcow2_check_refcount_table(const struct image *im)
 {
@@ -9461,10 +9446,7 @@ static int qcow2_get_refcount(struct image *im, uint64_t cluster, uint64_t *refc
     return ret ? ret : qcow2_read_refcount(im, block, cluster, refcount);
 }
 
-/*
- * For --map: were clusters set aside that have no space in the file yet, as with preallocation=metadata? Found out as
- * QEMU does: there are more used clusters than the file has blocks for, by a tenth, or by two.
- */
+/* As QEMU tells preallocation=metadata: more clusters are in use than the file has blocks, by a tenth or by two. */
 static void qcow2_find_holes(struct image *im)
 {
     struct qcow2 *q = im->state;
@@ -9784,7 +9766,7 @@ static int qcow2_rebuild_header(struct image *im)
  * I3. File: what a reference leads to was durable before the reference was written: the first contents of a table, its
  *     refcount, guest data.
  * I4. A freed cluster is used again only when a file without the reference is durable, and when every request that may
- *     have looked the reference up has completed (room 5, Epochs). Its refcount stays up until then.
+ *     have looked the reference up has completed (section 5, Epochs). Its refcount stays up until then.
  * I5. When qcow2_sync() has returned 0, every write that had returned before it was called is durable.
  * I6. Once a barrier has failed, or a write of the header whose outcome is unknown, file.latched is set: every
  *     file_sync() of that file fails, so no commit writes a reference any more.
@@ -9887,14 +9869,14 @@ struct qcow2_writer {
     pthread_mutex_t lock;           /* protects all that follows, and every change of a table */
     pthread_cond_t idle;            /* a range is not busy any more */
     uint64_t commits;               /* begun */
-    int result;                     /* of the last one that is over */
+    int result;                     /* of the last one that has ended */
     struct qcow2_range busy[MAX_THREADS];           /* guest clusters that a request is writing to new host clusters */
     unsigned n_busy;
     uint64_t hint;                  /* below this host cluster none is free */
     uint64_t top;                   /* host bytes from here on were never used: they read as zeros */
     struct qcow2_ranges *freed;     /* by changes that are not in the file yet ... */
     struct qcow2_ranges *dropped;   /* ... that a running commit writes ... */
-    struct qcow2_ranges *waiting;   /* ... that are durable: until `grace` is over (I4) */
+    struct qcow2_ranges *waiting;   /* ... that are durable: until `grace` has ended (I4) */
     struct qcow2_ranges ranges[3];  /* these three; a commit swaps the first two */
     struct epoch_grace grace;
     struct qcow2_changes changes;
@@ -10069,11 +10051,7 @@ static bool qcow2_punch(struct image *im, uint64_t from, uint64_t to)
            !file_fallocate(&im->files[0], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, from, to - from);
 }
 
-/*
- * Undoes an allocation at once: nothing refers to these clusters, neither in memory nor in the file (I1, I2). The space
- * is the host's again, which is perhaps what was missing, and the next allocation has the clusters: the file does not
- * grow.
- */
+/* Undoes an allocation that nothing refers to (I1, I2). Frees its space at once: perhaps that is what was missing. */
 static void qcow2_undo_allocation_locked(struct image *im, uint64_t first, uint64_t n)
 {
     struct qcow2 *q = im->state;
@@ -10086,10 +10064,7 @@ static void qcow2_undo_allocation_locked(struct image *im, uint64_t first, uint6
         q->w->top = from;
 }
 
-/*
- * The same for tables with changed entries. Under commit_lock, or a commit that runs would still write these. Not once
- * a header that names the table may have reached the disk (I6).
- */
+/* The same for tables. Under commit_lock: no commit writes their entries. Not if the header may name them (I6). */
 static void qcow2_undo_tables_locked(struct image *im, uint64_t first, uint64_t n)
 {
     uint64_t size = 1ull << ((struct qcow2 *)im->state)->cluster_bits;
@@ -10146,7 +10121,7 @@ static int qcow2_write_table_offset(struct image *im, uint64_t offset, uint64_t 
     return qcow2_write_header(im, &h, offsetof(struct qcow2_header, refcounts_offset), 12);
 }
 
-/* Copies n entries of a table, as memory has them, straight to a new place in the file, which reads as zeros. */
+/* Copies n entries of a table, as memory has them, straight to another offset of the file, where zeros are. */
 static int qcow2_copy_table_locked(struct image *im, uint64_t from, uint64_t to, uint64_t n)
 {
     uint64_t word, done;
@@ -10160,10 +10135,7 @@ static int qcow2_copy_table_locked(struct image *im, uint64_t from, uint64_t to,
     return ret ? ret : qcow2_reload_locked(im, to, n * 8);
 }
 
-/*
- * The refcount table is full. A new one, twice as long, goes where no cluster is covered yet: first the blocks that
- * cover it and themselves, then the table, then the header names it.
- */
+/* The refcount table is full. Writes blocks that cover themselves and a longer table, then that, then the header. */
 static int qcow2_grow_table_locked(struct image *im)
 {
     struct qcow2 *q = im->state;
@@ -10431,10 +10403,7 @@ static int qcow2_end_locked(struct image *im)
     return ret;
 }
 
-/*
- * See I5. Other requests go on changing tables during the barriers. One commit serves all callers that wait for their
- * turn: whoever finds that a commit has begun and ended since it came returns its result.
- */
+/* See I5. One commit serves all callers that wait for it: those that came before it began return its result. */
 static int qcow2_sync(struct image *im, bool last)
 {
     struct qcow2 *q = im->state;
@@ -10523,10 +10492,7 @@ static uint64_t qcow2_subclusters(const struct qcow2 *q, uint64_t guest, uint64_
     return mask;
 }
 
-/*
- * In a cluster that is ours: where the cells from offset on that are not allocated end, at most at `end`. Returns
- * offset if the first one is allocated: it is written in place.
- */
+/* In a cluster that is ours: the end, up to `end`, of the unallocated cells from offset on. offset: there is none. */
 static uint64_t qcow2_missing_cells(const struct qcow2 *q, uint64_t entry, uint64_t bitmap, uint64_t offset,
                                     uint64_t end)
 {
@@ -10540,10 +10506,10 @@ static uint64_t qcow2_missing_cells(const struct qcow2 *q, uint64_t entry, uint6
     return at;
 }
 
-static bool qcow2_is_busy(const struct qcow2_writer *w, uint64_t first, uint64_t n)
+static bool qcow2_is_busy(const struct qcow2_writer *w, uint64_t cluster)
 {
     for (unsigned i = 0; i < w->n_busy; i++)
-        if (first < w->busy[i].first + w->busy[i].n && w->busy[i].first < first + n)
+        if (cluster >= w->busy[i].first && cluster - w->busy[i].first < w->busy[i].n)
             return true;
     return false;
 }
@@ -10627,7 +10593,7 @@ static int qcow2_plan_locked(struct image *im, uint64_t len, uint64_t offset, st
         max = 1;
     for (; n < max; n++)
         if (qcow2_read_entry(im, q, p->at + n * q->entry_size, &entry, &bitmap) || !qcow2_is_empty(q, entry, bitmap) ||
-            qcow2_is_busy(q->w, (offset >> q->cluster_bits) + n, 1))
+            qcow2_is_busy(q->w, (offset >> q->cluster_bits) + n))
             break;
     ret = qcow2_allocate_data_locked(im, p, n);
     p->end = p->guest + p->n * size;
@@ -10766,7 +10732,7 @@ static int qcow2_write(struct image *im, const uint8_t *buf, uint64_t len, uint6
 
     *done = 0;
     pool_lock(&w->lock);
-    while (qcow2_is_busy(w, first, 1))
+    while (qcow2_is_busy(w, first))
         pool_wait(&w->idle, &w->lock);
     ret = qcow2_is_due_locked(im) ? -EAGAIN : qcow2_plan_locked(im, len, offset, &p);
     if (!ret && p.n)
@@ -10796,21 +10762,15 @@ static int qcow2_zero_cluster_locked(struct image *im, uint64_t at, uint64_t gue
     struct qcow2 *q = im->state;
     bool backed = ext_hole(im) == EXT_BACKING;
     struct qcow2_plan p = { .guest = guest };
-    uint64_t entry = 0, bitmap = 0;
+    uint64_t entry = backed && !q->subclusters, bitmap = backed && q->subclusters ? (uint64_t)UINT32_MAX << 32 : 0;
     int ret = qcow2_read_entry(im, q, at, &p.old, &p.old_bitmap);
 
     if (!ret)
         ret = qcow2_check_old(im, &p);
     if (ret)
         return ret;
-    if ((q->incompatible & QCOW2_DATA_FILE) && qcow2_allocated(q, p.old))
+    if (((q->incompatible & QCOW2_DATA_FILE) && qcow2_allocated(q, p.old)) || (backed && q->v2))
         return -EOPNOTSUPP;
-    if (backed && q->v2)
-        return -EOPNOTSUPP;
-    if (backed && q->subclusters)
-        bitmap = (uint64_t)UINT32_MAX << 32;
-    else if (backed)
-        entry = 1;
     if (p.old == entry && p.old_bitmap == bitmap)
         return 0;
     ret = qcow2_store_locked(im, at, q->entry_size, entry, bitmap, QCOW2_MAPPING);
@@ -10833,7 +10793,7 @@ static int qcow2_zero_locked(struct image *im, uint64_t len, uint64_t offset, ui
     if (!ret)
         ret = qcow2_own_l2_locked(im, offset, &l2);
     for (*done = 0; !ret && *done < len; *done += size) {
-        if (qcow2_is_busy(q->w, (offset + *done) >> q->cluster_bits, 1)) {
+        if (qcow2_is_busy(q->w, (offset + *done) >> q->cluster_bits)) {
             if (!*done)
                 pool_wait(&q->w->idle, &q->w->lock);
             return 0;
@@ -10980,10 +10940,7 @@ static int qcow2_allocate_row_locked(struct image *im, uint64_t n, uint64_t *fir
         for (uint64_t i = c; i < at && i / per == c / per && !ret; i++)
             ret = qcow2_put_refcount(im, block_at, i, 1);
     }
-    /*
-     * Named from the last on. A block that counts other blocks is durable before these are named: the sectors of the
-     * refcount table may reach the disk in any order.
-     */
+    /* From the last on: a block that counts others is durable before they are named. Sectors have no order on disk. */
     for (uint64_t i = (at - 1) / per + 1, next = at; i-- > start / per && !ret;) {
         ret = qcow2_find_block(im, i * per, &block);
         if (ret || block)
@@ -11254,19 +11211,6 @@ static void qcow2_end_walk(struct qcow2_check *k, const struct qcow2_walk *w, bo
 
 /* -- counting -- */
 
-/* The active tables refer to a range that was counted. Two such references, one of which may be COPIED, share it. */
-static void qcow2_note_active(struct qcow2_check *k, uint64_t offset, uint64_t length, uint8_t use)
-{
-    uint8_t others = QCOW2_USE_ACTIVE | (use & QCOW2_USE_ACTIVE ? QCOW2_USE_COMPRESSED : 0);
-
-    for (uint64_t i = offset >> k->q->cluster_bits; i <= (offset + length - 1) >> k->q->cluster_bits; i++) {
-        if (i >= k->n_clusters)
-            return;
-        k->shared |= k->uses[i] & others;
-        k->uses[i] |= use;
-    }
-}
-
 static uint64_t qcow2_counted(const struct qcow2_check *k, uint64_t cluster)
 {
     return k->width == 1   ? ((uint8_t *)k->counts)[cluster]
@@ -11274,17 +11218,21 @@ static uint64_t qcow2_counted(const struct qcow2_check *k, uint64_t cluster)
                            : ((uint32_t *)k->counts)[cluster];
 }
 
-/* Counts `times` uses of a cluster. */
+/* Counts `times` uses of a cluster. Two of the active tables, one of which may be COPIED, share it. */
 static void qcow2_count_cluster(struct qcow2_check *k, uint64_t cluster, uint64_t times, uint8_t use)
 {
     uint64_t before = qcow2_counted(k, cluster), more = util_min(times, k->max - before), now = before + more;
-    uint8_t kinds = k->uses[cluster] & QCOW2_USE_KINDS;
+    uint8_t others = k->uses[cluster], kinds = others & QCOW2_USE_KINDS;
 
-    k->uses[cluster] |= use;
+    if (use & QCOW2_USE_ACTIVE)
+        k->shared |= others & (QCOW2_USE_ACTIVE | QCOW2_USE_COMPRESSED);
+    else if (use & QCOW2_USE_COMPRESSED)
+        k->shared |= others & QCOW2_USE_ACTIVE;
     if (kinds & (use == QCOW2_USE_OTHER ? 0xff : ~use)) {
-        k->uses[cluster] |= QCOW2_USE_MIXED;
+        use |= QCOW2_USE_MIXED;
         k->mixed = true;
     }
+    k->uses[cluster] |= use;
     if (k->width == 1)
         ((uint8_t *)k->counts)[cluster] = (uint8_t)now;
     else if (k->width == 2)
@@ -11362,18 +11310,14 @@ static void qcow2_check_compressed(struct qcow2_check *k, uint64_t entry, uint64
                       misplaced ? "in an image with an external data file" : "has subclusters");
         return;
     }
-    qcow2_count_range(k, host, end - host, times, QCOW2_USE_DATA, "compressed", guest);
-    if (active)
-        qcow2_note_active(k, host, end - host, QCOW2_USE_COMPRESSED);
+    qcow2_count_range(k, host, end - host, times, QCOW2_USE_DATA | (active ? QCOW2_USE_COMPRESSED : 0), "compressed",
+                      guest);
     k->c->allocated += active;
     k->c->compressed += active;
     k->c->fragmented += active;     /* by nature */
 }
 
-/*
- * A cluster that ends past the end of the file is no fault (QEMU does not count it), unless some of what is read
- * of it is missing. times 0: of a snapshot, which is not reported.
- */
+/* A cluster may end past the end of the file, as in QEMU, if all that is read of it is there. times 0: not reported. */
 static void qcow2_check_whole(struct qcow2_check *k, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t times)
 {
     const struct qcow2 *q = k->q;
@@ -11420,10 +11364,9 @@ static void qcow2_check_l2_entry(struct qcow2_check *k, uint64_t entry, uint64_t
             qcow2_check_copied(k, host, entry & QCOW2_COPIED, true, guest, active);
     }
     if (!(q->incompatible & QCOW2_DATA_FILE)) {
-        qcow2_count_range(k, host, cluster, times, QCOW2_USE_DATA, "its cluster", guest);
+        qcow2_count_range(k, host, cluster, times, QCOW2_USE_DATA | (active ? QCOW2_USE_ACTIVE : 0), "its cluster",
+                          guest);
         k->shared |= active > 1;
-        if (active)
-            qcow2_note_active(k, host, cluster, QCOW2_USE_ACTIVE);
     }
     if ((q->incompatible & QCOW2_DATA_FILE) ? active : host < k->f->size)
         qcow2_check_whole(k, entry, bitmap, guest, active);
@@ -11494,20 +11437,19 @@ static void qcow2_check_l1_entry(struct qcow2_check *k, uint64_t entry, uint64_t
 {
     uint64_t l2 = entry & QCOW2_OFFSET, cluster = qcow2_cluster(k->q);
     uint64_t guest = index << (k->q->cluster_bits + k->q->l2_bits);
+    bool active = table == 0 && l2;
 
     if (entry & QCOW2_L1_RESERVED)
         qcow2_finding(k, 1, "guest 0x%" PRIx64 ": its L1 entry 0x%" PRIx64 " has reserved bits set", guest, entry);
     if (l2 % cluster)
         qcow2_finding(k, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64 ": its L1 entry is not aligned", guest, l2);
-    qcow2_count_range(k, l2, cluster, 1, QCOW2_USE_L2, "its L2 table", guest);
+    qcow2_count_range(k, l2, cluster, 1, QCOW2_USE_L2 | (active ? QCOW2_USE_ACTIVE : 0), "its L2 table", guest);
     k->beyond |= cluster > k->f->size || l2 > k->f->size - cluster;
     if (l2 < k->f->size && cluster > k->f->size - l2)
         qcow2_finding(k, 1, "guest 0x%" PRIx64 ", host 0x%" PRIx64 ": the file ends before its L2 table does", guest,
                       l2);
-    if (table == 0 && l2) {
-        qcow2_note_active(k, l2, cluster, QCOW2_USE_ACTIVE);
+    if (active)
         qcow2_check_copied(k, l2, entry & QCOW2_COPIED, false, guest, 1);
-    }
 }
 
 /* An L1 table. table: 0, or the number of a snapshot. */
@@ -11773,11 +11715,7 @@ static int qcow2_check(struct image *im, struct check *c)
     return qcow2_count_all(im, c, NULL);
 }
 
-/*
- * -- repairing --
- *
- * The image is opened for writing and nobody uses it yet, so what is called here needs no lock.
- */
+/* -- repairing: the image is open for writing and nobody uses it yet, so what is called here needs no lock -- */
 
 /* Near a bad sector an entry can be read, but not be changed: then it is left. */
 static void qcow2_repair_entry(struct qcow2_check *k, const struct qcow2_walk *w, uint64_t entry)
@@ -11785,10 +11723,7 @@ static void qcow2_repair_entry(struct qcow2_check *k, const struct qcow2_walk *w
     k->flags_set += !qcow2_store_locked(k->im, w->at, w->width, entry, w->bitmap, QCOW2_MAPPING);
 }
 
-/*
- * COPIED of one entry (is_data: of an L2 table), where it does not say what the refcount is. Left alone where the
- * refcount itself could not be repaired; and never set while there are references that could not be read.
- */
+/* Corrects COPIED, unless the refcount could not be repaired. Never sets it while some references cannot be read. */
 static void qcow2_repair_copied(struct qcow2_check *k, const struct qcow2_walk *w, bool is_data)
 {
     const struct qcow2 *q = k->q;
@@ -11803,10 +11738,7 @@ static void qcow2_repair_copied(struct qcow2_check *k, const struct qcow2_walk *
     qcow2_repair_entry(k, w, w->entry ^ QCOW2_COPIED);
 }
 
-/*
- * Is it a table? Nothing else refers to it, but an entry that leads to it may be wrong, and what lies there may be
- * what the guest has written. In such data most numbers that are not 0 make no sense as entries.
- */
+/* Is it a table? A wrong L1 entry may lead to the guest's data, where most numbers are no valid L2 entries. */
 static bool qcow2_is_l2(const struct qcow2_check *k, uint64_t l2)
 {
     const struct qcow2 *q = k->q;
@@ -11871,10 +11803,7 @@ static int qcow2_repair_flags(struct qcow2_check *k)
     return ret;
 }
 
-/*
- * Stores refcounts as they were counted, in blocks that are nothing else. *stale: some are not right, as they have no
- * such block. Nothing is freed while there are references that could not be read.
- */
+/* Stores the counts, in blocks that are nothing else; *stale: some have none. Frees nothing if a table is lost. */
 static int qcow2_repair_refcounts(struct qcow2_check *k, uint64_t *changed, bool *stale)
 {
     struct image *im = k->im;
@@ -12011,10 +11940,7 @@ static int qcow2_repair_dirty(struct qcow2_check *k)
     return qcow2_repair_all(k);
 }
 
-/*
- * Counts and repairs until there is nothing (more) to repair: after a rebuild the old table and its blocks are free.
- * c: what is left.
- */
+/* Counts and repairs until nothing changes: after a rebuild the old table and its blocks are free. c: what is left. */
 static int qcow2_repair_by(struct image *im, struct check *c, int (*repair)(struct qcow2_check *k))
 {
     struct qcow2 *q = im->state;
