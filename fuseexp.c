@@ -16,7 +16,7 @@
  *    9. Table cache            cache_      tables, and the budget that decoded clusters share
  *   10. Decoded clusters       decoded_    what compressed clusters decode to
  *   11. Format helpers         fmt_, ext_  refusals, opening by name, extents
- *   12. Lost ranges            lost_       what could not be read, for --error-map
+ *   12. Lost ranges            lost_       what could not be read, for --error-map, or was not, by a mapfile
  *   13. Image I/O              img_        reads, writes and resizes any image through its driver
  *   14. Raw images             raw_        the driver to copy
  *   15. VDI                    vdi_        VirtualBox's format
@@ -2696,6 +2696,12 @@ static uint64_t cache_budget(void)
     return cache.budget;
 }
 
+/* Counts memory that is neither table nor decoded cluster against the budget, until cache_stop(). */
+static void cache_charge(uint64_t bytes)
+{
+    cache.table_bytes += bytes;
+}
+
 /* Bytes that the tables leave of the budget. */
 static uint64_t cache_left(void)
 {
@@ -3439,6 +3445,7 @@ static int fmt_open_named(struct image *im, struct file *f, const char *name, co
  * What could not be read, for --error-map: a sorted list of ranges, written as a ddrescue mapfile whenever a
  * second has passed since the last time, and at the end. Positions count from the start of what is shown. The
  * list has an end: when it is full, a new range is joined to its neighbour, and what lies between counts as bad.
+ * And mapfiles that say what was not read when the image was made.
  * ******************************************************************************************************** */
 
 static struct {
@@ -3449,6 +3456,9 @@ static struct {
     time_t written;
     bool failed;
 } lost_list = { .lock = PTHREAD_MUTEX_INITIALIZER, .fd = -1 };
+
+/* A comment of our own maps: where in the disk its position 0 is, so that it fits again. */
+static const char lost_origin[] = "# Position 0 is at byte ";
 
 /* Never overwrites a file: it may be the map of another rescue. */
 static int lost_start(const char *path, uint64_t from, uint64_t size)
@@ -3488,8 +3498,10 @@ static void lost_write_locked(void)
     FILE *f = open_memstream(&text, &len);
     uint64_t at = 0;
     bool good = f && fprintf(f, "# Mapfile. Created by fuseexp %s: - could not be read, + is the rest\n"
+                             "%s0x%08" PRIX64 "\n"
                              "# current_pos  current_status  current_pass\n0x%08" PRIX64 "     +               1\n"
-                             "#      pos        size  status\n", FUSEEXP_VERSION, lost_list.size) > 0;
+                             "#      pos        size  status\n", FUSEEXP_VERSION, lost_origin, lost_list.from,
+                             lost_list.size) > 0;
 
     for (unsigned i = 0; i < lost_list.bad.n && good; at = lost_list.bad.range[i++].end)
         good = lost_put(f, at, lost_list.bad.range[i].start, '+') &&
@@ -3539,6 +3551,268 @@ static void lost_note(uint64_t offset, uint64_t len)
     pthread_mutex_unlock(&lost_list.lock);
 }
 
+/*
+ * -- mapfiles --
+ *
+ * GNU ddrescue's manual, "Mapfile structure". Lines of text; a "#" at the start or after a blank begins a
+ * comment. The first other line is the state of ddrescue: a position, its status and a pass. Then a line for each
+ * range, in order: position, size, status. Numbers are those of C. More fields are ignored: other programs add some.
+ *
+ * Zeros in the image do not tell whether they were read. So all that is not "+" is an error, and so is what no
+ * line covers.
+ */
+
+static const struct { char status; const char *why; } lost_statuses[] = {
+    { '+', NULL },
+    { '?', "not tried yet, says the mapfile (?)" },
+    { '*', "failed and not trimmed yet, says the mapfile (*)" },
+    { '/', "failed and not scraped yet, says the mapfile (/)" },
+    { '-', "a bad sector, says the mapfile (-)" },
+};
+static const char lost_uncovered[] = "not covered by the mapfile";
+
+struct lost_reader {
+    FILE *f;
+    uint64_t left;                  /* bytes that may still be read */
+    unsigned line;
+    char text[256], comment[80];    /* of this line, as much as fits */
+    bool heading;                   /* ddrescue's title was among the comments */
+    int64_t origin;                 /* likewise, lost_origin */
+    uint64_t end;                   /* of the last range, by the file's positions */
+};
+
+/* Reads a line. False: there is none left. */
+static bool lost_next_line(struct lost_reader *r)
+{
+    size_t n = 0, n_comment = 0;
+    bool in_comment = false;
+    int c = EOF, last = '\n';
+
+    for (r->line++; r->left && (c = getc(r->f)) != EOF && c != '\n'; last = c) {
+        r->left--;
+        in_comment |= c == '#' && isspace(last);
+        if (in_comment && n_comment < sizeof(r->comment) - 1)
+            r->comment[n_comment++] = (char)c;
+        else if (!in_comment && n < sizeof(r->text) - 1)
+            r->text[n++] = (char)c;
+    }
+    r->left -= r->left && c != EOF;     /* the newline */
+    r->text[n] = r->comment[n_comment] = 0;
+    r->heading |= strncmp(r->comment, "# Mapfile", 9) == 0 || strncmp(r->comment, "# Rescue Logfile", 16) == 0;
+    if (strncmp(r->comment, lost_origin, sizeof(lost_origin) - 1) == 0)
+        r->origin = strtoll(r->comment + sizeof(lost_origin) - 1, NULL, 16);
+    return c != EOF && r->left;
+}
+
+/* Reads a line that is more than a comment; the last one need not end in a newline. False: there is none left. */
+static bool lost_next_words(struct lost_reader *r)
+{
+    bool more;
+
+    do
+        more = lost_next_line(r);
+    while (more && !r->text[strspn(r->text, " \t\r")]);
+    return r->text[strspn(r->text, " \t\r")];
+}
+
+/* Moves *text past a number, MAX_IMAGE_SIZE at most. False: there is none. */
+static bool lost_parse_number(const char **text, uint64_t *value)
+{
+    const char *start = *text + strspn(*text, " \t");
+    char *end;
+
+    if (!isdigit((unsigned char)*start))
+        return false;
+    errno = 0;
+    *value = strtoull(start, &end, 0);
+    *text = end;
+    return !errno && *value <= (uint64_t)MAX_IMAGE_SIZE && (!*end || isspace((unsigned char)*end));
+}
+
+/* The status that text begins with, one of `accepted`; 0: it is none. */
+static char lost_parse_status(const char *text, const char *accepted)
+{
+    text += strspn(text, " \t");
+    return *text && strchr(accepted, *text) && (!text[1] || isspace((unsigned char)text[1])) ? *text : 0;
+}
+
+static bool lost_is_state(const char *text)
+{
+    uint64_t at;
+
+    return lost_parse_number(&text, &at) && lost_parse_status(text, "?*/-FG+");
+}
+
+/* Reads the line's range. NULL, or what is wrong with it. */
+static const char *lost_parse_range(struct lost_reader *r, uint64_t *start, uint64_t *end, const char **why)
+{
+    const char *text = r->text;
+    uint64_t size;
+    char status;
+
+    if (!lost_parse_number(&text, start) || !lost_parse_number(&text, &size))
+        return "no position and size from 0 to 0x7fffffffffffffff";
+    status = lost_parse_status(text, "?*/-+");
+    if (!status)
+        return "no status, which is one of ? * / - +";
+    if (size > (uint64_t)MAX_IMAGE_SIZE - *start)
+        return "ends past what a disk can have";
+    if (*start < r->end)
+        return "begins before the end of the range before it";
+    r->end = *end = *start + size;
+    for (size_t i = 0; i < ARRAY_LEN(lost_statuses); i++)
+        if (lost_statuses[i].status == status)
+            *why = lost_statuses[i].why;
+    return NULL;
+}
+
+/* A name proves nothing: there must be a state, and ddrescue's title or two ranges. Rewinds the file. */
+static bool lost_is_map(FILE *f)
+{
+    struct lost_reader r = { .f = f, .left = 65536 };
+    uint64_t start, end;
+    const char *why;
+    bool good = lost_next_words(&r) && lost_is_state(r.text);
+
+    for (int i = 0; i < 2 && good && !r.heading; i++)
+        good = lost_next_words(&r) && !lost_parse_range(&r, &start, &end, &why);
+    rewind(f);
+    return good;
+}
+
+static void lost_free(struct lost_map *m)
+{
+    if (m) {
+        free(m->span);
+        free(m->path);
+    }
+    free(m);
+}
+
+/* From `start` on the disk was not read because of `why`, or it was (NULL). */
+static int lost_add(struct lost_map *m, uint64_t start, const char *why)
+{
+    uint64_t max = cache_budget() / 4 / sizeof(*m->span);
+    struct lost_span *more;
+
+    if (m->n && m->span[m->n - 1].why == why)
+        return 0;
+    if (m->n >= max)
+        return msg_err(-E2BIG, "%s: more than %" PRIu64 " ranges, which is what --cache-size allows", m->path, max);
+    if (m->n == m->room) {
+        m->room = (unsigned)util_min(util_min(2 * (uint64_t)m->room + 64, max), UINT_MAX / 2);
+        more = util_fault("mapfile") ? NULL : realloc(m->span, m->room * sizeof(*more));
+        if (!more)
+            return msg_err(-ENOMEM, "%s: out of memory", m->path);
+        m->span = more;
+    }
+    m->span[m->n++] = (struct lost_span){ start, why };
+    return 0;
+}
+
+/* Where a position of the map lies on the disk: not before its start. */
+static uint64_t lost_shift(uint64_t position, int64_t by)
+{
+    uint64_t back = 0 - (uint64_t)by;
+
+    if (by < 0)
+        return position > back ? position - back : 0;
+    return util_min(position + (uint64_t)by, (uint64_t)MAX_IMAGE_SIZE);
+}
+
+/* Reads all ranges. shift: of positions; 0: as the map says. */
+static int lost_read_map(struct lost_map *m, FILE *f, int64_t shift)
+{
+    struct lost_reader r = { .f = f, .left = UINT64_MAX };
+    const char *wrong = "no mapfile of GNU ddrescue: its first line is not position and status", *why = NULL;
+    uint64_t start, end, covered = 0;
+    int ret = 0;
+
+    if (!lost_next_words(&r) || !lost_is_state(r.text))
+        return msg_err(-EINVAL, "%s: line %u: %s", m->path, r.line, wrong);
+    while (!ret && lost_next_words(&r)) {
+        wrong = lost_parse_range(&r, &start, &end, &why);
+        if (wrong)
+            return msg_err(-EINVAL, "%s: line %u: %s (%s)", m->path, r.line, wrong, text_trim(r.text));
+        start = lost_shift(start, shift ? shift : r.origin);
+        end = lost_shift(end, shift ? shift : r.origin);
+        if (start >= end)
+            continue;
+        if (start > covered)
+            ret = lost_add(m, covered, lost_uncovered);
+        if (!ret)
+            ret = lost_add(m, start, why);
+        covered = end;
+    }
+    if (!ret && ferror(f))
+        return msg_err(-EIO, "%s: %s", m->path, strerror(errno));
+    return ret ? ret : lost_add(m, covered, lost_uncovered);
+}
+
+/* Sums up what was not read of a disk of `size` bytes. Returns how many bytes were read that it has not. */
+static uint64_t lost_sum_up(struct lost_map *m, uint64_t size)
+{
+    uint64_t start, end, cut = 0;
+
+    for (unsigned i = 0; i < m->n; i++) {
+        start = m->span[i].start;
+        end = i + 1 < m->n ? m->span[i + 1].start : UINT64_MAX;
+        if (!m->span[i].why && end > size)
+            cut += end - (start > size ? start : size);
+        if (m->span[i].why && start < size) {
+            m->bytes += util_min(end, size) - start;
+            m->ranges += !i || !m->span[i - 1].why;
+        }
+    }
+    return cut;
+}
+
+/* What the map says at offset; *length: how far that holds, at most what it is. */
+static const char *lost_why(const struct lost_map *m, uint64_t offset, uint64_t *length)
+{
+    unsigned next = util_count_up_to(&m->span->start, sizeof(*m->span), m->n, offset);
+
+    if (next < m->n)
+        *length = util_min(*length, m->span[next].start - offset);
+    return m->span[next - 1].why;
+}
+
+/* Opens a mapfile. strange: it may be something else than a file, since the user named it. */
+static FILE *lost_open(const char *path, const struct file *image, bool strange)
+{
+    int fd = open(path, strange ? O_RDONLY | O_CLOEXEC : O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    struct stat st;
+    FILE *f = NULL;
+
+    if (fd >= 0 && fstat(fd, &st) == 0 && (strange || (S_ISREG(st.st_mode) && !file_is(image, &st))))
+        f = fdopen(fd, "re");
+    if (!f)
+        util_close(&fd);
+    return f;
+}
+
+/* Opens the mapfile beside an image: its name, whole or without the last ending, and one of four. NULL: none. */
+static FILE *lost_find(const struct file *image, char path[PATH_MAX])
+{
+    static const char *const endings[] = { ".map", ".mapfile", ".log", ".logfile" };
+    const char *name = util_basename(image->path), *dot = strrchr(name, '.');
+    size_t whole = strlen(image->path), stem = dot && dot > name ? (size_t)(dot - image->path) : 0;
+    FILE *f;
+
+    for (size_t i = 0; i < 2 * ARRAY_LEN(endings); i++) {
+        const char *ending = endings[i % ARRAY_LEN(endings)];
+        size_t len = i < ARRAY_LEN(endings) ? whole : stem;
+        if (!len || snprintf(path, PATH_MAX, "%.*s%s", (int)len, image->path, ending) >= PATH_MAX)
+            continue;
+        f = lost_open(path, image, false);
+        if (f && lost_is_map(f))
+            return f;
+        if (f)
+            fclose(f);
+    }
+    return NULL;
+}
+
 /* ******************************************************************************************************** *
  * 13. Image I/O
  *
@@ -3546,9 +3820,20 @@ static void lost_note(uint64_t offset, uint64_t len)
  * image below them.
  * ******************************************************************************************************** */
 
+/* Was the front of this range not read when the image was made? Then describes it; else *length is what was. */
+static bool img_is_unread(const struct image *im, uint64_t offset, uint64_t *length, struct extent *ext)
+{
+    const char *why = lost_why(im->unread, offset, length);
+
+    ext_bad(ext, *length, why);
+    ext->depth = im->depth;
+    return why;
+}
+
 /*
  * As image_format.map, but for any offset and through the whole chain: never EXT_BACKING. What lies past the end of
- * the image is bad, past the end of a backing file that is shorter than its child it is zero.
+ * the image is bad, and what its mapfile calls so; past the end of a backing file that is shorter than its child
+ * it is zero.
  */
 static void img_map(struct image *im, uint64_t offset, uint64_t length, bool exact, struct extent *ext)
 {
@@ -3562,7 +3847,10 @@ static void img_map(struct image *im, uint64_t offset, uint64_t length, bool exa
                                     .why = "past the end of the image" };
             return;
         }
-        ext_map(im, offset, util_min(length, size - offset), exact, ext);
+        length = util_min(length, size - offset);
+        if (im->unread && img_is_unread(im, offset, &length, ext))
+            return;
+        ext_map(im, offset, length, exact, ext);
         ext->depth = im->depth;
         if (ext->kind != EXT_BACKING)
             return;
@@ -12222,6 +12510,7 @@ static bool probe_is_mapfile(const struct probe *p)
 
 #define PROBE_UNPACK "unpack it first"
 #define PROBE_NAME_DISK "name the file of the disk that it tells of"
+#define PROBE_NAME_COPY "name the image itself; --mapfile=FILE tells what of it was not read"
 #define PROBE_CONVERT "qemu-img convert makes a raw image of it"
 #define PROBE_RESTORE "its own program restores the disk"
 
@@ -12304,8 +12593,8 @@ static const struct probe_container probe_foreign[] = {
     { "a compressed ISO image (ISZ)", PROBE_UNPACK, PROBE_MAGIC("IsZ!\x40") },
     { "a file encrypted by openssl", "openssl enc -d decrypts it", PROBE_MAGIC("Salted__") },
     { "a file encrypted by age", "age -d decrypts it", PROBE_MAGIC("age-encryption.org/v") },
-    { "a mapfile of GNU ddrescue", "name the image itself", .check = probe_is_mapfile },
-    { "a mapfile of GNU ddrescue", "name the image itself", .text = "# Rescue Logfile. Created by" },
+    { "a mapfile of GNU ddrescue", PROBE_NAME_COPY, .check = probe_is_mapfile },
+    { "a mapfile of GNU ddrescue", PROBE_NAME_COPY, .text = "# Rescue Logfile. Created by" },
     { "a .vmx file (settings of a VMware machine)", PROBE_NAME_DISK, .text = "config.version" },
     { "a .vmx file (settings of a VMware machine)", PROBE_NAME_DISK, .text = "virtualHW.version" },
     { "a .vmsd file (list of snapshots of VMware)", PROBE_NAME_DISK, PROBE_MAGIC(".encoding"), .text = "snapshot." },
@@ -13048,6 +13337,21 @@ static void check_extent(struct check_image *k, uint64_t at, const struct extent
     check_twice(k, twice, ext->file, ext->offset, ext->length, NULL, at);
 }
 
+/* What was not read when the image was made, by its mapfile. */
+static void check_unread(const struct image *im, struct check *c)
+{
+    uint64_t size = im->size, unit = im->cluster_size ? im->cluster_size : 65536, length;
+    const char *why;
+
+    for (uint64_t at = 0; im->unread && at < size; at += length) {
+        length = size - at;
+        why = lost_why(im->unread, at, &length);
+        if (why)
+            out_finding(c, im->name, false, (length + unit - 1) / unit, "guest 0x%" PRIx64 ", 0x%" PRIx64
+                        " bytes: %s", at, length, why);
+    }
+}
+
 /* Counts the errors of the top image. -EOPNOTSUPP: the format has nothing to check. */
 static int check_image(struct image *im, struct check *c)
 {
@@ -13056,8 +13360,9 @@ static int check_image(struct image *im, struct check *c)
     uint64_t size = im->size;
     struct extent ext;
 
-    if (im->format->plain)
+    if (im->format->plain && !im->unread)
         return -EOPNOTSUPP;
+    check_unread(im, c);
     if (im->format->check && !util_fault_op("check"))
         return im->format->check(im, c);
     k.used = calloc(im->n_files, sizeof(*k.used));
@@ -13091,6 +13396,7 @@ static void chain_close(struct image *im)
     if (im->state && im->format->close)
         im->format->close(im);
     free(im->state);
+    lost_free(im->unread);
     for (unsigned i = 0; i < im->n_files; i++)
         file_close(&im->files[i]);
     for (unsigned i = 0; i < im->n_hints; i++)
@@ -13304,6 +13610,19 @@ static int chain_set_backing_format(const struct image *im, struct image *base, 
     return 0;
 }
 
+/* A --backing of another name than the recorded one may be an image further down, and leave out those between. */
+static void chain_note_skipped(const struct image *im, const char *path)
+{
+    const char *name = im->backing_name + (strncmp(im->backing_name, "file:", 5) == 0 ? 5 : 0);
+    char recorded[PATH_MAX];
+    bool there = !fmt_is_url(name) && util_beside(recorded, im->files[0].path, name) && file_exists(recorded);
+
+    if (strcmp(util_basename(name), util_basename(path)) != 0)
+        msg_say(MSG_NOTE, "%s: %s stands for its backing file '%s'%s; unless both are the same, this skips '%s': its "
+                "changes are lost, and what --map shows with depth > %u may be too old", im->name, path, name,
+                there ? "" : ", which is not there", util_basename(name), im->depth);
+}
+
 static int chain_take_given(const struct image *im, struct image *base, unsigned given)
 {
     int ret = chain_set_backing_format(im, base, true);
@@ -13482,8 +13801,11 @@ static int chain_find_parent(struct image *im, struct image *base)
 
     if (known && chain_try_given(im, base) == 0)
         return 0;
-    if (next && (!known || opt->force_parent) && !chain_is_further_down(im, opt->backing[next - 1]))
+    if (next && (!known || opt->force_parent) && !chain_is_further_down(im, opt->backing[next - 1])) {
+        if (!known)
+            chain_note_skipped(im, opt->backing[next - 1]);
         return chain_take_given(im, base, next);
+    }
     ret = chain_set_backing_format(im, base, false);
     if (ret)
         return ret;
@@ -13701,6 +14023,90 @@ static void chain_guess_size(struct image *im)
             says == im->size ? "as the disk itself says" : "what its tables map");
 }
 
+/* Says what a mapfile told of im. cut: bytes that were read, but are not there. Refuses what cannot be served. */
+static int chain_tell_map(const struct image *im, const struct lost_map *m, uint64_t cut)
+{
+    const char *ignore = im->opt->mapfile ? "" : "; --mapfile=none ignores it";
+
+    if (m->bytes && im->writable)
+        return msg_err(-EROFS, "%s: %" PRIu64 " bytes of it were not read, says the mapfile %s; --overlay and "
+                       "--temporary take the changes%s", im->name, m->bytes, m->path, ignore);
+    if (m->bytes)
+        msg_say(MSG_NOTE, "%s: %" PRIu64 " bytes in %u range%s were not read, says the mapfile %s: they are errors%s",
+                im->name, m->bytes, m->ranges, m->ranges > 1 ? "s" : "", m->path, ignore);
+    else
+        msg_say(MSG_NOTE, "%s: all of it was read, says the mapfile %s", im->name, m->path);
+    if (!cut)
+        return 0;
+    if (im->opt->strict)
+        return msg_err(-EIO, "%s: damaged (--strict): lacks %" PRIu64 " bytes at its end that the mapfile %s says were "
+                       "read", im->name, cut, m->path);
+    msg_say(MSG_NOTE, "%s: is cut off: %" PRIu64 " bytes that were read are missing at its end", im->name, cut);
+    return 0;
+}
+
+/* Reads the mapfile `path`. If there is nothing that needs to be remembered, im->unread stays NULL. */
+static int chain_read_map(struct image *im, const char *path, FILE *f)
+{
+    struct lost_map *m = im->unread = util_fault("map") ? NULL : calloc(1, sizeof(*m));
+    int ret;
+
+    if (m)
+        m->path = strdup(path);
+    if (!m || !m->path)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    ret = lost_read_map(m, f, im->opt->map_offset);
+    if (ret && !im->opt->mapfile)
+        return msg_err(ret, "%s: the mapfile beside it cannot be used; --mapfile=none ignores it", im->name);
+    if (!ret)
+        ret = chain_tell_map(im, m, lost_sum_up(m, im->size));
+    if (ret)
+        return ret;
+    cache_charge(m->room * sizeof(*m->span));
+    if (!m->bytes) {
+        lost_free(m);
+        im->unread = NULL;
+    }
+    return 0;
+}
+
+/* The mapfile that the user named tells of the disk, one beside a raw image of the chain of that image. */
+static int chain_find_map(struct image *im)
+{
+    bool named = im->depth == 0 && im->opt->mapfile;
+    char path[PATH_MAX];
+    FILE *f = NULL;
+    int ret;
+
+    if (named && !util_copy(path, sizeof(path), im->opt->mapfile))
+        return msg_err(-ENAMETOOLONG, "%s: path too long", im->opt->mapfile);
+    if (named)
+        f = lost_open(path, &im->files[0], true);
+    if (named && !f)
+        return msg_err(-errno, "%s: cannot open the mapfile: %s", path, strerror(errno));
+    if (!named && !im->files[0].is_blk)
+        f = lost_find(&im->files[0], path);
+    if (!f)
+        return 0;
+    ret = named || im->format->plain ? chain_read_map(im, path, f) : 0;
+    if (!named && !im->format->plain)
+        msg_say(MSG_NOTE, "%s: the mapfile %s is not used: it may be of this file, or of the disk (README, BAD "
+                "SECTORS)", im->name, path);
+    fclose(f);
+    return ret;
+}
+
+static int chain_find_maps(struct image *im)
+{
+    int ret = 0;
+
+    if (im->opt->mapfile && strcmp(im->opt->mapfile, "none") == 0)
+        return 0;
+    for (; im && !ret; im = im->backing)
+        ret = chain_find_map(im);
+    return ret;
+}
+
 /* Call chain_close() also after a failure. The caller has set writable and growable. */
 static int chain_open(struct image *im, char *const *paths, unsigned n_paths, const struct image_options *opt)
 {
@@ -13727,6 +14133,8 @@ static int chain_open(struct image *im, char *const *paths, unsigned n_paths, co
         ret = chain_open_backing(im);
     if (!ret && im->least_size)
         chain_guess_size(im);
+    if (!ret)
+        ret = chain_find_maps(im);
     return ret ? ret : check_look_at_chain(im);
 }
 
@@ -13780,7 +14188,7 @@ static bool overlay_reads_as_qemu(struct image *im)
 
     for (; im; im = im->backing) {
         unsigned n = 0;
-        if (im->damaged || (!im->format->plain && im->size % 512) ||
+        if (im->damaged || im->unread || (!im->format->plain && im->size % 512) ||
             (im->format->as_qemu && !im->format->as_qemu(im)))
             return false;
         for (uint64_t at = 0; !im->format->bad_to_qemu && at < im->size; at += ext.length) {
@@ -13975,6 +14383,9 @@ struct part_scan {
     uint32_t sector;                /* 512 or 4096 */
     struct view *views;
     unsigned n_views;               /* in use, of MAX_VIEWS */
+    uint64_t missing;               /* bytes: so far past the end of the disk its table reaches */
+    uint64_t backup;                /* the sector of the second copy of a GPT */
+    const char *lost_backup;        /* what is wrong with that; NULL: nothing */
 };
 
 static int part_read(const struct part_scan *ps, uint64_t lba, void *buf, uint64_t len)
@@ -13986,12 +14397,26 @@ static int part_read(const struct part_scan *ps, uint64_t lba, void *buf, uint64
     return img_read(ps->im, buf, len, ps->base + lba * ps->sector, &done);
 }
 
+/* The table says that the disk has this many sectors at least. False: no disk has so many. */
+static bool part_reaches(struct part_scan *ps, uint64_t first_lba, uint64_t n_lba)
+{
+    uint64_t max = ((uint64_t)MAX_IMAGE_SIZE - ps->base) / ps->sector, end;
+
+    if (first_lba > max || n_lba > max - first_lba)
+        return false;
+    end = (first_lba + n_lba) * ps->sector;
+    if (end > ps->size && end - ps->size > ps->missing)
+        ps->missing = end - ps->size;
+    return true;
+}
+
 static void part_add(struct part_scan *ps, unsigned number, uint64_t first_lba, uint64_t n_lba)
 {
-    uint64_t max = ((uint64_t)MAX_IMAGE_SIZE - ps->base) / ps->sector, start = first_lba * ps->sector;
+    uint64_t start = first_lba * ps->sector;
     struct view *v = &ps->views[ps->n_views];
+    bool possible = part_reaches(ps, first_lba, n_lba);
 
-    if (first_lba >= ps->size / ps->sector || n_lba > max - first_lba || ps->n_views == MAX_VIEWS) {
+    if (first_lba >= ps->size / ps->sector || !possible || ps->n_views == MAX_VIEWS) {
         msg_say(MSG_NOTE, "%s: partition %u %s, left out", ps->im->name, number,
                 first_lba >= ps->size / ps->sector ? "starts past the end of the disk"
                 : ps->n_views < MAX_VIEWS ? "is larger than any file" : "is one too many");
@@ -14144,7 +14569,7 @@ static void part_scan_mbr(struct part_scan *ps, const struct mbr *mbr, enum part
     }
     for (unsigned i = 0; i < 4; i++) {
         struct part_entry e = part_parse_entry(mbr, i);
-        if (e.extended)
+        if (e.extended && part_reaches(ps, e.start, e.count))
             part_scan_extended(ps, e.start, e.count, &logical);
     }
 }
@@ -14212,6 +14637,25 @@ static const char *part_scan_gpt(struct part_scan *ps, uint64_t lba, uint64_t *o
     return wrong;
 }
 
+/* The GPT is good, and its second copy should be at sector `at`. last: of the disk. */
+static void part_check_backup(struct part_scan *ps, uint64_t at, uint64_t last)
+{
+    uint8_t sector[4096];
+    uint64_t none;
+
+    if (at < last)
+        msg_say(MSG_NOTE, "%s: its backup GPT is at sector %" PRIu64 ", not at its end (%" PRIu64 "): the disk "
+                "was smaller once", ps->im->name, at, last);
+    if (at > last && part_reaches(ps, at, 1)) {
+        msg_say(MSG_NOTE, "%s: its backup GPT is at sector %" PRIu64 ", past its end (%" PRIu64 "): the disk "
+                "was larger once, or the image is cut off: it lacks %" PRIu64 " bytes", ps->im->name, at, last,
+                (at - last) * ps->sector);
+        return;
+    }
+    ps->backup = at;
+    ps->lost_backup = part_read_gpt(ps, at, sector, &none);
+}
+
 /*
  * Tries the primary and the backup GPT at one sector size. The backup is at the end of the disk as it was when the
  * table was written: the primary says where, if that is left; so does the protective entry of `mbr`.
@@ -14238,10 +14682,8 @@ static const char *part_scan_gpts(struct part_scan *ps, uint32_t sector, const s
         at = backup[i];
         wrong = NULL;
     }
-    if (!wrong && at != last)       /* the image was made longer or shorter */
-        msg_say(MSG_NOTE, "%s: its backup GPT is at sector %" PRIu64 ", %s its end (%" PRIu64 "): the disk was %s",
-                ps->im->name, at, at < last ? "not at" : "past", last,
-                at < last ? "smaller once" : "larger once, or the image is cut off");
+    if (!wrong)
+        part_check_backup(ps, at, last);
     return wrong;
 }
 
@@ -14299,6 +14741,29 @@ static int part_choose(struct image *im, struct view *views, unsigned *n, unsign
     return msg_err(-ENXIO, "%s: no partition %u (there %s %s)", im->name, number, *n == 1 ? "is" : "are", list);
 }
 
+/* What the scan has found to be missing. shown: partitions are, so what they lack has been told. */
+static void part_tell_missing(const struct part_scan *ps, bool shown)
+{
+    if (ps->missing && !shown)
+        msg_say(MSG_NOTE, "%s: its partition table reaches %" PRIu64 " bytes past its end: it is cut off, or the copy "
+                "of a larger disk (in a directory the partitions have their full size, with errors there)",
+                ps->im->name, ps->missing);
+    if (ps->lost_backup)
+        msg_say(MSG_NOTE, "%s: has lost its backup GPT at sector %" PRIu64 ": %s", ps->im->name, ps->backup,
+                ps->lost_backup);
+}
+
+static int part_check_strict(const struct part_scan *ps)
+{
+    if (ps->missing)
+        return msg_err(-EIO, "%s: damaged (--strict): its partition table reaches %" PRIu64 " bytes past the end of "
+                       "the disk", ps->im->name, ps->missing);
+    if (ps->lost_backup)
+        return msg_err(-EIO, "%s: damaged (--strict): its backup GPT at sector %" PRIu64 " is lost: %s",
+                       ps->im->name, ps->backup, ps->lost_backup);
+    return 0;
+}
+
 struct part_wanted {
     uint64_t offset, size;          /* the window; size 0: to the image's end */
     unsigned partition, sector;     /* 0: none, automatic */
@@ -14310,6 +14775,7 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
 {
     struct part_scan ps = { .im = im, .base = want->offset, .views = views, .n_views = 1 };
     const char *wrong = NULL;
+    bool shown = want->partition || want->all;
 
     if (want->offset && want->offset >= im->size)
         return msg_err(-EINVAL, "%s: --offset %" PRIu64 " is past the end (%" PRIu64 ")", im->name, want->offset,
@@ -14319,12 +14785,17 @@ static int part_make_views(struct image *im, const struct part_wanted *want, str
                        im->name, want->size, im->size - want->offset);
     ps.size = want->size ? want->size : im->size - want->offset;
     views[0] = (struct view){ .name = "disk", .start = want->offset, .inside = ps.size, .size = ps.size };
-    if (want->partition || want->all)
+    msg_hushed += !shown;           /* to look at, for what is missing */
+    if (shown || ps.size == im->size)
         wrong = part_scan_all(&ps, want->sector ? want->sector : part_device_sector(im));
-    *n = ps.n_views;
+    msg_hushed -= !shown;
+    part_tell_missing(&ps, shown);
+    *n = shown ? ps.n_views : 1;
+    if (im->opt->strict && !want->partition && part_check_strict(&ps))
+        return -EIO;
     if (want->partition)
         return part_choose(im, views, n, want->partition, wrong);
-    if (wrong)
+    if (wrong && shown)
         msg_say(wrong == part_no_table ? MSG_INFO : MSG_NOTE, "%s: only the disk is shown: %s%s", im->name,
                 wrong == part_no_table ? "" : "the GPT is damaged: ", wrong);
     return 0;
@@ -15457,7 +15928,8 @@ struct options {
 };
 
 enum opt_kind {
-    OPT_SET, OPT_TEXT, OPT_FILES, OPT_SIZE, OPT_COUNT, OPT_ID, OPT_OCTAL, OPT_CHOICE, OPT_ACTION, OPT_MOUNT
+    OPT_SET, OPT_TEXT, OPT_FILES, OPT_SIZE, OPT_SHIFT, OPT_COUNT, OPT_ID, OPT_OCTAL, OPT_CHOICE, OPT_ACTION,
+    OPT_MOUNT
 };
 
 #define OPT_AT(field) offsetof(struct options, field)
@@ -15502,6 +15974,10 @@ static const struct opt {
     { 0, "on-error", "eio|zero", OPT_CHOICE, OPT_AT(on_error), 0, "what is shown where nothing can be read" },
     { 0, "error-map", "FILE", OPT_TEXT, OPT_AT(error_map), 0,
       "list there what could not be read (ddrescue mapfile)" },
+    { 0, "mapfile", "FILE|none", OPT_TEXT, OPT_AT(image.mapfile), 0,
+      "what was not read when the image was made is an error (ddrescue mapfile)" },
+    { 0, "map-offset", "N[kMGT]", OPT_SHIFT, OPT_AT(image.map_offset), 0,
+      "position 0 of the mapfile is this byte of the disk (may be negative)" },
     { 0, "strict", NULL, OPT_SET, OPT_AT(image.strict), 0, "refuse an image whose tables are damaged anywhere" },
     { 0, "cache-size", "N[kMGT]", OPT_SIZE, OPT_AT(cache_size), 1, "for tables and decoded clusters (64M)" },
     { 0, "no-parts", NULL, OPT_SET, OPT_AT(no_parts), 0,
@@ -15563,6 +16039,7 @@ static int opt_bad(const struct opt *opt, const char *value)
 {
     static const char *const accepted[] = {
         [OPT_SIZE] = "a usable size (such as 4096, 0x1000, 4k, 10M, 2G)", [OPT_ID] = "a usable value (a number)",
+        [OPT_SHIFT] = "a usable distance (such as 1M or -32256)",
         [OPT_OCTAL] = "a usable value", [OPT_COUNT] = "a usable ", [OPT_CHOICE] = "one of "
     };
     bool shows_arg = opt->kind == OPT_CHOICE || opt->kind == OPT_COUNT;
@@ -15613,6 +16090,10 @@ static int opt_apply(struct options *o, const struct opt *opt, char *value)
     case OPT_SIZE:
         good = util_parse_size(value, &size) && (size || !opt->value);
         *(uint64_t *)at = size;
+        break;
+    case OPT_SHIFT:
+        good = util_parse_size(value + (*value == '-'), &size);
+        *(int64_t *)at = *value == '-' ? -(int64_t)size : (int64_t)size;
         break;
     case OPT_COUNT:
     case OPT_ID:
@@ -15773,10 +16254,14 @@ static bool opt_looks(const struct options *o)
 static int opt_check(const struct options *o)
 {
     bool overlaid = o->overlay || o->temporary, guessed = o->image.rebuild || o->image.header;
+    bool mapped = o->image.mapfile && strcmp(o->image.mapfile, "none") != 0;
     const struct { bool wrong; const char *why; } rules[] = {
         { o->overlay && o->temporary, "--overlay and --temporary: one or the other" },
         { o->writable && o->on_error && !overlaid, "--on-error=zero with -w: zeros shown for what is damaged would "
           "become the image's own; --overlay or --temporary keep it as it is" },
+        { mapped && o->writable && !overlaid,
+          "--mapfile is for reading: what was not read stays so; --overlay or --temporary take changes" },
+        { mapped && o->repair, "--mapfile is for reading: --repair changes the image" },
         { o->repair && o->action != ACT_CHECK, "--repair goes with --check" },
         { o->repair && o->share, "--repair is not for an image that is in use" },
         { o->json && !opt_looks(o), "--json goes with --info, --map or --check" },
@@ -17089,8 +17574,9 @@ static bool run_may_pass_through(const struct run *r)
     const struct server *srv = &r->srv;
 
     return !r->o->no_passthrough && !r->o->share && !r->o->on_error && !r->o->error_map && !srv->direct_io &&
-           r->im.format->plain && r->im.n_files == 1 && !r->im.files[0].is_blk && srv->views[0].start == 0 &&
-           srv->views[0].size == r->im.size && (!srv->writable || (srv->growable && srv->resizable));
+           r->im.format->plain && !r->im.unread && r->im.n_files == 1 && !r->im.files[0].is_blk &&
+           srv->views[0].start == 0 && srv->views[0].size == r->im.size &&
+           (!srv->writable || (srv->growable && srv->resizable));
 }
 
 static int run_mount(struct run *r)
@@ -17844,6 +18330,10 @@ static int cmd_info(struct image *im, bool json)
     out_flag(&out, "dirty-flag", im->dirty);
     if (im->n_files > 1 && !im->format->data_file)
         out_number(&out, "files", im->n_files);
+    if (im->unread) {
+        out_text(&out, "mapfile", im->unread->path);
+        out_size(&out, "not-read", im->unread->bytes);
+    }
     if (*im->backing_name)
         cmd_info_backing(im, &out);
     if (im->format->snapshots)

@@ -57,6 +57,22 @@ struct ranges {                     /* sorted, apart */
     unsigned n;
 };
 
+/*
+ * What a mapfile of GNU ddrescue says of a disk. Each span ends where the next one starts; the first starts at 0, and
+ * the last one has no end.
+ */
+struct lost_span {
+    uint64_t start;
+    const char *why;                /* it was not read; NULL: it was */
+};
+struct lost_map {
+    struct lost_span *span;
+    unsigned n, room;
+    char *path;
+    uint64_t bytes;                 /* not read, of the image; and in so many ranges: */
+    unsigned ranges;
+};
+
 /* ---- host files: file_ --------------------------------------------------------------------------------- */
 
 /*
@@ -139,6 +155,8 @@ struct image_options {
     const char *backing_format;     /* of the top's, and of those whose format no image says */
     const char *data_file;          /* top */
     const char *allow_external;     /* a directory that names in images may lead to */
+    const char *mapfile;            /* top: says what was not read; "none": of no image; NULL: one beside raw images */
+    int64_t map_offset;             /* added to the positions of a mapfile; 0: what it says itself */
     const char *header;             /* top: a file whose header stands for its own, which is lost */
     bool no_backing, force_parent, ignore_log, strict, parts, lock;
     bool rebuild;                   /* top: put together what is lost from what is left */
@@ -288,6 +306,7 @@ struct image {
     bool made;                      /* an overlay that was not there before */
     void *state;                    /* the driver's, see state_size */
     const struct image_options *opt;
+    struct lost_map *unread;        /* owned; NULL: all of it was read */
     struct image *backing;          /* opened and owned by the core; NULL: EXT_BACKING does not occur */
     char backing_name[1024];        /* set by the driver's open(): as the image says it; empty: none */
     char backing_format[32];        /* likewise; empty: the image does not say */

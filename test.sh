@@ -3489,6 +3489,246 @@ t_error_map_lists_what_could_not_be_read() {
     refused 1 'No such file' "$fx" -q --error-map map absent m
 }
 
+# ---- ddrescue's mapfile ----------------------------------------------------------------------------------------
+
+# map_of LINE...: a mapfile of these ranges
+map_of() { printf '# Mapfile. Created by hand\n0x0 ? 1\n'; printf '%s\n' "$@"; }
+
+# as_mapped M RAW MAP [SHIFT]: sector by sector M has what RAW has, or an I/O error where MAP does not say "+". MAP is parsed here on its own.
+as_mapped() {
+    py '
+m, raw, good = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), open(sys.argv[2], "rb").read(), set()
+words = [l.split("#")[0].split() for l in open(sys.argv[3])]
+number = lambda t: int(t, 16) if t[:2] == "0x" else int(t, 8) if t[0] == "0" else int(t)
+shift = int(sys.argv[4]) if len(sys.argv) > 4 else 0
+for at, size, status in [w[:3] for w in words if w][1:]:
+    if status == "+": good.update(range(max(0, number(at) + shift + 511) // 512, max(0, number(at) + number(size) + shift) // 512))
+page, errors = mmap.mmap(-1, 512), 0
+for s in range(len(raw) // 512):
+    try: n = os.preadv(m, [page], s * 512)
+    except OSError as e:
+        assert e.errno == errno.EIO and s not in good, (s, e)
+        errors += 1
+    else:
+        assert (n == 512) == (s in good) and page[:n] == raw[s * 512:s * 512 + n], s     # the front of a sector may be good
+        errors += n < 512
+assert errors == len(raw) // 512 - len(good & set(range(len(raw) // 512)))' "$@"
+}
+
+# random_map SEED BYTES: a map of whole sectors with every status, with gaps, which ends before or behind BYTES
+random_map() {
+    py '
+r, size, at = random.Random(int(sys.argv[1])), int(sys.argv[2]), 0
+print("# Mapfile. Created by hand\n#\n0x%X %s" % (r.randrange(size), r.choice("?*/-FG+")) + r.choice(["", " 1", "\t2 # note"]))
+while at < size * r.uniform(0.8, 1.2):
+    n = r.choice([1, 1, 3, 8, 100, 1000]) * 512
+    if r.random() < 0.9: print("0x%08X %s%s %s" % (at, r.choice(["  ", "\t"]), r.choice(["%d", "0x%x", "0%o"]) % n, r.choice("+++?*/-") + r.choice(["", " x y", " # why"])))
+    at += n' "$@"
+}
+
+t_mapfile_makes_what_was_not_read_an_error() {
+    local -A force=([vpc]="-o force_size=on")
+    random raw 256
+    for format in raw qcow2 vpc vdi vmdk; do
+        qemu-img convert -f raw -O $format ${force[$format]:-} raw img
+        for seed in 1 2 3; do
+            random_map $seed 1048576 >map
+            for opt in "" --temporary --no-passthrough; do
+                "$fx" -q --format $format --mapfile map $opt img m; as_mapped m raw map; "$fx" --umount m
+            done
+        done
+    done
+    # What ddrescue itself writes, of a disk with bad sectors.
+    FUSEEXP_BAD_SECTORS=$((100 * 4096 + 512)),9000 "$fault" -q --format raw --no-passthrough raw m
+    ddrescue -q -d m copy copy.map || true; "$fault" --umount m
+    grep -q -- ' -$' copy.map
+    "$fx" --format raw copy m 2>err; grep -q 'copy: [0-9]* bytes in 1 range were not read, says the mapfile copy.map' err
+    as_mapped m raw copy.map; "$fx" --umount m
+    # All was read: told, and nothing else.
+    ddrescue -q raw whole whole.map; "$fx" --format raw whole m 2>err; grep -q 'all of it was read' err; cmp m raw; "$fx" --umount m
+    if [ -d "$corpus/ddrescue" ]; then
+        for map in "$corpus"/ddrescue/*mapfile[1-6] "$corpus"/ddrescue/*_blank "$corpus"/ddrescue/*6j; do
+            "$fx" -q --format raw --mapfile "$map" raw m; as_mapped m raw "$map"; "$fx" --umount m
+        done
+        refused 1 'mapfile2ui: line 5: begins before the end' "$fx" -q --format raw --mapfile "$corpus/ddrescue/gddrescue__mapfile2ui" raw m
+    fi
+}
+
+t_mapfile_beside_a_raw_image_is_used() {
+    random disk.img 16; map_of '0 0x1000 +' '0x1000 0xf000 -' >map
+    for name in disk.img.map disk.img.mapfile disk.img.log disk.img.logfile disk.map disk.mapfile disk.log disk.logfile; do
+        cp map $name
+        "$fx" --format raw disk.img m 2>err; grep -q "61440 bytes in 1 range were not read, says the mapfile $name: .*--mapfile=none" err
+        as_mapped m disk.img map; "$fx" --umount m
+        "$fx" --format raw --mapfile none disk.img m 2>err; not grep mapfile err; cmp m disk.img; "$fx" --umount m
+        rm $name
+    done
+    # A name proves nothing.
+    printf 'disk.img: copied\n0x0 0x10 +\n' >disk.log; printf '0 +\n0 512 +\n' >disk.map; printf '# Mapfile\n' >disk.img.log; mkdir disk.img.map; mkfifo disk.mapfile
+    "$fx" --format raw disk.img m 2>err; same "$(cat err)" ""; cmp m disk.img; "$fx" --umount m
+    printf '0 +\n0 512 +\n512 512 +\n' >disk.map; "$fx" --info --format raw disk.img 2>err | grep -q '^not read: *64512'
+    printf '# Rescue Logfile. Created by GNU ddrescue version 1.14\n0 +\n0 512 +\n' >disk.map; "$fx" --info --format raw disk.img 2>err | grep -q '^mapfile: *disk.map'
+    map_of '0 512 +' '0 x' >disk.map
+    expect 1 "$fx" -q --format raw disk.img m; grep -q 'disk.map: line 4: ' err; grep -q 'mapfile=none ignores it' err
+    rmdir disk.img.map; rm disk.mapfile
+    # The image is no map of itself; one of the whole set; of the raw file at the end of a chain; not of a container file.
+    cp map disk.map; "$fx" -q --format raw disk.map m; cmp m disk.map; "$fx" --umount m
+    split -b 16384 -d -a 3 --numeric-suffixes=1 disk.img disk.; mv disk.img whole; "$fx" -q disk.001 m; as_mapped m whole map; "$fx" --umount m
+    rm disk.0*; mv whole disk.img
+    qemu-img create -q -f qcow2 -b disk.img -F raw top.qcow2; "$fx" -q top.qcow2 m; as_mapped m disk.img map; "$fx" --umount m
+    qemu-img convert -f raw -O qcow2 disk.img disk.qcow2; "$fx" disk.qcow2 m 2>err; grep -q 'the mapfile disk.map is not used' err; cmp m disk.img; "$fx" --umount m
+    refused 1 'name the image itself; --mapfile=FILE' "$fx" disk.map m
+}
+
+t_mapfile_that_is_wrong_is_refused_with_its_line() {
+    random raw 16
+    while IFS='|' read -r line pattern text; do
+        printf "$text" >map
+        refused 1 "map: line $line: .*$pattern" "$fx" -q --format raw --mapfile map raw m
+    done <<'END'
+1|position and status|
+1|position and status|0 512 +\n
+1|position and status|0x +\n
+2|position and status|# x\n0 x 1\n0 512 +\n
+2|no position|0 +\n512 +\n
+2|no position|0 +\n-512 512 +\n
+2|no position|0 +\n0 -512 +\n
+2|no position|0 +\n08 512 +\n
+2|no position|0 +\n0x8000000000000000 512 +\n
+2|no position|0 +\n0 0xffffffffffffffffffff +\n
+2|no position|0 +\n0 1k +\n
+2|no status|0 +\n0 512 F\n
+2|no status|0 +\n0 512\n
+2|no status|0 +\n0 512 +-\n
+2|no status|0 +\n0 512 #+\n
+2|ends past|0 +\n1 0x7fffffffffffffff +\n
+4|begins before|0 +\n0 512 +\n# x\n511 1 -\n
+3|begins before|0 +\n512 512 +\n0 512 +\n
+END
+    refused 1 'cannot open the mapfile: No such file' "$fx" -q --format raw --mapfile absent raw m
+    refused 1 'no mapfile' "$fx" -q --format raw --mapfile raw raw m
+    # Memory is bounded by what the user allows.
+    { printf '0 +\n'; seq 0 1024 30000000 | sed 's/$/ 512 +/'; } >map
+    refused 1 'more than 16384 ranges' "$fx" -q --format raw --cache-size 1M --mapfile map raw m
+    "$fx" -q --format raw --mapfile map raw m; as_mapped m raw map; "$fx" --umount m
+    # No map is worse than an error.
+    random_map 5 65536 >good
+    for i in $(seq 60); do
+        py 'b = bytearray(open("good", "rb").read()); r = random.Random(int(sys.argv[1]))
+for _ in range(r.choice([1, 3, 20])): b[r.randrange(len(b))] = r.choice(b"0123456789abcdefx+-?*/# \t\n\r\0\xff-")
+open("map", "wb").write(b)' $i
+        "$build/fuseexp-asan" -q --info --format raw --mapfile map raw >out 2>err && got=0 || got=$?
+        [ $got -le 1 ] || fail "status $got of $(od -c map | head)"
+    done
+}
+
+t_mapfile_is_for_looking_and_overlays_too() {
+    truncate -s 8M disk; printf '2048,2048,83\n4096,12288,83\n' | sfdisk -q disk; dd if=/dev/urandom of=disk bs=64k seek=16 count=112 conv=notrunc status=none
+    map_of '0 0x200000 +' '0x200000 0x1000 -' '0x201000 0x1000 /' '0x202000 0x5fe000 +' >map
+    fx_map=("$fx" -q --format raw --mapfile map)
+    "${fx_map[@]}" --map disk >out; grep -q '^0x200000 *0x1000 *UNREADABLE *a bad sector, says the mapfile (-)' out; grep -q '^0x201000 *0x1000 *UNREADABLE *failed and not scraped' out
+    "${fx_map[@]}" --map --json disk | jq -c '[.[] | select(.error) | [.start, .length]]' >out; same "$(cat out)" '[[2097152,4096],[2101248,4096]]'
+    expect 2 "${fx_map[@]}" --check disk >out; "$fx" --check --format raw --mapfile map disk >out 2>err || true; grep -q 'guest 0x200000, 0x1000 bytes: a bad sector' err
+    "${fx_map[@]}" --info --json disk | jq -e '."mapfile" == "map" and ."not-read" == 8192' >out
+    refused 1 'strict.*4096 bytes at 2097152: a bad sector' "${fx_map[@]}" --strict disk m
+    refused 2 'mapfile is for reading' "${fx_map[@]}" -w disk m
+    refused 1 'mapfile is for reading' "${fx_map[@]}" --check --repair disk
+    # Partitions, and their positions in the map of errors, which loads again where it was made.
+    mkdir d; "${fx_map[@]}" disk d; expect 2 cmp d/p2 disk -i 0:2097152; dd if=d/p2 bs=4k skip=2 status=none >p2; cmp p2 disk -i 0:2105344; cmp d/p1 disk -i 0:1048576 -n 1048576; "$fx" --umount d
+    for opt in "" "--partition 2" "--offset 1M"; do
+        "${fx_map[@]}" $opt --error-map errors disk m; dd if=m of=/dev/null bs=4k conv=noerror status=none 2>err || true; "$fx" --umount m
+        "$fx" -q --format raw --mapfile errors --map --json disk | jq -c '[.[] | select(.error) | [.start, .length]]' >out
+        grep -q '\[2097152,8192\]' out; rm errors
+    done
+    "${fx_map[@]}" --on-error=zero disk m; cmp -n 8192 m /dev/zero -i 2097152:0; cmp m disk -n 2097152; "$fx" --umount m
+    # Written over, it is good; only there. QEMU would show what lies there as if it had been read.
+    "${fx_map[@]}" --overlay over disk m; dd if=/dev/zero of=m bs=64k seek=32 count=1 conv=notrunc status=none; cmp -n 65536 m /dev/zero -i 2097152:0; "$fx" --umount m
+    qemu-img info over 2>&1 | grep -q 'fx-raw'
+    cp disk before; "${fx_map[@]}" --overlay over disk m; cmp -n 65536 m /dev/zero -i 2097152:0; "$fx" --umount m; cmp disk before
+    # A map beside the image: -w would write what stays an error.
+    cp map disk.map; refused 1 '8192 bytes of it were not read.*--overlay' "$fx" -q --format raw -w disk m
+    map_of '0 0x800000 +' >disk.map; "$fx" -q --format raw -w disk m; "$fx" --umount m
+    # Longer and shorter than the disk.
+    map_of '0 0x900000 +' >map; "$fx" --format raw --mapfile map disk m 2>err; grep -q 'cut off: 1048576 bytes that were read are missing' err; cmp m disk; "$fx" --umount m
+    refused 1 'strict.*lacks 1048576 bytes' "${fx_map[@]}" --strict disk m
+    map_of '0 0x700000 +' >map; "$fx" --format raw --mapfile map disk m 2>err; grep -q '1048576 bytes in 1 range were not read' err; "$fx" --umount m
+}
+
+t_map_offset_moves_the_map() {
+    random raw 100
+    random_map 7 300000 >map
+    for shift in 512 65536 -512 -65536; do
+        "$fx" -q --format raw --mapfile map --map-offset=$shift raw m; as_mapped m raw map $shift; "$fx" --umount m
+    done
+    # ddrescue -i and -o.
+    rm map; ddrescue -q -i 40960 -o 8192 raw copy map; head -c 8192 /dev/zero >want; tail -c +40961 raw >>want
+    "$fx" -q --format raw --mapfile map --map-offset=-32k copy m; as_mapped m want map -32768; "$fx" --umount m
+    "$fx" -q --format raw --mapfile map --map-offset=-0x7fffffffffffffff raw m; not cat m >out 2>err; same "$(wc -c <out)" 0; "$fx" --umount m
+    refused 2 'not a usable distance' "$fx" --map-offset=--1 raw m
+    printf '# Position 0 is at byte 8000000000000000\n0 +\n0 512 +\n' >map; "$fx" --info -q --format raw --mapfile map raw >out
+    printf '# Position 0 is at byte -8000000000000000\n0 +\n0 512 +\n' >map; "$fx" --info -q --format raw --mapfile map raw >out
+}
+
+# ---- what is missing ------------------------------------------------------------------------------------------
+
+t_what_is_missing_is_told_at_start() {
+    truncate -s 64M disk; printf 'label: gpt\n2048,40960\n43008,65536\n' | sfdisk -q disk; mkdir d
+    dd if=/dev/urandom of=disk bs=1M seek=60 count=3 conv=notrunc status=none
+    cp disk cut; truncate -s 50M cut; cp disk lost; dd if=/dev/zero of=lost bs=512 seek=131071 count=1 conv=notrunc status=none
+    split -b 16M -d -a 3 disk s.; rm s.003
+    truncate -s 64M mbr; printf '2048,40960,83\n43008,65536,83\n110000,1000,83\n' | sfdisk -q mbr; truncate -s 30M mbr
+    truncate -s 64M ext; printf '2048,40960,83\n43008,+,05\n,,83\n' | sfdisk -q ext; truncate -s 30M ext
+    while read -r image where pattern; do
+        "$fx" --format raw $image $where 2>err; "$fx" --umount $where
+        same "$(grep -c "$pattern" err)" 1
+        refused 1 'damaged (--strict)' "$fx" -q --format raw --strict $image $where
+        "$fx" -q --format raw $image $where 2>err; "$fx" --umount $where; same "$(cat err)" ""
+    done <<'END'
+cut m table reaches 14680064 bytes past its end
+cut d lacks 14680064 bytes
+s.000 m table reaches 16777216 bytes past its end
+s.000 d lacks 16777216 bytes
+lost m lost its backup GPT at sector 131071: no signature
+lost d lost its backup GPT at sector 131071: no signature
+mbr m table reaches 25374720 bytes past its end
+mbr d partition 2 reaches 24117248 bytes past the end
+ext m table reaches 35651584 bytes past its end
+END
+    "$fx" --format raw disk m 2>err; "$fx" --umount m; same "$(cat err)" ""
+    "$fx" --format raw --strict disk m; "$fx" --umount m
+    # A file system without a table, and a part of a disk, have nothing that could be missing.
+    truncate -s 20M fs; mkfs.vfat fs >out; "$fx" --format raw --strict fs m 2>err; "$fx" --umount m; same "$(cat err)" ""
+    "$fx" --format raw --offset 1M --strict cut m 2>err; "$fx" --umount m; same "$(cat err)" ""
+    for f in vmdk:monolithicSparse vmdk:monolithicFlat vmdk:twoGbMaxExtentFlat vmdk:streamOptimized vpc:dynamic vdi: vhdx:dynamic vhdx:fixed qcow2: qed: parallels:; do
+        format=${f%:*} o=${f#*:}; rm -f x.* x-*; qemu-img convert -f raw -O $format ${o:+-o subformat=$o} disk x.$format
+        truncate -s -2M "$(du -a --apparent-size x* | sort -n | tail -n 1 | cut -f 2)"
+        for where in m d; do
+            "$fx" x.$format $where 2>err; "$fx" --umount $where; same "$(grep -c 'is shorter than its tables say: [0-9]* bytes are missing' err)" 1
+            refused_last 'damaged (--strict)' "$fx" -q --strict x.$format $where
+        done
+    done
+}
+refused_last() { expect 1 "${@:2}"; tail -n 1 err | grep -q "$1" || { cat err >&2; fail "no '$1' at the end"; }; }
+
+t_backing_of_another_name_is_told() {
+    random base.raw 64; qemu-img create -q -f qcow2 -b base.raw -F raw mid.qcow2; qemu-io -c 'write -P 1 64k 64k' mid.qcow2 >out
+    qemu-img create -q -f qcow2 -b mid.qcow2 -F qcow2 top.qcow2; qemu-io -c 'write -P 2 128k 64k' top.qcow2 >out
+    qemu-img convert -O raw top.qcow2 want; mkdir d; cp mid.qcow2 d
+    # Further down, or the same name elsewhere: nothing is left out.
+    "$fx" --backing base.raw --backing-format raw top.qcow2 m 2>err; same "$(cat err)" ""; cmp m want; "$fx" --umount m
+    mv mid.qcow2 x.qcow2; cp base.raw d
+    "$fx" --backing d/mid.qcow2 top.qcow2 m 2>err; same "$(cat err)" ""; cmp m want; "$fx" --umount m
+    "$fx" --backing x.qcow2 top.qcow2 m 2>err; grep -q "top.qcow2: x.qcow2 stands for its backing file 'mid.qcow2', which is not there.*this skips 'mid.qcow2'" err; cmp m want; "$fx" --umount m
+    "$fx" --backing base.raw --backing-format raw top.qcow2 m 2>err; same "$(grep -c "this skips 'mid.qcow2': its changes are lost.*depth > 0" err)" 1
+    cmp -n 65536 m base.raw; cmp -n 65536 m base.raw -i 65536; cmp -n 131072 m want -i 131072; "$fx" --umount m
+    # Without it: what is above, and errors.
+    "$fx" --no-backing --error-map map top.qcow2 m 2>err; grep -q 'without its backing file' err
+    dd if=m of=/dev/null bs=64k conv=noerror status=none 2>err || true; "$fx" --umount m
+    same "$(ddrescuelog -b 65536 -l- map | tr '\n' ' ')" "0 1 3 "
+    same "$("$fx" -q --no-backing --map --json top.qcow2 | jq -c '[.[] | select(.error) | [.start, .length]]')" '[[0,131072],[196608,65536]]'
+    same "$("$fx" -q --mapfile map --no-backing --map --json top.qcow2 | jq -c '[.[] | select(.error) | [.start, .length]]')" '[[0,131072],[196608,65536]]'
+}
+
 t_strict_refuses_damaged_tables() {
     random raw 1000; qemu-img convert -f raw -O qcow2 raw good
     "$fx" -q --strict good m; cmp m raw; "$fx" --umount m
