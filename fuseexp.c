@@ -2844,7 +2844,7 @@ static int cache_word(struct file *f, uint64_t offset, uint64_t *value)
     { \
         uint64_t word; \
         int ret = cache_word(f, offset & ~7ull, &word); \
-        *value = ret ? 0 : util_##order##bits((const uint8_t *)&word + (offset & (8 - bits / 8))); \
+        *value = ret ? 0 : util_##order##bits((const uint8_t *)&word + (offset & (8 - (bits) / 8))); \
         return ret; \
     }
 CACHE_ENDIAN(le, 32)
@@ -3172,6 +3172,7 @@ static int fmt_refuse_table(const struct image *im, const struct file *f, const 
 /* Reads `what` at offset of f, one of the image's files. */
 static int fmt_read(const struct image *im, struct file *f, uint64_t offset, void *buf, uint64_t len, const char *what)
 {
+    /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): an extent that is opened has a file */
     return offset > f->size || len > f->size - offset ? fmt_refuse_table(im, f, what, offset, len)
                                                       : file_read(f, buf, len, offset);
 }
@@ -6941,7 +6942,7 @@ static int vmdk_set_parent(struct image *im, const struct vmdk *v)
 
 static int vmdk_bad(const struct image *im, const struct vmdk_extent *e, const char *what, uint64_t value)
 {
-    return fmt_refuse_in(im, e->file->path, what, value);
+    return fmt_refuse_in(im, e->file->path, what, value);   /* NOLINT(clang-analyzer-core.NullDereference) */
 }
 
 static int vmdk_read(const struct image *im, const struct vmdk_extent *e, uint64_t offset, void *buf, uint64_t len,
@@ -8091,7 +8092,7 @@ static bool vmdk_decodes(struct vmdk_scan *s, uint64_t at, uint32_t size)
 static int vmdk_note_found(struct vmdk_scan *s, uint64_t value, uint64_t at)
 {
     size_t room = s->room ? s->room * 2 : 4096;
-    struct vmdk_found *more = s->found;
+    struct vmdk_found *more;
 
     if (s->n == s->room) {
         more = util_fault("grains") ? NULL : realloc(s->found, room * sizeof(*more));
@@ -8191,7 +8192,7 @@ static int vmdk_patch_tables(struct file *f, const struct vmdk_scan *s, uint64_t
     file_extend(f, next);
     for (t = 0; t < n && !ret; t++) {
         bool none = i == s->n || s->found[i].value >= (t + 1) * covered;
-        gd[t % per_page] = cpu_to_le32(!none ? (uint32_t)(next / VMDK_SECTOR + half * VMDK_TABLE_SECTORS)
+        gd[t % per_page] = cpu_to_le32(!none ? (uint32_t)(next / VMDK_SECTOR) + half * VMDK_TABLE_SECTORS
                                        : (i < s->n ? s->found[i].gap : s->gap) ? UINT32_MAX : 0);
         if (!none)
             vmdk_fill_table(s, t, &i, tables[half++]);
@@ -8257,7 +8258,7 @@ static int vmdk_rebuild_stream(struct image *im, struct vmdk_guess *g, uint64_t 
     if (!ret && !s.n)
         ret = msg_err(-EINVAL, "%s: cannot be put together: no grain is left in it", im->name);
     gap = vmdk_sort_found(&s);
-    if (!ret && !s.capacity) {
+    if (!ret && s.n && !s.capacity) {
         im->least_size = (s.found[s.n - 1].value + s.grain) * VMDK_SECTOR;
         s.capacity = g->capacity = (im->least_size / VMDK_SECTOR + VMDK_HOSTED_ENTRIES * s.grain - 1) /
                                    (VMDK_HOSTED_ENTRIES * s.grain) * VMDK_HOSTED_ENTRIES * s.grain;
@@ -8797,6 +8798,7 @@ static int prl_open_storages(struct image *im, const struct prl_xml *x, uint8_t 
             return ret;
         end = x->storages[s].end;
         if (l->size / PRL_SECTOR < end - start)
+            /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): every storage has a file by now */
             return fmt_refuse_in(im, l->file->path, "the size, smaller than its storage", l->size);
         p->storages.range[k] = (struct range){ start * PRL_SECTOR, end * PRL_SECTOR };
         l += n_chain;
@@ -8909,7 +8911,7 @@ static bool prl_is_xml(const uint8_t *head, size_t len)
 {
     size_t i = len >= 3 && memcmp(head, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
 
-    while (i < len && memchr(" \t\r\n", head[i], 4))
+    while (i < len && isspace(head[i]))
         i++;
     return i < len && head[i] == '<' && memmem(head + i, len - i, PRL_XML_ROOT + 1, strlen(PRL_XML_ROOT) - 1);
 }
@@ -9950,8 +9952,8 @@ static bool qcow2_guess(struct file *f, struct qcow2_guess *g)
     be64 entry;
 
     for (uint32_t bits = 21; bits >= 9; bits--)
-        for (uint64_t i = 2; i < 2 * QCOW2_GUESS_CLUSTERS; i++) {
-            *g = (struct qcow2_guess){ .cluster_bits = bits, .subclusters = i % 2, .l1_offset = i / 2 << bits };
+        for (unsigned i = 2; i < 2u * QCOW2_GUESS_CLUSTERS; i++) {
+            *g = (struct qcow2_guess){ .cluster_bits = bits, .subclusters = i % 2, .l1_offset = (uint64_t)i / 2 << bits };
             if (g->l1_offset >= f->size || (g->subclusters && bits < 14) || !qcow2_is_l1(f, g))
                 continue;
             if (file_read(f, &entry, sizeof(entry), 1ull << bits) == 0 && g->l1_offset != 1ull << bits &&
@@ -12521,7 +12523,7 @@ struct probe_container {
     const char *text;               /* if not NULL: a text file that contains this */
     bool (*check)(const struct probe *p);   /* a further condition; NULL: none */
 };
-#define PROBE_MAGIC(bytes) .magic = bytes, .length = sizeof(bytes) - 1
+#define PROBE_MAGIC(bytes) .magic = (bytes), .length = sizeof(bytes) - 1
 
 static const struct probe_container probe_foreign[] = {
     { "a qcow image (version 1)", PROBE_CONVERT, PROBE_MAGIC("QFI\xfb") },
