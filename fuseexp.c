@@ -7923,8 +7923,8 @@ static bool vmdk_as_qemu(struct image *im)
  * Of a hosted extent the two grain directories tell the header: each stands right before its tables, which lie in a
  * row, and the redundant one right before the other (see vmdk_look_at_row()). So the first entry of a directory of n
  * entries in sector s is s + n * 4 / 512, rounded up, and each other one is 4 more, the sectors of a table. Two such
- * directories with as many entries are no accident. The grain size follows from the capacity in the descriptor, or
- * from the smallest distance of two grains.
+ * directories with as many entries are no accident. The grain size is the smallest distance of two grains, or else the
+ * usual one, if the capacity in the descriptor then needs just so many tables.
  *
  * In a stream (streamOptimized) each grain says itself where in the disk it belongs, so all tables can be lost:
  * vmdk_scan() goes from marker to marker. Where there is none, it goes on by sectors until a grain decodes.
@@ -7996,9 +7996,18 @@ static uint64_t vmdk_guess_grain(struct file *f, const struct vmdk_guess *g)
     return least == UINT32_MAX ? 0 : least;
 }
 
+/* With this grain size, does the capacity, if it is known, need just so many tables? */
+static bool vmdk_grain_fits(const struct vmdk_guess *g)
+{
+    uint64_t covered = VMDK_HOSTED_ENTRIES * g->grain;
+
+    return util_is_power_of_2(g->grain, VMDK_HOSTED_MIN_GRAIN, VMDK_MAX_GRAIN) &&
+           (!g->capacity || (g->capacity - 1) / covered + 1 == g->tables);
+}
+
 static bool vmdk_guess(struct file *f, struct vmdk_guess *g)
 {
-    uint64_t end = util_min(f->size, VMDK_GUESS_REACH) / VMDK_SECTOR, n, first, covered;
+    uint64_t end = util_min(f->size, VMDK_GUESS_REACH) / VMDK_SECTOR, n, first;
 
     *g = (struct vmdk_guess){ 0 };
     g->capacity = vmdk_guess_capacity(f, g);
@@ -8011,10 +8020,10 @@ static bool vmdk_guess(struct file *f, struct vmdk_guess *g)
     if (!g->tables)
         return false;
     g->grain = vmdk_guess_grain(f, g);
-    covered = g->tables * VMDK_HOSTED_ENTRIES;
-    if (g->capacity)                /* the power of two with which the capacity needs just so many tables */
-        for (g->grain = VMDK_HOSTED_MIN_GRAIN; g->grain < VMDK_MAX_GRAIN && g->grain * covered < g->capacity; )
-            g->grain *= 2;
+    if (!vmdk_grain_fits(g))
+        g->grain = VMDK_USUAL_GRAIN;
+    if (!vmdk_grain_fits(g))
+        g->grain = 0;
     return true;
 }
 
@@ -8210,34 +8219,38 @@ static int vmdk_patch_tables(struct file *f, const struct vmdk_scan *s, uint64_t
     return ret;
 }
 
-/* The header, or the footer, which is the same: for its capacity and grain size. False: neither is left. */
+/* Reads the header, or the footer if that says more. False: neither is left. */
 static bool vmdk_stream_header(struct file *f, struct vmdk_header *h)
 {
     uint64_t end = f->size / VMDK_SECTOR;
+    struct vmdk_header footer;
+    bool good = file_read(f, h, sizeof(*h), 0) == 0 && le32_to_cpu(h->magic) == VMDK_HOSTED_MAGIC;
 
-    if (file_read(f, h, sizeof(*h), 0) == 0 && le32_to_cpu(h->magic) == VMDK_HOSTED_MAGIC)
+    if (good && le64_to_cpu(h->directory) != VMDK_AT_END)
         return true;
     for (uint64_t back = 1; back <= util_min(VMDK_MAX_FOOTER_BACK, end); back++)
-        if (file_read(f, h, sizeof(*h), (end - back) * VMDK_SECTOR) == 0 &&
-            le32_to_cpu(h->magic) == VMDK_HOSTED_MAGIC && (le32_to_cpu(h->flags) & VMDK_FLAG_MARKERS))
+        if (file_read(f, &footer, sizeof(footer), (end - back) * VMDK_SECTOR) == 0 &&
+            le32_to_cpu(footer.magic) == VMDK_HOSTED_MAGIC && (le32_to_cpu(footer.flags) & VMDK_FLAG_MARKERS)) {
+            *h = footer;
             return true;
-    return false;
+        }
+    return good;
 }
 
 /* Do the tables below this directory lead to every grain that was found? */
 static bool vmdk_tables_agree(const struct vmdk_scan *s, uint64_t directory)
 {
-    le32 table = { 0 }, entry;
-    uint64_t last = UINT64_MAX, index;
+    le32 table, entry;
+    uint64_t index, at[2];
 
-    for (size_t i = 0; i < s->n; i++) {
+    for (size_t i = 0; i < s->n && directory; i++) {
         index = s->found[i].value / s->grain;
-        if (index / VMDK_HOSTED_ENTRIES != last &&
-            file_read(s->f, &table, sizeof(table), directory * VMDK_SECTOR + index / VMDK_HOSTED_ENTRIES * 4))
+        at[0] = directory * VMDK_SECTOR + index / VMDK_HOSTED_ENTRIES * 4;
+        if (at[0] + 4 > s->f->size || file_read(s->f, &table, sizeof(table), at[0]))
             return false;
-        last = index / VMDK_HOSTED_ENTRIES;
-        if (file_read(s->f, &entry, sizeof(entry), (uint64_t)le32_to_cpu(table) * VMDK_SECTOR +
-                      index % VMDK_HOSTED_ENTRIES * 4) || le32_to_cpu(entry) != s->found[i].at)
+        at[1] = (uint64_t)le32_to_cpu(table) * VMDK_SECTOR + index % VMDK_HOSTED_ENTRIES * 4;
+        if (at[1] + 4 > s->f->size || file_read(s->f, &entry, sizeof(entry), at[1]) ||
+            le32_to_cpu(entry) != s->found[i].at)
             return false;
     }
     return directory && s->n;
@@ -8329,7 +8342,7 @@ static int vmdk_rebuild(struct image *im)
         len = util_min(stream ? le64_to_cpu(h.overhead) : 1, f->size / VMDK_SECTOR);
         return vmdk_rebuild_stream(im, &g, len, directory <= UINT32_MAX ? directory : 0, good);
     }
-    if (!tables || !util_is_power_of_2(g.grain, VMDK_HOSTED_MIN_GRAIN, VMDK_MAX_GRAIN))
+    if (!tables || !g.grain)
         return msg_err(-EINVAL, "%s: cannot be put together: neither a grain directory nor a stream's grain is left "
                        "near its start; --header=FILE takes the header of another image", im->name);
     if (!g.capacity) {
@@ -9882,69 +9895,82 @@ struct qcow2_guess {
     bool subclusters;
     uint64_t l1_offset, l1_entries, refcounts_offset;   /* the latter 0: not found; reading does not need it */
     uint64_t n_tables;              /* L2 tables that were verified */
+    uint64_t n_offsets, offsets;    /* of clusters that tables name: how many, and all their bits */
     uint64_t coded;                 /* where the first compressed cluster lies; 0: none */
 };
 
 /* Could this be an entry of a table in f? It names a cluster, perhaps in what was cut off, and has no reserved bit. */
-static bool qcow2_names_cluster(const struct file *f, const struct qcow2_guess *g, uint64_t entry, uint64_t reserved)
+static bool qcow2_names_cluster(const struct file *f, struct qcow2_guess *g, uint64_t entry, uint64_t reserved)
 {
     uint64_t offset = entry & QCOW2_OFFSET;
 
-    return !(entry & reserved) && offset % (1ull << g->cluster_bits) == 0 && offset && offset / 4 < f->size;
+    if (entry & reserved || offset % (1ull << g->cluster_bits) || !offset || offset / 4 >= f->size)
+        return false;
+    g->n_offsets++;
+    g->offsets |= offset;
+    return true;
 }
 
-/* 1: f has an L2 table at this offset; 0: there are zeros, which say nothing; -1: it has something else. */
+/* 1: f has an L2 table at this offset, most of it at least; 0: zeros, which say nothing; -1: something else. */
 static int qcow2_is_table(struct file *f, struct qcow2_guess *g, uint64_t offset)
 {
-    uint64_t n = util_min(1ull << g->cluster_bits, QCOW2_GUESS_L2) / 8, used = 0, coded;
+    uint64_t n = util_min(1ull << g->cluster_bits, QCOW2_GUESS_L2) / 8, used = 0, bad = 0, coded;
     be64 entries[QCOW2_GUESS_L2 / 8];
 
     if (offset + n * 8 > f->size || file_read(f, entries, n * 8, offset))
         return 0;
     for (uint64_t i = 0; i < n; i += g->subclusters ? 2 : 1) {
         uint64_t entry = be64_to_cpu(entries[i]), bitmap = g->subclusters ? be64_to_cpu(entries[i + 1]) : 0;
-        if ((uint32_t)bitmap & (uint32_t)(bitmap >> 32))
-            return -1;              /* a subcluster is allocated or zeros */
-        if (entry == 0 || entry == QCOW2_ZERO)
-            continue;
-        used++;
-        if (entry & QCOW2_COMPRESSED) {
+        if ((uint32_t)bitmap & (uint32_t)(bitmap >> 32)) {      /* a subcluster is allocated or zeros */
+            bad++;
+        } else if (entry & QCOW2_COMPRESSED) {
             coded = entry & ((1ull << (62 - (g->cluster_bits - 8))) - 1);
             if (entry & QCOW2_COPIED || coded < 1ull << g->cluster_bits || coded / 4 >= f->size)
-                return -1;
-            g->coded = g->coded ? g->coded : coded;
-        } else if (!qcow2_names_cluster(f, g, entry, QCOW2_L2_RESERVED)) {
-            return -1;
+                bad++;
+            else
+                g->coded = used++ && g->coded ? g->coded : coded;
+        } else if (entry > QCOW2_ZERO) {
+            if (qcow2_names_cluster(f, g, entry, QCOW2_L2_RESERVED))
+                used++;
+            else
+                bad++;
         }
     }
-    return used > 0;
+    return bad * 4 > used ? -1 : used > 0;
 }
 
-/* Is there an L1 table in f at g->l1_offset? Sets how long it is, up to its last entry in use. */
+/*
+ * Is there an L1 table in f at g->l1_offset? Sets how long it is, up to its last good entry; a few may be damaged. If
+ * all clusters that it leads to are aligned to more than the cluster size, the cluster size is a wrong guess.
+ */
 static bool qcow2_is_l1(struct file *f, struct qcow2_guess *g)
 {
+    enum { MAX_BAD = 8 };
     be64 entries[512];
-    uint64_t entry, n, at = 0;
-    int is = 0;
+    uint64_t entry, n, at = 0, bad = 0, bad_inside = 0;
+    int is;
 
-    g->n_tables = g->l1_entries = g->coded = 0;
-    while (is >= 0 && at < QCOW2_MAX_L1 && g->l1_offset + at < f->size) {
-        n = util_min(sizeof(entries), f->size - g->l1_offset - at) / 8;
+    while (bad <= MAX_BAD && at < QCOW2_MAX_L1 && at / 8 <= 2 * g->l1_entries + ARRAY_LEN(entries)) {
+        n = util_min(sizeof(entries), f->size - util_min(f->size, g->l1_offset + at)) / 8;
         if (!n || file_read(f, entries, n * 8, g->l1_offset + at))
             break;
-        for (uint64_t i = 0; i < n && is >= 0; i++, at += 8) {
+        for (uint64_t i = 0; i < n && bad <= MAX_BAD; i++, at += 8) {
             entry = be64_to_cpu(entries[i]);
             if (!entry)
                 continue;
-            is = qcow2_names_cluster(f, g, entry, QCOW2_L1_RESERVED) ? qcow2_is_table(f, g, entry & QCOW2_OFFSET) : -1;
-            g->n_tables += is > 0;
-            if (is >= 0)
-                g->l1_entries = at / 8 + 1;
+            is = -1;
+            if (qcow2_names_cluster(f, g, entry, QCOW2_L1_RESERVED))
+                is = qcow2_is_table(f, g, entry & QCOW2_OFFSET);
+            if (is < 0) {
+                bad++;
+                continue;
+            }
+            g->n_tables += (uint64_t)is;
+            g->l1_entries = at / 8 + 1;
+            bad_inside = bad;
         }
-        if (at % (1ull << g->cluster_bits) == 0 && at / 8 > 2 * g->l1_entries + 512)
-            break;                  /* behind the table */
     }
-    return g->n_tables > 0 && (is >= 0 || at > 1ull << g->cluster_bits);
+    return g->n_tables > bad_inside && (g->n_offsets < 4 || g->offsets & 1ull << g->cluster_bits);
 }
 
 static bool qcow2_guess(struct file *f, struct qcow2_guess *g)
@@ -9971,18 +9997,27 @@ static bool qcow2_remains(struct file *f)
     return qcow2_guess(f, &g);
 }
 
-/* The backing file's name, which QEMU writes last into the first cluster, is a run of text after a zero. 0: none. */
+/*
+ * The backing file's name is what QEMU writes last into the first cluster, behind the 8 zeros that end the extensions.
+ * If those are lost with the first sector, it is what text there is behind that. Returns its offset; 0: none.
+ */
 static uint32_t qcow2_guess_name(const uint8_t *page, uint64_t len, uint32_t *n)
 {
     static const char *const features[] = { "dirty bit", "corrupt bit", "external data file", "compression type",
                                             "extended L2 entries", "lazy refcounts", "bitmaps", "raw external data" };
-    uint64_t end = len, at;
+    static const uint8_t zeros[8];
+    uint64_t end = len, at, first = QCOW2_HEADER_V3 + sizeof(zeros);
 
-    while (end > QCOW2_HEADER_V3 + 8 && !page[end - 1])
+    while (end > first && !page[end - 1])
         end--;
-    for (at = end; at > QCOW2_HEADER_V3 + 8 && page[at - 1] >= ' ' && page[at - 1] != 0x7f; at--)
+    for (at = end; at > first && page[at - 1] >= ' ' && page[at - 1] != 0x7f; at--)
         continue;
-    if (end == len || at == end || page[at - 1] || end - at > QCOW2_MAX_NAME)
+    if (memcmp(page + at - sizeof(zeros), zeros, sizeof(zeros)) != 0) {
+        at = at < 512 ? 512 : at;
+        if (at >= end || (at > 512 && page[at - 1]))
+            return 0;
+    }
+    if (end == len || at == end || end - at > QCOW2_MAX_NAME)
         return 0;
     *n = (uint32_t)(end - at);
     for (size_t i = 0; i < ARRAY_LEN(features); i++)

@@ -3,7 +3,7 @@
 # Tests of fuseexp, in TAP. A case is a function t_<what it asserts>, run in its own directory and its own shell with -eu.
 #
 #   ./test.sh [-l] [PATTERN...]     -l lists the cases; patterns as in 'partition_*'; builds what they use
-#   ./test.sh --demo | --bench | --lint | --soak | --harness
+#   ./test.sh --demo | --bench | --contest | --lint | --soak | --harness
 #
 # A new format gets a section of its own: cases that read what its own tools write (check_sparse, check_corpus), each kind
 # of damage (refuse_each, a row each; fuzz), --info, --map and --check beside qemu-img (as_qemu_*). A new variant of a writable
@@ -909,31 +909,32 @@ EOF2
 }
 
 # bad_device NAME FILE DIRECT SECTOR+COUNT...: FILE as a file of this name; reads that touch these sectors fail, and are listed in NAME.tries.
-bad_device() {
-    : >"$1"
-    python3 -c "
+bad_py='
 import ctypes, os, struct, sys
 name, image, direct = sys.argv[1], os.open(sys.argv[2], os.O_RDONLY), int(sys.argv[3])
-bad = [tuple(map(int, a.split('+'))) for a in sys.argv[4:]]; size = os.fstat(image).st_size
-dev = os.open('/dev/fuse', os.O_RDWR); tries = open(name + '.tries', 'w', 1)
-assert ctypes.CDLL(None).mount(b'bad', os.path.realpath(name).encode(), b'fuse', 7, b'fd=%d,rootmode=100000,user_id=0,group_id=0,allow_other' % dev) == 0
-def reply(unique, body=b'', error=0): os.write(dev, struct.pack('<IiQ', 16 + len(body), -error, unique) + body)
-attr = struct.pack('<QII', 3600, 0, 0) + struct.pack('<QQQQQQIII7I', 1, size, size // 512, 0, 0, 0, 0, 0, 0, 0o100400, 1, 0, 0, 0, 4096, 0)
+bad = [tuple(map(int, a.split("+"))) for a in sys.argv[4:]]; size = os.fstat(image).st_size
+dev = os.open("/dev/fuse", os.O_RDWR); tries = open(name + ".tries", "w", 1)
+assert ctypes.CDLL(None).mount(b"bad", os.path.realpath(name).encode(), b"fuse", 7, b"fd=%d,rootmode=100000,user_id=0,group_id=0,allow_other" % dev) == 0
+def reply(unique, body=b"", error=0): os.write(dev, struct.pack("<IiQ", 16 + len(body), -error, unique) + body)
+attr = struct.pack("<QII", 3600, 0, 0) + struct.pack("<QQQQQQIII7I", 1, size, size // 512, 0, 0, 0, 0, 0, 0, 0o100400, 1, 0, 0, 0, 4096, 0)
 while True:
     try: request = os.read(dev, 1 << 21)
     except InterruptedError: continue
     except OSError: break
-    op, unique = struct.unpack_from('<IQ', request, 4)
-    if op == 26: reply(unique, struct.pack('<IIIIHHIIHHI', 7, 31, 131072, 1, 16, 12, 65536, 1, 32, 0, 0).ljust(64, b'\0'))
+    op, unique = struct.unpack_from("<IQ", request, 4)
+    if op == 26: reply(unique, struct.pack("<IIIIHHIIHHI", 7, 31, 131072, 1, 16, 12, 65536, 1, 32, 0, 0).ljust(64, b"\0"))
     elif op == 3: reply(unique, attr)
-    elif op == 14: reply(unique, struct.pack('<QII', 0, direct, 0))
+    elif op == 14: reply(unique, struct.pack("<QII", 0, direct, 0))
     elif op == 15:
-        at, n = struct.unpack_from('<QI', request, 48); hit = [s for s, k in bad if s * 512 < at + n and (s + k) * 512 > at]
+        at, n = struct.unpack_from("<QI", request, 48); hit = [s for s, k in bad if s * 512 < at + n and (s + k) * 512 > at]
         if hit: print(at // 512, n // 512, file=tries)
-        reply(unique, b'' if hit else os.pread(image, n, at), 5 if hit else 0)
+        reply(unique, b"" if hit else os.pread(image, n, at), 5 if hit else 0)
     elif op in (18, 25, 38): reply(unique)
     elif op not in (2, 36, 42): reply(unique, error=38)
-" "$@" 2>"$1.log" 3>&- &
+'
+bad_device() {
+    : >"$1"
+    python3 -c "$bad_py" "$@" 2>"$1.log" 3>&- &
     wait_for test -s "$1"
 }
 
@@ -7200,6 +7201,389 @@ t_malformed_requests_are_survived() {
     "$build/fuseexp-asan" --fuzz-requests 200000 -w img
 }
 
+# ---- lost headers ----------------------------------------------------------------------------------------------
+
+# A disk with an ext4 file system, written to anywhere: ./truth.
+lost_disk() {
+    truncate -s "${1:-24M}" truth
+    mkfs.ext4 -q -b 4096 -d "$top" truth 2>/dev/null || { mkdir -p d; cp "$top"/fuseexp.[ch] d; mkfs.ext4 -q -b 4096 -d d truth; }
+    py 'r = random.Random(5); d = open("truth", "r+b")
+for i in range(40): d.seek(os.path.getsize("truth") // 2 + r.randrange(os.path.getsize("truth") // 8192) * 4096); d.write(r.randbytes(4096))'
+}
+
+wipe() { dd if=/dev/zero of="$1" bs=512 seek="${2:-0}" count="${3:-1}" conv=notrunc status=none; }
+noise() { dd if=/dev/urandom of="$1" bs=512 seek="${2:-0}" count="${3:-1}" conv=notrunc status=none; }
+
+t_lost_headers_are_not_raw_disks() {
+    local f ext how
+    lost_disk
+    for f in qcow2:qcow2 vdi:vdi qed:qed vmdk:vmdk parallels:hdd; do
+        ext=${f#*:} f=${f%:*}
+        for how in wipe noise; do
+            qemu-img convert -f raw -O $f truth img.$ext; $how img.$ext
+            refused 1 "img.$ext: .* a $f image, but its header is lost.*--header=FILE.*--format raw" "$fx" img.$ext m
+            "$fx" -q --format raw img.$ext m -- cmp m img.$ext
+        done
+        # By what is left of it, whatever it is called.
+        case $f in qcow2 | vmdk) mv img.$ext disk.img; refused 1 "is what is left of a $f image.*--rebuild" "$fx" disk.img m ;; esac
+    done
+    # VHDX does without its first sector, and a VHD has its footer.
+    qemu-img convert -f raw -O vhdx -o subformat=dynamic truth img.vhdx; wipe img.vhdx
+    "$fx" img.vhdx m -- cmp m truth 2>err; grep -q 'a vhdx image that has lost its first sector' err
+    qemu-img convert -f raw -O vpc -o force_size=on truth img.vhd; noise img.vhd; "$fx" -q img.vhd m -- cmp m truth
+    # What begins like a disk is one, whatever it is called; so are flat extents, and files that are called like a disk.
+    cp truth disk.vmdk; "$fx" -q disk.vmdk m -- cmp m truth
+    truncate -s 4M empty; sfdisk -q empty <<<'2048'; for f in vdi qcow2 vhdx; do cp empty e.$f; "$fx" -q e.$f m -- cmp m empty; done
+    random r 64; for f in r-flat.vmdk r-f001.vmdk r.img r; do [ -e $f ] || cp r $f; "$fx" -q $f m -- cmp m r; done
+    for f in r.vmdk r.qcow2 r.vdi r.VHD r.hdd; do cp r $f; refused 1 'is called like' "$fx" $f m; done
+    # A whole disk behind a header that is not known.
+    truncate -s 4M gpt; sfdisk -q gpt <<<$'label: gpt\n2048'; random shifted 5; cat gpt >>shifted
+    refused 1 'holds a disk that begins at 20480.*--offset=20480' "$fx" shifted m
+    "$fx" -q --format raw --offset=20480 shifted m -- cmp m gpt
+}
+
+t_header_of_another_image_of_the_same_kind_will_do() {
+    local f ext o n
+    lost_disk
+    for f in qcow2:qcow2: qcow2:qcow2:cluster_size=4k vdi:vdi: qed:qed: vmdk:vmdk: vmdk:vmdk:subformat=streamOptimized vhdx:vhdx:subformat=dynamic vpc:vhd:force_size=on; do
+        o=${f##*:} ext=${f#*:} ext=${ext%%:*} f=${f%%:*}
+        qemu-img create -q -f $f ${o:+-o $o} fresh 24M >/dev/null
+        qemu-img convert -f raw -O $f ${o:+-o $o} truth img.$ext
+        cp img.$ext good; noise img.$ext; cp img.$ext lost
+        "$fx" --header=fresh img.$ext m -- cmp m truth 2>err
+        grep -q "the first [0-9]* bytes are taken from fresh" err
+        cmp img.$ext lost
+        "$fx" --map --json --header=fresh img.$ext >/dev/null
+    done
+    refused 2 'are for reading' "$fx" -w --header=fresh img.vhd m
+    refused 1 'is a raw image, which has no header to lend' "$fx" -q --header=truth img.vhd m
+    refused 1 'fresh: is a vpc image, not qcow2' "$fx" -q --format qcow2 --header=fresh img.vhd m
+    # An overlay remembers how its base was read.
+    "$fx" -q --header=fresh --overlay=o img.vhd m -- dd if=truth of=m bs=4k seek=100 count=1 conv=notrunc status=none
+    refused 1 'o: ' "$fx" -q --overlay=o img.vhd m
+    "$fx" -q --header=fresh --overlay=o img.vhd m -- cmp -n 4096 -i 409600:0 m truth
+}
+
+t_qcow2_header_is_put_together_from_its_tables() {
+    local o n size
+    lost_disk
+    for o in cluster_size=512 cluster_size=4k cluster_size=64k cluster_size=2M extended_l2=on,cluster_size=16k extended_l2=on,cluster_size=64k \
+        preallocation=metadata lazy_refcounts=on compat=0.10; do
+        for n in 1 all; do
+            qemu-img convert -f raw -O qcow2 -o $o truth img
+            size=$(($(qemu-img info --output=json img | jq '."cluster-size"') / 512))
+            [ $n = 1 ] || n=$size
+            noise img 0 1; [ $n -le 1 ] || wipe img 1 $((n - 1))
+            "$fx" --rebuild img m -- cmp m truth 2>err
+            grep -q "header put together: clusters of $((size * 512)) bytes" err
+            grep -q 'size taken to be 25165824 bytes, as the disk itself says' err
+        done
+    done
+    for o in zlib zstd; do
+        qemu-img convert -c -f raw -O qcow2 -o compression_type=$o truth img; wipe img 0 128; "$fx" -q --rebuild img m -- cmp m truth
+    done
+    # A backing file: its name is behind the header, or lost as well, and --backing has to name it.
+    qemu-img create -q -f qcow2 -b truth -F raw top; qemu-io -c 'write -P 7 1M 1M' top >/dev/null; qemu-img convert -f qcow2 -O raw top want
+    cp top img; wipe img; refused 1 "does not say which format its backing file 'truth' has" "$fx" -q --rebuild img m
+    "$fx" -q --rebuild --backing-format raw img m -- cmp m want
+    wipe img 0 128; "$fx" -q --rebuild --backing truth --backing-format raw img m -- cmp m want
+    "$fx" --rebuild img m 2>err; "$fx" --umount m; grep -q 'if it had a backing file, what is there reads as zeros' err
+    # What is there is left alone; where nothing is, nothing is made up.
+    qemu-img convert -f raw -O qcow2 truth img; "$fx" --rebuild img m -- cmp m truth 2>err; [ ! -s err ]
+    random r 64; refused 1 'no L1 table is left' "$fx" -q --rebuild --format qcow2 r m
+    qemu-img convert -f raw -O qcow2 truth img; wipe img 0 2048; refused 1 'no L1 table is left' "$fx" -q --rebuild --format qcow2 img m
+}
+
+t_vmdk_header_is_put_together_from_its_directories() {
+    local size
+    for size in 24M 100M 5G; do
+        lost_disk $size; qemu-img convert -f raw -O vmdk truth good
+        cp --sparse=always good img; noise img; "$fx" --rebuild img m -- cmp m truth 2>err; grep -q 'header put together: grains of 65536 bytes' err
+        cp --sparse=always good img; wipe img 0 21; "$fx" -q --rebuild img m -- cmp m truth                     # the descriptor, too
+    done
+}
+
+t_streams_are_put_together_from_their_markers() {
+    local spans s
+    lost_disk
+    qemu-img convert -f raw -O vmdk -o subformat=streamOptimized truth qemu
+    vmdk_py 't = open("truth", "rb").read(); open("vmware", "wb").write(stream({i: t[i << 16:i + 1 << 16] for i in range(len(t) >> 16) if any(t[i << 16:i + 1 << 16])}, len(t) // 512,
+    descriptor=b"# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"streamOptimized\"\nRW %d SPARSE \"vmware\"\n" % (len(t) // 512)))'
+    for s in qemu vmware; do
+        cp $s img; "$fx" --rebuild img m -- cmp m truth 2>err; [ ! -s err ]                                     # nothing is lost
+        cp $s img; noise img; "$fx" -q --rebuild img m -- cmp m truth                                           # the header
+        cp $s img; noise img 0 128; "$fx" -q --rebuild --on-error=zero img m -- cmp m truth                     # and all before the grains
+    done
+    # Directory, tables and footer: a stream that was cut off behind its last grain. What lies behind that may be lost.
+    py 'import struct; b = open("vmware", "rb").read(); at, last = 128, 128
+while at * 512 < len(b):
+    v, n, kind = struct.unpack_from("<QII", b, at * 512)
+    if n == 0 and kind: break
+    last = at = at + (12 + n + 511) // 512
+open("cut", "wb").write(b[:at * 512])'
+    refused 1 'the footer' "$fx" -q cut m
+    cat >cut.py <<'P'
+import os
+a, b = os.open("truth", os.O_RDONLY), os.open("m", os.O_RDONLY)
+for at in range(0, 25165824, 65536):
+    want = os.pread(a, 65536, at)
+    try: assert os.pread(b, 65536, at) == want, at
+    except OSError: assert not any(want), at
+P
+    "$fx" --rebuild cut m 2>err -- python3 cut.py || { cat err; false; }
+    grep -q 'its tables are put together from the markers of [0-9]* grains; something between or behind' err
+    # A grain that is overwritten is an error, and so are holes beside it; never zeros or another grain's data.
+    for s in qemu vmware; do
+        cp $s img; noise img $(($(stat -c %s img) / 1024)) 40; wipe img 0 21
+        "$fx" -q --rebuild img m -- python3 -c 'import os
+a, b = os.open("truth", os.O_RDONLY), os.open("m", os.O_RDONLY); bad = 0
+for at in range(0, 25165824, 4096):
+    try: assert os.pread(b, 4096, at) == os.pread(a, 4096, at), at
+    except OSError: bad += 1
+assert 0 < bad <= 16 * 80, bad'
+    done
+}
+
+# Headers and tables broken by chance and put together: what is shown is the truth, or an error, or nothing. The disk's own bytes are left alone.
+t_rebuild_shows_no_other_bytes() {
+    rebuild_broken "$fx" "${SEED:-1}" 60
+    rebuild_broken "$build/fuseexp-asan" $((${SEED:-1} + 1)) 40
+}
+
+rebuild_broken() {      # BINARY SEED N
+    random truth 1500; truncate -s 8M truth
+    qemu-img convert -f raw -O qcow2 -o cluster_size=4k truth a; qemu-img convert -c -f raw -O qcow2 truth b
+    qemu-img convert -f raw -O vmdk truth c; qemu-img convert -f raw -O vmdk -o subformat=streamOptimized truth d
+    cat >read.py <<'P'
+import os
+a, b, n = os.open("truth", os.O_RDONLY), os.open("m", os.O_RDONLY), 0
+for at in range(0, 8 << 20, 4096):
+    try: got = os.pread(b, 4096, at)
+    except OSError: continue
+    if not got: break       # nothing tells how large the disk was
+    assert got == os.pread(a, 4096, at), at
+    n += 1
+open("read", "w").write(str(n))
+P
+    py '
+import subprocess
+fx, seed, n = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+r = random.Random(seed); good = {f: open(f, "rb").read() for f in "abcd"}
+fronts = {"a": 5 * 4096, "b": 4 * 65536 + 64, "c": 128 * 512, "d": 128 * 512}
+shown = 0
+for i in range(n):
+    f = r.choice("abcd"); b = bytearray(good[f])
+    b[:512] = r.choice([bytes(512), r.randbytes(512)])
+    for k in range(r.randrange(3)):
+        at = r.randrange(512, fronts[f]) & ~511; l = r.choice([8, 64, 512])
+        b[at:at + l] = r.choice([r.randbytes(l), b"\xff" * l])
+    open("img", "wb").write(b)
+    p = subprocess.run([fx, "-q", "--sandbox=off", "--rebuild", "--format", "qcow2" if f < "c" else "vmdk", "img", "m", "--", "python3", "read.py"], capture_output=True, text=True, errors="replace", timeout=60)
+    assert p.returncode in (0, 125), (seed, i, f, p.returncode, p.stderr)
+    if p.returncode == 0: shown += int(open("read").read()) > 0
+assert shown > n // 4, shown' "$1" "$2" "$3"
+}
+
+# ---- the contest on damaged media ------------------------------------------------------------------------------
+
+contest_py() { cat <<'P'
+# contest.py DIRECTORY SEED FILES SAMPLE FORMATS DAMAGES: a disk of FILES files in every format, damaged in every way (SAMPLE of them; 0: all),
+# read by fuseexp with each set of options of LADDER and by each peer. A file counts by its blocks: all right, one wrong without an error, or lost.
+import fnmatch, hashlib, os, random, shutil, struct, subprocess, sys, time
+here, seed, count, sample, only, pattern = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], sys.argv[6]
+fx, bad_py, ladder = os.environ["FX"], os.environ["BAD_PY"], [o.split() for o in os.environ["LADDER"].split(";")]
+os.chdir(here)
+SIZE = count << 18
+quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def ok(*a, **k):
+    try: return subprocess.run(a, **quiet, **k).returncode == 0
+    except (OSError, subprocess.TimeoutExpired): return False
+def run(*a): subprocess.run(a, check=True, **quiet)
+def number(text): return int(hashlib.md5(text.encode()).hexdigest()[:8], 16)
+
+# -- the disk: ext4; a file is the list of its blocks --
+rnd = random.Random(seed)
+os.mkdir("f")
+for i in range(count):
+    n = rnd.choice([1, 2, 3, 5, 8, 13, 21, 60]) * 4096 - rnd.choice([0, 0, 100])
+    b = rnd.randbytes(n) if i % 2 else b"".join(b"%08x line of file %d\n" % (rnd.getrandbits(32), i) for _ in range(n // 20))[:n]
+    open("f/%d" % i, "wb").write(b)
+open("disk", "wb").truncate(SIZE)
+run("mkfs.ext4", "-q", "-b", "4096", "-d", "f", "disk")
+truth = open("disk", "rb").read()
+where = {}
+for at in range(0, SIZE, 4096): where.setdefault(truth[at:at + 4096], at)
+files = []
+for i in range(count):
+    b = open("f/%d" % i, "rb").read(); b += bytes(-len(b) % 4096)
+    files.append([where[b[k:k + 4096]] for k in range(0, len(b), 4096)])
+
+# -- formats: driver, extension, options; what qemu-img makes --
+FORMATS = {
+    "raw": ("raw", "img", ""), "qcow2": ("qcow2", "qcow2", ""), "qcow2-4k": ("qcow2", "qcow2", "cluster_size=4096"),
+    "qcow2-extl2": ("qcow2", "qcow2", "extended_l2=on,cluster_size=128k"), "qcow2-zlib": ("qcow2", "qcow2", "compression_type=zlib"),
+    "qcow2-zstd": ("qcow2", "qcow2", "compression_type=zstd"), "qcow2-chain": ("qcow2", "qcow2", ""), "qed": ("qed", "qed", ""), "vdi": ("vdi", "vdi", ""),
+    "vpc": ("vpc", "vhd", "subformat=dynamic,force_size=on"), "vpc-fixed": ("vpc", "vhd", "subformat=fixed,force_size=on"), "vhdx": ("vhdx", "vhdx", "subformat=dynamic"),
+    "vmdk": ("vmdk", "vmdk", ""), "stream": ("vmdk", "vmdk", "subformat=streamOptimized"), "parallels": ("parallels", "hdd", ""),
+}
+def make(kind, name):
+    driver, _, options = FORMATS[kind]
+    o = ["-o", options] if options else []
+    more = ["-c"] if kind in ("qcow2-zlib", "qcow2-zstd") else []
+    if kind == "qcow2-chain":
+        open("half", "wb").write(truth[:SIZE // 2] + bytes(SIZE // 2))
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "half", "base")
+        more = ["-B", "base", "-F", "qcow2"]
+    run("qemu-img", "convert", "-f", "raw", "-O", driver, *o, *more, "disk", name)
+    run("qemu-img", "create", "-q", "-f", driver, *o, "fresh", str(SIZE))
+
+# -- where the tables are --
+def tables(kind, b):
+    driver = FORMATS[kind][0]
+    u = lambda code, at: struct.unpack_from(code, b, at)[0]
+    if driver == "qcow2":
+        cluster, n, l1 = 1 << u(">I", 20), u(">I", 36), u(">Q", 40)
+        l2 = [u(">Q", l1 + 8 * i) & 0xfffffffffffe00 for i in range(n)]
+        used = [x for x in l2 if x]
+        return {"l1": (l1, 8 * n), "l2": (used[0], cluster), "l2-last": (used[-1], cluster), "refcounts": (u(">Q", 48), cluster)}
+    if driver == "qed": l1 = u("<Q", 40); return {"l1": (l1, 4096), "l2": (u("<Q", l1), 65536 * 4)}
+    if driver == "vdi": m, n = u("<I", 340), u("<I", 384) * 4; return {"map": (m, n), "half-map": (m + n // 8 * 4, n // 8 * 4)}
+    if kind == "vpc": t = u(">Q", 16); m, n = u(">Q", t + 16), u(">I", t + 28) * 4; return {"dynamic-header": (t, 1024), "bat": (m, n), "half-bat": (m + n // 8 * 4, n // 8 * 4)}
+    if driver == "vhdx":
+        out = {"header": (65536, 4096), "regions": (196608, 4096)}
+        for i in range(u("<I", 196616)):
+            e = 196624 + 32 * i
+            out["bat" if b[e:e + 4] == b"\x66\x77\xc2\x2d" else "metadata"] = (u("<Q", e + 16), 4096)
+        return out
+    if driver == "vmdk":
+        gd, rgd = u("<Q", 56) * 512, u("<Q", 48) * 512; gt, rgt = u("<I", gd) * 512, u("<I", rgd) * 512
+        return {"gd": [(gd, 512)], "gt": (gt, 2048), "both-gd": [(gd, 512), (rgd, 512)], "both-gt": [(gt, 2048), (rgt, 2048)]}
+    if driver == "parallels": n = 4 * u("<I", 32); return {"bat": (64, n), "half-bat": (64 + n // 8 * 4, n // 8 * 4)}
+    return {}
+
+def damages(kind, b):
+    n, r = len(b), random.Random(seed ^ number(kind))
+    def wipe(spans, noise=False):
+        x = bytearray(b)
+        for at, length in spans if isinstance(spans, list) else [spans]: x[at:at + length] = r.randbytes(length) if noise else bytes(length)
+        return x
+    yield "none", b, []
+    for name, to in ("cut-10%", n * 9 // 10), ("cut-50%", n // 2), ("cut-last-sector", n - 512): yield name, b[:to // 512 * 512], []
+    for name, length in ("head-512", 512), ("head-4k", 4096), ("head-64k", 65536): yield name + "-zeros", wipe((0, length)), []
+    yield "head-512-noise", wipe((0, 512), True), []
+    yield "tail-64k-zeros", wipe((n - 65536, 65536)), []
+    for name, spans in tables(kind, b).items(): yield name + "-zeros", wipe(spans), []; yield name + "-noise", wipe(spans, True), []
+    for s in "0+1", "1+1", "3+2", "5+2": yield "bad-" + s, b, [s]
+    yield "bad-20", b, ["%d+1" % r.randrange(n // 512) for _ in range(20)]
+    if kind == "qcow2-chain": yield "no-base", b, None
+
+# What overwrites bytes of the disk itself, so that no reader can tell: raw and fixed ones wherever they are hit, all where the data end.
+def tells_nothing(kind, damage): return damage.startswith("tail") or kind in ("raw", "vpc-fixed")
+
+# -- readers: (intact, silently wrong, lost), or None: refused --
+def judge(name, holes_are_losses=False):
+    try: fd = os.open(name, os.O_RDONLY)
+    except OSError: return None
+    seen = {}
+    def block(at):
+        try: b = os.pread(fd, 4096, at)
+        except OSError: return None
+        return b if len(b) == 4096 and (any(b) or not holes_are_losses) else None
+    out = [0, 0, 0]
+    for f in files:
+        state = 0
+        for at in f:
+            if at not in seen: seen[at] = block(at)
+            if seen[at] is None: state = 2; break
+            if seen[at] != truth[at:at + 4096]: state = 1
+        out[state] += 1
+    os.close(fd)
+    return out
+def ours(img, options):
+    open("m", "w").close()
+    p = subprocess.run([fx, "-q", *options, img, "m"], capture_output=True, text=True, timeout=60)
+    if p.returncode not in (0, 1): sys.exit("fuseexp %s %s: status %d\n%s" % (options, img, p.returncode, p.stderr))
+    out = None if p.returncode else judge("m")
+    if not p.returncode: ok(fx, "-q", "--umount", "m")
+    return out
+def storage_daemon(img, driver):
+    open("q", "w").close()
+    p = subprocess.Popen(["qemu-storage-daemon", "--blockdev", "driver=file,node-name=f,filename=%s,read-only=on" % img, "--blockdev", "driver=%s,node-name=r,file=f,read-only=on" % driver,
+                          "--export", "type=fuse,id=e,node-name=r,mountpoint=q,writable=off"], **quiet)
+    while p.poll() is None and not os.path.getsize("q"): time.sleep(.005)
+    out = judge("q") if p.poll() is None else None
+    p.terminate(); p.wait(); ok("umount", "-l", "q")
+    return out
+def salvage(img, driver):
+    out = judge("salvaged", True) if ok("qemu-img", "convert", "--salvage", "-f", driver, "-O", "raw", img, "salvaged", timeout=60) else None
+    if os.path.exists("salvaged"): os.unlink("salvaged")
+    return out
+def libyal(img, kind):
+    tool, inner = {"vpc": ("vhdimount", "vhdi1"), "vhdx": ("vhdimount", "vhdi1"), "vmdk": ("vmdkmount", "vmdk1"), "qcow2": ("qcowmount", "qcow1")}.get(FORMATS[kind][0], ("", ""))
+    if not shutil.which(tool) or kind == "qcow2-chain": return None
+    os.makedirs("x", exist_ok=True)
+    out = judge("x/" + inner) if ok(tool, img, "x", timeout=30) else None
+    while os.path.ismount("x"): ok("umount", "x") or time.sleep(.02)
+    return out
+
+# -- the contest --
+total, faults = {}, []
+for kind in FORMATS:
+    if not any(fnmatch.fnmatch(kind, p) for p in only.split(",")): continue
+    driver, ext, _ = FORMATS[kind]
+    img = "img." + ext
+    try: make(kind, img)            # by its own name: a descriptor records it
+    except subprocess.CalledProcessError: continue          # this qemu-img lacks it
+    b = open(img, "rb").read()
+    names = [name for name, _, _ in damages(kind, b) if any(fnmatch.fnmatch(name, p) for p in pattern.split(","))]
+    if sample: names = random.Random(seed ^ number(kind)).sample(names, min(sample, len(names)))
+    for name, damaged, bad in damages(kind, b):
+        if name not in names: continue
+        feed = None
+        open("plain", "wb").write(damaged)
+        if bad is None: os.rename("base", "base.away")
+        if bad:
+            open(img, "w").close(); feed = subprocess.Popen([sys.executable, "-c", bad_py, img, "plain", "0", *bad], **quiet)
+            while not os.path.getsize(img): time.sleep(.005)
+        else: os.rename("plain", img)
+        results = {"fuseexp " + " ".join(o): ours(img, [w.replace("FORMAT", driver) for w in o]) for o in ladder}
+        results.update({"storage-daemon": storage_daemon(img, driver), "qemu-img --salvage": salvage(img, driver), "libyal": libyal(img, kind)})
+        if feed: ok("umount", img); feed.kill(); feed.wait()
+        if bad is None: os.rename("base.away", "base")
+        for reader, got in results.items():
+            t = total.setdefault(reader, [0, 0, 0, 0])
+            for i, n in enumerate(got or (0, 0, 0, 1)): t[i] += n
+        best = max((got[0] for reader, got in results.items() if got and not reader.startswith("fuseexp")), default=0)
+        mine = max((got[0] for reader, got in results.items() if got and reader.startswith("fuseexp")), default=0)
+        if mine < best: faults.append("%s, %s: %d files intact, a peer has %d" % (kind, name, mine, best))
+        silent = min((got[1] if got else 0) for reader, got in results.items() if reader.startswith("fuseexp"))
+        if silent and not tells_nothing(kind, name): faults.append("%s, %s: %d files are wrong without an error, with every option" % (kind, name, silent))
+        print("%-11s %-22s %s" % (kind, name, "  ".join("%-9s" % ("%d/%d" % tuple(got[:2]) if got else "-") for got in results.values())), flush=True)
+print("%-34s %s" % ("", "  ".join(total)))
+for reader, t in total.items(): print("%-40s %6d files intact, %5d silently wrong, %3d images refused" % (reader, t[0], t[1], t[3]))
+for fault in faults: print("FAULT:", fault)
+sys.exit(bool(faults))
+P
+}
+
+# FILES SAMPLE FORMATS DAMAGES, in an empty directory; patterns with commas between. Exit 0: no peer has more files in any case, and none is silently wrong.
+contest_in() { FX=$fx BAD_PY=$bad_py LADDER=${LADDER:-;--rebuild;--header=fresh} python3 -c "$(contest_py)" . "${SEED:-1}" "$@"; }
+
+contest() {
+    local d ret=0
+    make -s -C "$top" BUILD="$build" || return
+    d=$(mktemp -d "${TMPDIR:-/dev/shm}/contest.XXXXXX")
+    (cd "$d" && contest_in "${FILES:-400}" 0 "${FORMATS:-*}" "${DAMAGES:-*}") || ret=$?
+    umount "$d"/* 2>/dev/null
+    rm -rf "$d"
+    return $ret
+}
+
+t_contest_is_won_where_headers_are_lost_and_sectors_are_bad() {
+    contest_in 40 3 '*' 'none,head-512*,bad-*,cut-*' >table || { cat table; fail "a peer did better, or files are silently wrong"; }
+    [ "$(grep -c 'intact,' table)" -ge 5 ]
+}
+
 # ---- other modes -----------------------------------------------------------------------------------------------
 
 # The program with the tests' own main around it: fault hooks, --try-sandbox, --fuzz-*, --unit. The Makefile builds the
@@ -8108,6 +8492,7 @@ case ${1:-} in
 -l) shift && cases "$@" ;;
 --demo) demo ;;
 --bench) bench ;;
+--contest) contest ;;
 --lint) lint ;;
 --soak) soak ;;
 --harness) harness ;;
