@@ -9979,7 +9979,8 @@ static bool qcow2_guess(struct file *f, struct qcow2_guess *g)
 
     for (uint32_t bits = 21; bits >= 9; bits--)
         for (unsigned i = 2; i < 2u * QCOW2_GUESS_CLUSTERS; i++) {
-            *g = (struct qcow2_guess){ .cluster_bits = bits, .subclusters = i % 2, .l1_offset = (uint64_t)i / 2 << bits };
+            *g = (struct qcow2_guess){ .cluster_bits = bits, .subclusters = i % 2,
+                                       .l1_offset = (uint64_t)i / 2 << bits };
             if (g->l1_offset >= f->size || (g->subclusters && bits < 14) || !qcow2_is_l1(f, g))
                 continue;
             if (file_read(f, &entry, sizeof(entry), 1ull << bits) == 0 && g->l1_offset != 1ull << bits &&
