@@ -3731,12 +3731,13 @@ static int lost_read_map(struct lost_map *m, FILE *f, int64_t shift)
 
     if (!lost_next_words(&r) || !lost_is_state(r.text))
         return msg_err(-EINVAL, "%s: line %u: %s", m->path, r.line, wrong);
+    shift = shift ? shift : r.origin;       /* the same for all: a comment further down must not change the order */
     while (!ret && lost_next_words(&r)) {
         wrong = lost_parse_range(&r, &start, &end, &why);
         if (wrong)
             return msg_err(-EINVAL, "%s: line %u: %s (%s)", m->path, r.line, wrong, text_trim(r.text));
-        start = lost_shift(start, shift ? shift : r.origin);
-        end = lost_shift(end, shift ? shift : r.origin);
+        start = lost_shift(start, shift);
+        end = lost_shift(end, shift);
         if (start >= end)
             continue;
         if (start > covered)
@@ -14093,15 +14094,16 @@ static int chain_read_map(struct image *im, const char *path, FILE *f)
         m->path = strdup(path);
     if (!m || !m->path)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    ret = lost_read_map(m, f, im->opt->map_offset);
+    ret = lost_read_map(m, f, im->depth ? 0 : im->opt->map_offset);
     if (ret && !im->opt->mapfile)
         return msg_err(ret, "%s: the mapfile beside it cannot be used; --mapfile=none ignores it", im->name);
     if (!ret)
         ret = chain_tell_map(im, m, lost_sum_up(m, im->size));
     if (ret)
         return ret;
-    cache_charge(m->room * sizeof(*m->span));
-    if (!m->bytes) {
+    if (m->bytes) {
+        cache_charge(m->room * sizeof(*m->span));
+    } else {
         lost_free(m);
         im->unread = NULL;
     }

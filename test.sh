@@ -3667,6 +3667,8 @@ t_map_offset_moves_the_map() {
     "$fx" -q --format raw --mapfile map --map-offset=-0x7fffffffffffffff raw m; not cat m >out 2>err; same "$(wc -c <out)" 0; "$fx" --umount m
     refused 2 'not a usable distance' "$fx" --map-offset=--1 raw m
     printf '# Position 0 is at byte 8000000000000000\n0 +\n0 512 +\n' >map; "$fx" --info -q --format raw --mapfile map raw >out
+    printf '# Position 0 is at byte 0x200\n0 +\n0 512 +\n# Position 0 is at byte 0\n512 512 -\n1024 1024 +\n' >map
+    "$fx" -q --format raw --mapfile map raw m; as_mapped m raw map 512; "$fx" --umount m
     printf '# Position 0 is at byte -8000000000000000\n0 +\n0 512 +\n' >map; "$fx" --info -q --format raw --mapfile map raw >out
 }
 
