@@ -3266,6 +3266,20 @@ static bool ext_continues(const struct extent *a, const struct extent *b, bool e
            (!a->file || a->offset + a->length == b->offset);
 }
 
+/* Of an unallocated extent: bad where a table seems to be wiped. */
+static void ext_suspect(const struct image *im, uint64_t offset, struct extent *ext)
+{
+    unsigned i = util_range_after(&im->suspect, offset);
+    const struct range *r = &im->suspect.range[i];
+
+    if ((ext->kind != EXT_ZERO && ext->kind != EXT_BACKING) || i == im->suspect.n || r->start >= offset + ext->length)
+        return;
+    if (r->start > offset)
+        ext->length = r->start - offset;
+    else
+        ext_bad(ext, util_min(ext->length, r->end - offset), "its table is probably wiped (--suspect=data)");
+}
+
 /*
  * Max blocks joined into one extent. Fewer in the backing file: it may split the range into small extents, and the
  * range is mapped again after each of them.
@@ -3293,6 +3307,8 @@ static void ext_map(struct image *im, uint64_t offset, uint64_t length, bool exa
             break;
         ext->length += next.length;
     }
+    if (ext->kind != EXT_DATA && im->suspect.n && im->opt->suspect_errors)
+        ext_suspect(im, offset, ext);
     if (exact && ext->kind == EXT_DATA && ext->sparse)
         file_seek_extent(ext->file, ext->offset, ext->length, &data, &ext->length);
     if (!data) {
@@ -4716,6 +4732,7 @@ static int vdi_open(struct image *im)
         return ret;
     im->size = (v->disk_size + 511) / 512 * 512;    /* old tools left odd sizes; blocks hold whole sectors */
     im->cluster_size = v->block_size;
+    im->entry_size = 4;
     if (!v->differencing)
         return 0;
     ext_set_parent(im, "vdi");
@@ -4946,6 +4963,7 @@ static int qed_open(struct image *im)
         return ret;
     im->size = q->size;
     im->cluster_size = 1u << q->cluster_bits;
+    im->entry_size = 8;
     im->dirty = q->features & QED_NEED_CHECK;
     if (im->dirty)
         msg_say(MSG_NOTE, "%s: is marked dirty (not closed properly); reading it is safe", im->name);
@@ -5278,6 +5296,7 @@ static int vhd_check_header(struct image *im, struct vhd *v, const struct vhd_he
     v->block_bits = (uint32_t)__builtin_ctz(block);
     v->bitmap_size = (block / VHD_PER_BITMAP + !!(block % VHD_PER_BITMAP)) * VHD_SECTOR;
     im->cluster_size = block;
+    im->entry_size = 4;
     return 0;
 }
 
@@ -6184,6 +6203,7 @@ static int vhdx_read_items(struct image *im, struct vhdx *v)
         return ret;
     v->has_parent = le32_to_cpu(parameters.flags) & VHDX_HAS_PARENT || v->item[VHDX_LOCATOR].length;
     im->cluster_size = le32_to_cpu(parameters.block_size);
+    im->entry_size = 8;
     im->sector_size = le32_to_cpu(sector);
     im->size = le64_to_cpu(size);
     if (!util_is_power_of_2(im->cluster_size, VHDX_MIN_BLOCK, VHDX_MAX_BLOCK))
@@ -7310,6 +7330,7 @@ static int vmdk_open_sparse(struct image *im, struct vmdk_extent *e, bool alone)
     e->size = line ? line : e->capacity;
     if (!im->cluster_size)
         im->cluster_size = (uint32_t)grain;
+    im->entry_size = e->entry_size;
     return vmdk_measure_last(im, e);
 }
 
@@ -8822,6 +8843,7 @@ static int prl_open_storages(struct image *im, const struct prl_xml *x, uint8_t 
                        "of %" PRIu64, im->name, x->disk_size, start);
     im->size = x->disk_size * PRL_SECTOR;
     im->cluster_size = p->layers->cluster;
+    im->entry_size = 4;
     return 0;
 }
 
@@ -8918,6 +8940,7 @@ static int prl_open_single(struct image *im)
         return ret;
     im->size = p->storages.range->end = p->layers->size;
     im->cluster_size = p->layers->cluster;
+    im->entry_size = 4;
     return prl_check_alone(im);
 }
 
@@ -9544,6 +9567,7 @@ static int qcow2_open(struct image *im)
         return ret;
     im->size = q->size;
     im->cluster_size = 1u << q->cluster_bits;
+    im->entry_size = q->entry_size;
     im->dirty = q->incompatible & QCOW2_DIRTY;
     if ((!im->writable || im->opt->top_only) && (q->incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT)))
         msg_say(MSG_NOTE, "%s: is marked %s; reading it is safe", im->name,
@@ -11482,6 +11506,7 @@ struct qcow2_check {
     bool beyond;                    /* some entry refers past the end of the file: the file must not grow */
     bool unreadable;                /* some table is: what it refers to was not counted, so nothing may be freed */
     bool in_header;                 /* an L1 entry of flags alone: QEMU counts what the header would refer to */
+    struct claims *claims;          /* not NULL: wants to know what is counted, and nothing is compared */
     bool naming;                    /* the second pass: users of suspects are named, nothing is counted or reported */
     uint64_t suspect[QCOW2_SUSPECTS];       /* host clusters with more users than their refcount, or unlike ones */
     size_t n_suspects;
@@ -11509,7 +11534,7 @@ static bool qcow2_walk(const struct qcow2_check *k, struct qcow2_walk *w)
         uint64_t size = k->f->size, words;
         w->i = w->next++;
         w->at = w->table + w->i * w->width;
-        if (w->at >= size)
+        if (w->at >= size || (k->claims && w->at % 4096 == 0 && ext_time_is_up(k->claims)))
             return false;
         words = util_min(8, (size - w->at + w->width - 1) / w->width * (w->width / 8));
         if (w->at % sizeof(w->words) == 0 && cache_words(k->f, w->at, w->words, words)) {
@@ -12003,11 +12028,27 @@ static int qcow2_begin_check(struct qcow2_check *k)
     return 0;
 }
 
-/* Counts everything, then calls repair(). */
-static int qcow2_count_all(struct image *im, struct check *c, int (*repair)(struct qcow2_check *k))
+/* Claims the clusters that were counted. */
+static void qcow2_claim_counted(struct qcow2_check *k)
+{
+    uint64_t n;
+
+    for (uint64_t i = 0; i < k->n_clusters; i += n) {
+        bool used = qcow2_counted(k, i);
+        for (n = 1; i + n < k->n_clusters && !qcow2_counted(k, i + n) == !used;)
+            n++;
+        if (used)
+            k->claims->claim(k->claims, k->f, i << k->q->cluster_bits,
+                             util_min(n << k->q->cluster_bits, k->f->size - (i << k->q->cluster_bits)), "a cluster", 0);
+    }
+}
+
+/* Counts everything, then tells `claims` what is in use, or compares and calls repair(). */
+static int qcow2_count_all(struct image *im, struct check *c, struct claims *claims,
+                           int (*repair)(struct qcow2_check *k))
 {
     struct qcow2 *q = im->state;
-    struct qcow2_check k = { .im = im, .q = q, .c = c, .f = &im->files[0] };
+    struct qcow2_check k = { .im = im, .q = q, .c = c, .f = &im->files[0], .claims = claims };
     int ret = qcow2_begin_check(&k);
     uint64_t bytes = (k.n_clusters + 1) * (k.width + 1);
 
@@ -12024,6 +12065,11 @@ static int qcow2_count_all(struct image *im, struct check *c, int (*repair)(stru
     qcow2_check_tables(&k);
     qcow2_check_bitmaps(&k);
     qcow2_check_blocks(&k);
+    if (claims) {
+        qcow2_claim_counted(&k);
+        ret = k.unreadable ? -EIO : 0;
+        goto out_counts;
+    }
     qcow2_compare_counts(&k);
     k.naming = true;
     if (k.n_suspects)
@@ -12039,8 +12085,29 @@ out_counts:
 
 static int qcow2_check(struct image *im, struct check *c)
 {
-    return qcow2_count_all(im, c, NULL);
+    return qcow2_count_all(im, c, NULL, NULL);
 }
+
+/* All that is in use, also by snapshots. Without counting twice: qcow2_check() does that. */
+static bool qcow2_claims(struct image *im, struct claims *claims)
+{
+    struct check c = { .corruption_lines = OUT_FINDINGS, .leak_lines = OUT_FINDINGS };      /* no lines */
+
+    msg_hushed++;
+    claims->stopped |= qcow2_count_all(im, &c, claims, NULL) || c.errors;
+    msg_hushed--;
+    return false;
+}
+
+/* Clusters without a refcount may have old data. So has the external data file, which has no refcounts. */
+static bool qcow2_is_free(struct image *im, const struct file *f, uint64_t offset)
+{
+    const struct qcow2 *q = im->state;
+    uint64_t refcount;
+
+    return f != &im->files[0] || qcow2_get_refcount(im, offset >> q->cluster_bits, &refcount) || !refcount;
+}
+
 
 /* -- repairing: the image is open for writing and nobody uses it yet, so what is called here needs no lock -- */
 
@@ -12222,6 +12289,18 @@ static int qcow2_rebuild(struct qcow2_check *k)
     return 0;
 }
 
+/* Where a table seems to be wiped, clusters that nothing refers to are data: their refcounts stay, as if counted. */
+static void qcow2_keep_leaks(struct qcow2_check *k)
+{
+    uint64_t refcount;
+
+    for (uint64_t i = 0; i < k->n_clusters; i++)
+        if (!qcow2_counted(k, i) && !qcow2_get_refcount(k->im, i, &refcount) && refcount)
+            qcow2_count_cluster(k, i, refcount, 0);
+    msg_say(MSG_NOTE, "%s: a table seems to be wiped, so no leak is freed: --repair=leaks does that, and its data is "
+            "lost", k->im->name);
+}
+
 /* 1: something has changed, so it is counted again. */
 static int qcow2_repair_all(struct qcow2_check *k)
 {
@@ -12230,6 +12309,8 @@ static int qcow2_repair_all(struct qcow2_check *k)
     uint64_t changed = 0;
     int ret = qcow2_start_writer(im);
 
+    if (im->suspect.n && !im->opt->free_suspects)
+        qcow2_keep_leaks(k);
     if (!ret)
         ret = qcow2_repair_refcounts(k, &changed, &stale);
     if (!ret)
@@ -12276,7 +12357,7 @@ static int qcow2_repair_by(struct image *im, struct check *c, int (*repair)(stru
 
     for (unsigned round = 0; ret > 0; round++) {
         *c = none;
-        ret = qcow2_count_all(im, c, round < 4 ? repair : NULL);
+        ret = qcow2_count_all(im, c, NULL, round < 4 ? repair : NULL);
     }
     if (!ret && !c->corruptions && !c->errors)
         ret = qcow2_set_features(im, q->incompatible & ~(uint64_t)(QCOW2_DIRTY | QCOW2_CORRUPT), q->autoclear);
@@ -12366,6 +12447,8 @@ static const struct image_format qcow2_format = {
     .find_holes = qcow2_find_holes,
     .info = qcow2_info,
     .snapshots = qcow2_list_snapshots,
+    .claims = qcow2_claims,
+    .is_free = qcow2_is_free,
     .check = qcow2_check,
     .close = qcow2_stop_writer,
 };
@@ -13114,25 +13197,47 @@ static int probe_check_pieces(const struct image *im)
 enum {
     CHECK_LOOK_MS = 100,              /* for the whole chain */
     CHECK_STRIPES = 1 << 10,          /* of the disk, in bit-reversed order: some of each part comes early */
-    CHECK_MAX_RANGES = 1 << 19,       /* after merging: 12 MiB, freed at the end of the look */
+    CHECK_MAX_RANGES = 3 << 17,       /* after merging: 18 MiB, freed at the end of the look ... */
+    CHECK_ALL_RANGES = 1 << 23,       /* ... and where there is no limit of time */
 };
 #define CHECK_STRIPE_MIN (1ull << 20)
 #define CHECK_LOOK_FAR (1ull << 30)   /* an offset this far past the end, plus the disk's size, is a damaged entry */
+#define CHECK_NO_GUEST UINT64_MAX
 
 static unsigned check_look_ms = CHECK_LOOK_MS;
 
+/* Bytes of a file that are used. */
 struct check_range {
-    const struct file *file;
+    struct file *file;
     uint64_t start, end;
+    uint64_t guest, guest_end;        /* CHECK_NO_GUEST, or of the disk: it starts with the data of this range */
+    bool shared;                      /* may overlap others: compressed clusters, whose ends are upper bounds */
 };
 
 struct check_look {
     struct claims claims;           /* first: claim() gets its address */
     struct image *im;
     uint64_t *needed;               /* [n_files]: bytes that it should have */
-    struct check_range *ranges;     /* [CHECK_MAX_RANGES], NULL: no memory */
-    size_t n;
+    struct check_range *ranges;     /* [max], NULL: no memory */
+    size_t n, max;
 };
+
+/* Adds a range to the list, or to the last one if it continues that in the file and on the disk. */
+static void check_look_add(struct check_look *l, const struct check_range *r)
+{
+    struct check_range *last = l->n ? &l->ranges[l->n - 1] : NULL;
+    bool follows = last && last->file == r->file && last->shared == r->shared &&
+                   (r->shared ? r->start >= last->start && r->start <= last->end + 512 : r->start == last->end);
+
+    if (follows && (r->guest == CHECK_NO_GUEST || r->guest == last->guest_end)) {
+        last->end = r->end > last->end ? r->end : last->end;
+        last->guest_end = r->guest == CHECK_NO_GUEST ? last->guest_end : r->guest_end;
+    } else if (l->ranges && l->n < l->max) {
+        l->ranges[l->n++] = *r;
+    } else {
+        l->claims.stopped = true;
+    }
+}
 
 /* Ranges far past the end come from damaged entries, which read as errors. */
 static void check_look_claim(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what,
@@ -13140,22 +13245,15 @@ static void check_look_claim(struct claims *c, struct file *f, uint64_t offset, 
 {
     struct check_look *l = (struct check_look *)c;
     uint64_t end = offset + length, *needed = &l->needed[f - l->im->files];
-    struct check_range *last = l->n ? &l->ranges[l->n - 1] : NULL;
 
-    (void)what;
-    (void)guest;
     if (end < offset || end > (uint64_t)MAX_IMAGE_SIZE || end > f->size + l->im->size + CHECK_LOOK_FAR)
         return;
     *needed = end > *needed ? end : *needed;
     end = util_min(end, f->size);
-    if (!length || offset >= end || !l->im->format->claims)
+    if (!length || offset >= end)
         return;
-    if (last && last->file == f && last->end == offset)
-        last->end = end;
-    else if (l->ranges && l->n < CHECK_MAX_RANGES)
-        l->ranges[l->n++] = (struct check_range){ f, offset, end };
-    else
-        c->stopped = true;
+    check_look_add(l, &(struct check_range){ f, offset, end, what ? CHECK_NO_GUEST : guest,
+                                             what ? CHECK_NO_GUEST : guest + (end - offset), false });
 }
 
 /* Reverses the bits of a stripe's number: 0, then the half, then the quarters ... */
@@ -13180,7 +13278,10 @@ static void check_look_at_map(struct check_look *l)
         for (; start < end && !ext_time_is_up(&l->claims); start += ext.length) {
             ext_map(l->im, start, end - start, false, &ext);
             if (ext.kind == EXT_DATA)
-                check_look_claim(&l->claims, ext.file, ext.offset, ext.length, NULL, 0);
+                check_look_claim(&l->claims, ext.file, ext.offset, ext.length, NULL, start);
+            else if (ext.kind == EXT_COMPRESSED)
+                check_look_add(l, &(struct check_range){ ext.file, ext.offset, ext.offset + ext.coded_length, start,
+                                                         start + ext.length, true });
             else if (ext.kind == EXT_BAD && ext.file)
                 check_look_claim(&l->claims, ext.file, ext.offset, 0, NULL, 0);
         }
@@ -13196,17 +13297,17 @@ static int check_compare_ranges(const void *a, const void *b)
     return x->start < y->start ? -1 : x->start > y->start;
 }
 
-/* Counts the bytes that are claimed more than once. */
+/* Counts the bytes that are claimed more than once, of sorted ranges. */
 static uint64_t check_look_twice(struct check_look *l)
 {
     uint64_t twice = 0, reached = 0;
 
-    if (l->n)
-        qsort(l->ranges, l->n, sizeof(*l->ranges), check_compare_ranges);
-    for (size_t i = 0; i < l->n; i++) {
+    for (size_t i = 0; i < l->n && !l->im->format->check; i++) {
         const struct check_range *r = &l->ranges[i];
         if (i && r->file != r[-1].file)
             reached = 0;
+        if (r->shared)
+            continue;
         if (r->start < reached)
             twice += util_min(r->end, reached) - r->start;
         reached = r->end > reached ? r->end : reached;
@@ -13236,26 +13337,257 @@ static int check_look_tell(struct check_look *l)
     return 0;
 }
 
-/* Looks at one image until util_clock() passes `until`. */
-static int check_look(struct image *im, uint64_t until)
+/*
+ * -- wiped tables --
+ *
+ * A piece of a table that was overwritten with zeros is a hole to every reader: no error, and zeros for the data. But
+ * the data is still in the file, where nothing refers to it any more. So room of the file that nothing refers to, that
+ * the image does not count as free and that is not zeros, is compared with the empty ranges of the disk.
+ *
+ * Where? Images are mostly written in order: room between the data of 8M and that of 24M of the disk belongs to an
+ * empty range from 8M to 24M. If the disk has data there, the order says nothing: then every large empty range is
+ * suspect.
+ *
+ * How much? A crash leaks a few clusters, which never were part of the disk, and a cluster that is given back is
+ * counted as free. But a sector is the least that a disk loses. So there must be an empty range at least as large as a
+ * sector of the table describes, and a quarter of that in the file. Example: in a qcow2 image of 64 KiB clusters, 512
+ * bytes of an L2 table are 64 entries, 4 MiB of the disk; then it takes 16 leaked clusters. A small table has fewer
+ * entries than a sector: of a disk of 24 MiB it is a quarter, too.
+ */
+
+/* Room of a file that nothing refers to: between start and end so many bytes that are not zeros. */
+struct check_room {
+    struct file *file;
+    uint64_t start, end, bytes;
+};
+
+struct check_wiped {
+    struct check_look *look;
+    struct image *im;
+    struct check *c;                /* NULL: not --check */
+    uint64_t reach;                 /* bytes of the disk that a sector of a table describes */
+    uint64_t from;                  /* of the disk: where the data before the room ends; CHECK_NO_GUEST: not known */
+    struct check_room room;         /* since then */
+    struct check_room strays;       /* room whose place on the disk is not known */
+    struct check_room first;        /* what was found first, to be told */
+    struct ranges found;            /* of the disk */
+};
+
+/* Is any byte of [at, at + length) not zero? What cannot be read says nothing. */
+static bool check_is_written(struct check_wiped *w, struct file *f, uint64_t at, uint64_t length)
 {
-    struct check_look l = { .claims = { .claim = check_look_claim, .until = until }, .im = im };
+    uint8_t piece[32768];
+    uint64_t n, done, extent;
+    bool data;
+
+    for (uint64_t end = at + length; at < end && !ext_time_is_up(&w->look->claims); at += n) {
+        file_seek_extent(f, at, end - at, &data, &extent);
+        n = data ? util_min(extent, sizeof(piece)) : extent;
+        if (data && file_pread(f, piece, n, at, &done) == 0 && (piece[0] || memcmp(piece, piece + 1, n - 1) != 0))
+            return true;
+    }
+    return false;
+}
+
+/* Nothing refers to [start, end) of f: adds what is written there, in whole clusters. */
+static void check_wiped_room(struct check_wiped *w, struct file *f, uint64_t start, uint64_t end)
+{
+    struct image *im = w->im;
+    uint64_t unit = im->cluster_size, skip;
+    bool data;
+
+    if (im->format->is_free)        /* these are aligned in the file */
+        start += -start & (unit - 1);
+    for (; start < end && end - start >= unit && !ext_time_is_up(&w->look->claims); start += skip) {
+        file_seek_extent(f, start, end - start, &data, &skip);
+        skip = data || skip < unit ? unit : skip / unit * unit;
+        if (!data || (im->format->is_free && im->format->is_free(im, f, start)) ||
+            !check_is_written(w, f, start, unit))
+            continue;
+        if (!w->room.bytes)
+            w->room = (struct check_room){ .file = f, .start = start };
+        w->room.bytes += unit;
+        w->room.end = start + unit;
+    }
+}
+
+/* [start, end) of the disk is empty, and `room` has data that may belong there. */
+static void check_wiped_found(struct check_wiped *w, const struct check_room *room, uint64_t start, uint64_t end)
+{
+    if (!w->found.n)
+        w->first = *room;
+    if (!util_range_add(&w->found, start, end))     /* full: what lies between counts as well */
+        w->found.range[w->found.n - 1].end = end > w->found.range[w->found.n - 1].end
+                                                 ? end : w->found.range[w->found.n - 1].end;
+    if (!w->c)
+        return;
+    w->c->wiped++;
+    out_finding(w->c, w->im->name, false, 1, "guest 0x%" PRIx64 ", 0x%" PRIx64 " bytes: nothing is allocated, but "
+                "nothing refers to 0x%" PRIx64 " bytes of data in 0x%" PRIx64 "..0x%" PRIx64 " of %s: probably a wiped "
+                "table", start, end - start, room->bytes, room->start, room->end, util_basename(room->file->path));
+}
+
+/* Tells empty ranges in [at, end) of the disk that are large enough. room NULL: is there no data? */
+static bool check_wiped_disk(struct check_wiped *w, const struct check_room *room, uint64_t at, uint64_t end)
+{
+    uint64_t start = at;
+    struct extent ext;
+
+    for (; at < end && !ext_time_is_up(&w->look->claims); at += ext.length) {
+        ext_map(w->im, at, end - at, true, &ext);
+        if (ext.kind == EXT_BACKING || (ext.kind == EXT_ZERO && !ext.zeroed && !ext.file))
+            continue;
+        if (!room && (ext.kind == EXT_DATA || ext.kind == EXT_COMPRESSED))
+            return false;
+        if (room && at - start >= w->reach)
+            check_wiped_found(w, room, start, at);
+        start = at + ext.length;
+    }
+    if (room && at >= end && end - start >= w->reach && end > start)
+        check_wiped_found(w, room, start, end);
+    return at >= end;
+}
+
+/* The room ends where the data of the disk at `to` is. Does the order say where its own belongs? */
+static void check_wiped_place(struct check_wiped *w, uint64_t to)
+{
+    struct check_room *room = &w->room, *strays = &w->strays;
+
+    if (!room->bytes)
+        return;
+    if (w->from != CHECK_NO_GUEST && to != CHECK_NO_GUEST && w->from < to && to - w->from >= w->reach &&
+        room->bytes >= w->reach / 4 && check_wiped_disk(w, NULL, w->from, to)) {
+        check_wiped_disk(w, room, w->from, to);
+    } else if (!strays->bytes) {
+        *strays = *room;
+    } else {
+        strays->bytes += room->bytes;
+        strays->end = strays->file == room->file ? room->end : strays->end;
+    }
+    room->bytes = 0;
+}
+
+/* Goes through the sorted ranges that are used, and looks at the room between them. */
+static void check_wiped_files(struct check_wiped *w)
+{
+    struct check_look *l = w->look;
+    uint64_t size = w->im->size, reached = 0;
+    struct file *f = NULL;
+
+    for (size_t i = 0; i <= l->n; i++) {
+        const struct check_range *r = i < l->n ? &l->ranges[i] : NULL;
+        if (f && (!r || r->file != f)) {
+            if (!f->is_blk || w->im->format->is_free)       /* behind an image on a device there is anything */
+                check_wiped_room(w, f, reached, f->size);
+            check_wiped_place(w, r ? CHECK_NO_GUEST : size);
+        }
+        if (!r)
+            break;
+        if (r->file != f) {
+            w->from = f ? CHECK_NO_GUEST : 0;
+            f = r->file;
+            reached = 0;
+        }
+        if (r->start > reached)
+            check_wiped_room(w, f, reached, r->start);
+        if (r->guest != CHECK_NO_GUEST) {
+            check_wiped_place(w, r->guest);
+            w->from = r->guest_end;
+        }
+        reached = r->end > reached ? r->end : reached;
+    }
+    if (w->strays.bytes >= w->reach / 4)
+        check_wiped_disk(w, &w->strays, 0, size);
+}
+
+static int check_wiped_tell(struct check_wiped *w)
+{
+    struct image *im = w->im;
+    const struct range *r = w->found.range;
+    char more[48] = "";
+
+    im->damaged = true;
+    if (w->c)
+        return 0;
+    if (w->found.n > 1)
+        snprintf(more, sizeof(more), " and in %u more ranges", w->found.n - 1);
+    if (im->opt->strict)
+        return msg_err(-EIO, "%s: damaged (--strict): a table is probably wiped: nothing is allocated from %" PRIu64
+                       " to %" PRIu64 " of the disk%s, but nothing refers to data at %" PRIu64 " of %s", im->name,
+                       r->start, r->end, more, w->first.start, util_basename(w->first.file->path));
+    msg_say(MSG_NOTE, "%s: a table is probably wiped: nothing is allocated from %" PRIu64 " to %" PRIu64 " of the disk"
+            "%s, but nothing refers to %" PRIu64 " bytes of data in %" PRIu64 "..%" PRIu64 " of %s; %s", im->name,
+            r->start, r->end, more, w->first.bytes, w->first.start, w->first.end, util_basename(w->first.file->path),
+            im->opt->suspect_errors ? "reads there are errors"
+                                    : "zeros are shown there (--suspect=eio: errors), --check lists all");
+    return 0;
+}
+
+/* After all that is used was claimed and sorted: looks for tables that are wiped. c: of --check, or NULL. */
+static int check_look_wiped(struct check_look *l, struct check *c)
+{
+    struct image *im = l->im;
+    uint64_t unit = im->cluster_size;
+    struct check_wiped w = { .look = l, .im = im, .c = c };
+
+    im->suspect.n = 0;
+    if (l->claims.stopped || !im->entry_size || !unit)
+        return l->claims.stopped && im->opt->suspect_errors
+                   ? msg_err(-EIO, "%s: cannot tell whether tables are wiped (--suspect=eio): they are damaged, or too "
+                             "large", im->name) : 0;
+    w.reach = util_min(512 / im->entry_size * unit, im->size / 4);
+    w.reach = w.reach > unit ? w.reach : unit;
+    if (!im->suspect.range)
+        im->suspect.range = util_fault("suspects") ? NULL : malloc(MAX_RANGES * sizeof(struct range));
+    w.found.range = im->suspect.range;
+    if (!w.found.range)
+        return msg_err(-ENOMEM, "%s: out of memory", im->name);
+    check_wiped_files(&w);
+    im->suspect.n = w.found.n;
+    if (w.found.n)
+        return check_wiped_tell(&w);
+    free(im->suspect.range);
+    im->suspect.range = NULL;
+    return 0;
+}
+
+/* Claims all that the image uses. Formats with check() have their metadata last: it is not needed for the rest. */
+static void check_look_collect(struct check_look *l)
+{
+    const struct image_format *format = l->im->format;
+
+    if (format->check)
+        check_look_at_map(l);
+    if ((!format->claims || !format->claims(l->im, &l->claims)) && !format->check)
+        check_look_at_map(l);
+    if (l->n)
+        qsort(l->ranges, l->n, sizeof(*l->ranges), check_compare_ranges);
+}
+
+/* Looks at one image until util_clock() passes `until`; 0: at all of it. c: counts wiped tables only, for --check. */
+static int check_look(struct image *im, uint64_t until, struct check *c)
+{
+    struct check_look l = { .claims = { .claim = check_look_claim, .until = until }, .im = im,
+                            .max = until ? CHECK_MAX_RANGES : CHECK_ALL_RANGES };
     uint64_t sets;
-    int ret;
+    int ret = 0;
 
     if (im->format->plain || im->size == 0)
         return 0;
+    im->suspect.n = 0;              /* else these would read as errors */
     l.needed = util_fault("look") ? NULL : calloc(im->n_files, sizeof(*l.needed));
     if (!l.needed)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    l.ranges = util_map(CHECK_MAX_RANGES * sizeof(*l.ranges));
+    l.ranges = util_map(l.max * sizeof(*l.ranges));
     sets = im->writable ? 0 : cache_narrow();
-    if (!im->format->claims || !im->format->claims(im, &l.claims))
-        check_look_at_map(&l);
+    check_look_collect(&l);
+    if (!c)
+        ret = check_look_tell(&l);
+    if (!ret)
+        ret = check_look_wiped(&l, c);
     if (sets)
         cache_widen(sets);
-    ret = check_look_tell(&l);
-    util_unmap(l.ranges, CHECK_MAX_RANGES * sizeof(*l.ranges));
+    util_unmap(l.ranges, l.max * sizeof(*l.ranges));
     free(l.needed);
     return ret;
 }
@@ -13263,11 +13595,12 @@ static int check_look(struct image *im, uint64_t until)
 /* Not without locks: a file that another program writes to has grown since it was opened. */
 static int check_look_at_chain(struct image *im)
 {
-    uint64_t until = util_clock() + check_look_ms * 1000000ull;
+    bool all = im->opt->strict || im->opt->suspect_errors;
+    uint64_t until = all ? 0 : util_clock() + check_look_ms * 1000000ull;
     int ret = 0;
 
     for (; im && im->opt->lock && !ret; im = im->backing)
-        ret = check_look(im, until);
+        ret = check_look(im, until, NULL);
     return ret;
 }
 
@@ -13391,7 +13724,7 @@ static void check_unread(const struct image *im, struct check *c)
     }
 }
 
-/* Counts the errors of the top image. -EOPNOTSUPP: the format has nothing to check. */
+/* As check_all(), but for wiped tables. */
 static int check_image(struct image *im, struct check *c)
 {
     struct check_image k = { .claims = { .claim = check_claim }, .im = im, .c = c,
@@ -13407,7 +13740,7 @@ static int check_image(struct image *im, struct check *c)
     k.used = calloc(im->n_files, sizeof(*k.used));
     if (!k.used)
         return msg_err(-ENOMEM, "%s: out of memory", im->name);
-    k.all_claimed = im->format->claims && im->format->claims(im, &k.claims);
+    k.all_claimed = im->format->claims && !im->format->check && im->format->claims(im, &k.claims);
     for (uint64_t at = 0; at < size; at += ext.length) {
         ext_map(im, at, size - at, false, &ext);
         check_extent(&k, at, &ext);
@@ -13420,6 +13753,16 @@ static int check_image(struct image *im, struct check *c)
         util_unmap(k.used[i], check_bitmap_size(&im->files[i]));
     free(k.used);
     return 0;
+}
+
+/* Counts the errors of the top image. -EOPNOTSUPP: the format has nothing to check. */
+static int check_all(struct image *im, struct check *c)
+{
+    int ret;
+
+    im->suspect.n = 0;              /* else what the look has found reads as errors */
+    ret = check_image(im, c);
+    return ret ? ret : check_look(im, 0, c);
 }
 
 /* ******************************************************************************************************** *
@@ -13443,6 +13786,7 @@ static void chain_close(struct image *im)
     if (im->files)
         pthread_mutex_destroy(&im->size_lock);
     free(im->files);
+    free(im->suspect.range);
     memset(im, 0, sizeof(*im));
     if (base)
         chain_close(base);          /* at most MAX_CHAIN deep */
@@ -13464,7 +13808,13 @@ static int chain_begin(struct image *im, const char *name)
 /* The first step that may change the image, after everything that can refuse it. */
 static int chain_begin_writing(struct image *im)
 {
-    return im->writable && !im->opt->top_only && im->format->begin_writing ? im->format->begin_writing(im) : 0;
+    int ret = 0;
+
+    if (!im->writable || im->opt->top_only || !im->format->begin_writing)
+        return 0;
+    if (im->dirty)                  /* it would be repaired: not before it is known whether a table is wiped */
+        ret = check_look(im, 0, NULL);
+    return ret ? ret : im->format->begin_writing(im);
 }
 
 /* After the files are open: locks them and lets the driver open the image. */
@@ -14400,6 +14750,9 @@ static int overlay_open(struct image *im, struct image *base, const char *path, 
     if (ret)
         return ret;
     ret = check_look_at_chain(im);    /* only the overlay: its base was looked at before */
+    if (!ret && opt->suspect_errors && im->suspect.n)
+        ret = msg_err(-EIO, "%s: some of its tables seem to be wiped (--suspect=eio): it takes no more changes",
+                      im->name);
     im->backing = base;
     base->child = im;
     return ret;
@@ -15955,16 +16308,17 @@ enum opt_action { ACT_EXPORT, ACT_INFO, ACT_MAP, ACT_CHECK, ACT_UMOUNT, ACT_FORM
 #define OPT_UNSET UINT32_MAX
 
 struct options {
-    char **images, **command, *mountpoint, *pidfile, *extra, *error_map, *overlay, *temporary, *backing[MAX_GIVEN];
+    char **images, **command, *mountpoint, *pidfile, *extra, *error_map, *overlay, *temporary, *repair;
+    char *backing[MAX_GIVEN];
     unsigned n_images;
     struct image_options image;
     bool foreground, debug, single_thread, writable, share, growable, direct_io, no_passthrough, no_parts, lazy,
-        verbose, quiet, json, repair, read_only;
+        verbose, quiet, json, read_only;
     bool mount_helper;              /* called by mount(8) */
     struct sigaction old_xfsz;      /* for the command: we ignore the signal, so the limit is an error for us */
     uint64_t offset, size, cache_size;
     uint32_t partition, sector_size, threads, mode, uid, gid, timeout;
-    uint32_t sandbox, allow_other, action, on_error;
+    uint32_t sandbox, allow_other, action, on_error, suspect;
 };
 
 enum opt_kind {
@@ -16012,6 +16366,7 @@ static const struct opt {
     { 0, "header", "FILE", OPT_TEXT, OPT_AT(image.header), 0,
       "take the header of this image, made with the same options" },
     { 0, "on-error", "eio|zero", OPT_CHOICE, OPT_AT(on_error), 0, "what is shown where nothing can be read" },
+    { 0, "suspect", "data|eio", OPT_CHOICE, OPT_AT(suspect), 0, "what is shown where a table seems to be wiped" },
     { 0, "error-map", "FILE", OPT_TEXT, OPT_AT(error_map), 0,
       "list there what could not be read (ddrescue mapfile)" },
     { 0, "mapfile", "FILE|none", OPT_TEXT, OPT_AT(image.mapfile), 0,
@@ -16040,7 +16395,8 @@ static const struct opt {
     { 0, "info", NULL, OPT_ACTION, OPT_AT(action), ACT_INFO, "say what IMAGE is" },
     { 0, "map", NULL, OPT_ACTION, OPT_AT(action), ACT_MAP, "list what lies where" },
     { 0, "check", NULL, OPT_ACTION, OPT_AT(action), ACT_CHECK, "look for damage; changes nothing" },
-    { 0, "repair", NULL, OPT_SET, OPT_AT(repair), 0, "with --check: free leaks, set refcounts right" },
+    { 0, "repair", "[=leaks]", OPT_TEXT, OPT_AT(repair), 0,
+      "with --check: free leaks (=leaks: also suspect ones), set refcounts right" },
     { 0, "json", NULL, OPT_SET, OPT_AT(json), 0, "with these three: for programs" },
     { 'u', "umount", NULL, OPT_ACTION, OPT_AT(action), ACT_UMOUNT, "unmount, and wait until the image is free" },
     { 'z', "lazy", NULL, OPT_SET, OPT_AT(lazy), 0, "with --umount: detach at once, do not wait" },
@@ -16302,6 +16658,10 @@ static int opt_check(const struct options *o)
         { mapped && o->writable && !overlaid,
           "--mapfile is for reading: what was not read stays so; --overlay or --temporary take changes" },
         { mapped && o->repair, "--mapfile is for reading: --repair changes the image" },
+        { o->writable && o->suspect && !overlaid,
+          "--suspect=eio is for reading; --overlay or --temporary take changes" },
+        { o->share && o->suspect, "--suspect=eio is not for an image that is in use" },
+        { o->repair && *o->repair && strcmp(o->repair, "leaks") != 0, "--repair has no value, or it is leaks" },
         { o->repair && o->action != ACT_CHECK, "--repair goes with --check" },
         { o->repair && o->share, "--repair is not for an image that is in use" },
         { o->json && !opt_looks(o), "--json goes with --info, --map or --check" },
@@ -16338,6 +16698,8 @@ static void opt_complete(struct options *o)
     o->image.parts = !o->no_parts;
     o->image.lock = !o->share;
     o->image.zero_errors = o->on_error;
+    o->image.suspect_errors = o->suspect;
+    o->image.free_suspects = o->repair && *o->repair;
     o->image.top_only = o->action == ACT_INFO || o->action == ACT_CHECK;
 }
 
@@ -17519,7 +17881,8 @@ static int run_open_overlay(struct run *r)
     if (!base)
         return msg_err(-ENOMEM, "out of memory");
     r->overlay_options = (struct image_options){ .lock = o->image.lock, .zero_errors = o->image.zero_errors,
-                                                 .no_backing = o->image.no_backing, .strict = o->image.strict };
+                                                 .no_backing = o->image.no_backing, .strict = o->image.strict,
+                                                 .suspect_errors = o->image.suspect_errors };
     ret = chain_open(base, o->images, o->n_images, &o->image);
     for (unsigned i = 0; o->overlay && i < base->n_files && !ret; i++)
         if (file_is_at(&base->files[i], o->overlay))
@@ -18320,7 +18683,7 @@ static int cmd_umount(const struct options *o)
  */
 static int cmd_look(const struct options *o, int (*look)(struct image *im, bool json))
 {
-    struct image im = { .writable = o->repair };
+    struct image im = { .writable = o->repair != NULL };
     int status = EXIT_FAILED;
 
     out_progress.on = o->action == ACT_CHECK && !o->quiet && isatty(STDERR_FILENO);
@@ -18489,6 +18852,7 @@ static void cmd_check_json(const struct image *im, const struct check *c)
 {
     const struct { const char *key; uint64_t value; } counts[] = {
         { "corruptions", c->corruptions },         { "leaks", c->leaks },
+        { "wiped-tables", c->wiped },
         { "image-end-offset", c->image_end },      { "total-clusters", c->total },
         { "allocated-clusters", c->allocated },    { "fragmented-clusters", c->fragmented },
         { "compressed-clusters", c->compressed },  { "corruptions-fixed", c->corruptions_fixed },
@@ -18543,6 +18907,8 @@ static int cmd_repair(struct image *im, struct check *c)
         return -EOPNOTSUPP;
     *c = (struct check){ .corruption_lines = OUT_FINDINGS, .leak_lines = OUT_FINDINGS };
     ret = im->format->repair(im, c);
+    if (!ret)
+        ret = check_look(im, 0, c);
     if (ret)
         return msg_err(ret, "%s: cannot be repaired: %s", im->name, strerror(-ret));
     c->corruptions_fixed = found.corruptions - util_min(found.corruptions, c->corruptions);
@@ -18557,7 +18923,7 @@ static int cmd_check(struct image *im, bool json)
 {
     struct check c = { .corruptions = 0 };
     uint64_t left_out;
-    int ret = check_image(im, &c);
+    int ret = check_all(im, &c);
 
     if (!ret && im->writable)
         ret = cmd_repair(im, &c);

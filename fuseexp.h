@@ -161,6 +161,8 @@ struct image_options {
     bool no_backing, force_parent, ignore_log, strict, parts, lock;
     bool rebuild;                   /* top: put together what is lost from what is left */
     bool zero_errors;               /* what cannot be read is shown as zeros, because the user said so */
+    bool suspect_errors;            /* image.suspect reads as errors */
+    bool free_suspects;             /* repair() may free clusters although a table seems to be wiped */
     bool top_only;                  /* to look at, not to be read: backing files are named, not opened */
 };
 
@@ -202,6 +204,7 @@ struct out;
 /* What --check found, in clusters. */
 struct check {
     uint64_t corruptions, leaks;
+    uint64_t wiped;                 /* of the corruptions: ranges of the disk whose table seems to be wiped */
     uint64_t errors;                /* that kept it from looking */
     uint64_t total, allocated, fragmented, compressed;
     uint64_t image_end;             /* bytes: where the last used cluster ends */
@@ -217,7 +220,7 @@ struct check {
 struct claims {
     void (*claim)(struct claims *c, struct file *f, uint64_t offset, uint64_t length, const char *what, uint64_t guest);
     uint64_t until;                 /* util_clock(): no more of the tables is read then; 0: all is */
-    bool stopped;                   /* something was left out because of that */
+    bool stopped;                   /* something was left out: because of that, or it could not be read */
 };
 
 /*
@@ -252,7 +255,9 @@ struct claims {
  *   snapshots  writes the internal snapshots as list "snapshots" into the open object, if there are any; may be NULL.
  *   claims  claims the metadata of the image's files; true if also all data, where one flat table says that (it is read
  *           past the cache). Else the core walks map() for the data. What cannot be read is left out. NULL: there is
- *           no metadata, or check() knows better.
+ *           no metadata. Of a format with check() several may use one range.
+ *   is_free  does the image itself count this part of f as free? Then old data there means nothing. NULL: it does not
+ *           count.
  *   as_qemu  false: QEMU reads another disk from the image, or would damage it. Of what map() reads without errors;
  *           called before an overlay is made, may read tables. NULL: no such difference.
  *   check   NULL: the core walks map() and finds what is bad, or used twice (as data, or in claims). Else counts into
@@ -290,6 +295,7 @@ struct image_format {
     void (*info)(struct image *im, struct out *out);
     int (*snapshots)(struct image *im, struct out *out);
     bool (*claims)(struct image *im, struct claims *c);
+    bool (*is_free)(struct image *im, const struct file *f, uint64_t offset);
     bool (*as_qemu)(struct image *im);
     int (*check)(struct image *im, struct check *c);
     int (*repair)(struct image *im, struct check *c);
@@ -313,6 +319,8 @@ struct image {
     uint64_t backing_size;          /* likewise, bytes: it had so much at least; 0: the image does not say */
     uint64_t least_size;            /* set by rebuild(): the size is between this and what open() sets; else 0 */
     uint32_t cluster_size;          /* likewise: what is allocated at once; 0: no such thing */
+    uint32_t entry_size;            /* likewise: bytes of a table that describe a cluster; 0: there are no tables */
+    struct ranges suspect;          /* set by the core: of the disk, where a table seems to be wiped; room MAX_RANGES */
     bool dirty;                     /* likewise: says of itself that it was not closed properly */
     bool damaged;                   /* set by the core: something is missing or used twice, as far as it has looked */
     bool encrypted;                 /* likewise: opened for its tables alone, map() describes what cannot be read */
