@@ -3249,6 +3249,99 @@ static void ext_claim_table(struct claims *c, const struct image *im, const void
     }
 }
 
+/*
+ * -- lost headers --
+ *
+ * A table of blocks is known by its shape: each entry is empty or names a block of the file, and no two name the same
+ * one. The distances of the blocks tell their size. The first thing that is no entry is behind the table.
+ */
+
+enum { FMT_TABLE_MAX = 1 << 22 /* entries */, FMT_TABLE_FEW = 16 /* used entries: fewer may look right by chance */ };
+#define FMT_NO_BLOCK UINT64_MAX
+#define FMT_LOST_PARENT "; if it had a parent, what is there reads as zeros, unless --backing names it"
+
+struct fmt_table {
+    struct file *f;
+    uint64_t offset, width, max;    /* in f; bytes of an entry; how many there are at most */
+    bool (*entry)(const struct fmt_table *t, const uint8_t *bytes, uint64_t *block);    /* false: it cannot be one */
+    uint64_t unit;                  /* for entry() */
+    uint64_t n, used, lost, last;   /* entries; those with a block; not readable; index of the last with a block */
+    uint64_t low, high;             /* the first and the last block */
+    uint64_t stride, nearest;       /* what divides all distances; the smallest; 0: fewer than two blocks */
+    bool has_zero;                  /* there is a block 0: another one is padding */
+};
+
+static uint64_t fmt_common_divisor(uint64_t a, uint64_t b)
+{
+    for (uint64_t rest; b; b = rest) {
+        rest = a % b;
+        a = b;
+    }
+    return a;
+}
+
+static int fmt_compare_blocks(const void *a, const void *b)
+{
+    const uint64_t *x = a, *y = b;
+
+    return (*x > *y) - (*x < *y);
+}
+
+/* Adds n entries. False: the table ends among them. */
+static bool fmt_add_entries(struct fmt_table *t, const uint8_t *bytes, uint64_t n, uint64_t *blocks)
+{
+    uint64_t block;
+
+    for (uint64_t i = 0; i < n; i++, t->n++) {
+        if (!t->entry(t, bytes + i * t->width, &block) || (block == 0 && t->has_zero))
+            return false;
+        if (block == FMT_NO_BLOCK)
+            continue;
+        t->has_zero |= block == 0;
+        t->last = t->n;
+        blocks[t->used++] = block;
+    }
+    return true;
+}
+
+/* Reads the table by sectors and sets what it tells. False: it names no block, or one twice. */
+static bool fmt_look_at_table(struct fmt_table *t)
+{
+    uint64_t *blocks = NULL, *more, per_sector = 512 / t->width, n;
+    bool good = true;
+    uint8_t sector[512];
+
+    for (uint64_t at = t->offset; good && t->n < t->max && at + sizeof(sector) <= t->f->size; at += sizeof(sector)) {
+        n = util_min(per_sector, t->max - t->n);
+        if (file_read(t->f, sector, sizeof(sector), at)) {
+            t->n += n;
+            t->lost += n;
+            continue;
+        }
+        more = realloc(blocks, (t->used + n) * sizeof(*blocks));
+        good = more && fmt_add_entries(t, sector, n, more);
+        blocks = more ? more : blocks;
+    }
+    if (t->used)
+        qsort(blocks, t->used, sizeof(*blocks), fmt_compare_blocks);
+    t->low = t->used ? blocks[0] : 0;
+    t->high = t->used ? blocks[t->used - 1] : 0;
+    for (uint64_t i = 1; i < t->used; i++) {
+        t->nearest = util_min(i == 1 ? UINT64_MAX : t->nearest, blocks[i] - blocks[i - 1]);
+        t->stride = fmt_common_divisor(t->stride, blocks[i] - blocks[i - 1]);
+    }
+    free(blocks);
+    return t->used && (t->nearest || t->used == 1);
+}
+
+/* Reads a page that a rebuilt header goes into. Sectors that cannot be read become entries that are errors. */
+static void fmt_read_page(struct file *f, uint64_t offset, uint8_t page[FILE_PATCH], uint8_t error)
+{
+    for (uint64_t at = 0; at < FILE_PATCH; at += 512)
+        if (offset + at + 512 > f->size || file_read(f, page + at, 512, offset + at))
+            memset(page + at, error, 512);
+}
+
 /* The kind of an unallocated range: in the backing file, or zeros if there is none. */
 static enum extent_kind ext_hole(const struct image *im)
 {
@@ -4814,6 +4907,90 @@ static bool vdi_as_qemu(struct image *im)
     return true;
 }
 
+/* -- lost headers -- */
+
+enum { VDI_GUESS_REACH = 2 << 20 /* the map is at 512 (QEMU), 1 MiB or another power of two up to this */,
+       VDI_USUAL_BLOCK = 1 << 20, VDI_GUESS_BLOCK = 64 << 10 /* smaller ones are not guessed */ };
+
+static bool vdi_is_entry(const struct fmt_table *t, const uint8_t *bytes, uint64_t *block)
+{
+    uint32_t entry = util_le32(bytes);
+
+    *block = entry >= VDI_ENTRY_ZERO ? FMT_NO_BLOCK : entry;
+    return entry >= VDI_ENTRY_ZERO || entry <= t->f->size / (VDI_GUESS_BLOCK / 4);
+}
+
+/* Sets where the data begin and the size of a block. Exact: the blocks end where the file does. */
+static bool vdi_guess_blocks(const struct fmt_table *t, struct vdi *v)
+{
+    static const uint32_t align[] = { 512, 4096, VDI_USUAL_BLOCK };
+    uint64_t end = t->offset + 4 * t->n, room, n = t->high + 1;
+
+    for (size_t i = 0; i < ARRAY_LEN(align); i++) {
+        v->data = (end + align[i] - 1) / align[i] * align[i];
+        room = t->f->size - util_min(t->f->size, v->data);
+        v->block_size = room / n <= VDI_MAX_BLOCK ? (uint32_t)(room / n) : 0;
+        if (room % n == 0 && util_is_power_of_2(v->block_size, VDI_GUESS_BLOCK, VDI_MAX_BLOCK))
+            return true;
+    }
+    v->block_size = VDI_USUAL_BLOCK;
+    if (t->offset % VDI_USUAL_BLOCK)            /* QEMU's maps; VirtualBox aligns map and data to 1 MiB */
+        v->data = (end + 511) / 512 * 512;
+    return t->used >= FMT_TABLE_FEW;
+}
+
+/* All blocks of the file are in use, from 0 on, so few numbers are missing. */
+static bool vdi_guess(struct file *f, struct vdi *v, struct fmt_table *t)
+{
+    for (uint64_t at = 512; at <= VDI_GUESS_REACH; at *= 2) {
+        *t = (struct fmt_table){ .f = f, .offset = at, .width = 4, .max = FMT_TABLE_MAX, .entry = vdi_is_entry };
+        if (fmt_look_at_table(t) && t->n > 1 && (t->has_zero || t->lost) && t->used + t->lost > t->high - t->high / 8 &&
+            vdi_guess_blocks(t, v))
+            return true;
+    }
+    return false;
+}
+
+static bool vdi_remains(struct file *f)
+{
+    struct fmt_table t;
+    struct vdi v;
+
+    return vdi_guess(f, &v, &t);
+}
+
+static int vdi_rebuild(struct image *im)
+{
+    struct file *f = &im->files[0];
+    uint8_t page[FILE_PATCH];
+    struct vdi_header *h = (void *)page;
+    struct fmt_table t;
+    struct vdi v;
+
+    if (file_read(f, page, 512, 0) == 0 && le32_to_cpu(h->start.signature) == VDI_SIGNATURE)
+        return 0;
+    if (!vdi_guess(f, &v, &t))
+        return msg_err(-EINVAL, "%s: cannot be put together: no block map is left; --header=FILE takes the header of "
+                       "another image", im->name);
+    fmt_read_page(f, 0, page, 0xfd);
+    memset(page, 0, 512);
+    *h = (struct vdi_header){
+        .start = { .signature = cpu_to_le32(VDI_SIGNATURE), .version = cpu_to_le32(VDI_VERSION_1) },
+        .header_size = cpu_to_le32(400),
+        .type = cpu_to_le32(im->opt->n_backing ? VDI_TYPE_DIFF : VDI_TYPE_DYNAMIC),
+        .map_offset = cpu_to_le32((uint32_t)t.offset),
+        .data_offset = cpu_to_le32((uint32_t)v.data),
+        .disk_size = cpu_to_le64(t.n * v.block_size),
+        .block_size = cpu_to_le32(v.block_size),
+        .n_blocks = cpu_to_le32((uint32_t)t.n),
+        .n_allocated = cpu_to_le32((uint32_t)t.high + 1),
+    };
+    im->least_size = t.n * v.block_size;
+    msg_say(MSG_NOTE, "%s: header put together: %" PRIu64 " blocks of %u bytes, map at %" PRIu64 ", data at %" PRIu64
+            "%s", im->name, t.n, v.block_size, t.offset, v.data, im->opt->n_backing ? "" : FMT_LOST_PARENT);
+    return file_patch(f, 0, page);
+}
+
 static const struct image_format vdi_format = {
     .name = "vdi",
     .describe = "VirtualBox images: dynamic, fixed, differencing",
@@ -4821,7 +4998,9 @@ static const struct image_format vdi_format = {
     .state_size = sizeof(struct vdi),
     .extensions = " vdi ",
     .probe = vdi_probe,
+    .remains = vdi_remains,
     .header_length = vdi_header_length,
+    .rebuild = vdi_rebuild,
     .identify = vdi_read_header,
     .open = vdi_open,
     .map = vdi_map,
@@ -5038,6 +5217,111 @@ static bool qed_claims(struct image *im, struct claims *c)
     return false;
 }
 
+/* -- lost headers -- */
+
+enum { QED_GUESS_L1 = 131072 /* entries */, QED_GUESS_L2 = 32768 /* bytes of an L2 table that are looked at */ };
+
+struct qed_guess {
+    uint64_t cluster, table;        /* bytes */
+    struct fmt_table l1;
+};
+
+static bool qed_is_l1_entry(const struct fmt_table *t, const uint8_t *bytes, uint64_t *block)
+{
+    uint64_t entry = util_le64(bytes);
+
+    *block = entry ? entry : FMT_NO_BLOCK;
+    return entry % t->unit == 0 && (!entry || (entry > t->offset && entry < t->f->size));
+}
+
+/* A cluster may be in what was cut off. */
+static bool qed_is_l2_entry(const struct fmt_table *t, const uint8_t *bytes, uint64_t *block)
+{
+    uint64_t entry = util_le64(bytes);
+
+    *block = entry > QED_ENTRY_ZERO ? entry : FMT_NO_BLOCK;
+    return entry <= QED_ENTRY_ZERO || (entry % t->unit == 0 && entry / 4 < t->f->size);
+}
+
+/* Do the tables that the L1 table names look like L2 tables, clear of each other and of it? Needs one with entries. */
+static bool qed_tables_look_right(const struct qed_guess *g)
+{
+    struct fmt_table t = { .f = g->l1.f, .width = 8, .entry = qed_is_l2_entry, .unit = g->cluster };
+    uint64_t used = 0, entry;
+    le64 raw;
+
+    if (g->l1.low < g->l1.offset + g->table || (g->l1.nearest && g->l1.nearest < g->table))
+        return false;
+    for (uint64_t i = 0; i <= g->l1.last; i++) {
+        if (file_read(t.f, &raw, sizeof(raw), g->l1.offset + i * 8) || !(entry = le64_to_cpu(raw)))
+            continue;
+        t.offset = entry;
+        t.max = util_min(util_min(g->table, QED_GUESS_L2), t.f->size - entry) / 8;
+        t.n = t.used = t.lost = t.stride = 0;
+        if (!fmt_look_at_table(&t) && t.used)
+            return false;
+        if (t.n < t.max || (t.used && t.low < g->l1.offset + g->table))
+            return false;
+        used += t.used;
+    }
+    return used > 0;
+}
+
+/* The header takes a cluster. The largest sizes that fit, since smaller ones do, too; larger tables would overlap. */
+static bool qed_guess(struct file *f, struct qed_guess *g)
+{
+    for (uint64_t cluster = QED_MAX_CLUSTER; cluster >= QED_MIN_CLUSTER; cluster /= 2)
+        for (uint64_t n = QED_MAX_TABLE; n >= 1; n /= 2) {
+            *g = (struct qed_guess){ cluster, cluster * n, { .f = f, .offset = cluster, .width = 8, .unit = cluster,
+                                     .max = util_min(cluster * n / 8, QED_GUESS_L1), .entry = qed_is_l1_entry } };
+            if (cluster < f->size && fmt_look_at_table(&g->l1) && g->l1.n == g->l1.max && qed_tables_look_right(g))
+                return true;
+        }
+    return false;
+}
+
+static bool qed_remains(struct file *f)
+{
+    struct qed_guess g;
+
+    return qed_guess(f, &g);
+}
+
+static int qed_rebuild(struct image *im)
+{
+    struct file *f = &im->files[0];
+    uint8_t page[FILE_PATCH];
+    struct qed_header *h = (void *)page;
+    bool backing = im->opt->n_backing;
+    struct qed_guess g;
+    uint64_t covers;
+
+    if (file_read(f, page, 512, 0) == 0 && memcmp(h->magic, "QED", 4) == 0)
+        return 0;
+    if (!qed_guess(f, &g))
+        return msg_err(-EINVAL, "%s: cannot be put together: no L1 table is left behind its first cluster; "
+                       "--header=FILE takes the header of another image", im->name);
+    covers = g.table / 8 * g.cluster;
+    im->least_size = util_min((g.l1.last + 1) * covers, MAX_IMAGE_SIZE / 512 * 512);
+    memset(page, 0, sizeof(page));
+    page[sizeof(*h)] = '?';         /* any name will do, since --backing stands for it */
+    *h = (struct qed_header){
+        .magic = "QED",
+        .cluster_size = cpu_to_le32((uint32_t)g.cluster),
+        .table_clusters = cpu_to_le32((uint32_t)(g.table / g.cluster)),
+        .header_clusters = cpu_to_le32(1),
+        .features = cpu_to_le64(backing ? QED_BACKING : 0),
+        .l1_offset = cpu_to_le64(g.l1.offset),
+        .size = cpu_to_le64(im->least_size),
+        .name_offset = cpu_to_le32(backing ? sizeof(*h) : 0),
+        .name_length = cpu_to_le32(backing),
+    };
+    msg_say(MSG_NOTE, "%s: header put together: clusters of %" PRIu64 " bytes, L1 table at %" PRIu64 ", %" PRIu64
+            " L2 tables of %" PRIu64 " bytes that look right%s", im->name, g.cluster, g.l1.offset, g.l1.used, g.table,
+            backing ? "" : FMT_LOST_PARENT);
+    return file_patch(f, 0, page);
+}
+
 static const struct image_format qed_format = {
     .name = "qed",
     .describe = "QEMU's older format: backing chains",
@@ -5045,7 +5329,9 @@ static const struct image_format qed_format = {
     .state_size = sizeof(struct qed),
     .extensions = " qed ",
     .probe = qed_probe,
+    .remains = qed_remains,
     .header_length = qed_header_length,
+    .rebuild = qed_rebuild,
     .open = qed_open,
     .map = qed_map,
     .claims = qed_claims,
@@ -12934,6 +13220,7 @@ static int probe_check_headless(struct image *im)
 
     if (f->size == 0 || probe_begins_like_disk(f) || (probe_next_piece(im->name, next) && file_exists(next)))
         return 0;                   /* pieces are looked at later */
+    left = called && called->remains && called->remains(f) ? called : NULL;
     for (size_t i = 0; i < ARRAY_LEN(probe_formats) && !left; i++)
         left = probe_formats[i]->remains && probe_formats[i]->remains(f) ? probe_formats[i] : NULL;
     if (left && (left->opens_headless || (im->opt->rebuild && left->rebuild))) {

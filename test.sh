@@ -4911,6 +4911,96 @@ t_corpus_info_map_and_check_are_valid() {
     [ $n -ge 20 ] || fail "only $n"
 }
 
+# ---- lost headers: --rebuild -----------------------------------------------------------------------------------
+
+# rebuilt FILE [OPTION...]: is refused as it is, even without its extension, and the disk with --rebuild
+rebuilt() {
+    local f=$1
+    shift
+    cp --sparse=always "$f" nameless
+    refused 1 'its header is lost; --rebuild' "$fx" nameless m
+    expect 0 "$fx" --rebuild "$@" nameless m
+    grep -q 'put together' err
+    cmp m truth
+    "$fx" --umount m
+}
+t_vdi_rebuild_finds_map_block_size_and_data() {
+    local o
+    lost_disk
+    for o in static=off static=on; do
+        rm -f img.vdi
+        qemu-img convert -f raw -O vdi -o $o truth img.vdi
+        wipe img.vdi
+        rebuilt img.vdi
+        noise img.vdi
+        rebuilt img.vdi
+    done
+    lost_disk 200M            # a map of two sectors
+    qemu-img convert -f raw -O vdi truth img.vdi
+    wipe img.vdi
+    rebuilt img.vdi
+    truncate -s -700000 img.vdi     # and cut off: 1 MiB is assumed, what is cut off are errors
+    expect 0 "$fx" --rebuild img.vdi m
+    grep -q '200 blocks of 1048576 bytes, map at 512, data at 1536;' err
+    py '
+a, b, n = os.open("m", os.O_RDONLY), open("truth", "rb"), 0
+for at in range(0, 200 << 20, 65536):
+    try: assert (c := os.pread(a, 65536, at)) == os.pread(b.fileno(), len(c), at), hex(at)
+    except OSError: n += 1
+assert 10 <= n <= 12, n'
+    "$fx" --umount m
+}
+t_vdi_rebuild_finds_other_layouts() {
+    lost_disk
+    py "$vdi_py"'
+raw = open("truth", "rb").read()
+for name, bs, at in ("mib", 1 << 20, 1 << 20), ("small", 65536, 4096), ("large", 4 << 20, 512):
+    blocks = [raw[i:i + bs] for i in range(0, len(raw), bs)]
+    vdi("x", 1, len(raw), bs, [b if any(b) else None for b in blocks])
+    f = open("x", "rb").read()
+    m, d = struct.unpack_from("<II", f, 0x154)
+    n, unit = len(blocks) * 4, 1 << 20 if name == "mib" else 512
+    open(name, "wb").write((bytes(at) + f[m:m + n]).ljust(-(-(at + n) // unit) * unit, b"\0") + f[d:])
+'
+    for f in mib small large; do rebuilt $f; done
+}
+t_vdi_rebuild_needs_a_map() {
+    lost_disk
+    qemu-img convert -f raw -O vdi truth img.vdi
+    wipe img.vdi 0 2
+    refused 1 'no block map is left' "$fx" --rebuild --format vdi img.vdi m
+    qemu-img convert -f raw -O vdi truth img.vdi
+    wipe img.vdi
+    py 'f = open("img.vdi", "r+b"); f.seek(512 + 8); f.write(b"\1\0\0\0")'       # block 1 twice
+    refused 1 'no block map is left' "$fx" --rebuild --format vdi img.vdi m
+}
+t_qed_rebuild_finds_cluster_and_table_size() {
+    local o
+    lost_disk
+    for o in cluster_size=65536 cluster_size=4096 cluster_size=4096,table_size=16 table_size=2 cluster_size=32k,table_size=8; do
+        rm -f img.qed
+        qemu-img convert -f raw -O qed -o $o truth img.qed
+        wipe img.qed
+        rebuilt img.qed
+        noise img.qed 0 8
+        rebuilt img.qed
+    done
+    wipe img.qed 0 8192
+    refused 1 'no L1 table is left' "$fx" --rebuild --format qed img.qed m
+}
+t_qed_rebuild_takes_a_backing_file() {
+    lost_disk
+    cp truth base
+    qemu-img create -q -f qed -b base -F raw img.qed
+    qemu-io -c 'write -P 7 3M 200k' img.qed >/dev/null
+    qemu-img convert -O raw img.qed truth
+    wipe img.qed
+    expect 0 "$fx" --rebuild --no-backing img.qed m
+    grep -q 'if it had a parent, what is there reads as zeros' err
+    "$fx" --umount m
+    rebuilt img.qed --backing base --backing-format raw
+}
+
 # ---- VHD ---------------------------------------------------------------------------------------------------------------
 
 vpc='json:{"driver":"vpc","file.filename":"img"}'      # a fixed disk is not probed by qemu
@@ -7321,7 +7411,7 @@ t_lost_headers_are_not_raw_disks() {
             "$fx" -q --format raw img.$ext m -- cmp m img.$ext
         done
         # By what is left of it, whatever it is called.
-        case $f in qcow2 | vmdk) mv img.$ext disk.img; refused 1 "is what is left of a $f image.*--rebuild" "$fx" disk.img m ;; esac
+        case $f in qcow2 | vmdk | vdi | qed) mv img.$ext disk.img; refused 1 "is what is left of a $f image.*--rebuild" "$fx" disk.img m ;; esac
     done
     # VHDX does without its first sector, and a VHD has its footer.
     qemu-img convert -f raw -O vhdx -o subformat=dynamic truth img.vhdx; wipe img.vhdx
