@@ -8737,9 +8737,10 @@ struct prl_layer {                  /* one image of a storage */
 };
 
 struct prl {
-    struct ranges storages;         /* of the disk, without gaps */
-    unsigned n_layers;
-    struct prl_layer *layers;       /* [storages.n][n_layers], the top snapshot first */
+    struct ranges storages;         /* of the disk, without gaps; in range[] */
+    unsigned n_layers;              /* of each storage */
+    struct range range[PRL_MAX_FILES];
+    struct prl_layer layers[PRL_MAX_FILES];     /* [storages.n][n_layers], the top snapshot first */
 };
 
 /* -- the descriptor -- */
@@ -9050,17 +9051,6 @@ static int prl_open_layer(struct image *im, struct prl_layer *l)
     return 0;
 }
 
-static int prl_alloc(struct image *im, unsigned storages, unsigned layers)
-{
-    struct prl *p = im->state;
-
-    p->storages.n = storages;
-    p->storages.range = util_fault("parallels storages") ? NULL : calloc(storages, sizeof(*p->storages.range));
-    p->n_layers = layers;
-    p->layers = calloc((size_t)storages * layers, sizeof(*p->layers));
-    return p->storages.range && p->layers ? 0 : msg_err(-ENOMEM, "%s: out of memory", im->name);
-}
-
 /* Opens a storage's image of one snapshot. Only the root may be a plain file: it has no holes. */
 static int prl_open_image(struct image *im, const struct prl_xml *x, unsigned storage, const uint8_t guid[16],
                           bool root, struct prl_layer *l)
@@ -9108,7 +9098,9 @@ static int prl_open_storages(struct image *im, const struct prl_xml *x, uint8_t 
     unsigned s;
     int ret = 0;
 
-    for (unsigned k = 0; k < p->storages.n; k++, start = end) {
+    p->storages = (struct ranges){ p->range, x->n_storages };
+    p->n_layers = n_chain;
+    for (unsigned k = 0; k < x->n_storages; k++, start = end) {
         s = prl_find_storage(x, start);
         if (!s)
             return msg_err(-EINVAL, "%s: damaged or hostile " PRL_XML_NAME ": no storage begins at sector %" PRIu64,
@@ -9121,7 +9113,7 @@ static int prl_open_storages(struct image *im, const struct prl_xml *x, uint8_t 
         if (l->size / PRL_SECTOR < end - start)
             /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): every storage has a file by now */
             return fmt_refuse_in(im, l->file->path, "the size, smaller than its storage", l->size);
-        p->storages.range[k] = (struct range){ start * PRL_SECTOR, end * PRL_SECTOR };
+        p->range[k] = (struct range){ start * PRL_SECTOR, end * PRL_SECTOR };
         l += n_chain;
     }
     if (!x->disk_size || x->disk_size > start)
@@ -9146,8 +9138,7 @@ static int prl_open_described(struct image *im, const struct prl_xml *x)
         return ret;
     if (x->n_storages * n > PRL_MAX_FILES)
         return msg_err(-E2BIG, "%s: needs more than %d files", im->name, PRL_MAX_FILES);
-    ret = prl_alloc(im, x->n_storages, n);
-    return ret ? ret : prl_open_storages(im, x, chain, n);
+    return prl_open_storages(im, x, chain, n);
 }
 
 static int prl_open_bundle(struct image *im)
@@ -9217,14 +9208,13 @@ static int prl_open_single(struct image *im)
 
     if (im->opt->snapshot && im->depth == 0)
         return msg_err(-EINVAL, "%s: has no snapshots, so --snapshot is of no use", im->name);
-    ret = prl_alloc(im, 1, 1);
-    if (ret)
-        return ret;
     p->layers->file = &im->files[0];
     ret = prl_open_layer(im, p->layers);
     if (ret)
         return ret;
-    im->size = p->storages.range->end = p->layers->size;
+    p->storages = (struct ranges){ p->range, 1 };
+    p->n_layers = 1;
+    im->size = p->range->end = p->layers->size;
     im->cluster_size = p->layers->cluster;
     im->entry_size = 4;
     return prl_check_alone(im);
@@ -9260,14 +9250,6 @@ static int prl_open(struct image *im)
     if (ret)
         return ret;
     return prl_is_xml(head, len) ? prl_open_bundle(im) : prl_open_single(im);
-}
-
-static void prl_close(struct image *im)
-{
-    struct prl *p = im->state;
-
-    free(p->storages.range);
-    free(p->layers);
 }
 
 /* -- mapping -- */
@@ -9308,7 +9290,7 @@ static void prl_map(struct image *im, uint64_t offset, uint64_t length, struct e
     unsigned storage = util_range_after(&p->storages, offset);
     const struct prl_layer *l = &p->layers[(size_t)storage * p->n_layers];
 
-    length = util_min(length, p->storages.range[storage].end - offset);
+    length = util_min(length, p->range[storage].end - offset);
     for (unsigned i = 0; i < p->n_layers; i++, l++) {
         prl_map_layer(l, offset - l->start, length, ext);
         if (ext->kind != EXT_BACKING)
@@ -9336,7 +9318,7 @@ static bool prl_claims(struct image *im, struct claims *c)
     for (unsigned i = 0; i < p->storages.n; i++)
         for (unsigned k = 0; k < p->n_layers; k++, l++) {
             if (l->plain) {
-                c->claim(c, l->file, 0, p->storages.range[i].end - l->start, NULL, l->start);
+                c->claim(c, l->file, 0, p->range[i].end - l->start, NULL, l->start);
                 continue;
             }
             uint64_t n = (l->size + l->cluster - 1) / l->cluster;
@@ -9366,7 +9348,6 @@ static const struct image_format prl_format = {
     .map = prl_map,
     .claims = prl_claims,
     .as_qemu = prl_as_qemu,
-    .close = prl_close,
 };
 
 /* ******************************************************************************************************** *
