@@ -4962,7 +4962,7 @@ static bool vdi_remains(struct file *f)
 static int vdi_rebuild(struct image *im)
 {
     struct file *f = &im->files[0];
-    uint8_t page[FILE_PATCH];
+    uint8_t page[FILE_PATCH] = { 0 };
     struct vdi_header *h = (void *)page;
     struct fmt_table t;
     struct vdi v;
