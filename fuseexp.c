@@ -5851,6 +5851,78 @@ static bool vhd_as_qemu(struct image *im)
            vhd_bits_are_set(im);
 }
 
+/* -- lost headers -- */
+
+enum { VHD_GUESS_REACH = 64 << 10 /* bytes in which the block table is looked for: usually at 1536 */ };
+
+static bool vhd_is_entry(const struct fmt_table *t, const uint8_t *bytes, uint64_t *block)
+{
+    uint64_t start = (uint64_t)util_be32(bytes) * VHD_SECTOR;
+
+    *block = util_be32(bytes) == VHD_NO_BLOCK ? FMT_NO_BLOCK : start;
+    return *block == FMT_NO_BLOCK || (start > t->offset && start / 4 < t->f->size);
+}
+
+/* Is the table of a disk with so many blocks of this size here? Their distance, with a bitmap before each, tells. */
+static bool vhd_is_table(struct fmt_table *t, uint64_t n, uint64_t block)
+{
+    uint64_t bitmap = (block + VHD_PER_BITMAP - 1) / VHD_PER_BITMAP * VHD_SECTOR;
+
+    return n <= FMT_TABLE_MAX && fmt_look_at_table(t) && t->n == n && t->used > 1 && t->stride == bitmap + block &&
+           t->low >= t->offset + 4 * n;
+}
+
+/* Finds the table of a disk of so many bytes, and the size of its blocks. 0: neither. */
+static uint64_t vhd_guess_block(struct file *f, uint64_t disk, struct fmt_table *t)
+{
+    for (uint64_t at = VHD_FOOTER + VHD_HEADER; at < util_min(f->size, VHD_GUESS_REACH); at += VHD_SECTOR)
+        for (uint64_t block = 4096; block <= 1u << 30; block *= 2) {
+            uint64_t n = (disk + block - 1) / block;
+            *t = (struct fmt_table){ .f = f, .offset = at, .width = 4, .max = n, .entry = vhd_is_entry };
+            if (vhd_is_table(t, n, block))
+                return block;
+        }
+    return 0;
+}
+
+/* The footer is left, the dynamic header is lost. What its parent was is lost with it. */
+static int vhd_rebuild(struct image *im)
+{
+    struct file *f = &im->files[0];
+    struct vhd_header old, *h;
+    uint8_t page[FILE_PATCH];
+    struct fmt_table t;
+    struct vhd v;
+    uint64_t at, block;
+    int ret = vhd_find_footer(im, &v);
+
+    at = ret ? 0 : be64_to_cpu(v.footer.header);
+    if (ret || be32_to_cpu(v.footer.type) == VHD_FIXED || be64_to_cpu(v.footer.size) > (uint64_t)MAX_IMAGE_SIZE ||
+        (at <= f->size && file_read(f, &old, sizeof(old), at) == 0 && memcmp(old.cookie, "cxsparse", 8) == 0))
+        return ret;
+    block = at == VHD_FOOTER ? vhd_guess_block(f, be64_to_cpu(v.footer.size), &t) : 0;
+    if (!block)
+        return msg_err(-EINVAL, "%s: cannot be put together: no block table of a disk of %" PRIu64 " bytes is left "
+                       "near its start; --header=FILE takes the header of another image", im->name,
+                       be64_to_cpu(v.footer.size));
+    fmt_read_page(f, 0, page, 0);   /* an entry 0 is an error */
+    memcpy(page, &v.footer, VHD_FOOTER);
+    h = (void *)(page + VHD_FOOTER);
+    *h = (struct vhd_header){
+        .cookie = "cxsparse",
+        .unused = cpu_to_be64(UINT64_MAX),
+        .table = cpu_to_be64(t.offset),
+        .version = cpu_to_be32(0x00010000),
+        .entries = cpu_to_be32((uint32_t)t.n),
+        .block_size = cpu_to_be32((uint32_t)block),
+    };
+    h->checksum = cpu_to_be32(vhd_checksum(h, VHD_HEADER, offsetof(struct vhd_header, checksum)));
+    msg_say(MSG_NOTE, "%s: dynamic header put together: %" PRIu64 " blocks of %" PRIu64 " bytes, block table at %"
+            PRIu64 "%s", im->name, t.n, block, t.offset,
+            be32_to_cpu(v.footer.type) == VHD_DIFFERENCING ? "; which parent it has is lost" : "");
+    return file_patch(f, 0, page);
+}
+
 static const struct image_format vhd_format = {
     .name = "vpc",
     .describe = "VHD images of Virtual PC, Hyper-V, Azure: fixed, dynamic, differencing",
@@ -5859,6 +5931,7 @@ static const struct image_format vhd_format = {
     .extensions = " vhd avhd ",
     .probe = vhd_probe,
     .header_length = vhd_header_length,
+    .rebuild = vhd_rebuild,
     .identify = vhd_identify,
     .open = vhd_open,
     .map = vhd_map,

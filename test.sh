@@ -5001,6 +5001,21 @@ t_qed_rebuild_takes_a_backing_file() {
     rebuilt img.qed --backing base --backing-format raw
 }
 
+t_vhd_rebuild_finds_block_size_and_table() {
+    local how
+    lost_disk 40M
+    for how in 'wipe img.vhd 1 2' 'noise img.vhd 1 2' 'noise img.vhd 0 3' 'wipe img.vhd 1' 'wipe img.vhd 0 3'; do
+        qemu-img convert -f raw -O vpc -o force_size=on truth img.vhd
+        $how
+        expect 0 "$fx" --rebuild img.vhd m
+        grep -q 'dynamic header put together: 20 blocks of 2097152 bytes, block table at 1536' err
+        cmp m truth
+        "$fx" --umount m
+    done
+    wipe img.vhd 0 4
+    refused 1 'no block table of a disk of 41943040 bytes is left' "$fx" --rebuild img.vhd m
+}
+
 # ---- VHD ---------------------------------------------------------------------------------------------------------------
 
 vpc='json:{"driver":"vpc","file.filename":"img"}'      # a fixed disk is not probed by qemu
