@@ -3809,7 +3809,7 @@ static int lost_add(struct lost_map *m, uint64_t start, const char *why)
         return 0;
     if (m->n >= max)
         return msg_err(-E2BIG, "%s: more than %" PRIu64 " ranges, which is what --cache-size allows", m->path, max);
-    if (m->n == m->room) {
+    if (!m->span || m->n == m->room) {
         m->room = (unsigned)util_min(util_min(2 * (uint64_t)m->room + 64, max), UINT_MAX / 2);
         more = util_fault("mapfile") ? NULL : realloc(m->span, m->room * sizeof(*more));
         if (!more)
@@ -16804,6 +16804,8 @@ static int opt_has_value(const struct opt *opt)
 
 static int opt_mount_options(struct options *o, char *list);
 
+static char opt_none[] = "";
+
 static int opt_apply(struct options *o, const struct opt *opt, char *value)
 {
     void *at = (char *)o + opt->at;
@@ -16812,12 +16814,14 @@ static int opt_apply(struct options *o, const struct opt *opt, char *value)
     bool good = true;
     char *end;
 
+    if (!value)                     /* it has none, or needs none */
+        value = opt_none;
     switch (opt->kind) {
     case OPT_SET:
         *(bool *)at = true;
         break;
     case OPT_TEXT:
-        *(const char **)at = value ? value : "";
+        *(const char **)at = value;
         break;
     case OPT_FILES:
         if (o->image.n_backing == MAX_GIVEN)
