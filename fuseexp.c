@@ -13270,9 +13270,13 @@ static int probe_check_headless(struct image *im)
     struct file *f = &im->files[0];
     const struct image_format *called = probe_format_called(im->name), *left = NULL;
     char next[PATH_MAX];
-    uint64_t shift;
+    uint64_t shift, length = f->size;
+    bool data = true;
 
-    if (f->size == 0 || probe_begins_like_disk(f) || (probe_next_piece(im->name, next) && file_exists(next)))
+    file_seek_extent(f, 0, f->size, &data, &length);
+    if (f->is_blk || !f->size || (!data && length == f->size))
+        return 0;                   /* a real disk, or one that was never written */
+    if (probe_begins_like_disk(f) || (probe_next_piece(im->name, next) && file_exists(next)))
         return 0;                   /* pieces are looked at later */
     left = called && called->remains && called->remains(f) ? called : NULL;
     for (size_t i = 0; i < ARRAY_LEN(probe_formats) && !left; i++)
