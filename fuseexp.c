@@ -13706,6 +13706,8 @@ struct check_room {
     uint64_t start, end, bytes;
 };
 
+enum { CHECK_WIPED_LEAST = 256 << 10 };     /* bytes of the disk: less is not looked at */
+
 struct check_wiped {
     struct check_look *look;
     struct image *im;
@@ -13882,6 +13884,8 @@ static int check_look_wiped(struct check_look *l, struct check *c)
                              "large", im->name) : 0;
     w.reach = util_min(512 / im->entry_size * unit, im->size / 4);
     w.reach = w.reach > unit ? w.reach : unit;
+    if (w.reach < CHECK_WIPED_LEAST)        /* a handful of clusters is a leak like any other */
+        w.reach = CHECK_WIPED_LEAST;
     if (!im->suspect.range)
         im->suspect.range = util_fault("suspects") ? NULL : malloc(MAX_RANGES * sizeof(struct range));
     w.found.range = im->suspect.range;
